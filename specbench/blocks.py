@@ -1,0 +1,178 @@
+"""Samples, batches and blocks: the one layout in which every draft is trained, scored and measured.
+
+Axes: B batch rows, T tokens of a row, N blocks, K slots of a block, C taps, D hidden size.
+
+THE INDEX LAW. The anchor sits at position a. Slot k = 1..K predicts token a+k. Its `previous` token is a+k-1. The
+target state that predicts it sits at a+k-1. The context that a parallel block may see lies strictly before a.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+PADDING = -1
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One conversation as the cache stores it. `ordinal` is its row in the cache index and seeds its anchors."""
+
+    tokens: Int[Tensor, " T"]
+    loss_mask: Bool[Tensor, " T"]
+    taps: Float[Tensor, "T C D"]
+    last: Float[Tensor, "T D"]
+    ordinal: int = 0
+
+
+@dataclass(frozen=True)
+class Context:
+    """Target states of `lengths[b]` consecutive tokens a row; what lies beyond is padding and must not be read."""
+
+    taps: Float[Tensor, "B T C D"]
+    last: Float[Tensor, "B T D"]
+    lengths: Int[Tensor, " B"]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Conversations in rows, padded (one a row) or packed (several a row).
+
+    `document` holds each token's sample ordinal, -1 on padding; `position` its index inside its own conversation.
+    `anchors` are row indices in ascending order, -1 where a row has fewer than N.
+    """
+
+    tokens: Int[Tensor, "B T"]
+    loss_mask: Bool[Tensor, "B T"]
+    document: Int[Tensor, "B T"]
+    position: Int[Tensor, "B T"]
+    taps: Float[Tensor, "B T C D"]
+    last: Float[Tensor, "B T D"]
+    anchors: Int[Tensor, "B N"] | None = None
+
+    def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Batch:
+        """The batch on `device`, its states in `dtype`."""
+        moved = {name: getattr(self, name).to(device) for name in ("tokens", "loss_mask", "document", "position")}
+        states = {name: getattr(self, name).to(device=device, dtype=dtype) for name in ("taps", "last")}
+        anchors = None if self.anchors is None else self.anchors.to(device)
+        return Batch(**moved, **states, anchors=anchors)
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """N blocks of K slots. `mask` says which slots are supervised and is a prefix of every block."""
+
+    hidden: Float[Tensor, "B N K D"]
+    target: Float[Tensor, "B N K D"]
+    previous: Int[Tensor, "B N K"]
+    labels: Int[Tensor, "B N K"]
+    mask: Bool[Tensor, "B N K"]
+
+
+def pack(samples: Sequence[Sample], length: int | None = None) -> Batch:
+    """Lay conversations end to end into rows of at most `length` tokens (None: one conversation a row, padded).
+
+    First-fit in the given order; a conversation longer than `length` is an error, never a truncation.
+    """
+    rows: list[list[Sample]] = []
+    room: list[int] = []
+    for sample in samples:
+        size = len(sample.tokens)
+        if length is not None and size > length:
+            raise ValueError(f"sample {sample.ordinal} holds {size} tokens and does not fit a row of {length}")
+        fits = next((r for r, left in enumerate(room) if left >= size), None) if length is not None else None
+        if fits is None:
+            rows.append([sample])
+            room.append((length or size) - size)
+        else:
+            rows[fits].append(sample)
+            room[fits] -= size
+    return _lay(rows)
+
+
+def _lay(rows: list[list[Sample]]) -> Batch:
+    width = max(sum(len(s.tokens) for s in row) for row in rows)
+    first = rows[0][0]
+    shape = (len(rows), width)
+    tokens = torch.zeros(shape, dtype=torch.long)
+    loss_mask = torch.zeros(shape, dtype=torch.bool)
+    document = torch.full(shape, PADDING, dtype=torch.long)
+    position = torch.zeros(shape, dtype=torch.long)
+    taps = first.taps.new_zeros(*shape, *first.taps.shape[1:])
+    last = first.last.new_zeros(*shape, first.last.shape[-1])
+    for b, row in enumerate(rows):
+        start = 0
+        for s in row:
+            span = slice(start, start + len(s.tokens))
+            tokens[b, span], loss_mask[b, span], document[b, span] = s.tokens.long(), s.loss_mask, s.ordinal
+            position[b, span] = torch.arange(len(s.tokens))
+            taps[b, span], last[b, span] = s.taps, s.last
+            start = span.stop
+    return Batch(tokens, loss_mask, document, position, taps, last)
+
+
+def valid_anchors(batch: Batch) -> Bool[Tensor, "B T"]:
+    """Position a may be an anchor if it and the token after it are supervised and of one conversation."""
+    valid = torch.zeros_like(batch.loss_mask)
+    same = batch.document[:, :-1] == batch.document[:, 1:]
+    valid[:, :-1] = batch.loss_mask[:, :-1] & batch.loss_mask[:, 1:] & same & (batch.document[:, :-1] != PADDING)
+    return valid
+
+
+def with_anchors(batch: Batch, count: int | None, seed: Sequence[int] = (0,)) -> Batch:
+    """Choose up to `count` anchors a conversation, uniformly without replacement, sorted (None: every valid one).
+
+    The draw of a conversation depends on `seed` and its ordinal alone, so packing, batch size and the number of
+    ranks leave it unchanged.
+    """
+    valid, document = valid_anchors(batch).cpu(), batch.document.cpu()
+    rows: list[list[int]] = []
+    for b in range(len(valid)):
+        chosen: list[int] = []
+        candidates = valid[b].nonzero().flatten().numpy()
+        owners = document[b].numpy()[candidates]
+        for ordinal in dict.fromkeys(owners.tolist()):
+            own = candidates[owners == ordinal]
+            if count is not None and len(own) > count:
+                generator = np.random.Generator(np.random.Philox(np.random.SeedSequence([*seed, ordinal])))
+                own = np.sort(generator.choice(own, count, replace=False))
+            chosen.extend(own.tolist())
+        rows.append(chosen)
+    width = max(1, max(map(len, rows)))
+    padded = [row + [PADDING] * (width - len(row)) for row in rows]
+    return replace(batch, anchors=torch.tensor(padded, dtype=torch.long, device=batch.tokens.device))
+
+
+def take(values: Tensor, index: Int[Tensor, "B ..."]) -> Tensor:
+    """Gather rows of `values` (B, T, ...) at `index` (B, ...) -> (B, ..., *values.shape[2:])."""
+    batch = torch.arange(len(values), device=values.device).view(-1, *[1] * (index.dim() - 1))
+    return values[batch, index]
+
+
+def slot_positions(batch: Batch, slots: int) -> tuple[Int[Tensor, "B N K"], Bool[Tensor, "B N K"]]:
+    """Row index a+k of every slot (clamped into the row) and whether it is supervised (a prefix of each block)."""
+    assert batch.anchors is not None, "choose anchors with with_anchors() first"
+    anchors = batch.anchors.clamp_min(0)
+    raw = anchors[..., None] + torch.arange(1, slots + 1, device=anchors.device)
+    index = raw.clamp_max(batch.tokens.shape[1] - 1)
+    same = take(batch.document, index) == take(batch.document, anchors)[..., None]
+    usable = (raw == index) & same & take(batch.loss_mask, index) & (batch.anchors != PADDING)[..., None]
+    return index, usable.cumprod(-1).bool()
+
+
+def assemble(batch: Batch, hidden: Float[Tensor, "B N K D"]) -> Blocks:
+    """Pair a draft's hidden states with targets, labels and supervision by the index law."""
+    index, mask = slot_positions(batch, hidden.shape[2])
+    before = (index - 1).clamp_min(0)
+    return Blocks(
+        hidden=hidden,
+        target=take(batch.last, before),
+        previous=take(batch.tokens, before),
+        labels=take(batch.tokens, index),
+        mask=mask,
+    )
