@@ -1,0 +1,152 @@
+"""Attention of blocks over a shared context and over themselves: one definition of the mask, two ways to compute it.
+
+Every draft asks the same question: Q queries in each of N blocks look at T context keys (those of their own
+conversation before the anchor, and inside the sliding window if there is one) and at S keys of their own block.
+`sees_context` and `sees_own` say who sees whom; `attend` evaluates them densely, `attend_flex` compiles them into a
+FlexAttention block mask on CUDA.
+
+Axes: B batch, N blocks, Q queries of a block, T context keys, S own keys, H query heads, G key-value heads, d head size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+Predicate = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Visibility:
+    """Who sees whom, as tensors on the device of the keys.
+
+    `limit` (B, N): context keys with a row index below it may be seen. `document` (B, T) and `owner` (B, N): a key is
+    seen by blocks of its own conversation only (None: one conversation a row). `query_position` (B, N, Q) and
+    `key_position` (B, T) with `window`: a key further back than `window` - 1 positions is out of sight.
+    """
+
+    limit: Int[Tensor, "B N"]
+    document: Int[Tensor, "B T"] | None = None
+    owner: Int[Tensor, "B N"] | None = None
+    query_position: Int[Tensor, "B N Q"] | None = None
+    key_position: Int[Tensor, "B T"] | None = None
+    window: int | None = None
+    causal_own: bool = False
+
+    def sees_context(self, b: Tensor, n: Tensor, q: Tensor, t: Tensor) -> Tensor:
+        """Whether query q of block n sees context key t; the arguments are index tensors that broadcast."""
+        seen = t < self.limit[b, n]
+        if self.document is not None:
+            seen = seen & (self.document[b, t] == self.owner[b, n])
+        if self.window is not None:
+            seen = seen & (self.query_position[b, n, q] - self.key_position[b, t] < self.window)
+        return seen
+
+    def sees_own(self, q: Tensor, s: Tensor) -> Tensor:
+        """Whether query q sees own key s: always, or only those up to itself when `causal_own`."""
+        return s <= q if self.causal_own else torch.ones_like(q + s, dtype=torch.bool)
+
+    def context_mask(self, keys: int, queries: int) -> Bool[Tensor, "B N q T"]:
+        """The context mask as a tensor; q is 1 where it does not depend on the query."""
+        device = self.limit.device
+        b = torch.arange(self.limit.shape[0], device=device)[:, None, None, None]
+        n = torch.arange(self.limit.shape[1], device=device)[:, None, None]
+        q = torch.arange(queries if self.window is not None else 1, device=device)[:, None]
+        return self.sees_context(b, n, q, torch.arange(keys, device=device))
+
+
+def attend(
+    query: Float[Tensor, "B N Q H d"],
+    context: tuple[Float[Tensor, "B T G d"], Float[Tensor, "B T G d"]],
+    own: tuple[Float[Tensor, "B N S G d"], Float[Tensor, "B N S G d"]] | None,
+    mask: Bool[Tensor, "B N q T"],
+    scale: float,
+    own_mask: Bool[Tensor, "Q S"] | None = None,
+) -> Float[Tensor, "B N Q H d"]:
+    """Dense attention over context and own keys under one softmax (in fp32).
+
+    Own keys are scored block by block, so the cost is N*Q*(T + S), never N*Q*(T + N*S). A query that sees nothing
+    gets a finite, meaningless row.
+    """
+    (B, N, Q, H, d), G = query.shape, context[0].shape[2]
+    r = H // G
+    q = query.view(B, N, Q, G, r, d).permute(0, 3, 4, 1, 2, 5)  # B G r N Q d
+    keys, values = (x.transpose(1, 2) for x in context)  # B G T d
+    scores = (q.reshape(B, G, r * N * Q, d) @ keys.transpose(-1, -2)).view(B, G, r, N, Q, -1)
+    lowest = torch.finfo(scores.dtype).min
+    scores = scores.mul(scale).masked_fill(~mask[:, None, None], lowest)
+    if own is None:
+        weights = scores.softmax(-1, dtype=torch.float32).to(query.dtype)
+        seen = weights.reshape(B, G, r * N * Q, -1) @ values
+        return seen.view(B, G, r, N, Q, d).permute(0, 3, 4, 1, 2, 5).reshape(B, N, Q, H, d)
+    own_keys, own_values = (x.permute(0, 3, 1, 2, 4) for x in own)  # B G N S d
+    by_block = q.transpose(2, 3)  # B G N r Q d
+    S = own_keys.shape[3]
+    inner = (by_block.reshape(B, G, N, r * Q, d) @ own_keys.transpose(-1, -2)).view(B, G, N, r, Q, S).mul(scale)
+    if own_mask is not None:
+        inner = inner.masked_fill(~own_mask, lowest)
+    weights = torch.cat([scores, inner.transpose(2, 3)], -1).softmax(-1, dtype=torch.float32).to(query.dtype)
+    outer, inner = weights.split([scores.shape[-1], S], -1)
+    seen = (outer.reshape(B, G, r * N * Q, -1) @ values).view(B, G, r, N, Q, d)
+    seen = seen + (inner.transpose(2, 3).reshape(B, G, N, r * Q, S) @ own_values).view(B, G, N, r, Q, d).transpose(2, 3)
+    return seen.permute(0, 3, 4, 1, 2, 5).reshape(B, N, Q, H, d)
+
+
+def block_mask(visible: Visibility, shape: tuple[int, int, int, int, int]):
+    """FlexAttention block mask of `visible` for shape (B, N, Q, T, S): keys are the context, then every block's own."""
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    B, N, Q, T, S = shape
+
+    def sees(b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tensor:
+        n, slot = q // Q, q % Q
+        seen = visible.sees_context(b, n, slot, kv.clamp(max=T - 1)) & (kv < T)
+        if S == 0:
+            return seen
+        inner = kv - T
+        return seen | ((kv >= T) & (inner // S == n) & visible.sees_own(slot, inner % S))
+
+    return create_block_mask(sees, B, None, N * Q, T + N * S, device=visible.limit.device)
+
+
+def attend_flex(
+    query: Float[Tensor, "B N Q H d"],
+    context: tuple[Float[Tensor, "B T G d"], Float[Tensor, "B T G d"]],
+    own: tuple[Float[Tensor, "B N S G d"], Float[Tensor, "B N S G d"]] | None,
+    mask,
+    scale: float,
+) -> Float[Tensor, "B N Q H d"]:
+    """The same attention through FlexAttention (compiled on CUDA; forward only on CPU). `mask` is a `block_mask`."""
+    from torch.nn.attention.flex_attention import flex_attention
+
+    B, N, Q, H, d = query.shape
+    keys, values = context
+    if own is not None:
+        keys = torch.cat([keys, own[0].flatten(1, 2)], 1)
+        values = torch.cat([values, own[1].flatten(1, 2)], 1)
+    run = _compiled_flex() if query.is_cuda else flex_attention
+    out = run(
+        query.flatten(1, 2).transpose(1, 2),
+        keys.transpose(1, 2),
+        values.transpose(1, 2),
+        block_mask=mask,
+        scale=scale,
+        enable_gqa=keys.shape[2] != H,
+    )
+    return out.transpose(1, 2).reshape(B, N, Q, H, d)
+
+
+_COMPILED: list = []
+
+
+def _compiled_flex():
+    """Compile once a process: FlexAttention without compilation is a dense reference."""
+    from torch.nn.attention.flex_attention import flex_attention
+
+    if not _COMPILED:
+        _COMPILED.append(torch.compile(flex_attention))
+    return _COMPILED[0]

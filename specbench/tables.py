@@ -1,0 +1,54 @@
+"""The target's tables: token embedding and vocabulary head, shared by target and draft."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+
+class Tables(nn.Module):
+    """Embedding (V, D) and head (V', D) with the family's embedding scale and logit soft-cap.
+
+    Frozen tables are buffers outside the state dict, so they cost a checkpoint nothing and get no gradient; trainable
+    ones are parameters. With a reduced draft vocabulary the head has V' < V rows and `ids` (V',) names them.
+    """
+
+    def __init__(
+        self,
+        embedding: Float[Tensor, "V D"],
+        head: Float[Tensor, "W D"],
+        embedding_scale: float = 1.0,
+        soft_cap: float | None = None,
+        trainable: bool = False,
+        ids: Int[Tensor, " W"] | None = None,
+    ):
+        super().__init__()
+        if trainable:
+            self.embedding, self.head = nn.Parameter(embedding.clone()), nn.Parameter(head.clone())
+        else:
+            self.register_buffer("embedding", embedding, persistent=False)
+            self.register_buffer("head", head, persistent=False)
+        self.register_buffer("ids", ids, persistent=False)
+        self.embedding_scale, self.soft_cap, self.trainable = embedding_scale, soft_cap, trainable
+
+    def embed(self, tokens: Int[Tensor, "*b"]) -> Float[Tensor, "*b D"]:
+        """Scaled token embeddings."""
+        rows = F.embedding(tokens, self.embedding)
+        if self.embedding_scale == 1.0:
+            return rows
+        # The scale is rounded to the table's dtype first, as the reference models do.
+        return rows * torch.tensor(self.embedding_scale, dtype=rows.dtype, device=rows.device)
+
+    def logits(self, hidden: Float[Tensor, "*b D"]) -> Float[Tensor, "*b W"]:
+        """Vocabulary logits, soft-capped where the family does so."""
+        logits = F.linear(hidden, self.head)
+        return logits if self.soft_cap is None else torch.tanh(logits / self.soft_cap) * self.soft_cap
+
+    def derive(self, trainable: bool = False, ids: Int[Tensor, " W"] | None = None) -> Tables:
+        """Tables of a draft: the same tensors when frozen and whole, copies when trained or reduced to `ids`."""
+        if not trainable and ids is None:
+            return self
+        head = self.head if ids is None else self.head[ids]
+        return Tables(self.embedding.detach(), head.detach(), self.embedding_scale, self.soft_cap, trainable, ids)
