@@ -1,0 +1,85 @@
+"""Files that are either whole or absent, and JSON that every reader accepts.
+
+A file is written to a neighbour with the ending `.tmp`, synced to the disk and renamed onto its name, so a kill or a
+full disk leaves the old version (or none) and never half of one. JSON is strict: no NaN, no Infinity.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+
+@contextmanager
+def replacing(path: str | Path) -> Iterator[Path]:
+    """Yield a temporary path to write to; sync it and rename it onto `path` when the block ends without an error.
+
+    On any error the temporary file is removed and `path` stays as it was.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        with open(temporary, "rb") as written:
+            os.fsync(written.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    _sync_folder(path.parent)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make a rename in `folder` survive a power cut, where the file system lets a folder be synced."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError:  # some network file systems refuse; the rename itself has happened
+        pass
+    finally:
+        os.close(descriptor)
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Write `text` as UTF-8, whole or not at all."""
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_json(path: str | Path, value: Any) -> None:
+    """Write `value` as indented strict JSON, whole or not at all. Raises ValueError on NaN or Infinity."""
+    write_text(path, json.dumps(plain(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def json_line(value: Any) -> str:
+    """One strict JSON line with its line end. Raises ValueError on NaN or Infinity."""
+    return json.dumps(plain(value), ensure_ascii=False, allow_nan=False, separators=(",", ":")) + "\n"
+
+
+def plain(value: Any, where: str = "") -> Any:
+    """`value` with arrays, numbers of other libraries, paths and tuples turned into what JSON has.
+
+    Raises ValueError naming the key when a number is not finite, or when the value has no form in JSON.
+    """
+    if value is None or isinstance(value, (bool, str, int)):
+        return value
+    if isinstance(value, float):
+        if not math.isfinite(value):
+            raise ValueError(f"{where or 'the value'} is {value}: strict JSON holds finite numbers only, write null")
+        return value
+    if isinstance(value, Mapping):
+        return {str(key): plain(item, f"{where}.{key}" if where else str(key)) for key, item in value.items()}
+    if isinstance(value, (set, frozenset)):
+        return [plain(item, where) for item in sorted(value)]
+    if isinstance(value, Sequence) and not isinstance(value, (bytes, bytearray)):
+        return [plain(item, f"{where}[{index}]") for index, item in enumerate(value)]
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if hasattr(value, "tolist"):  # numpy and torch, scalars included
+        return plain(value.tolist(), where)
+    raise ValueError(f"{where or 'the value'} is of type {type(value).__name__}, which JSON cannot hold")
