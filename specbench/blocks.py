@@ -154,21 +154,22 @@ def take(values: Tensor, index: Int[Tensor, "B ..."]) -> Tensor:
     return values[batch, index]
 
 
-def slot_positions(batch: Batch, slots: int) -> tuple[Int[Tensor, "B N K"], Bool[Tensor, "B N K"]]:
-    """Row index a+k of every slot (clamped into the row) and whether it is supervised (a prefix of each block)."""
+def slot_positions(
+    batch: Batch, slots: int
+) -> tuple[Int[Tensor, "B N K"], Int[Tensor, "B N K"], Bool[Tensor, "B N K"]]:
+    """Row indices a+k and a+k-1 of every slot (clamped into the row) and the supervision mask, a prefix of each block."""
     assert batch.anchors is not None, "choose anchors with with_anchors() first"
     anchors = batch.anchors.clamp_min(0)
     raw = anchors[..., None] + torch.arange(1, slots + 1, device=anchors.device)
-    index = raw.clamp_max(batch.tokens.shape[1] - 1)
+    index, before = (x.clamp_max(batch.tokens.shape[1] - 1) for x in (raw, raw - 1))
     same = take(batch.document, index) == take(batch.document, anchors)[..., None]
     usable = (raw == index) & same & take(batch.loss_mask, index) & (batch.anchors != PADDING)[..., None]
-    return index, usable.cumprod(-1).bool()
+    return index, before, usable.cumprod(-1).bool()
 
 
 def assemble(batch: Batch, hidden: Float[Tensor, "B N K D"]) -> Blocks:
     """Pair a draft's hidden states with targets, labels and supervision by the index law."""
-    index, mask = slot_positions(batch, hidden.shape[2])
-    before = (index - 1).clamp_min(0)
+    index, before, mask = slot_positions(batch, hidden.shape[2])
     return Blocks(
         hidden=hidden,
         target=take(batch.last, before),

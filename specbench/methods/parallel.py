@@ -1,0 +1,144 @@
+"""ParallelDraft: anchor in, one forward of K slots out (DFlash, DSpark).
+
+Shared equations: ctx = RMSNorm(W_c taps) (DSpark eq. 2); keys and values of context and block come from the same
+projections (eq. 3); every slot sees the context strictly before the anchor and its whole own block, both ways.
+
+Axes: B batch, T tokens, N blocks, K slots, I inputs of a block, C taps, D hidden.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from specbench.attention import Visibility, attend, attend_flex, block_mask
+from specbench.backbone import Backbone, Layer, RotaryEmbedding
+from specbench.blocks import PADDING, Batch, Blocks, Context, assemble, take
+from specbench.methods.draft import Draft, Proposal, Sample, State
+from specbench.tables import Tables
+
+
+class ParallelDraft(Draft):
+    """A block-parallel draft.
+
+    `sample_from_anchor`: the anchor's own output predicts slot 1 (K inputs); otherwise the block is the anchor and K
+    masks and only masks predict (the original DFlash). `checkpointing` recomputes layers in the backward pass.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        tables: Tables,
+        target_layer_ids: tuple[int, ...] | list[int],
+        mask_token_id: int,
+        layers: int = 5,
+        block_size: int = 7,
+        anchors: int | None = 512,
+        sample_from_anchor: bool = True,
+        checkpointing: bool = False,
+        train_tables: bool = False,
+        draft_vocabulary: Int[Tensor, " W"] | None = None,
+    ):
+        super().__init__(backbone, tables, target_layer_ids, block_size, anchors, train_tables, draft_vocabulary)
+        if not 0 <= mask_token_id < backbone.vocab_size:
+            raise ValueError(f"mask_token_id={mask_token_id} is outside the vocabulary of {backbone.vocab_size}")
+        D, eps = backbone.hidden_size, backbone.norm_eps
+        self.mask_token_id, self.sample_from_anchor, self.checkpointing = mask_token_id, sample_from_anchor, checkpointing
+        self.fc = nn.Linear(len(self.target_layer_ids) * D, D, bias=False)
+        self.hidden_norm, self.norm = nn.RMSNorm(D, eps=eps), nn.RMSNorm(D, eps=eps)
+        self.layers = nn.ModuleList(Layer(backbone) for _ in range(layers))
+        self.rope = RotaryEmbedding(backbone)
+
+    @property
+    def inputs(self) -> int:
+        """Tokens that enter a block: K, or K + 1 when the anchor's output predicts nothing."""
+        return self.block_size if self.sample_from_anchor else self.block_size + 1
+
+    def context(self, taps: Float[Tensor, "B T C D"]) -> Float[Tensor, "B T D"]:
+        """Context features, shared by all layers (DSpark eq. 2)."""
+        return self.hidden_norm(self.fc(taps.flatten(-2)))
+
+    def block_inputs(self, anchor: Int[Tensor, "*b"], inputs: int) -> Float[Tensor, "*b I D"]:
+        """Embeddings of the anchor and the mask tokens behind it."""
+        tokens = anchor.new_full((*anchor.shape, inputs), self.mask_token_id)
+        tokens[..., 0] = anchor
+        return self.tables.embed(tokens)
+
+    def forward(self, batch: Batch) -> Blocks:
+        anchors = batch.anchors.clamp_min(0)
+        position = take(batch.position, anchors)[..., None] + torch.arange(self.inputs, device=anchors.device)
+        x = self.block_inputs(take(batch.tokens, anchors), self.inputs)
+        context = self.context(batch.taps.to(x.dtype))
+        visible = Visibility(
+            limit=torch.where(batch.anchors == PADDING, 0, batch.anchors),
+            document=batch.document,
+            owner=take(batch.document, anchors),
+            query_position=position,
+            key_position=batch.position,
+            window=self.backbone.window,
+        )
+        (B, N, Q, _), T = x.shape, context.shape[1]
+        fast = x.is_cuda
+        mask = block_mask(visible, (B, N, Q, T, Q)) if fast else visible.context_mask(T, Q)
+        block_rope, context_rope = self.rope(position, x.dtype), self.rope(batch.position, x.dtype)
+
+        def run(layer: Layer, x: Tensor) -> Tensor:
+            y = layer.normed(x)
+            query, own = layer.self_attn.queries(y, block_rope), layer.self_attn.keys_values(y, block_rope)
+            keys = layer.self_attn.keys_values(context, context_rope)
+            return layer.finish(x, (attend_flex if fast else attend)(query, keys, own, mask, self.backbone.scale))
+
+        for layer in self.layers:
+            if self.checkpointing and self.training:
+                x = torch.utils.checkpoint.checkpoint(run, layer, x, use_reentrant=False)
+            else:
+                x = run(layer, x)
+        hidden = self.norm(x)
+        return assemble(batch, hidden if self.sample_from_anchor else hidden[:, :, 1:])
+
+    def commit(self, state: State, context: Context, tokens: Int[Tensor, "B S"]) -> State:
+        features = self.context(context.taps)
+        steps = torch.arange(features.shape[1], device=features.device)
+        rope = self.rope(state.cache.lengths[:, None] + steps, features.dtype)
+        for i, layer in enumerate(self.layers):
+            state.cache.write(i, *layer.self_attn.keys_values(features, rope))
+        state.cache.advance(context.lengths)
+        return state
+
+    def propose(self, state: State, anchor: Int[Tensor, " B"], sample: Sample, slots: int | None = None) -> Proposal:
+        x = self.block_inputs(anchor, self.inputs)
+        position = state.cache.lengths[:, None] + torch.arange(self.inputs, device=anchor.device)
+        rope = self.rope(position, x.dtype)
+        mask = state.cache.visible()
+        if self.backbone.window is not None:
+            stored = torch.arange(mask.shape[-1], device=anchor.device)
+            mask = mask & (position[:, None, :, None] - stored < self.backbone.window)
+        for i, layer in enumerate(self.layers):
+            y = layer.normed(x)
+            query, own = layer.self_attn.queries(y, rope), layer.self_attn.keys_values(y, rope)
+            query, own = query[:, None], (own[0][:, None], own[1][:, None])
+            x = layer.finish(x, attend(query, state.cache.read(i), own, mask, self.backbone.scale)[:, 0])
+        hidden = self.norm(x if self.sample_from_anchor else x[:, 1:])
+        return self.draw(hidden[:, :slots], anchor, sample)
+
+    def draw(self, hidden: Float[Tensor, "B K D"], anchor: Int[Tensor, " B"], sample: Sample) -> Proposal:
+        """Sample the slots left to right; a method whose slots do not depend on each other draws them at once."""
+        previous, probabilities = [anchor], []
+        for k in range(hidden.shape[1]):
+            seen = torch.stack(previous, 1)
+            tokens, drawn = sample(self.project(self.features(hidden[:, : k + 1], seen)[:, k : k + 1]))
+            previous.append(self.to_target(tokens[:, 0]))
+            probabilities.append(drawn)
+        tokens = torch.stack(previous, 1)
+        drawn = None if probabilities[0] is None else self.widen(torch.cat(probabilities, 1))
+        return Proposal(tokens[:, 1:], drawn, self.confidence(hidden, tokens[:, :-1]))
+
+    def draw_at_once(self, hidden: Float[Tensor, "B K D"], anchor: Int[Tensor, " B"], sample: Sample) -> Proposal:
+        """Sample all slots from one projection, for drafts whose logits do not depend on `previous`."""
+        tokens, drawn = sample(self.project(hidden))
+        proposal = Proposal(self.to_target(tokens), self.widen(drawn), None)
+        previous = torch.cat([anchor[:, None], proposal.tokens[:, :-1]], 1)
+        return replace(proposal, confidence=self.confidence(hidden, previous))

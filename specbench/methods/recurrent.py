@@ -1,0 +1,173 @@
+"""RecurrentDraft: one module unrolled K steps from every anchor (EAGLE-3, MTP).
+
+A chain starts at position t = a-1 with the target's feature there and the anchor's embedding; step k reads step k-1's
+output and the embedding of token a+k-1, at rope position a-1 + (k-1), and predicts a+k. It sees the step-1 keys of
+its conversation at every position <= t and its own keys of steps 2..k, never another chain's. Step-1 keys are true
+context: they pair each target feature with the token after it.
+
+Axes: B batch, T tokens, N chains, K steps, C taps, D hidden.
+"""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from specbench.attention import Visibility, attend, attend_flex, block_mask
+from specbench.backbone import Backbone, Layer, RotaryEmbedding
+from specbench.blocks import PADDING, Batch, Blocks, Context, assemble, slot_positions, take
+from specbench.methods.draft import Draft, Proposal, Sample, State
+from specbench.tables import Tables
+
+Pairs = list[tuple[Tensor, Tensor]]
+
+
+class RecurrentDraft(Draft):
+    """Subclasses say which target state is the feature (`source`) and what enters the layers (`enter`)."""
+
+    paired = False
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        tables: Tables,
+        target_layer_ids: tuple[int, ...] | list[int],
+        mask_token_id: int | None = None,
+        layers: int = 1,
+        block_size: int = 7,
+        anchors: int | None = None,
+        train_tables: bool = False,
+        draft_vocabulary: Int[Tensor, " W"] | None = None,
+    ):
+        super().__init__(backbone, tables, target_layer_ids, block_size, anchors, train_tables, draft_vocabulary)
+        self.layers = nn.ModuleList(Layer(backbone, paired=self.paired) for _ in range(layers))
+        self.norm = nn.RMSNorm(backbone.hidden_size, eps=backbone.norm_eps)
+        self.rope = RotaryEmbedding(backbone)
+
+    def source(self, taps: Float[Tensor, "B T C D"], last: Float[Tensor, "B T D"]) -> Float[Tensor, "B T D"]:
+        """The feature that a chain starts from, at every position."""
+        raise NotImplementedError
+
+    def enter(self, feature: Float[Tensor, "*b D"], embedding: Float[Tensor, "*b D"]) -> Float[Tensor, "*b D"]:
+        """What enters the first layer."""
+        raise NotImplementedError
+
+    def forward(self, batch: Batch) -> Blocks:
+        anchors, T = batch.anchors.clamp_min(0), batch.tokens.shape[1]
+        limit = torch.where(batch.anchors == PADDING, 0, batch.anchors)
+        owner, start = take(batch.document, anchors), (take(batch.position, anchors) - 1).clamp_min(0)
+        source = self.source(batch.taps.to(self.norm.weight.dtype), batch.last.to(self.norm.weight.dtype))
+        # Pair the feature at t with the token at t+1; the last position of a conversation pairs with nothing real,
+        # and no chain may see it because a chain's anchor lies inside its conversation.
+        after = torch.cat([batch.tokens[:, 1:], batch.tokens[:, :1]], 1)
+        context = self.context(source, after, batch)
+        before = (anchors - 1).clamp_min(0)
+        feature = take(source, before)
+        tokens = take(batch.tokens, slot_positions(batch, self.block_size)[1])
+        own: list[Pairs] = [[] for _ in self.layers]
+        outputs, masks = [], {}
+        for k in range(self.block_size):
+            position = start + k
+            visible = Visibility(
+                limit, batch.document, owner, position[..., None], batch.position, self.backbone.window
+            )
+            # Without a window the context mask is the same at every step.
+            key = k if self.backbone.window is not None or source.is_cuda else 0
+            if key not in masks:
+                shape = (*anchors.shape, 1, T, k)
+                masks = {key: block_mask(visible, shape) if source.is_cuda else visible.context_mask(T, 1)}
+            feature = self.step(feature, tokens[..., k], position, context, own, masks[key], first=k == 0)
+            outputs.append(feature)
+        return assemble(batch, self.norm(torch.stack(outputs, 2)))
+
+    def context(self, source: Tensor, after: Int[Tensor, "B T"], batch: Batch) -> Pairs:
+        """Step-1 keys and values of every position and layer: a causal pass (the last layer needs no queries)."""
+        embedding = self.tables.embed(after)
+        x, rope = self.enter(source, embedding), self.rope(batch.position, source.dtype)
+        pairs, mask = [], None
+        for i, layer in enumerate(self.layers):
+            y = layer.normed(x, embedding)
+            pairs.append(layer.self_attn.keys_values(y, rope))
+            if i + 1 == len(self.layers):
+                break
+            if mask is None:
+                rows = torch.arange(y.shape[1], device=y.device).expand(batch.tokens.shape)
+                position, window = batch.position, self.backbone.window
+                seen = Visibility(rows + 1, batch.document, batch.document, position[..., None], position, window)
+                mask = seen.context_mask(y.shape[1], 1)
+            query = layer.self_attn.queries(y, rope)[:, :, None]
+            x = layer.finish(x, attend(query, pairs[-1], None, mask, self.backbone.scale)[:, :, 0])
+        return pairs
+
+    def step(
+        self,
+        feature: Float[Tensor, "B N D"],
+        tokens: Int[Tensor, "B N"],
+        position: Int[Tensor, "B N"],
+        context: Pairs,
+        own: list[Pairs],
+        mask,
+        first: bool,
+    ) -> Float[Tensor, "B N D"]:
+        """One step of every chain; appends its keys to `own` unless they are already among the context's."""
+        embedding, rope = self.tables.embed(tokens), self.rope(position, feature.dtype)
+        x = self.enter(feature, embedding)
+        for i, layer in enumerate(self.layers):
+            y = layer.normed(x, embedding)
+            query = layer.self_attn.queries(y, rope)[:, :, None]
+            if not first:
+                own[i].append(layer.self_attn.keys_values(y, rope))
+            mine = tuple(torch.stack(side, 2) for side in zip(*own[i], strict=True)) or None
+            run = attend if isinstance(mask, Tensor) else attend_flex
+            x = layer.finish(x, run(query, context[i], mine, mask, self.backbone.scale)[:, :, 0])
+        return x
+
+    def commit(self, state: State, context: Context, tokens: Int[Tensor, "B S"]) -> State:
+        source = self.source(context.taps, context.last)
+        counts = context.lengths
+        last = source[torch.arange(len(tokens), device=tokens.device), counts - 1]
+        if state.feature is None:
+            feature, after, counts = source[:, :-1], tokens[:, 1:], counts - 1
+        else:
+            feature, after = torch.cat([state.feature[:, None], source[:, :-1]], 1), tokens
+        state.feature = last
+        cache, new = state.cache, feature.shape[1]
+        embedding = self.tables.embed(after)
+        position = cache.lengths[:, None] + torch.arange(new, device=tokens.device)
+        x, rope, mask = self.enter(feature, embedding), self.rope(position, feature.dtype), None
+        for i, layer in enumerate(self.layers):
+            y = layer.normed(x, embedding)
+            stored = cache.write(i, *layer.self_attn.keys_values(y, rope))
+            if i + 1 == len(self.layers):
+                break
+            mask = self._in_window(cache.visible(new), position[:, None]) if mask is None else mask
+            query = layer.self_attn.queries(y, rope)[:, None]
+            x = layer.finish(x, attend(query, stored, None, mask, self.backbone.scale)[:, 0])
+        cache.advance(counts)
+        return state
+
+    def propose(self, state: State, anchor: Int[Tensor, " B"], sample: Sample, slots: int | None = None) -> Proposal:
+        feature, token = state.feature[:, None], anchor
+        context = [state.cache.read(i) for i in range(len(self.layers))]
+        own: list[Pairs] = [[] for _ in self.layers]
+        hidden, previous, probabilities = [], [anchor], []
+        for k in range(self.block_size if slots is None else min(slots, self.block_size)):
+            position = (state.cache.lengths + k)[:, None]
+            mask = self._in_window(state.cache.visible(), position[..., None])
+            feature = self.step(feature, token[:, None], position, context, own, mask, first=False)
+            hidden.append(self.norm(feature))
+            tokens, drawn = sample(self.project(self.features(hidden[-1], token[:, None])))
+            token = self.to_target(tokens[:, 0])
+            previous.append(token)
+            probabilities.append(drawn)
+        tokens = torch.stack(previous, 1)
+        drawn = None if probabilities[0] is None else self.widen(torch.cat(probabilities, 1))
+        return Proposal(tokens[:, 1:], drawn, self.confidence(torch.cat(hidden, 1), tokens[:, :-1]))
+
+    def _in_window(self, mask: Tensor, position: Int[Tensor, "B n q"]) -> Tensor:
+        """Hide stored keys beyond the sliding window; row t of the cache holds rope position t."""
+        if self.backbone.window is None:
+            return mask
+        stored = torch.arange(mask.shape[-1], device=mask.device)
+        return mask & (position[..., None] - stored < self.backbone.window)
