@@ -1,0 +1,135 @@
+"""Run folders on disk: where they lie, and what one of them says about itself.
+
+A run folder holds config.yaml, provenance.json, metrics.jsonl, summary.json and, where prompts were decoded,
+records.parquet.
+"""
+
+from __future__ import annotations
+
+import glob
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import yaml
+
+from analysis.records import Table, read_table
+
+SCHEMA = "specbench.run/1"
+FINISHED = "finished"
+KINDS = ("target", "train", "evaluate", "speed", "serve")
+MARKS = ("summary.json", "config.yaml", "provenance.json", "records.parquet")
+YAML_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+
+
+def find(source: str) -> list[Path]:
+    """Run folders at or below `source` (a folder or a glob pattern), sorted, each once."""
+    starts = sorted(glob.glob(source)) if glob.has_magic(source) else [source]
+    if not starts or not all(os.path.isdir(start) for start in starts):
+        raise ValueError(f"runs={source} is not a folder; name a run folder or a folder above some")
+    found = sorted({Path(os.path.realpath(folder)) for start in starts for folder in _walk(start)})
+    if not found:
+        raise ValueError(f"runs={source} holds no run folder (none of {', '.join(MARKS)} lies below it)")
+    return found
+
+
+def _walk(folder: str) -> Iterator[str]:
+    entries = list(os.scandir(folder))
+    if any(entry.name in MARKS for entry in entries):
+        yield folder
+        return
+    for entry in entries:
+        if entry.is_dir() and not entry.name.startswith("."):
+            yield from _walk(entry.path)
+
+
+def read_run(folder: Path) -> tuple[dict[str, Any], Table | None, str | None]:
+    """One row of `Runs.runs`, the records if there are any, and the reason why it cannot be used, if so."""
+    row: dict[str, Any] = {"run": folder.name, "kind": None, "path": str(folder), "status": "no summary.json"}
+    try:
+        summary = _json(folder / "summary.json")
+        config = _yaml(folder / "config.yaml")
+        provenance = _json(folder / "provenance.json")
+        schema = summary.get("schema", SCHEMA)
+        if schema != SCHEMA:
+            return row, None, f"summary.json has schema {schema!r}, this version reads {SCHEMA!r}"
+        kind = summary.get("kind") or (folder.parent.name if folder.parent.name in KINDS else None)
+        records = folder / "records.parquet"
+        row |= {"run": summary.get("name", folder.name), "kind": kind}
+        if summary:
+            row["status"] = summary.get("status", "no status in summary.json")
+        for key in ("method", "target", "suite"):
+            named = summary.get(key, config.get(key))
+            row[key] = named if named is None or isinstance(named, str) else None
+        row |= {key: value for key, value in flatten(config) if key not in row}
+        row |= dict(flatten(summary, "summary."))
+        row |= dict(flatten(provenance, "provenance."))
+        if not records.exists():
+            missing = kind == "evaluate" and row["status"] == FINISHED
+            return row, None, "no records.parquet although the evaluation finished" if missing else None
+        return row, read_table(records), None
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        return row, None, " ".join(str(error).split())
+
+
+def metrics(runs: pd.DataFrame) -> pd.DataFrame:
+    """metrics.jsonl of every run in `runs` in long form: source, step, name, value (numbers only).
+
+    A last line that a killed process left half written is dropped; a broken line before it is an error.
+    """
+    parts = []
+    for source, path in runs["path"].items():
+        file = Path(path) / "metrics.jsonl"
+        if not file.exists():
+            continue
+        lines = file.read_text().splitlines()
+        rows = []
+        for number, line in enumerate(lines, 1):
+            try:
+                rows.append(json.loads(line))
+            except json.JSONDecodeError as error:
+                if number == len(lines):
+                    break
+                raise ValueError(f"{file}, line {number} is not JSON ({error}); the file is damaged") from error
+        frame = pd.DataFrame(rows)
+        step = next((key for key in ("trainer/global_step", "global_step", "step") if key in frame), None)
+        if step is None:
+            continue
+        numbers = frame.select_dtypes("number").melt(step, var_name="name", value_name="value").dropna()
+        parts.append(numbers.rename(columns={step: "step"}).assign(source=source))
+    return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=["step", "name", "value", "source"])
+
+
+def flatten(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Nested mappings as (dotted key, leaf); lists become tuples so that they can be grouped by."""
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            yield from flatten(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", _hashable(value)
+
+
+def _hashable(value: Any) -> Any:
+    if isinstance(value, list):
+        return tuple(_hashable(item) for item in value)
+    return tuple(sorted(flatten(value))) if isinstance(value, dict) else value
+
+
+def _json(file: Path) -> dict[str, Any]:
+    try:
+        return _mapping(file, json.loads(file.read_text()) if file.exists() else {})
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{file.name} is not JSON: {error}") from error
+
+
+def _yaml(file: Path) -> dict[str, Any]:
+    return _mapping(file, yaml.load(file.read_text(), YAML_LOADER) or {} if file.exists() else {})
+
+
+def _mapping(file: Path, content: Any) -> dict[str, Any]:
+    if not isinstance(content, dict):
+        raise ValueError(f"{file.name} holds no mapping")
+    return content

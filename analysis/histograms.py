@@ -1,0 +1,173 @@
+"""From (proposed, accepted, count) histograms to sums over prompts, and from sums to the quantities of the laboratory.
+
+Axes: P prompts, K slots, F summed features; leading `axes` of a quantity are whatever was resampled or grouped.
+
+A prompt is one cluster: all its turns, seeds and runs are summed into one row, because its rounds are not independent.
+Every quantity is a function of column sums, so a bootstrap resamples rows and never looks at a round again.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Float, Int
+
+
+@dataclass(frozen=True)
+class Counts:
+    """What the rounds of P prompts add up to. A prompt without rounds keeps its row of zeros.
+
+    `offered[p, k-1]` counts rounds that proposed at least k tokens; `reached` those of them that accepted at least
+    k-1; `passed` those that accepted at least k. `committed` is counted by the decoder (a stop token adds no bonus).
+    """
+
+    prompts: np.ndarray  # (P,) sorted and distinct
+    committed: Float[np.ndarray, " P"]
+    rounds: Float[np.ndarray, " P"]
+    proposed: Float[np.ndarray, " P"]
+    accepted: Float[np.ndarray, " P"]
+    offered: Float[np.ndarray, "P K"]
+    reached: Float[np.ndarray, "P K"]
+    passed: Float[np.ndarray, "P K"]
+
+    @property
+    def slots(self) -> int:
+        """K, the longest proposal seen."""
+        return self.offered.shape[1]
+
+    def features(self) -> Float[np.ndarray, "P F"]:
+        """The columns that a bootstrap sums, read back by `Sums`; F = 6 + 3K."""
+        has = self.rounds > 0
+        ratio = np.divide(self.committed, self.rounds, out=np.zeros_like(self.committed), where=has)
+        scalars = [self.committed, self.rounds, self.proposed, self.accepted, ratio, has.astype(float)]
+        return np.concatenate([np.stack(scalars, 1), self.offered, self.reached, self.passed], 1)
+
+    def total(self) -> Sums:
+        """Sums over every prompt: the point estimates."""
+        return Sums(self.features().sum(0))
+
+    def take(self, prompts: np.ndarray) -> Counts:
+        """The rows of `prompts` (each must be here), in that order."""
+        rows = np.searchsorted(self.prompts, prompts)
+        fields = ("committed", "rounds", "proposed", "accepted", "offered", "reached", "passed")
+        return Counts(self.prompts[rows], *(getattr(self, field)[rows] for field in fields))
+
+
+@dataclass(frozen=True)
+class Sums:
+    """Column sums of `Counts.features()` with any leading axes, and the quantities that follow from them."""
+
+    values: Float[np.ndarray, "*axes F"]
+
+    def _slot(self, which: int) -> Float[np.ndarray, "*axes K"]:
+        slots = (self.values.shape[-1] - 6) // 3
+        return self.values[..., 6 + which * slots : 6 + (which + 1) * slots]
+
+    @property
+    def offered(self) -> Float[np.ndarray, "*axes K"]:
+        return self._slot(0)
+
+    @property
+    def reached(self) -> Float[np.ndarray, "*axes K"]:
+        return self._slot(1)
+
+    @property
+    def passed(self) -> Float[np.ndarray, "*axes K"]:
+        return self._slot(2)
+
+    @property
+    def accepted_length(self) -> Float[np.ndarray, "*axes"]:
+        """Tokens committed / rounds, pooled over rounds (the published definition)."""
+        return ratio(self.values[..., 0], self.values[..., 1])
+
+    @property
+    def accepted_length_per_prompt(self) -> Float[np.ndarray, "*axes"]:
+        """Mean over prompts of each prompt's own committed / rounds; prompts without rounds have no ratio."""
+        return ratio(self.values[..., 4], self.values[..., 5])
+
+    @property
+    def acceptance_rate(self) -> Float[np.ndarray, "*axes"]:
+        """Tokens accepted / tokens proposed."""
+        return ratio(self.values[..., 3], self.values[..., 2])
+
+    @property
+    def verified_per_round(self) -> Float[np.ndarray, "*axes"]:
+        """Tokens that the target checks in a round: the proposal and the anchor."""
+        return ratio(self.values[..., 2] + self.values[..., 1], self.values[..., 1])
+
+    @property
+    def survival(self) -> Float[np.ndarray, "*axes K"]:
+        """Rounds that accepted at least k / rounds that proposed at least k."""
+        return ratio(self.passed, self.offered)
+
+    @property
+    def conditional(self) -> Float[np.ndarray, "*axes K"]:
+        """Rounds that accepted at least k / rounds that proposed at least k and accepted at least k-1."""
+        return ratio(self.passed, self.reached)
+
+    @property
+    def suffix_decay(self) -> Float[np.ndarray, "*axes"]:
+        """Least-squares slope of log conditional@k over k, weighted by n_k (see `suffix_decay` below)."""
+        return suffix_decay(self.conditional, self.reached)
+
+
+def ratio(numerator: np.ndarray, denominator: np.ndarray) -> np.ndarray:
+    """Elementwise division, NaN where there is nothing to divide by."""
+    shape = np.broadcast_shapes(np.shape(numerator), np.shape(denominator))
+    return np.divide(numerator, denominator, out=np.full(shape, np.nan), where=np.asarray(denominator) > 0)
+
+
+def suffix_decay(
+    conditional: Float[np.ndarray, "*axes K"], n: Float[np.ndarray, "*axes K"]
+) -> Float[np.ndarray, "*axes"]:
+    """Weighted least-squares slope of log conditional@k over k = 1..K with weights n_k, per slot.
+
+    A slot that nothing reached, or at which nothing was ever accepted (its logarithm does not exist), carries no
+    weight; NaN when fewer than two slots are left. Below zero: later slots are worse.
+    """
+    usable = (n > 0) & (np.nan_to_num(conditional) > 0)
+    weight = np.where(usable, n, 0.0)
+    level = np.log(np.where(usable, conditional, 1.0))
+    slot = np.arange(1, conditional.shape[-1] + 1, dtype=float)
+    total = weight.sum(-1, keepdims=True)
+    centred = slot - ratio((weight * slot).sum(-1, keepdims=True), total)
+    spread = np.nansum(weight * centred**2, -1)
+    slope = np.nansum(weight * centred * level, -1)
+    return ratio(slope, np.where(usable.sum(-1) >= 2, spread, 0.0))
+
+
+def count(
+    prompts: np.ndarray,
+    committed: np.ndarray,
+    cell_record: Int[np.ndarray, " C"],
+    cell_proposed: Int[np.ndarray, " C"],
+    cell_accepted: Int[np.ndarray, " C"],
+    cell_count: Int[np.ndarray, " C"],
+) -> Counts:
+    """Sum records into one row a prompt.
+
+    Args:
+        prompts: (records,) key of each record's prompt; equal keys are one cluster.
+        committed: (records,) tokens committed.
+        cell_record, cell_proposed, cell_accepted, cell_count: the histograms in long form, C cells; `cell_record` is
+            the position of the record that a cell belongs to.
+    """
+    keys, cluster = np.unique(prompts, return_inverse=True)
+    slots = int(cell_proposed.max(initial=0))
+    width = (slots + 1) ** 2
+    index = cluster[cell_record] * width + cell_proposed * (slots + 1) + cell_accepted
+    histogram = np.bincount(index, weights=cell_count, minlength=len(keys) * width).reshape(len(keys), width)
+    proposed, accepted = np.divmod(np.arange(width), slots + 1)
+    slot = np.arange(1, slots + 1)
+    offers = proposed[:, None] >= slot
+    return Counts(
+        prompts=keys,
+        committed=np.bincount(cluster, weights=committed, minlength=len(keys)),
+        rounds=histogram.sum(1),
+        proposed=histogram @ proposed.astype(float),
+        accepted=histogram @ accepted.astype(float),
+        offered=histogram @ offers.astype(float),
+        reached=histogram @ (offers & (accepted[:, None] >= slot - 1)).astype(float),
+        passed=histogram @ (accepted[:, None] >= slot).astype(float),
+    )

@@ -1,0 +1,176 @@
+"""Read runs from folders and W&B projects into one typed frame; filter and group it.
+
+What cannot be used (unfinished, broken, seen twice) is kept by name in `Runs.faults`.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from analysis import remote
+from analysis.folders import FINISHED, find, read_run
+from analysis.histograms import Counts, count
+from analysis.records import check, concatenate
+
+TRAINING_SEEDS = ("summary.training_seed", "training_seed", "seed")
+
+
+@dataclass(frozen=True)
+class Runs:
+    """Everything that was read.
+
+    `records`: one row a prompt and turn (the columns of records.parquet without the histogram; `source` = index of
+    its run in `runs`, `prompt` = one number a prompt, the same in every run). `cells`: the histograms in long form
+    (record, proposed, accepted, count), `record` = row in `records`, ascending. `runs`: one row a run: run, kind,
+    path, status, method, target, suite, then every config key with dots, then summary.json under `summary.` and
+    provenance.json under `provenance.`. `faults`: path and reason of everything that was found and is not in `runs`.
+    """
+
+    records: pd.DataFrame
+    cells: pd.DataFrame
+    runs: pd.DataFrame
+    faults: pd.DataFrame
+
+    def column(self, key: str) -> pd.Series:
+        """`key` for every record: a record column, a config key with dots, `summary.KEY` or `provenance.KEY`."""
+        if key in self.records:
+            return self.records[key]
+        self._known(key)
+        return self.runs[key].reindex(self.records["source"]).set_axis(self.records.index)
+
+    def training_seeds(self) -> pd.Series:
+        """The seed that each record's draft was trained with: `training_seed` of the summary or the config, else the
+        run's `seed`, else the seed of its decoding."""
+        seeds = self.records["seed"].astype(object)
+        for key in reversed(TRAINING_SEEDS):
+            if key in self.runs:
+                seeds = self.column(key).astype(object).where(lambda known: known.notna(), seeds)
+        return seeds
+
+    def where(self, filters: str | Sequence[str] = ()) -> Runs:
+        """Keep what passes every filter `key=value`, `key=one,two` or `key!=value`; several are joined by 'and'."""
+        kept = self
+        for text in filters.split() if isinstance(filters, str) else filters:
+            kept = kept._filter(text)
+        return kept
+
+    def _filter(self, text: str) -> Runs:
+        key, sign, value = text.partition("=")
+        if not sign or not key.rstrip("!") or not value:
+            raise ValueError(f"filter {text!r} is not of the form key=value; write e.g. target=qwen3_4b")
+        negate = key.endswith("!")
+        key = key.rstrip("!")
+        wanted = {normal(part) for part in value.split(",")}
+        self._known(key)
+        runs = _among(self.runs[key], wanted) ^ negate if key in self.runs else np.zeros(len(self.runs), bool)
+        if key not in self.records:
+            return self._take(np.flatnonzero(np.isin(self.records["source"], self.runs.index[runs])), runs)
+        # Where a run has records, what they say counts.
+        rows = np.flatnonzero(_among(self.records[key], wanted) ^ negate)
+        recorded = np.isin(self.runs.index, self.records["source"])
+        return self._take(rows, np.where(recorded, np.isin(self.runs.index, self.records["source"].iloc[rows]), runs))
+
+    def _known(self, key: str) -> None:
+        known = [str(name) for name in (*self.records.columns, *self.runs.columns)]
+        if key not in known:
+            near = difflib.get_close_matches(key, known, 1, 0.5)
+            hint = f"did you mean {near[0]!r}?" if near else "the keys are those of the runs' config.yaml"
+            raise ValueError(f"no run has the key {key!r}; {hint}")
+
+    def _take(self, rows: np.ndarray, runs: np.ndarray) -> Runs:
+        """The records at ascending positions `rows` and the runs where `runs` is true."""
+        edges = np.searchsorted(self.cells["record"], np.arange(len(self.records) + 1))
+        starts, sizes = edges[:-1][rows], np.diff(edges)[rows]
+        ends = np.cumsum(sizes)
+        places = np.repeat(starts - (ends - sizes), sizes) + np.arange(sizes.sum())
+        cells = self.cells.iloc[places].assign(record=np.repeat(np.arange(len(rows)), sizes)).reset_index(drop=True)
+        return replace(self, records=self.records.iloc[rows].reset_index(drop=True), cells=cells, runs=self.runs[runs])
+
+    def groups(self, keys: Sequence[str]) -> Iterator[tuple[dict[str, Any], Runs]]:
+        """The records split by the values of `keys`, sorted; a missing value is a group of its own, named None."""
+        frame = pd.DataFrame({key: _groupable(self.column(key)) for key in keys})
+        for values, rows in frame.groupby(list(keys), dropna=False, sort=True).indices.items():
+            values = values if isinstance(values, tuple) else (values,)
+            named = {key: None if pd.isna(value) else value for key, value in zip(keys, values, strict=True)}
+            yield named, self._take(np.sort(rows), np.isin(self.runs.index, self.records["source"].iloc[rows]))
+
+    def counts(self) -> Counts:
+        """Sums over prompts of all records here: the input of every statistic."""
+        cells = (self.cells[name].to_numpy() for name in ("record", "proposed", "accepted", "count"))
+        return count(self.records["prompt"].to_numpy(), self.records["committed"].to_numpy(), *cells)
+
+
+def load(
+    sources: str | os.PathLike[str] | Iterable[str | os.PathLike[str]],
+    filters: str | Sequence[str] = (),
+    cache: str | os.PathLike[str] = "outputs/wandb",
+    unfinished: bool = False,
+) -> Runs:
+    """Read every run below `sources`: folders, glob patterns and `wandb:entity/project`, in any mix.
+
+    Args:
+        cache: where the files of W&B runs are kept, in the shape of run folders.
+        unfinished: also read runs whose status is not finished (otherwise they are among the faults).
+
+    Raises:
+        ValueError: a source does not exist or holds no run; a record contradicts its own histogram.
+    """
+    folders: dict[Path, None] = {}
+    for source in [sources] if isinstance(sources, (str, os.PathLike)) else sources:
+        text = os.fspath(source)
+        found = remote.fetch(text, Path(cache)) if text.startswith(remote.PREFIX) else find(text)
+        folders.update(dict.fromkeys(found))
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        read = list(pool.map(read_run, folders))
+    rows, tables, faults, seen = [], [], [], {}
+    for folder, (row, table, fault) in zip(folders, read, strict=True):
+        if fault is None and row["status"] != FINISHED and not unfinished:
+            fault = f"unfinished (status: {row['status']})"
+        identity = table.identity() if fault is None and table is not None else None
+        if identity in seen and identity is not None:
+            fault = f"the same run as {seen[identity]}"
+        if fault is not None:
+            faults.append({"path": str(folder), "reason": fault})
+            continue
+        if table is not None:
+            seen[identity] = str(folder)
+            tables.append((len(rows), table))
+        rows.append(row)
+    runs = pd.DataFrame(rows) if rows else pd.DataFrame(columns=["run", "kind", "path", "status", "method", "target"])
+    records, cells = concatenate(tables)
+    check(records, cells)
+    return Runs(records, cells, runs, pd.DataFrame(faults, columns=["path", "reason"])).where(filters)
+
+
+def normal(value: Any) -> str:
+    """One spelling for what a filter and a file may write differently: 1 and 1.0, true and True, null and None."""
+    if value is None or value is pd.NA or (isinstance(value, float) and np.isnan(value)):
+        return "null"
+    text = str(value).strip()
+    try:
+        return repr(float(text))
+    except ValueError:
+        return {"none": "null", "": "null"}.get(text.lower(), text.lower())
+
+
+def _groupable(series: pd.Series) -> pd.Series:
+    """Without unused categories, and lists or mixed types as text, so that groups can be formed and sorted."""
+    values = series.astype(object)
+    kinds = {type(value) for value in values.dropna().unique()}
+    if kinds <= {str} or all(issubclass(kind, (int, float, np.number, np.bool_)) for kind in kinds):
+        return values
+    return values.map(str, na_action="ignore")
+
+
+def _among(series: pd.Series, wanted: set[str]) -> np.ndarray:
+    codes, values = pd.factorize(series.astype(object), use_na_sentinel=False)
+    return np.array([normal(value) in wanted for value in values], bool)[codes] if len(codes) else np.zeros(0, bool)
