@@ -16,9 +16,9 @@ import torch
 
 SOURCE = Path(__file__).resolve().parents[1]
 PACKAGES = (
-    "specbench torch lightning transformers tokenizers datasets webdataset wandb hydra-core omegaconf torchmetrics "
-    "safetensors numpy pandas pyarrow scipy zstandard xxhash"
-).split()
+    *("specbench", "torch", "lightning", "transformers", "tokenizers", "datasets", "webdataset", "torchmetrics"),
+    *("hydra-core", "omegaconf", "wandb", "safetensors", "numpy", "pandas", "pyarrow", "scipy", "zstandard", "xxhash"),
+)
 
 
 def provenance(

@@ -32,7 +32,10 @@ from specbench.atomic import json_line, plain, replacing, write_json, write_text
 
 SCHEMA = "specbench.run/1"
 KINDS = ("target", "train", "evaluate", "speed", "serve")
-WRITTEN = ("summary.json", "metrics.jsonl", "rounds.jsonl", "records.parquet", "provenance.json", "dirty.diff")
+WRITTEN = (
+    *("summary.json", "metrics.jsonl", "rounds.jsonl", "records.parquet"),
+    *("provenance.json", "dirty.diff", "tracking.json"),
+)
 
 COLUMNS = pa.schema(
     [
@@ -85,7 +88,7 @@ class RunFolder:
 
     def open(self) -> RunFolder:
         """Create or continue the folder: config.yaml is written and the status becomes `running`."""
-        old = {} if self._fresh else _read_json(self.path / "summary.json", {})
+        old = {} if self._fresh else read_json(self.path / "summary.json", {})
         self._not_finite = old.get("metrics_not_finite", 0)
         starts = [*old.get("starts", []), round(time.time(), 3)]
         # Headline metrics of an earlier attempt are not this one's: they come back when the run finishes.
@@ -142,7 +145,7 @@ class RunFolder:
     def write_provenance(self, facts: Mapping[str, Any], diff: str | None = None) -> None:
         """Write provenance.json, and the uncommitted changes as dirty.diff. Facts written before are kept beside."""
         if self.writes:
-            old = _read_json(self.path / "provenance.json", {})
+            old = read_json(self.path / "provenance.json", {})
             write_json(self.path / "provenance.json", {**old, **facts})
             if diff:
                 write_text(self.path / "dirty.diff", diff)
@@ -196,7 +199,8 @@ def read_lines(path: str | Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
 
 
-def _read_json(path: Path, default: Any) -> Any:
+def read_json(path: Path, default: Any) -> Any:
+    """The content of a JSON file, or `default` where there is none."""
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else default
 
 
