@@ -172,7 +172,7 @@ def assemble(batch: Batch, hidden: Float[Tensor, "B N K D"]) -> Blocks:
     index, before, mask = slot_positions(batch, hidden.shape[2])
     return Blocks(
         hidden=hidden,
-        target=take(batch.last, before),
+        target=take(batch.last, (index - 1).clamp_min(0)),
         previous=take(batch.tokens, before),
         labels=take(batch.tokens, index),
         mask=mask,

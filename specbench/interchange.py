@@ -152,7 +152,11 @@ def build_draft(
     unknown = sorted(set(tensors) - set(expected))
     if missing or unknown:
         raise FormatError(f"draft checkpoint does not fit {kind.__name__}: missing {missing}, unknown {unknown}")
-    wrong = [f"{k} {tuple(tensors[k].shape)}, not {tuple(expected[k].shape)}" for k in tensors if tensors[k].shape != expected[k].shape]
+    wrong = [
+        f"{k} {tuple(tensors[k].shape)}, not {tuple(expected[k].shape)}"
+        for k in tensors
+        if tensors[k].shape != expected[k].shape
+    ]
     if wrong:
         raise FormatError(f"draft checkpoint has other shapes than its config.json says: {'; '.join(wrong)}")
     draft.load_state_dict(dict(tensors), strict=False)

@@ -58,6 +58,9 @@ class Draft(nn.Module):
     `anchors_per_sample` is the number of anchors that training draws from a conversation (None: every valid one).
     """
 
+    # The released evaluator ends an Eagle3 proposal at its first proposed stop token (accounting "deepspec" only).
+    halts_on_stop = False
+
     def __init__(
         self,
         backbone: Backbone,

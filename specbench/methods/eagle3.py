@@ -20,6 +20,7 @@ class Eagle3(RecurrentDraft):
     """Feature fusion over C taps, then one paired layer."""
 
     paired = True
+    halts_on_stop = True
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)

@@ -46,7 +46,11 @@ class ParallelDraft(Draft):
         if not 0 <= mask_token_id < backbone.vocab_size:
             raise ValueError(f"mask_token_id={mask_token_id} is outside the vocabulary of {backbone.vocab_size}")
         D, eps = backbone.hidden_size, backbone.norm_eps
-        self.mask_token_id, self.sample_from_anchor, self.checkpointing = mask_token_id, sample_from_anchor, checkpointing
+        self.mask_token_id, self.sample_from_anchor, self.checkpointing = (
+            mask_token_id,
+            sample_from_anchor,
+            checkpointing,
+        )
         self.fc = nn.Linear(len(self.target_layer_ids) * D, D, bias=False)
         self.hidden_norm, self.norm = nn.RMSNorm(D, eps=eps), nn.RMSNorm(D, eps=eps)
         self.layers = nn.ModuleList(Layer(backbone) for _ in range(layers))
