@@ -8,6 +8,7 @@ Every quantity is a function of column sums, so a bootstrap resamples rows and n
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -171,3 +172,17 @@ def count(
         reached=histogram @ (offers & (accepted[:, None] >= slot - 1)).astype(float),
         passed=histogram @ (accepted[:, None] >= slot).astype(float),
     )
+
+
+def join(parts: Sequence[Counts]) -> Counts:
+    """The prompts of several benchmarks in one; no prompt may stand in two of them."""
+    slots = max(part.slots for part in parts)
+
+    def wide(values: np.ndarray) -> np.ndarray:
+        return np.pad(values, ((0, 0), (0, slots - values.shape[1]))) if values.ndim == 2 else values
+
+    fields = ("prompts", "committed", "rounds", "proposed", "accepted", "offered", "reached", "passed")
+    columns = [np.concatenate([wide(getattr(part, field)) for part in parts]) for field in fields]
+    order = np.argsort(columns[0])
+    assert len(np.unique(columns[0])) == len(order), "a prompt stands in two benchmarks"
+    return Counts(*(column[order] for column in columns))

@@ -53,7 +53,7 @@ class Table:
 
 def read_table(file: Path) -> Table:
     """Read one records.parquet; a missing column or one of the wrong type is an error that names it."""
-    with pq.ParquetFile(file) as parquet:
+    with pq.ParquetFile(file, pre_buffer=False, memory_map=True) as parquet:
         present = set(parquet.schema_arrow.names)
         missing = [name for name in (*SCHEMA.names, "histogram") if name not in present]
         if missing:

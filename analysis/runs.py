@@ -95,13 +95,17 @@ class Runs:
         cells = self.cells.iloc[places].assign(record=np.repeat(np.arange(len(rows)), sizes)).reset_index(drop=True)
         return replace(self, records=self.records.iloc[rows].reset_index(drop=True), cells=cells, runs=self.runs[runs])
 
+    def pick(self, rows: np.ndarray) -> Runs:
+        """The records at ascending positions `rows`, and their runs."""
+        return self._take(rows, np.isin(self.runs.index, self.records["source"].iloc[rows]))
+
     def groups(self, keys: Sequence[str]) -> Iterator[tuple[dict[str, Any], Runs]]:
         """The records split by the values of `keys`, sorted; a missing value is a group of its own, named None."""
         frame = pd.DataFrame({key: _groupable(self.column(key)) for key in keys})
         for values, rows in frame.groupby(list(keys), dropna=False, sort=True).indices.items():
             values = values if isinstance(values, tuple) else (values,)
             named = {key: None if pd.isna(value) else value for key, value in zip(keys, values, strict=True)}
-            yield named, self._take(np.sort(rows), np.isin(self.runs.index, self.records["source"].iloc[rows]))
+            yield named, self.pick(np.sort(rows))
 
     def counts(self) -> Counts:
         """Sums over prompts of all records here: the input of every statistic."""

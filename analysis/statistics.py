@@ -17,7 +17,7 @@ import numpy as np
 from jaxtyping import Float
 from scipy import special
 
-from analysis.histograms import Counts, Sums
+from analysis.histograms import Counts, Sums, ratio
 
 LEVEL = 0.95
 RESAMPLES = 2000
@@ -136,15 +136,22 @@ def common(a: Counts, b: Counts, minimum: float = MINIMUM_SHARED) -> tuple[np.nd
 
 
 def macro_draws(
-    strata: Sequence[Counts], resamples: int = RESAMPLES, seed: int = 0
+    strata: Sequence[Counts], resamples: int = RESAMPLES, seed: int = 0, memo: dict[tuple, np.ndarray] | None = None
 ) -> tuple[float, Float[np.ndarray, " R"]]:
-    """Unweighted mean of the strata's accepted lengths (a stratum is a benchmark) and its draws, each stratum resampled
-    on its own."""
+    """Unweighted mean of the strata's accepted lengths (a stratum is a benchmark) and its draws.
+
+    Each stratum is resampled on its own. `memo` keeps draws between calls: tables of many pairs ask for the same ones.
+    """
+    memo = {} if memo is None else memo
     value = float(np.mean([counts.total().accepted_length for counts in strata]))
-    draws = [
-        Sums(resample(counts.features()[:, :6], resamples, stratum_seed(seed, i))).accepted_length
-        for i, counts in enumerate(strata)
-    ]
+    draws = []
+    for index, counts in enumerate(strata):
+        sums = np.stack([counts.committed, counts.rounds], 1)
+        key = (index, resamples, seed, sums.tobytes())
+        if key not in memo:
+            drawn = resample(sums, resamples, stratum_seed(seed, index))
+            memo[key] = ratio(drawn[:, 0], drawn[:, 1])
+        draws.append(memo[key])
     return value, np.mean(draws, 0)
 
 
@@ -166,12 +173,14 @@ def difference(
     resamples: int = RESAMPLES,
     seed: int = 0,
     minimum: float = MINIMUM_SHARED,
+    memo: dict[tuple, np.ndarray] | None = None,
 ) -> Difference:
     """Accepted length of `a` minus that of `b`, paired by prompt, over one benchmark or the macro of several.
 
     Args:
         a, b: one `Counts` a benchmark, the same benchmarks in the same order.
         minimum: least share of prompts (of their union, per benchmark) that both must have seen.
+        memo: see `macro_draws`.
 
     Raises:
         PairingError: the prompt sets differ by more than that, or the benchmarks do.
@@ -181,8 +190,8 @@ def difference(
     paired = [common(x, y, minimum) for x, y in zip(a, b, strict=True)]
     left = [counts.take(prompts) for counts, (prompts, _) in zip(a, paired, strict=True)]
     right = [counts.take(prompts) for counts, (prompts, _) in zip(b, paired, strict=True)]
-    value_a, draws_a = macro_draws(left, resamples, seed)
-    value_b, draws_b = macro_draws(right, resamples, seed)
+    value_a, draws_a = macro_draws(left, resamples, seed, memo)
+    value_b, draws_b = macro_draws(right, resamples, seed, memo)
     draws = draws_a - draws_b
     prompts = min(int(((x.rounds > 0) & (y.rounds > 0)).sum()) for x, y in zip(left, right, strict=True))
     low, high = bounds(draws, prompts)
