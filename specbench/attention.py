@@ -5,7 +5,7 @@ conversation before the anchor, and inside the sliding window if there is one) a
 `sees_context` and `sees_own` say who sees whom; `attend` evaluates them densely, `attend_flex` compiles them into a
 FlexAttention block mask on CUDA.
 
-Axes: B batch, N blocks, Q queries of a block, T context keys, S own keys, H query heads, G key-value heads, d head size.
+Axes: B batch, N blocks, Q queries of a block, T context keys, S own keys, H query and G key-value heads, d head size.
 """
 
 from __future__ import annotations

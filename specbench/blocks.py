@@ -157,7 +157,7 @@ def take(values: Tensor, index: Int[Tensor, "B ..."]) -> Tensor:
 def slot_positions(
     batch: Batch, slots: int
 ) -> tuple[Int[Tensor, "B N K"], Int[Tensor, "B N K"], Bool[Tensor, "B N K"]]:
-    """Row indices a+k and a+k-1 of every slot (clamped into the row) and the supervision mask, a prefix of each block."""
+    """Row indices a+k and a+k-1 of every slot, clamped into the row, and the supervision mask (a prefix a block)."""
     assert batch.anchors is not None, "choose anchors with with_anchors() first"
     anchors = batch.anchors.clamp_min(0)
     raw = anchors[..., None] + torch.arange(1, slots + 1, device=anchors.device)

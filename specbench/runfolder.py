@@ -28,7 +28,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import yaml
 
-from specbench.atomic import json_line, plain, replacing, write_json, write_text
+from specbench.atomic import json_line, plain, read_json, replacing, write_json, write_text
 
 SCHEMA = "specbench.run/1"
 KINDS = ("target", "train", "evaluate", "speed", "serve")
@@ -44,7 +44,7 @@ COLUMNS = pa.schema(
         ("temperature", pa.float64()),
         ("scheduler", pa.string()),
         ("accounting", pa.string()),
-        ("thinking", pa.bool_()),
+        ("thinking", pa.string()),
         ("seed", pa.int64()),
         ("prompt_tokens", pa.int64()),
         ("output_tokens", pa.int64()),
@@ -101,7 +101,7 @@ class RunFolder:
                 for folder in ("checkpoints", "draft"):
                     shutil.rmtree(self.path / folder, ignore_errors=True)
             for file in ("metrics.jsonl", "rounds.jsonl"):
-                _drop_cut_line(self.path / file)
+                drop_cut_line(self.path / file)
             write_text(self.path / "config.yaml", yaml.safe_dump(self.config, sort_keys=False, allow_unicode=True))
         self._settle("running", process=_process())
         return self
@@ -138,6 +138,8 @@ class RunFolder:
             missing, unknown = set(COLUMNS.names) - set(row), set(row) - set(COLUMNS.names)
             if missing or unknown:
                 raise ValueError(f"record {index} lacks {sorted(missing)} and has unknown columns {sorted(unknown)}")
+            if isinstance(row["thinking"], bool):
+                rows[index] = {**row, "thinking": str(row["thinking"]).lower()}
         if self.writes:
             with replacing(self.path / "records.parquet") as temporary:
                 pq.write_table(pa.Table.from_pylist([plain(row) for row in rows], schema=COLUMNS), temporary)
@@ -199,12 +201,7 @@ def read_lines(path: str | Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
 
 
-def read_json(path: Path, default: Any) -> Any:
-    """The content of a JSON file, or `default` where there is none."""
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else default
-
-
-def _drop_cut_line(path: Path) -> None:
+def drop_cut_line(path: Path) -> None:
     """Truncate a line file after its last line end, so that what is appended next starts on its own line."""
     if path.exists():
         content = path.read_bytes()

@@ -1,0 +1,105 @@
+"""Callbacks of draft training: real decoding as the judge of checkpoints, and a clean stop on signals."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Sequence
+from types import FrameType
+from typing import Any
+
+import lightning as L
+import torch
+import torch.distributed as dist
+from lightning.pytorch.callbacks import Callback
+
+from specbench.decoding import Limits, speculative_decode
+from specbench.sampling import Sampling
+from specbench.targets import Target
+
+PROBE_KEY = "probe/accepted_length"
+
+
+class DecodeProbe(Callback):
+    """Decode held-out prompts every `every` optimiser steps; the accepted length chooses the checkpoint.
+
+    Training accuracy can rise while accepted length falls, so the judge is the number that users get. The prompts
+    are split over ranks and the counts are summed. Decoding uses seeds of its own, never the training generators.
+    """
+
+    def __init__(
+        self,
+        target: Target,
+        prompts: Sequence[Sequence[int]],
+        every: int,
+        sampling: Sampling | None = None,
+        max_new_tokens: int = 64,
+        batch_size: int = 16,
+    ):
+        if not prompts:
+            raise ValueError("the decode probe has no prompt; give it some, or set probe.every=null")
+        if every < 1:
+            raise ValueError(f"probe.every={every}: probe every 1 or more steps, or set it to null")
+        self.target, self.prompts, self.every = target, prompts, every
+        self.sampling = sampling or Sampling()
+        self.limits = Limits(max_new_tokens, target.stop_token_ids, batch_size)
+        self.history: list[tuple[int, float]] = []
+
+    def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, *args: Any) -> None:
+        if trainer.global_step % self.every == 0 or trainer.global_step == trainer.max_steps:
+            self.probe(trainer, module)
+
+    def probe(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        """Run the probe now and log accepted length and rounds."""
+        rank, world = trainer.global_rank, trainer.world_size
+        mine = list(range(rank, len(self.prompts), world))
+        draft, training = module.draft, module.draft.training
+        draft.eval()
+        counts = torch.zeros(2, dtype=torch.float64, device=module.device)
+        prompts = [self.prompts[i] for i in mine]
+        for done in speculative_decode(self.target, draft, prompts, self.sampling, self.limits, seeds=mine):
+            counts += torch.tensor([sum(r.committed for r in done.rounds), len(done.rounds)], device=module.device)
+        draft.train(training)
+        if world > 1:
+            dist.all_reduce(counts)
+        length = float(counts[0] / counts[1].clamp_min(1))
+        self.history.append((trainer.global_step, length))
+        module.log(PROBE_KEY, length, prog_bar=True)
+        module.log("probe/rounds", float(counts[1]))
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"history": self.history}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.history = [tuple(entry) for entry in state["history"]]
+
+
+class GracefulStop(Callback):
+    """SIGTERM and Ctrl-C end training at the next optimiser step, with a checkpoint.
+
+    The handler only sets a flag: Lightning's own handler talks to other ranks from inside the signal and can hang.
+    """
+
+    def __init__(self) -> None:
+        self.received: int | None = None
+        self._previous: dict[int, Any] = {}
+
+    def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            self._previous[number] = signal.signal(number, self._flag)
+
+    def _flag(self, number: int, frame: FrameType | None) -> None:
+        self.received = number
+
+    def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, *args: Any) -> None:
+        asked = self.received or 0
+        if trainer.world_size > 1:
+            flag = torch.tensor(asked, device=module.device)
+            dist.all_reduce(flag, op=dist.ReduceOp.MAX)
+            asked = int(flag)
+        if asked:
+            self.received = asked
+            trainer.should_stop = True
+
+    def on_train_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)

@@ -1,0 +1,192 @@
+"""DraftTraining: one LightningModule that trains any draft method.
+
+One Lightning batch is one optimiser step: a lazy handle over its micro-batches. Every micro-batch adds a SUM of
+weighted terms; gradients are divided once by the sum of weights over all ranks and micro-batches, so long and short
+conversations, one GPU and eight, few and many micro-batches give the same step.
+
+Axes: B batch, N blocks, K slots.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import lightning as L
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from specbench.blocks import Batch, with_anchors
+from specbench.data.datamodule import Step
+from specbench.methods.draft import Draft
+from specbench.metrics import SlotMetrics
+from specbench.objective import Loss, Objective
+from specbench.tables import Tables
+
+
+def warmup_cosine(step: int, total: int, warmup: int) -> float:
+    """Learning-rate factor: linear from 0 over `warmup` steps, then half a cosine to 0 at `total`."""
+    if step < warmup:
+        return (step + 1) / warmup
+    return 0.5 * (1 + math.cos(math.pi * min(1.0, (step - warmup) / max(1, total - warmup))))
+
+
+class DraftTraining(L.LightningModule):
+    """Wraps a draft, an objective and an optimiser recipe.
+
+    `anchor_seed` and the epoch seed the anchors; `max_steps` is the length of the learning-rate schedule in optimiser
+    steps. Defaults are the published recipe: AdamW, lr 6e-4, no weight decay, warm-up 4%, cosine to 0, clip 1.0.
+    `decay` multiplies the learning rate a layer away from the head (1: off).
+    """
+
+    def __init__(
+        self,
+        draft: Draft,
+        target_tables: Tables,
+        objective: Objective,
+        max_steps: int,
+        lr: float = 6e-4,
+        betas: tuple[float, float] = (0.9, 0.999),
+        weight_decay: float = 0.0,
+        warmup: float = 0.04,
+        gradient_clip: float = 1.0,
+        layer_decay: float = 1.0,
+        anchor_seed: int = 0,
+        log_every: int = 10,
+        compile: bool = False,
+    ):
+        super().__init__()
+        self.automatic_optimization = False
+        self.strict_loading = False
+        if max_steps < 1:
+            raise ValueError(f"max_steps={max_steps}: train for at least one step")
+        self.draft, self.objective = draft, objective
+        # In a tuple, so that the target's tables are neither a second copy in checkpoints nor wrapped by a strategy.
+        self._target_tables = (target_tables,)
+        self.recipe = {"lr": lr, "betas": tuple(betas), "weight_decay": weight_decay}
+        self.max_steps, self.warmup, self.gradient_clip = max_steps, max(1, round(warmup * max_steps)), gradient_clip
+        self.layer_decay, self.anchor_seed, self.log_every = layer_decay, anchor_seed, log_every
+        self.train_slots = SlotMetrics(draft.block_size)
+        self.val_slots = SlotMetrics(draft.block_size)
+        self.supervised = 0
+        if compile:
+            self.draft.compile()
+
+    @property
+    def target_tables(self) -> Tables:
+        return self._target_tables[0]
+
+    def setup(self, stage: str) -> None:
+        self._target_tables = (self.target_tables.to(self.device),)
+
+    def configure_optimizers(self) -> Any:
+        groups = self._groups() if self.layer_decay != 1.0 else [p for p in self.draft.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(groups, **self.recipe)
+        schedule = torch.optim.lr_scheduler.LambdaLR(
+            optimizer, lambda step: warmup_cosine(step, self.max_steps, self.warmup)
+        )
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def _groups(self) -> list[dict[str, Any]]:
+        depth = len(self.draft.layers)
+        by_layer: dict[int, list[Tensor]] = {}
+        for name, parameter in self.draft.named_parameters():
+            layer = int(name.split(".")[1]) if name.startswith("layers.") else depth - 1
+            by_layer.setdefault(depth - 1 - layer, []).append(parameter)
+        lr = self.recipe["lr"]
+        return [{"params": ps, "lr": lr * self.layer_decay**away} for away, ps in sorted(by_layer.items())]
+
+    def loss(self, batch: Batch, epoch: int) -> Loss:
+        """Loss sums of one micro-batch; its anchors depend on the anchor seed, the epoch and each conversation."""
+        batch = with_anchors(batch, self.draft.anchors_per_sample, (self.anchor_seed, epoch)).to(self.device)
+        positions = int((batch.document >= 0).numel())
+        return self.objective(self.draft, self.target_tables, self.draft(batch), positions=positions)
+
+    def training_step(self, step: Step, index: int) -> None:
+        optimizer, total = self.optimizers(), torch.zeros((), dtype=torch.float64, device=self.device)
+        value = torch.zeros((), dtype=torch.float64, device=self.device)
+        optimizer.zero_grad()
+        for batch in step.micro:
+            loss = self.loss(batch, step.epoch)
+            # Not manual_backward: gradients are summed over ranks once, below, after all micro-batches.
+            loss.value.backward()
+            total += loss.weight.double()
+            value += loss.value.detach().double()
+            self.supervised += int(loss.slots.count.sum())
+            self.train_slots.update(loss.slots)
+        self._reduce(total, value)
+        if total == 0:
+            raise ValueError(
+                f"optimiser step {step.number} holds no supervised slot; the conversations are too short for a block, "
+                "or their loss masks are empty"
+            )
+        parameters = [p for p in self.draft.parameters() if p.grad is not None]
+        for parameter in parameters:
+            parameter.grad.div_(total.to(parameter.grad.dtype))
+        norm = torch.nn.utils.clip_grad_norm_(parameters, self.gradient_clip or torch.inf)
+        optimizer.step()
+        self.lr_schedulers().step()
+        mean = value / total
+        if not torch.isfinite(mean):
+            raise ValueError(f"the loss is {float(mean)} at step {step.number}; lower trainer.lr or check the cache")
+        # The progress bar and the loggers read numbers every `log_every` steps; each read costs a synchronisation.
+        if (step.number + 1) % self.log_every == 0:
+            rate = optimizer.param_groups[0]["lr"]
+            self.log_dict({"train/loss": mean.float(), "train/gradient_norm": norm, "train/lr": rate}, prog_bar=False)
+            self.log_dict({f"train/{k}": v for k, v in self.train_slots.compute().items()})
+            self.log("loss", mean.float(), prog_bar=True, logger=False)
+            self.train_slots.reset()
+
+    def _reduce(self, total: Tensor, value: Tensor) -> None:
+        """Sum gradients, weights and loss over ranks, in one flat tensor."""
+        if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+            return
+        scalars = torch.stack([total, value])
+        dist.all_reduce(scalars)
+        total.copy_(scalars[0]), value.copy_(scalars[1])
+        for parameter in self.draft.parameters():
+            if parameter.requires_grad and parameter.grad is None:
+                # A rank whose share holds no supervised slot still takes part in the sum.
+                parameter.grad = torch.zeros_like(parameter)
+        gradients = [p.grad for p in self.draft.parameters() if p.requires_grad]
+        flat = torch._utils._flatten_dense_tensors(gradients)
+        dist.all_reduce(flat)
+        for gradient, part in zip(gradients, torch._utils._unflatten_dense_tensors(flat, gradients), strict=True):
+            gradient.copy_(part)
+
+    def validation_step(self, step: Step, index: int) -> None:
+        for batch in step.micro:
+            self.val_slots.update(self.loss(batch, 0).slots)
+
+    def on_validation_epoch_end(self) -> None:
+        self.log_dict({f"val/{k}": v for k, v in self.val_slots.compute().items()})
+        self.val_slots.reset()
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """The draft alone: metrics are transient and the tables belong to the cache."""
+        full = super().state_dict(*args, **kwargs)
+        return {k: v for k, v in full.items() if not k.startswith(("train_slots.", "val_slots."))}
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["supervised"] = self.supervised
+
+    def on_load_checkpoint(self, checkpoint: Mapping[str, Any]) -> None:
+        self.supervised = checkpoint["supervised"]
+
+
+def trainable_parameters(draft: Draft) -> int:
+    """Number of trainable parameters."""
+    return sum(p.numel() for p in draft.parameters() if p.requires_grad)
+
+
+def digest(tensors: Iterable[tuple[str, Tensor]]) -> str:
+    """A digest of named tensors: the identity of a checkpoint in every record that uses it."""
+    import xxhash
+
+    state = xxhash.xxh3_128()
+    for key, value in sorted(tensors, key=lambda pair: pair[0]):
+        state.update(key.encode())
+        state.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return state.hexdigest()
