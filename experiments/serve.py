@@ -1,0 +1,80 @@
+"""Throughput against per-user speed under load, by simulation: recorded rounds replayed against a cost profile."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pandas as pd
+from hydra.utils import instantiate
+from omegaconf import DictConfig
+
+from experiments.calibrate import rounds_digest
+from experiments.progress import Progress
+from experiments.stage import Stage, container, say
+from specbench.atomic import write_json
+from specbench.calibration import Calibration
+from specbench.rounds import read_rounds
+from specbench.runfolder import RunFolder
+from specbench.serving import NOTICE, Policy, closed_loop, poisson, service_levels, workload
+
+SHOWN = ("policy", "load", "concurrency", "throughput", "interactivity", "verified_per_round", "accepted_length")
+
+
+def run(cfg: DictConfig) -> Path:
+    """Write points.{csv,json} (one row a policy and load), service_levels.csv and profile.json; returns the folder."""
+    profile = instantiate(cfg.profile)
+    policies = [_policy(name, chosen, cfg) for name, chosen in cfg.policies.items() if chosen is not None]
+    if not policies:
+        raise ValueError("policies names none; keep at least one")
+    sources = [cfg.rounds, *(p.rounds for p in cfg.policies.values() if p is not None and "rounds" in p)]
+    config = {**container(cfg), "contents": [rounds_digest(path) for path in sources]}
+    folder = RunFolder(cfg.root, "serve", cfg.name, config, fresh=cfg.force)
+    with Stage("serve", folder.path, config, force=cfg.force) as stage:
+        if stage.done:
+            return folder.path
+        say(NOTICE)
+        with folder:
+            rows = _sweep(policies, profile, cfg)
+            levels = service_levels(rows, list(cfg.floors), cfg.baseline)
+            profile.save(folder.path / "profile.json")
+            write_json(folder.path / "points.json", {"notice": NOTICE, "points": rows, "service_levels": levels})
+            pd.DataFrame(rows).to_csv(folder.path / "points.csv", index=False)
+            pd.DataFrame(levels).to_csv(folder.path / "service_levels.csv", index=False)
+            best = max(rows, key=lambda row: row["throughput"])
+            facts = {"notice": NOTICE, "profile": f"{profile.label} ({profile.source})", "points": len(rows)}
+            folder.update(simulation=True, profile_source=profile.source, **facts)
+        _print(rows, levels)
+        stage.finish(
+            {**facts, "best_throughput": best["throughput"], "best_throughput_policy": best["policy"]},
+            next="the frontier is points.csv: throughput against interactivity, a line a policy",
+        )
+    return folder.path
+
+
+def _policy(name: str, chosen: DictConfig, cfg: DictConfig) -> Policy:
+    """A policy replays its own rounds where it names some (another draft's), the common ones otherwise."""
+    rounds = chosen.rounds if "rounds" in chosen else cfg.rounds
+    calibration = chosen.calibration if "calibration" in chosen else cfg.calibration
+    loaded = None if calibration is None else Calibration.load(calibration)
+    return Policy(name, instantiate(chosen.scheduler), workload(read_rounds(rounds), loaded))
+
+
+def _sweep(policies: list[Policy], profile, cfg: DictConfig) -> list[dict]:
+    rows = []
+    with Progress("serve", len(policies) * (len(cfg.concurrency) + len(cfg.rate)), "points") as bar:
+        for policy in policies:
+            for users in cfg.concurrency:
+                rows.append(closed_loop(policy, profile, users, cfg.steps, cfg.warmup, cfg.seed))
+                bar.advance()
+            for rate in cfg.rate:
+                rows.append(poisson(policy, profile, rate, cfg.requests, cfg.max_concurrency, seed=cfg.seed))
+                bar.advance()
+    return rows
+
+
+def _print(rows: list[dict], levels: list[dict]) -> None:
+    print(NOTICE)
+    print(pd.DataFrame(rows)[list(SHOWN)].to_string(index=False, float_format="%.2f"))
+    if levels:
+        print("throughput at a floor of tokens a second and user (simulation)")
+        print(pd.DataFrame(levels).drop(columns="simulation").to_string(index=False, float_format="%.3f", na_rep="-"))
