@@ -56,6 +56,11 @@ def write_json(path: str | Path, value: Any) -> None:
     write_text(path, json.dumps(plain(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
+def read_json(path: Path, default: Any) -> Any:
+    """The content of a JSON file, or `default` where there is none."""
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else default
+
+
 def json_line(value: Any) -> str:
     """One strict JSON line with its line end. Raises ValueError on NaN or Infinity."""
     return json.dumps(plain(value), ensure_ascii=False, allow_nan=False, separators=(",", ":")) + "\n"
@@ -83,3 +88,14 @@ def plain(value: Any, where: str = "") -> Any:
     if hasattr(value, "tolist"):  # numpy and torch, scalars included
         return plain(value.tolist(), where)
     raise ValueError(f"{where or 'the value'} is of type {type(value).__name__}, which JSON cannot hold")
+
+
+def changes(then: Any, now: Any, where: str = "") -> list[str]:
+    """The leaves in which two plain trees differ, as `key.path: then -> now`."""
+    if isinstance(then, Mapping) and isinstance(now, Mapping):
+        lines = []
+        for key in [*then, *(key for key in now if key not in then)]:
+            path = f"{where}.{key}" if where else str(key)
+            lines += changes(then.get(key), now.get(key), path)
+        return lines
+    return [] if then == now else [f"{where}: {then} -> {now}"]

@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 
+from specbench.atomic import changes
+
 SOURCE = Path(__file__).resolve().parents[1]
 PACKAGES = (
     *("specbench", "torch", "lightning", "transformers", "tokenizers", "datasets", "webdataset", "torchmetrics"),
@@ -99,17 +101,6 @@ def differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """
     kept = ("code", "python", "versions", "hardware", "seeds", "cache")
     return changes({key: then.get(key) for key in kept}, {key: now.get(key) for key in kept})
-
-
-def changes(then: Any, now: Any, where: str = "") -> list[str]:
-    """The leaves in which two plain trees differ, as `key.path: then -> now`."""
-    if isinstance(then, Mapping) and isinstance(now, Mapping):
-        lines = []
-        for key in [*then, *(key for key in now if key not in then)]:
-            path = f"{where}.{key}" if where else str(key)
-            lines += changes(then.get(key), now.get(key), path)
-        return lines
-    return [] if then == now else [f"{where}: {then} -> {now}"]
 
 
 def _processor() -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import secrets
+import shutil
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -18,11 +19,13 @@ from typing import Any
 
 from lightning.pytorch.loggers import Logger, WandbLogger
 
-from specbench.atomic import plain, write_json
+from specbench.atomic import plain, read_json, replacing, write_json
 from specbench.folderlogger import FolderLogger
-from specbench.runfolder import RunFolder, read_json
+from specbench.runfolder import RunFolder
 
 MODES = ("auto", "online", "offline", "disabled")
+# W&B writes a config.yaml of its own beside these, hence the folder.
+RECORD = ("summary.json", "config.yaml", "provenance.json", "metrics.jsonl", "records.parquet")
 STEP = "trainer/global_step"
 _notices: set[str] = set()
 
@@ -185,8 +188,17 @@ class Tracking:
                 self.wandb.experiment.use_artifact(f"{name}:latest", type=kind)
 
     def finish(self, succeeded: bool = True) -> None:
-        """Close the W&B run; safe to call twice and after an error."""
-        if self.wandb is not None:
+        """Mirror the record's files under `record/` and close the W&B run; safe to call twice and after an error.
+
+        Call it after `RunFolder.finish`, so that the mirrored summary.json is the final one.
+        """
+        if self.wandb is not None and self.run is not None:
+            for file in RECORD:
+                if (self.run.path / file).exists():
+                    with replacing(self.run.path / "wandb" / "record" / file) as copy:
+                        shutil.copyfile(self.run.path / file, copy)
+            mirror = self.run.path.resolve() / "wandb"
+            self.wandb.experiment.save(str(mirror / "record" / "*"), base_path=str(mirror), policy="end")
             self.wandb.experiment.finish(exit_code=0 if succeeded else 1)
             self.wandb = None
 

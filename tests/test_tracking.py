@@ -70,6 +70,7 @@ def test_offline_run_mirrors_the_folder(tmp_path: Path) -> None:
         tracking.summary({"accepted_length": {"value": 2.5, "low": 2.25, "high": 2.75}})
         tracking.uses("cache-feed", "cache", fingerprint="feed")
         digest = tracking.artifact("draft-dspark", "draft", draft, steps=4)
+        run.finish(method="dspark")
         tracking.finish()
         tracking.finish()
 
@@ -84,6 +85,8 @@ def test_offline_run_mirrors_the_folder(tmp_path: Path) -> None:
         assert fact in said, fact
     assert "feed" in said and "max_steps" in said
 
+    mirrored = list(run.path.glob("wandb/offline-run-*/files/record/summary.json"))
+    assert [json.loads(file.read_text())["status"] for file in mirrored] == ["finished"]
     record = json.loads((run.path / "tracking.json").read_text())
     assert record["mode"] == "offline" and record["project"] == "lab"
     (artifact,) = record["artifacts"]

@@ -1,0 +1,176 @@
+"""The console script: `specbench VERB [key=value ...]`.
+
+A verb is a module of experiments/ with `run(cfg)`; its root config lies in configs/. One run is composed and called
+here; `-m` hands over to hydra.main, so that every sweeper and launcher of Hydra works. Whatever a user can get wrong
+ends as one sentence on stderr and the exit code 2; SPECBENCH_DEBUG=1 shows the traceback as well.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from experiments.verbs import VERBS, Verb
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
+
+OPTIONS = ("-h", "--help", "-m", "--multirun", "--cfg")
+MISTAKE = 2
+
+
+def main(argv: Sequence[str] | None = None, verbs: Mapping[str, Verb] = VERBS, package: str = "configs") -> int:
+    """Run one command line; returns the exit code: 0, 2 for what the user can set right, 1 for a defect of ours."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    try:
+        signal.signal(signal.SIGTERM, _terminate)
+        return _main(words, verbs, package)
+    except BrokenPipeError:  # the reader, `head` for example, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except BaseException as error:
+        return _fail(error)
+
+
+def _main(words: list[str], verbs: Mapping[str, Verb], package: str) -> int:
+    from experiments.manual import overview
+
+    if not words or words[0] in ("-h", "--help"):
+        print(overview(verbs))
+        return 0
+    name, *rest = words
+    if name not in verbs:
+        from experiments.mistakes import nearest
+
+        raise ValueError(f"there is no verb '{name}'{nearest(name, verbs)}; `specbench --help` lists them")
+    options, overrides = _split(name, rest)
+    quiet()
+    from experiments import composing
+
+    verb = verbs[name]
+    with composing.configs(package):
+        if "help" in options:
+            from experiments.manual import page
+
+            print(page(name, verb, overrides))
+            return 0
+        composing.check(name, verb.config, overrides)
+        cfg = composing.compose(verb.config, overrides)
+        sweep = "multirun" in options or composing.is_sweep(name, cfg)
+        if "cfg" in options:
+            print(composing.as_yaml(cfg, options["cfg"]), end="")
+            return 0
+        if not sweep:
+            composing.require(name, verb.config, cfg)
+            Job(name, verb)(composing.without_hydra(cfg))
+            return 0
+        sys.argv = [sys.argv[0], "--multirun", *overrides, *composing.sweep_defaults(name, cfg, overrides)]
+    import hydra
+
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come back to us instead of being printed there
+    hydra.main(version_base="1.3", config_path=f"pkg://{package}", config_name=verb.config)(Job(name, verb))()
+    return 0
+
+
+class Job:
+    """What a launcher runs: the verb on one configuration. Picklable, so that it can travel to a Slurm node."""
+
+    def __init__(self, name: str, verb: Verb) -> None:
+        self.name, self.verb = name, verb
+
+    def __call__(self, cfg: DictConfig) -> Any:
+        from hydra.core.hydra_config import HydraConfig
+
+        quiet()
+        if str(HydraConfig.get().mode).endswith("MULTIRUN"):
+            # The job as a command of its own: for its record, and for ranks that start by repeating the command.
+            sys.argv = [sys.argv[0], self.name, *HydraConfig.get().overrides.task]
+        return load(self.verb).run(cfg)
+
+
+def load(verb: Verb) -> Any:
+    """The module of a verb."""
+    try:
+        return importlib.import_module(verb.module)
+    except ModuleNotFoundError as error:
+        if error.name == verb.module:
+            raise ValueError(f"this installation has no {verb.module}: install specbench again") from error
+        raise
+
+
+def _split(name: str, words: Sequence[str]) -> tuple[dict[str, str], list[str]]:
+    """Options and overrides of a verb."""
+    options: dict[str, str] = {}
+    overrides: list[str] = []
+    rest = iter(words)
+    for word in rest:
+        option, _, value = word.partition("=")
+        if option in ("-h", "--help"):
+            options["help"] = ""
+        elif option in ("-m", "--multirun"):
+            options["multirun"] = ""
+        elif option == "--cfg":
+            options["cfg"] = value or next(rest, "job")
+        elif word.startswith("-") and not word.startswith("-="):
+            from experiments.mistakes import nearest
+
+            raise ValueError(f"{name} has no option '{option}'{nearest(option, OPTIONS)}; settings are key=value")
+        else:
+            overrides.append(word)
+    return options, overrides
+
+
+def quiet() -> None:
+    """Silence what libraries say that nobody can act on; warnings of our own and errors stay."""
+    import logging
+    import warnings
+
+    for name, value in {
+        "TOKENIZERS_PARALLELISM": "false",
+        "TRANSFORMERS_VERBOSITY": "error",
+        "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "WANDB_ERROR_REPORTING": "false",
+        "GIT_TERMINAL_PROMPT": "0",
+    }.items():
+        os.environ.setdefault(name, value)
+    for name in ("lightning", "lightning.pytorch", "lightning.fabric", "httpx", "submitit", "fsspec"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    for message in (
+        r".*does not have many workers.*",
+        r".*is deprecated, use `isinstance\(treespec.*",
+        r".*Checkpoint directory .* exists and is not empty.*",
+        r".*The number of training batches .* is smaller than the logging interval.*",
+        r".*You are using a CUDA device .* that has Tensor Cores.*",
+    ):
+        warnings.filterwarnings("ignore", message=message)
+    warnings.filterwarnings("ignore", category=UserWarning, message=r".*Hydra 1\.4.*")
+
+
+def _terminate(*_: object) -> None:
+    """SIGTERM, as a batch system sends it, ends a stage like Ctrl-C: what is done is kept."""
+    raise KeyboardInterrupt
+
+
+def _fail(error: BaseException) -> int:
+    from experiments.mistakes import sentence
+
+    if isinstance(error, SystemExit) and not isinstance(error.__context__, KeyboardInterrupt):
+        return error.code if isinstance(error.code, int) else int(error.code is not None)
+    said = sentence(error)
+    if said is None or os.environ.get("SPECBENCH_DEBUG") == "1":
+        traceback.print_exception(error)
+    if said is None:
+        print("specbench: the error above is a defect of specbench and not of your input", file=sys.stderr)
+        return 1
+    print(f"specbench: {said}", file=sys.stderr)
+    return MISTAKE
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,205 @@
+"""From overrides to a configuration: composed by Hydra, with every override held against what there is to set."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import hydra
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.object_type import ObjectType
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override, Transformer
+from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
+
+from experiments.mistakes import nearest
+
+
+@contextmanager
+def configs(package: str) -> Iterator[None]:
+    """Hydra, looking for configurations in the importable package `package`."""
+    with hydra.initialize_config_module(package, version_base="1.3"):
+        yield
+
+
+def loader() -> Any:
+    """Hydra's own view of groups, options and files."""
+    return GlobalHydra.instance().config_loader()
+
+
+def compose(config: str, overrides: Sequence[str]) -> DictConfig:
+    """The configuration with Hydra's own settings under `hydra`; `${hydra:...}` resolves as it does in a sweep."""
+    cfg = hydra.compose(config, list(overrides), return_hydra_config=True)
+    HydraConfig.instance().set_config(cfg)
+    return cfg
+
+
+def without_hydra(cfg: DictConfig) -> DictConfig:
+    """The configuration that a verb sees."""
+    cfg = cfg.copy()
+    with open_dict(cfg):
+        del cfg["hydra"]
+    return cfg
+
+
+def options(group: str) -> list[str]:
+    """The options of a group, or nothing when there is no such group."""
+    return loader().get_group_options(group, ObjectType.CONFIG)
+
+
+def groups() -> list[str]:
+    """Every group that holds options, without Hydra's own."""
+    return [name for name in loader().list_groups("") if name != "hydra" and options(name)]
+
+
+def check(verb: str, config: str, overrides: Sequence[str]) -> None:
+    """Raise ValueError for an unknown group option, an unknown key (the nearest is named) or a value of a wrong type.
+
+    The values of a sweep are checked one by one, so that no job of it fails for that later.
+    """
+    parsed = OverridesParser.create().parse_overrides(list(overrides))
+    named = [override for override in parsed if not override.key_or_group.startswith("hydra")]
+    choices = [override for override in named if options(override.key_or_group)]
+    for override in choices:
+        for value in values(override):
+            _check_option(override.key_or_group, value)
+    chosen = compose(config, []).hydra.runtime.choices
+    for override in choices:
+        group = override.key_or_group
+        if group not in chosen and not override.is_add() and not override.is_force_add():
+            takes = [name for name in groups() if name in chosen]
+            known = ", ".join(takes) or "no groups"
+            raise ValueError(f"{verb} has no {group} to replace: it takes {known}, and +{group}=... adds one")
+    base = without_hydra(compose(config, [_first(override) for override in choices]))
+    for override in named:
+        if override not in choices and not override.is_delete():
+            _check_key(verb, base, override)
+
+
+def values(override: Override) -> list[Any]:
+    """What an override sets: one value, or those of a sweep; a glob or an interval cannot be listed and gives none."""
+    if not override.is_sweep_override():
+        return [override.value()]
+    if not override.is_discrete_sweep():
+        return []
+    return [Override._convert_value(value) for value in override.sweep_iterator(transformer=Transformer.identity)]
+
+
+def _first(override: Override) -> str:
+    """The override itself, or with a sweep's first value."""
+    if not override.is_sweep_override():
+        return override.input_line
+    first = next(iter(override.sweep_string_iterator()))
+    return f"{override.input_line.partition('=')[0]}={first}"
+
+
+def _check_option(group: str, value: Any) -> None:
+    for name in value if isinstance(value, list) else [value]:
+        known = options(group)
+        if isinstance(name, str) and name not in known and "/" not in name:
+            raise ValueError(f"{group} has no option '{name}'{nearest(name, known)} (there are {', '.join(known)})")
+
+
+def _check_key(verb: str, base: DictConfig, override: Override) -> None:
+    key = override.key_or_group
+    known = list(leaves(base))
+    parent, _, _ = key.rpartition(".")
+    added = override.is_add() or override.is_force_add()
+    exists = _has(base, key)
+    if not exists and not (added and parent and OmegaConf.is_dict(OmegaConf.select(base, parent))):
+        suggestion = nearest(key, [*known, *groups()])
+        raise ValueError(f"{verb} has no setting '{key}'{suggestion}; `specbench {verb} --help` lists them")
+    if exists:
+        default = OmegaConf.select(base, key, throw_on_missing=False)
+        for value in values(override):
+            if wrong := mismatch(default, value):
+                raise ValueError(f"{key} takes {wrong}, not {value!r}")
+
+
+def _has(cfg: DictConfig, key: str) -> bool:
+    node: Any = cfg
+    for part in key.split("."):
+        if OmegaConf.is_dict(node) and part in node.keys():  # noqa: SIM118 - `in` alone is false for a missing value
+            node = node._get_node(part) if OmegaConf.is_missing(node, part) else node[part]
+        elif OmegaConf.is_list(node) and part.isdigit() and int(part) < len(node):
+            node = node[int(part)]
+        else:
+            return False
+    return True
+
+
+def mismatch(default: Any, value: Any) -> str | None:
+    """What kind of value `default` stands for, when `value` is not of it; None when it may stand.
+
+    A text may be replaced by anything (`auto` by a number), null by anything, and everything by null.
+    """
+    if default is None or value is None or isinstance(default, str) or (isinstance(value, str) and "${" in value):
+        return None
+    if isinstance(default, (DictConfig, dict)):
+        return None if isinstance(value, dict) else "a group of settings"
+    if isinstance(default, (ListConfig, list)):
+        return None if isinstance(value, list) else "a list in brackets, as in [1,2]"
+    if isinstance(default, bool):
+        return None if isinstance(value, bool) else "true or false"
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return "a whole number" if isinstance(default, int) else "a number"
+    if isinstance(default, int) and not isinstance(value, int):
+        return "a whole number"
+    return None
+
+
+def leaves(cfg: DictConfig) -> dict[str, Any]:
+    """Every dotted key that can be set, groups of settings included, with its value; interpolations as written."""
+    found: dict[str, Any] = {}
+
+    def walk(tree: Any, where: str) -> None:
+        for key, value in tree.items():
+            path = f"{where}.{key}" if where else str(key)
+            found[path] = value
+            if isinstance(value, dict):
+                walk(value, path)
+
+    walk(OmegaConf.to_container(cfg, resolve=False), "")
+    return found
+
+
+def require(verb: str, config: str, cfg: DictConfig) -> None:
+    """Raise ValueError for a setting that has no default and was not given."""
+    missing = sorted(OmegaConf.missing_keys(without_hydra(cfg)))
+    if missing:
+        from experiments.manual import comments
+
+        said = comments(config, []).get(missing[0], "")
+        raise ValueError(f"{verb} needs {missing[0]}=...{f' ({said})' if said else ''}")
+
+
+def is_sweep(verb: str, cfg: DictConfig) -> bool:
+    """Whether the configuration asks for a sweep itself; one that has axes but was not asked to sweep is an error."""
+    if cfg.hydra.mode is not None and str(cfg.hydra.mode).endswith("MULTIRUN"):
+        return True
+    axes = cfg.hydra.sweeper.get("params")
+    if axes:
+        raise ValueError(f"this is a sweep over {', '.join(axes)}: add -m, as in `specbench {verb} -m ...`")
+    return False
+
+
+def sweep_defaults(verb: str, cfg: DictConfig, overrides: Sequence[str]) -> list[str]:
+    """Where a sweep keeps Hydra's own notes, unless the command line says so: below `root` with everything else."""
+    root = cfg.get("root", "outputs")
+    defaults = {
+        "hydra.sweep.dir": f"{root}/sweeps/{verb}/${{now:%Y-%m-%d_%H-%M-%S}}",
+        "hydra/job_logging": "none",
+    }
+    given = {override.partition("=")[0].lstrip("+") for override in overrides}
+    return [f"{key}={value}" for key, value in defaults.items() if key not in given]
+
+
+def as_yaml(cfg: DictConfig, part: str) -> str:
+    """The resolved configuration as YAML: `job` the verb's own, `hydra` Hydra's, `all` both."""
+    if part not in ("job", "hydra", "all"):
+        raise ValueError(f"--cfg takes job, hydra or all, not '{part}'")
+    if part == "job":
+        return OmegaConf.to_yaml(without_hydra(cfg), resolve=True)
+    return OmegaConf.to_yaml(cfg.hydra if part == "hydra" else cfg)

@@ -1,0 +1,138 @@
+"""What `--help` prints: the verbs, and for each verb its groups and every key with its default and its comment."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import textwrap
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from experiments.verbs import Verb
+
+if TYPE_CHECKING:
+    from hydra.core.default_element import ResultDefault
+
+
+def overview(verbs: Mapping[str, Verb]) -> str:
+    """The page of `specbench --help`."""
+    width = max(map(len, verbs))
+    lines = [
+        "specbench VERB [key=value ...]    the laboratory for speculative-decoding draft models",
+        "",
+        *(f"  {name:<{width}}  {verb.does}" for name, verb in verbs.items()),
+        "",
+        "  specbench VERB --help           everything that can be set, with defaults",
+        "  specbench VERB --cfg job        the configuration that would run",
+        "  specbench VERB -m key=1,2,3     a sweep; hydra/launcher=submitit_slurm runs it on a cluster",
+        "",
+        "root=DIR says where everything is written (outputs/), force=true redoes what is finished.",
+    ]
+    return "\n".join(lines)
+
+
+def page(name: str, verb: Verb, overrides: Sequence[str]) -> str:
+    """The page of `specbench VERB --help`, for the groups that the overrides choose."""
+    from omegaconf import OmegaConf
+
+    from experiments import composing
+
+    cfg = composing.compose(verb.config, overrides)
+    chosen = cfg.hydra.runtime.choices
+    lines = [f"specbench {name} [key=value ...]    {verb.does}", ""]
+    used = [group for group in composing.groups() if group in chosen]
+    extra = [group for group in composing.groups() if group == "experiment" and group not in chosen]
+    if used or extra:
+        lines.append("Groups")
+        rows = [(f"{group}={chosen[group]}", "one of " + ", ".join(composing.options(group))) for group in used]
+        rows += [(f"+{group}=...", "one of " + ", ".join(composing.options(group))) for group in extra]
+        lines += [*_columns(rows), ""]
+    said = comments(verb.config, overrides)
+    lines.append("Settings")
+    rows = []
+    for key, value in composing.leaves(composing.without_hydra(cfg)).items():
+        shown = not isinstance(value, dict) or not value
+        if shown and not key.endswith("_target_"):
+            text = "(must be given)" if OmegaConf.is_missing({"": value}, "") or value == "???" else _show(value)
+            rows.append((f"{key}={text}", said.get(key, "")))
+    return "\n".join([*lines, *_columns(rows)])
+
+
+def comments(config: str, overrides: Sequence[str]) -> dict[str, str]:
+    """For every dotted key of the composed configuration the comment that stands beside or above it in its file."""
+    from hydra.types import RunMode
+
+    from experiments.composing import loader
+
+    hydra_loader = loader()
+    defaults = hydra_loader.compute_defaults_list(config, list(overrides), RunMode.RUN).defaults
+    found: dict[str, str] = {}
+    for default in defaults:
+        if default.config_path and not default.config_path.startswith("hydra"):
+            text = _text(hydra_loader, default)
+            package = "" if default.package in (None, "_global_") else f"{default.package}."
+            found |= {f"{package}{key}": comment for key, comment in beside(text).items()}
+    return found
+
+
+def _text(hydra_loader: Any, default: ResultDefault) -> str:
+    """The YAML text of one entry of the defaults list."""
+    from importlib.resources import files
+
+    for source in hydra_loader.get_sources():
+        if source.scheme() == "pkg" and source.is_config(default.config_path):
+            return files(source.path).joinpath(f"{default.config_path}.yaml").read_text(encoding="utf-8")
+    return ""
+
+
+def beside(text: str) -> dict[str, str]:
+    """The comments of one YAML text by dotted key: at the end of the key's line, or the lines right above it."""
+    import yaml
+
+    lines = text.splitlines()
+    found: dict[str, str] = {}
+
+    def walk(node: Any, where: str) -> None:
+        if isinstance(node, yaml.MappingNode):
+            for key, value in node.value:
+                path = f"{where}.{key.value}" if where else key.value
+                if comment := _comment(lines, key.start_mark.line, key.start_mark.column):
+                    found[path] = comment
+                walk(value, path)
+
+    walk(yaml.compose(text, Loader=yaml.SafeLoader), "")
+    return found
+
+
+def _comment(lines: Sequence[str], at: int, indent: int) -> str:
+    quoted = r"""(?:"[^"]*"|'[^']*'|[^#"'])*?"""
+    if match := re.match(rf"^{quoted}\s#\s?(.*)$", lines[at]):
+        return match.group(1).strip()
+    above: list[str] = []
+    while at > 0 and lines[at - 1].startswith(" " * indent + "#"):
+        at -= 1
+        above.insert(0, lines[at].strip().lstrip("# "))
+    return " ".join(above)
+
+
+def _show(value: Any) -> str:
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    if isinstance(value, list):
+        return "[" + ",".join(map(_show, value)) + "]"
+    return str(value)
+
+
+def _columns(rows: Sequence[tuple[str, str]]) -> list[str]:
+    """Two columns; a comment that is too long goes on below itself."""
+    left = min(max((len(row[0]) for row in rows), default=0), 44)
+    room = max(shutil.get_terminal_size((110, 24)).columns - left - 4, 40)
+    lines = []
+    for setting, comment in rows:
+        wrapped = textwrap.wrap(comment, room) or [""]
+        if len(setting) > left and comment:
+            lines.append(f"  {setting}")
+            setting = ""
+        lines.append(f"  {setting:<{left}}  {wrapped[0]}".rstrip())
+        lines += [f"  {'':<{left}}  {line}" for line in wrapped[1:]]
+    return lines

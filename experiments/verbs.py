@@ -1,0 +1,39 @@
+"""The verbs of the command line in the order in which data flows through them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Verb:
+    """A stage: `run(cfg)` of `module`, composed from the root config `config` of the package `configs`."""
+
+    config: str
+    does: str
+    module: str
+
+
+def _verb(config: str, does: str, module: str | None = None) -> Verb:
+    return Verb(config, does, f"experiments.{module or config}")
+
+
+VERBS = {
+    "quickstart": _verb("quickstart", "the whole flow on the embedded target: no network, no GPU"),
+    "target": _verb("pretrain", "make the small embedded target anew", "target"),
+    "prompts": _verb("prompts", "download, deduplicate against the benchmarks, split"),
+    "answers": _verb("answers", "let the target answer every prompt"),
+    "cache": _verb("cache", "store the target's hidden states; plan=true only says size and time"),
+    "train": _verb("train", "train a draft, then evaluate it"),
+    "evaluate": _verb("evaluate", "decode the benchmarks speculatively and keep every prompt's record"),
+    "speed": _verb("speed", "cost curves, and wall clock against plain decoding"),
+    "calibrate": _verb("calibrate", "temperatures that make the confidence head honest"),
+    "serve": _verb("serve", "throughput against interactivity under load"),
+    "compare": _verb("compare", "tables and figures over any runs"),
+    "report": _verb("report", "one HTML page, and a W&B report where there is a key"),
+    "export": _verb("export", "write a draft in a published format"),
+    "import": _verb("import", "read a draft from a published format", "import_draft"),
+    "sync": _verb("sync", "upload offline W&B runs and verify that they arrived"),
+    "rerun": _verb("rerun", "repeat a run from its record and compare the numbers"),
+    "reproduce": _verb("reproduce", "a sweep, its tables and its report in one command"),
+}
