@@ -27,14 +27,16 @@ MISTAKE = 2
 def main(argv: Sequence[str] | None = None, verbs: Mapping[str, Verb] = VERBS, package: str = "configs") -> int:
     """Run one command line; returns the exit code: 0, 2 for what the user can set right, 1 for a defect of ours."""
     words = list(sys.argv[1:] if argv is None else argv)
+    before = signal.signal(signal.SIGTERM, _terminate)
     try:
-        signal.signal(signal.SIGTERM, _terminate)
         return _main(words, verbs, package)
     except BrokenPipeError:  # the reader, `head` for example, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except BaseException as error:
         return _fail(error)
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _main(words: list[str], verbs: Mapping[str, Verb], package: str) -> int:
@@ -60,7 +62,7 @@ def _main(words: list[str], verbs: Mapping[str, Verb], package: str) -> int:
             print(page(name, verb, overrides))
             return 0
         composing.check(name, verb.config, overrides)
-        cfg = composing.compose(verb.config, overrides)
+        cfg = composing.compose(verb.config, composing.first_job(overrides) if "multirun" in options else overrides)
         sweep = "multirun" in options or composing.is_sweep(name, cfg)
         if "cfg" in options:
             print(composing.as_yaml(cfg, options["cfg"]), end="")
@@ -87,10 +89,18 @@ class Job:
         from hydra.core.hydra_config import HydraConfig
 
         quiet()
-        if str(HydraConfig.get().mode).endswith("MULTIRUN"):
-            # The job as a command of its own: for its record, and for ranks that start by repeating the command.
-            sys.argv = [sys.argv[0], self.name, *HydraConfig.get().overrides.task]
-        return load(self.verb).run(cfg)
+        if not str(HydraConfig.get().mode).endswith("MULTIRUN"):
+            return load(self.verb).run(cfg)
+        # The job as a command of its own: for its record, and for ranks that start by repeating the command.
+        overrides = list(HydraConfig.get().overrides.task)
+        sys.argv = [sys.argv[0], self.name, *overrides]
+        try:
+            return load(self.verb).run(cfg)
+        except Exception as error:  # the other jobs go on, and the first error ends the command when they are done
+            from experiments.mistakes import sentence
+
+            print(f"{' '.join(sys.argv[1:])}: {sentence(error) or repr(error)}", file=sys.stderr, flush=True)
+            raise
 
 
 def load(verb: Verb) -> Any:

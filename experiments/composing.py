@@ -59,8 +59,7 @@ def check(verb: str, config: str, overrides: Sequence[str]) -> None:
 
     The values of a sweep are checked one by one, so that no job of it fails for that later.
     """
-    parsed = OverridesParser.create().parse_overrides(list(overrides))
-    named = [override for override in parsed if not override.key_or_group.startswith("hydra")]
+    named = [override for override in parse(overrides) if not override.key_or_group.startswith("hydra")]
     choices = [override for override in named if options(override.key_or_group)]
     for override in choices:
         for value in values(override):
@@ -87,10 +86,20 @@ def values(override: Override) -> list[Any]:
     return [Override._convert_value(value) for value in override.sweep_iterator(transformer=Transformer.identity)]
 
 
+def first_job(overrides: Sequence[str]) -> list[str]:
+    """The overrides with every sweep replaced by its first value."""
+    return [_first(override) for override in parse(overrides)]
+
+
+def parse(overrides: Sequence[str]) -> list[Override]:
+    """Hydra's reading of the overrides."""
+    return OverridesParser.create().parse_overrides(list(overrides))
+
+
 def _first(override: Override) -> str:
     """The override itself, or with a sweep's first value."""
-    if not override.is_sweep_override():
-        return override.input_line
+    if not override.is_discrete_sweep():
+        return str(override.input_line)
     first = next(iter(override.sweep_string_iterator()))
     return f"{override.input_line.partition('=')[0]}={first}"
 

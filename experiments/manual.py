@@ -33,8 +33,6 @@ def overview(verbs: Mapping[str, Verb]) -> str:
 
 def page(name: str, verb: Verb, overrides: Sequence[str]) -> str:
     """The page of `specbench VERB --help`, for the groups that the overrides choose."""
-    from omegaconf import OmegaConf
-
     from experiments import composing
 
     cfg = composing.compose(verb.config, overrides)
@@ -53,7 +51,7 @@ def page(name: str, verb: Verb, overrides: Sequence[str]) -> str:
     for key, value in composing.leaves(composing.without_hydra(cfg)).items():
         shown = not isinstance(value, dict) or not value
         if shown and not key.endswith("_target_"):
-            text = "(must be given)" if OmegaConf.is_missing({"": value}, "") or value == "???" else _show(value)
+            text = "(must be given)" if value == "???" else _show(value)
             rows.append((f"{key}={text}", said.get(key, "")))
     return "\n".join([*lines, *_columns(rows)])
 
@@ -70,7 +68,7 @@ def comments(config: str, overrides: Sequence[str]) -> dict[str, str]:
     for default in defaults:
         if default.config_path and not default.config_path.startswith("hydra"):
             text = _text(hydra_loader, default)
-            package = "" if default.package in (None, "_global_") else f"{default.package}."
+            package = "" if default.package in (None, "", "_global_") else f"{default.package}."
             found |= {f"{package}{key}": comment for key, comment in beside(text).items()}
     return found
 
