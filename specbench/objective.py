@@ -1,0 +1,152 @@
+"""Objective: a weighted sum of slot losses over blocks, in chunks that never hold a whole [rows x vocabulary] tensor.
+
+The forward pass goes through chunks of whole blocks: draft logits, target logits, one row pass (rowpass.py) that gives
+all terms and d loss / d logits in place, then the chunk's backward at once. What stays is the gradient of the features
+and of the projection's parameters; the outer backward hands it on. Only supervised slots ever reach a head.
+
+Axes: B batch, N blocks a row, M = B*N blocks, K slots, R supervised slots, D hidden, F features, W draft vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+
+from specbench.blocks import Blocks
+from specbench.chunks import Chunks, grid
+from specbench.losses import Blend, SlotWeight
+from specbench.projection import Accumulators, Known, only_own
+from specbench.rowpass import RowPass, Rows
+from specbench.slots import SlotStatistics
+
+if TYPE_CHECKING:
+    from specbench.methods.draft import Draft
+    from specbench.tables import Tables
+
+ROW_STATISTICS = ("ce", "tv", "alpha", "agreement", "hit", "label_outside", "outside")
+
+
+@dataclass(frozen=True)
+class Loss:
+    """Sums over the supervised slots of one call; the optimiser step divides by the weights of all its calls.
+
+    `value` is differentiable, `terms` holds each term's weighted sum before its coefficient.
+    """
+
+    value: Float[Tensor, ""]
+    weight: Float[Tensor, ""]
+    terms: dict[str, Tensor]
+    slots: SlotStatistics
+
+    @property
+    def mean(self) -> Tensor:
+        """value / weight of this call alone."""
+        return self.value / self.weight
+
+
+class Objective:
+    """A loss as a configuration: coefficients of the terms of losses.py, a slot weight and a normalisation.
+
+    `blend` ({scale, decay, over}) adds LK's lambda form; over="batch" needs the mean acceptance first and costs a
+    second visit of the heads. `confidence` weighs the cross-entropy of the draft's confidence against its acceptance
+    alpha; with `detach_confidence` it trains the confidence head alone. `normalise`: "weights" divides by the summed
+    slot weights, "positions" (the released Eagle3) by the number of positions that the caller passes. `chunk_rows`:
+    rows of vocabulary size held at once (None: by vocabulary and device; at least one block).
+    """
+
+    def __init__(
+        self,
+        ce: float = 0.0,
+        soft_ce: float = 0.0,
+        kl: float = 0.0,
+        reverse_kl: float = 0.0,
+        js: float = 0.0,
+        tv: float = 0.0,
+        accept: float = 0.0,
+        blend: Mapping[str, float | str] | None = None,
+        confidence: float = 0.0,
+        detach_confidence: bool = False,
+        slot_weight: str | Mapping[str, float] = "uniform",
+        normalise: str = "weights",
+        chunk_rows: int | None = None,
+    ):
+        terms = {"ce": ce, "soft_ce": soft_ce, "kl": kl, "reverse_kl": reverse_kl, "js": js, "tv": tv, "accept": accept}
+        for name, value in {**terms, "confidence": confidence}.items():
+            if not 0 <= value < float("inf"):
+                raise ValueError(f"objective {name}={value}: give a coefficient of at least 0")
+        self.coefficients = {name: float(value) for name, value in terms.items() if value}
+        self.blend = None if blend is None else Blend.of(blend)
+        if not self.coefficients and self.blend is None and not confidence:
+            raise ValueError(f"the objective has no term; set one of {', '.join(terms)}, blend or confidence above 0")
+        if normalise not in ("weights", "positions"):
+            raise ValueError(f"normalise={normalise!r} is unknown; choose 'weights' or 'positions'")
+        if chunk_rows is not None and chunk_rows < 1:
+            raise ValueError(f"chunk_rows={chunk_rows}: give at least 1, or null to choose by vocabulary")
+        self.confidence, self.detach_confidence = float(confidence), detach_confidence
+        self.slot_weight, self.normalise, self.chunk_rows = SlotWeight.of(slot_weight), normalise, chunk_rows
+
+    def __call__(self, draft: Draft, tables: Tables, blocks: Blocks, positions: int | None = None) -> Loss:
+        """The loss of `blocks` (sums). `tables` is the target's head; `positions` is read by normalise="positions"."""
+        features = draft.features(blocks.hidden, blocks.previous)[blocks.mask]
+        learn = [parameter for parameter in draft.projection_parameters() if parameter.requires_grad]
+        learning = torch.is_grad_enabled() and bool(features.requires_grad or learn)
+        accumulators = Accumulators(learn) if learning else None
+        with torch.no_grad():
+            visit = Chunks(draft, tables, blocks, features.detach(), self.slot_weight, self.chunk_rows)
+            mean_alpha = None
+            if self.blend is not None and self.blend.over == "batch":
+                mean_alpha = visit(RowPass({}, None, draft.draft_vocabulary))[0].alpha.mean()
+            row_pass = RowPass(self.coefficients, self.blend, draft.draft_vocabulary, mean_alpha)
+            rows, outer = visit(row_pass, accumulators)
+            gradients = [outer, *accumulators.totals()] if accumulators else []
+
+        def attach(value: Tensor) -> Tensor:
+            return Known.apply(value, gradients, features, *learn) if learning else value
+
+        return total(self, draft, blocks, features, rows, positions, attach)
+
+
+def total(
+    objective: Objective,
+    draft: Draft,
+    blocks: Blocks,
+    features: Float[Tensor, "R F"],
+    rows: Rows,
+    positions: int | None,
+    attach: Callable[[Tensor], Tensor] = lambda value: value,
+) -> Loss:
+    """Weigh and sum the rows; `attach` connects the sum to the gradients that were computed with it."""
+    mask = blocks.mask.flatten(0, 1)
+    weights = objective.slot_weight.weigh(mask, grid(rows.probability, mask), grid(rows.hit, mask))
+    weight = weights[mask]
+    terms = {term: (weight * value).sum() for term, value in rows.terms.items()}
+    factors = {"blend": 1.0} | objective.coefficients
+    value = attach(sum((factors[term] * amount for term, amount in terms.items()), weight.new_zeros(())))
+    with torch.set_grad_enabled(torch.is_grad_enabled() and objective.confidence > 0):
+        logits = draft.confidence(blocks.hidden, blocks.previous)
+    if objective.confidence:
+        if logits is None:
+            raise ValueError(f"objective confidence={objective.confidence:g} needs a draft with a confidence head")
+        chance, alpha = logits[blocks.mask].to(weight.dtype), rows.alpha.detach()
+        term = (weight * F.binary_cross_entropy_with_logits(chance, alpha, reduction="none")).sum()
+        terms["confidence"] = term
+        if objective.detach_confidence and term.requires_grad:
+            term = only_own(term, features, draft.projection_parameters())
+        value = value + objective.confidence * term
+    if objective.normalise == "positions":
+        if positions is None:
+            raise ValueError("normalise='positions' needs the number of positions of the batch; pass positions=B*T")
+        divisor = weight.new_tensor(float(positions))
+    else:
+        divisor = weight.sum()
+    grids = {name: grid(getattr(rows, name), mask) for name in ROW_STATISTICS}
+    confidence = None if logits is None else logits.flatten(0, 1)
+    return Loss(
+        value, divisor, {t: v.detach() for t, v in terms.items()}, SlotStatistics.of(mask, weights, grids, confidence)
+    )
