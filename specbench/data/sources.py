@@ -15,7 +15,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import pyarrow.parquet
 
-from specbench.data import jsonl
+from specbench.data import hub, jsonl
 from specbench.data.corpus import DOMAINS
 from specbench.data.corpus import conversations as embedded_conversations
 from specbench.data.overlap import text_hash
@@ -99,6 +99,8 @@ class Columns:
                 raise _Unfit(f"role {role!r}")
             if not isinstance(content, str) or not content.strip():
                 raise _Unfit("a turn without text")
+            if any("\ud800" <= letter <= "\udfff" for letter in content):
+                raise _Unfit("text that is not Unicode (a lone surrogate)")
             yield {"role": known, "content": content}
 
 
@@ -127,18 +129,11 @@ class Hub:
 
     def conversations(self) -> Iterator[tuple[str | None, Conversation]]:
         """Rows in the dataset's own order."""
-        import datasets  # slow to import, and only this source needs it
-
-        try:
-            rows = datasets.load_dataset(
-                self.dataset, self.subset, split=self.split, revision=self.revision, streaming=True
-            )
-            yield from _through(self, rows, self.columns)
-        except (OSError, ConnectionError, datasets.exceptions.DatasetNotFoundError) as error:
-            raise ValueError(
-                f"dataset {self.dataset!r} cannot be read ({type(error).__name__}: {first_line(error)}): connect to "
-                "the hub, or download it and use data=jsonl data.source.paths=[FILE,...]"
-            ) from error
+        remedy = "connect to the hub, or download it and use data=jsonl data.source.paths=[FILE,...]"
+        rows = hub.load(
+            self.dataset, self.subset, split=self.split, revision=self.revision, streaming=True, remedy=remedy
+        )
+        yield from _through(self, rows, self.columns)
 
 
 @dataclass
@@ -194,11 +189,6 @@ class Embedded:
                         yield split, dict(row)
                         alive.append(stream)
                 streams = alive
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of an exception's message, for one-sentence errors."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
 
 
 def _through(

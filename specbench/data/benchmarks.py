@@ -1,0 +1,261 @@
+"""Evaluation prompts: a suite of benchmarks, the same prompts on every machine, split exactly over ranks.
+
+A benchmark is data: where its rows are (a dataset of the hub, or the embedded corpus), how a row becomes a prompt (a
+Jinja template over the row's columns, or a column with turns), which rows are drawn, its domain and a version that is
+raised whenever any of it changes. Prompts can also be read from a folder of JSONL files, one a benchmark, whose lines
+hold `turns` (texts) or `prompt_ids` (already tokenised), or from a single such file.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import numpy as np
+from jinja2 import StrictUndefined, UndefinedError
+from jinja2.sandbox import SandboxedEnvironment
+from torch.utils.data import DataLoader, IterableDataset
+
+from specbench.data import hub, jsonl
+from specbench.data.corpus import conversations
+from specbench.data.overlap import text_hash
+
+TURNS = ("all", "first")
+OWN = "own"  # domain of prompts that belong to no benchmark of the suite
+log = logging.getLogger("specbench")
+_jinja = SandboxedEnvironment(undefined=StrictUndefined, keep_trailing_newline=True)
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One evaluation prompt: user turns as text, or one prompt as token ids; exactly one of the two is set."""
+
+    id: str
+    benchmark: str
+    domain: str
+    turns: tuple[str, ...] | None
+    prompt_ids: tuple[int, ...] | None
+    seed: int
+
+    @property
+    def length(self) -> int:
+        """Token ids, or characters of the text: what orders prompts from long to short."""
+        return len(self.prompt_ids) if self.prompt_ids is not None else sum(map(len, self.turns or ()))
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """Where a benchmark's rows are and how one becomes a prompt.
+
+    rows: how many are drawn (None: all), by the permutation that datasets.Dataset.shuffle(row_seed) uses.
+    dataset, revision, subset, split, files: a dataset of the hub; `files` are paths inside its repository.
+    template: Jinja over the row's columns; turns: a column holding the user turns. One of the two.
+    corpus: a domain of the embedded corpus, instead of a dataset.
+    """
+
+    name: str
+    domain: str
+    version: int = 1
+    rows: int | None = None
+    row_seed: int = 0
+    dataset: str | None = None
+    revision: str | None = None
+    subset: str | Sequence[str] | None = None
+    split: str = "test"
+    files: Sequence[str] | None = None
+    template: str | None = None
+    turns: str | None = None
+    corpus: str | None = None
+
+    def render(self, row: Mapping[str, Any]) -> tuple[str, ...]:
+        """The user turns of one row. A column that is not there is an error that names it."""
+        try:
+            if self.template is not None:
+                return (_jinja.from_string(self.template).render(**row),)
+            return tuple(row[self.turns or "turns"])
+        except (UndefinedError, KeyError, TypeError) as error:
+            raise ValueError(
+                f"benchmark {self.name!r}: its template does not fit the data ({hub.first_line(error)}); the columns are "
+                f"{', '.join(row)}"
+            ) from error
+
+    def download(self) -> list[tuple[str, ...]]:
+        """Turns of every row of the hub's dataset, in its order."""
+        remedy = f"connect to the hub, or set prompts=FOLDER with FOLDER/{self.name}.jsonl in it, or use suite=embedded"
+        if self.files is not None:
+            at = f"@{self.revision}" if self.revision else ""
+            urls = [f"hf://datasets/{self.dataset}{at}/{file}" for file in self.files]
+            kind = "parquet" if self.files[0].endswith(".parquet") else "json"
+            parts = [hub.load(kind, data_files=urls, split="train", remedy=remedy)]
+        else:
+            subsets = [self.subset] if isinstance(self.subset, str) or self.subset is None else self.subset
+            parts = [
+                hub.load(self.dataset, subset, split=self.split, revision=self.revision, remedy=remedy)
+                for subset in subsets
+            ]
+        return [self.render(row) for part in parts for row in part]
+
+    def sample(self, count: int, limit: int | None = None) -> list[int]:
+        """Which of `count` rows are drawn; a `limit` keeps the first of them, so that smaller suites nest in larger."""
+        order = np.random.default_rng(self.row_seed).permutation(count)[: self.rows]
+        return [int(row) for row in order[:limit]]
+
+
+class Benchmarks(L.LightningDataModule):
+    """The prompts of a suite; a test batch is this rank's share of one benchmark, longest first.
+
+    prompts: folder or file of JSONL read instead of the hub and the corpus. A folder follows the suite (benchmarks
+        that have no file there are left out and named); a single file is taken whole.
+    limit: at most so many prompts of each benchmark. turns: "all", or "first" for the published protocol.
+    seed: from which every prompt's own seed is derived.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        benchmarks: Mapping[str, Benchmark] | Sequence[Benchmark],
+        prompts: str | Path | None = None,
+        limit: int | None = None,
+        turns: str = "all",
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        if turns not in TURNS:
+            raise ValueError(f"turns={turns!r}: choose one of {', '.join(TURNS)}")
+        if limit is not None and limit < 1:
+            raise ValueError(f"limit={limit}: ask for at least one prompt, or null for all")
+        self.name, self.limit, self.turns, self.seed = name, limit, turns, seed
+        self.benchmarks = list(benchmarks.values()) if isinstance(benchmarks, Mapping) else list(benchmarks)
+        self.folder = None if prompts is None else Path(prompts).expanduser()
+        self.missing: list[str] = []
+        self._prompts: list[Prompt] | None = None
+
+    def load(self) -> list[Prompt]:
+        """All prompts of the suite, benchmark by benchmark."""
+        if self._prompts is None:
+            self.missing = []
+            chosen = [p for b, pool in self._pools() for p in self._choose(b, pool)]
+            if self.missing:
+                log.warning(
+                    "%s has no file for %s: left out of suite %s", self.folder, ", ".join(self.missing), self.name
+                )
+            if not chosen:
+                names = ", ".join(f"{b.name}.jsonl" for b in self.benchmarks)
+                raise ValueError(f"prompts={self.folder} holds no prompt of suite {self.name!r}: it looks for {names}")
+            self._prompts = chosen
+        return self._prompts
+
+    def texts(self) -> dict[str, list[str]]:
+        """Every user turn of every row, drawn or not: what training prompts must not overlap."""
+        return {b.name: [turn for p in pool for turn in p.turns or ()] for b, pool in self._pools()}
+
+    def facts(self) -> dict[str, Any]:
+        """What identifies these prompts, for a run's record."""
+        loaded = self.load()
+        return {
+            "suite": self.name,
+            "prompts": None if self.folder is None else str(self.folder),
+            "limit": self.limit,
+            "turns": self.turns,
+            "seed": self.seed,
+            "missing": self.missing,
+            "benchmarks": {
+                b.name: {
+                    "version": b.version, "domain": b.domain, "dataset": b.dataset or b.corpus, "revision": b.revision,
+                    "prompts": sum(p.benchmark == b.name for p in loaded),
+                }
+                for b in self.benchmarks
+            },
+        }  # fmt: skip
+
+    def test_dataloader(self) -> DataLoader:
+        """Batches of list[Prompt]: this rank's share of one benchmark each. Nothing is padded or repeated."""
+        rank, world = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
+        own = for_rank(self.load(), rank, world)
+        names = list(dict.fromkeys(p.benchmark for p in self.load()))
+        own.sort(key=lambda p: names.index(p.benchmark))  # stable: longest first stays
+        return DataLoader(_Batches([list(g) for _, g in groupby(own, lambda p: p.benchmark)]), batch_size=None)
+
+    def _pools(self) -> Iterator[tuple[Benchmark, list[Prompt]]]:
+        """Every benchmark with all of its rows as prompts."""
+        if self.folder is not None and self.folder.is_file():
+            named = {b.name: b for b in self.benchmarks}
+            own = named.get(self.folder.stem, Benchmark(self.folder.stem, OWN))
+            yield replace(own, rows=None), self._read(self.folder, own)
+            return
+        if self.folder is not None and not self.folder.is_dir():
+            raise ValueError(f"prompts={self.folder} does not exist: give a folder of JSONL files, or one such file")
+        for benchmark in self.benchmarks:
+            if self.folder is not None:
+                path = self.folder / f"{benchmark.name}.jsonl"
+                if path.is_file():
+                    yield benchmark, self._read(path, benchmark)
+                else:
+                    self.missing.append(benchmark.name)
+            elif benchmark.corpus is not None:
+                rows = conversations(benchmark.corpus, "benchmark")
+                pool = [(str(c["id"]), tuple(m["content"] for m in c["messages"] if m["role"] == "user")) for c in rows]
+                yield benchmark, [self._prompt(benchmark, id, turns, None) for id, turns in pool]
+            else:
+                pool = enumerate(benchmark.download())
+                yield benchmark, [self._prompt(benchmark, f"{benchmark.name}/{i}", turns, None) for i, turns in pool]
+
+    def _choose(self, benchmark: Benchmark, pool: Sequence[Prompt]) -> list[Prompt]:
+        whole = self.folder is not None and self.folder.is_file()
+        rows = range(len(pool)) if whole else benchmark.sample(len(pool), self.limit)
+        short = self.turns == "first"
+        return [replace(p, turns=p.turns[:1]) if short and p.turns else p for p in (pool[row] for row in rows)]
+
+    def _prompt(self, benchmark: Benchmark, id: str, turns, ids) -> Prompt:
+        return Prompt(id, benchmark.name, benchmark.domain, turns, ids, text_hash(f"{self.seed}/{id}") >> 1)
+
+    def _read(self, path: Path, benchmark: Benchmark) -> list[Prompt]:
+        """All prompts of one JSONL file; a line that is none is an error with its number."""
+        prompts = []
+        for number, row in jsonl.read(path):
+            turns, ids = row.get("turns"), row.get("prompt_ids")
+            if (turns is None) == (ids is None):
+                raise jsonl.BrokenLine(path, number, "a prompt needs `turns` or `prompt_ids`, and not both")
+            if turns is not None and not (_filled(turns, str) and all(t.strip() for t in turns)):
+                raise jsonl.BrokenLine(path, number, "`turns` is not a list of texts with at least one word each")
+            if ids is not None and not (_filled(ids, int) and min(ids) >= 0):
+                raise jsonl.BrokenLine(path, number, "`prompt_ids` is not a list of token ids")
+            id = str(row.get("id", f"{benchmark.name}/{len(prompts)}"))
+            prompts.append(
+                self._prompt(
+                    benchmark, id, None if turns is None else tuple(turns), None if ids is None else tuple(ids)
+                )
+            )
+        seen = {p.id for p in prompts}
+        if len(seen) != len(prompts):
+            raise ValueError(
+                f"{path}: {len(prompts) - len(seen)} prompts repeat an id; make `id` unique or leave it out"
+            )
+        return prompts
+
+
+def for_rank(prompts: Sequence[Prompt], rank: int, world: int) -> list[Prompt]:
+    """This rank's prompts, longest first. Together the ranks hold every prompt once, sizes differing by at most 1."""
+    if not 0 <= rank < world:
+        raise ValueError(f"rank={rank} of world={world}: ranks count from 0 to world - 1")
+    ordered = sorted(prompts, key=lambda p: (-p.length, p.benchmark, p.id))
+    return ordered[rank::world]
+
+
+def _filled(value: Any, kind: type) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(v, kind) and v is not True for v in value)
+
+
+class _Batches(IterableDataset):
+    """Iterable, so that no strategy of Lightning adds a sampler that pads the ranks to equal length."""
+
+    def __init__(self, batches: list[list[Prompt]]) -> None:
+        self.batches = batches
+
+    def __iter__(self) -> Iterator[list[Prompt]]:
+        return iter(self.batches)

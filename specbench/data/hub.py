@@ -1,0 +1,54 @@
+"""Datasets of the Hugging Face hub: loaded from the network or the local cache, or one sentence says what to do."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+from urllib.parse import urlsplit
+
+
+def load(*args: Any, remedy: str, **kwargs: Any) -> Any:
+    """datasets.load_dataset, with a ValueError that ends in `remedy` when the data cannot be had."""
+    import datasets  # slow to import, and offline work does not need it
+
+    try:
+        with _without_network_at_once():
+            return datasets.load_dataset(*args, **kwargs)
+    except (OSError, RuntimeError, ValueError, datasets.exceptions.DatasetNotFoundError) as error:
+        raise ValueError(f"the hub's dataset {args[0]!r} cannot be read ({first_line(error)}): {remedy}") from error
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an exception's message, for one-sentence errors."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+
+
+@contextmanager
+def _without_network_at_once() -> Iterator[None]:
+    """Where the hub's name does not even resolve, use the cache at once instead of retrying for half a minute."""
+    import datasets
+    from huggingface_hub import constants
+
+    places = ((constants, "HF_HUB_OFFLINE"), (datasets.config, "HF_HUB_OFFLINE"))
+    before = [getattr(module, name) for module, name in places]
+    offline = not _resolves(urlsplit(constants.ENDPOINT).hostname or "")
+    try:
+        for (module, name), value in zip(places, before, strict=True):
+            setattr(module, name, value or offline)
+        yield
+    finally:
+        for (module, name), value in zip(places, before, strict=True):
+            setattr(module, name, value)
+
+
+def _resolves(host: str) -> bool:
+    if any(os.environ.get(name) for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy")):
+        return True  # the proxy resolves names
+    try:
+        socket.getaddrinfo(host, 443)
+    except OSError:
+        return False
+    return True
