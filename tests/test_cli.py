@@ -198,8 +198,9 @@ def test_a_failing_job_of_a_sweep_is_a_sentence_too(home: Path, tmp_path: Path) 
     done = toy(home, "toy", "-m", "act=write,mistake", f"root={tmp_path}")
     assert done.returncode == 2
     assert "Traceback" not in done.stderr
-    assert "\nspecbench: the draft was trained for another target: choose target=tiny\n" in done.stderr
-    assert any(line.startswith("toy act=mistake: the draft was trained") for line in done.stderr.splitlines())
+    assert "specbench: the draft was trained for another target: choose target=tiny\n" in done.stderr
+    (which,) = [line for line in done.stderr.splitlines() if line.startswith("toy ")]
+    assert "act=mistake" in which and which.endswith(": the draft was trained for another target: choose target=tiny")
     assert (tmp_path / "fast-0.5" / "facts.json").exists()
 
 
