@@ -69,8 +69,8 @@ def _notes(part: Sequence[Group], macros: pd.DataFrame) -> list[str]:
     prompts = sum(max(len(g.counts.prompts) for g in part if g.benchmark == b) for b in {g.benchmark for g in part})
     notes = [
         "Accepted length: tokens committed / rounds, pooled (bonus token included), ± the longer side of its 95% "
-        f"interval (cluster bootstrap over {prompts} prompts). Bold (or *): best, and resolved against every other by the "
-        "paired interval. Macro: unweighted mean over benchmarks."
+        f"interval (cluster bootstrap over {prompts} prompts). Bold (or *): best, and resolved against every other by "
+        "the paired interval. Macro: unweighted mean over benchmarks."
     ]
     if not macros["complete"].all():
         notes.append("† over fewer benchmarks than others have; not comparable.")
@@ -112,9 +112,9 @@ def resolved_best(values: dict[str, float], pairs: pd.DataFrame) -> str | None:
     if len(known) < 2:
         return None
     best = max(known, key=known.__getitem__)
-    against = pairs[(pairs["a"] == best) | (pairs["b"] == best)]
-    won = against[against["resolved"].astype(bool)]
-    beaten = set(won["a"]) | set(won["b"])
+    resolved = pairs[pairs["resolved"].astype(bool)]
+    beaten = set(resolved["b"][(resolved["a"] == best) & (resolved["low"] > 0)])
+    beaten |= set(resolved["a"][(resolved["b"] == best) & (resolved["high"] < 0)])
     return best if beaten >= set(known) - {best} else None
 
 

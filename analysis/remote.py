@@ -1,8 +1,8 @@
 """W&B projects as a source of runs: a GraphQL reader that asks for the fields it needs and no more.
 
 The files of every run are kept below a cache folder in the shape of run folders, so that one reader serves both. A run
-mirrors its folder as files (summary.json, config.yaml, provenance.json, metrics.jsonl, records.parquet); for one that
-did not upload the first two, they are written from the project's config, summary and state.
+mirrors its folder as files below record/ (summary.json, config.yaml, provenance.json, metrics.jsonl, records.parquet);
+for one that did not upload the first two, they are written from the project's config, summary and state.
 
 The key comes from WANDB_API_KEY or the netrc file, the server from WANDB_BASE_URL.
 """
@@ -29,6 +29,7 @@ from analysis.folders import SCHEMA
 PREFIX = "wandb:"
 SERVER = "https://api.wandb.ai"
 FILES = ("summary.json", "config.yaml", "provenance.json", "metrics.jsonl", "records.parquet")
+MIRROR = "record/"
 PAGE = 500
 TIMEOUT = 60
 QUERY = """query Runs($entity: String!, $project: String!, $run: JSONString, $cursor: String, $page: Int!,
@@ -66,7 +67,13 @@ def fetch(source: str, cache: Path) -> list[Path]:
 def _runs(server: str, entity: str, project: str, run: str | None) -> Iterator[dict[str, Any]]:
     cursor = None
     while True:
-        variables = {"entity": entity, "project": project, "cursor": cursor, "page": PAGE, "files": list(FILES)}
+        variables = {
+            "entity": entity,
+            "project": project,
+            "cursor": cursor,
+            "page": PAGE,
+            "files": [MIRROR + name for name in FILES],
+        }
         variables["run"] = json.dumps({"name": run} if run else {})
         answer = json.loads(_request(server, f"{server}/graphql", {"query": QUERY, "variables": variables}))
         if answer.get("errors"):
@@ -83,7 +90,7 @@ def _runs(server: str, entity: str, project: str, run: str | None) -> Iterator[d
 
 def _mirror(server: str, node: dict[str, Any], folder: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
-    uploaded = {edge["node"]["name"]: edge["node"] for edge in node["files"]["edges"]}
+    uploaded = {edge["node"]["name"].removeprefix(MIRROR): edge["node"] for edge in node["files"]["edges"]}
     for name in FILES:
         if name in uploaded:
             if not _current(folder / name, uploaded[name].get("md5")):

@@ -1,0 +1,194 @@
+"""`compare`: read runs, compute every table, draw every figure, write the report; one call for a whole comparison."""
+
+from __future__ import annotations
+
+import os
+import shlex
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pandas as pd
+
+from analysis import costs, curves, figures, folders, layout, page, published, style, tables, writers
+from analysis import groups as grouping
+from analysis.groups import Group
+from analysis.layout import Sheet
+from analysis.report import Content, Drawing, Section, provenance
+from analysis.runs import Runs, load
+from analysis.statistics import MINIMUM_SHARED, RESAMPLES
+
+CURVES = ("train/loss", "probe/accepted_length", "val/accepted_length")
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What a comparison made: its folder, every file in it, the frames, the content, and the text for a terminal."""
+
+    folder: Path
+    files: list[Path]
+    frames: dict[str, pd.DataFrame] = field(repr=False)
+    content: Content = field(repr=False)
+    runs: Runs = field(repr=False)
+    text: str = field(repr=False)
+
+
+def compare(
+    sources: str | os.PathLike[str] | Iterable[str | os.PathLike[str]],
+    output: str | os.PathLike[str] = "outputs/compare/all",
+    filters: str | Sequence[str] = (),
+    group_by: Sequence[str] = (),
+    *,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+    minimum_shared: float = MINIMUM_SHARED,
+    holm: bool = False,
+    cache: str | os.PathLike[str] = "outputs/wandb",
+    title: str | None = None,
+    command: str | None = None,
+    width: int = 120,
+    progress: Callable[[str], None] = lambda step: None,
+) -> Comparison:
+    """Compare every finished run below `sources` and write tables, figures and report.html into `output`.
+
+    Args:
+        sources: run folders, folders above some, glob patterns, `wandb:entity/project`, in any mix.
+        filters: `key=value` texts that every run must pass; any record column, config key or summary key with dots.
+        group_by: keys that tell rows apart beside `method`; a numeric one also becomes the axis of two figures.
+        resamples, seed: of the bootstrap.
+        minimum_shared: least share of prompts that two variants must share to be paired.
+        holm: correct the differences of each column for their number.
+        cache: folder for the files of W&B runs.
+        command: what the page tells a reader to type; None writes the Python call.
+        width: columns of the terminal that `text` is for.
+        progress: called with the name of each step.
+
+    Raises:
+        ValueError: nothing to compare, an unknown key, damaged records.
+        MixedError: numbers of different accountings, thinking modes or suites would share a column.
+    """
+    output = Path(output)
+    progress("read runs")
+    read = load(sources, filters, cache)
+    found = grouping.collect(read, group_by)
+    progress("tables")
+    frames = _frames(found, read, resamples, seed, minimum_shared, holm)
+    sheets = layout.main(found, frames["accepted_length"], frames["macro_average"], frames["differences"])
+    more = _more_sheets(found, frames)
+    progress("figures")
+    drawings = [*_slot_drawings(found, resamples, seed), *_axis_drawings(found, frames, group_by), *_run_drawings(read)]
+    used = f"{len(read.runs)} runs, {len(read.records)} records, {len(read.faults)} run folders left out"
+    how = command or f"python -c {shlex.quote(f'from analysis.compare import compare; compare({sources!r})')}"
+    content = Content(
+        title or f"Comparison {output.name}",
+        f"{used}. Intervals are 95%, cluster bootstrap over prompts ({resamples} resamples, seed {seed}).",
+        [
+            Section("Accepted length", sheets),
+            Section("Figures", drawings),
+            *(Section(sheet[0].title.partition(":")[0], sheet) for sheet in more if sheet),
+            provenance(read.runs, read.faults, how),
+        ],
+    )
+    progress("write")
+    files = _write(output, frames, sheets, drawings, content)
+    left = [f"left out: {path}: {reason}" for path, reason in read.faults.itertuples(index=False)]
+    text = "\n".join([writers.terminal(sheets, width).rstrip(), used, *left])
+    return Comparison(output, files, frames, content, read, text)
+
+
+def _frames(
+    found: Sequence[Group], read: Runs, resamples: int, seed: int, minimum: float, holm: bool
+) -> dict[str, pd.DataFrame]:
+    lengths = tables.accepted_length(found, resamples, seed)
+    return {
+        "accepted_length": lengths,
+        "conditional_acceptance": tables.conditional_acceptance(found, resamples, seed),
+        "differences": tables.differences(found, resamples, seed, minimum, holm),
+        "macro_average": tables.macro_average(found, resamples, seed),
+        "suffix_decay": tables.suffix_decay(found, resamples, seed),
+        "seeds": tables.seeds(found),
+        "costs": costs.costs(found, read),
+        "published": published.gap(lengths),
+    }
+
+
+def _more_sheets(found: Sequence[Group], frames: dict[str, pd.DataFrame]) -> list[list[Sheet]]:
+    gap = frames["published"]
+    return [
+        layout.differences(found, frames["differences"]),
+        [layout.spread(frames["seeds"])],
+        layout.costs(found, frames["costs"]),
+        [layout.published(gap)] if len(gap) else [],
+    ]
+
+
+def _slot_drawings(found: Sequence[Group], resamples: int, seed: int) -> list[Drawing]:
+    drawings = []
+    parts = grouping.sections(found)
+    for index, (section, part) in enumerate(parts):
+        tail = f"_{index + 1}" if len(parts) > 1 else ""
+        where = grouping.title(section)
+        frame = tables.conditional_by_domain(part, resamples, seed)
+        for quantity, name in (("conditional", "conditional_acceptance"), ("survival", "survival")):
+            words = "Conditional acceptance by slot" if quantity == "conditional" else "Survival by slot"
+            caption = f"{words}, a panel a domain ({where}). Bands: 95% intervals over prompts."
+            drawings.append(Drawing(name + tail, figures.by_slot(frame, quantity), caption))
+        decay = tables.suffix_decay(part, resamples, seed)
+        caption = f"Suffix decay: slope of log conditional acceptance a slot, weighted by rounds ({where})."
+        drawings.append(Drawing(f"suffix_decay{tail}", figures.bars(decay, "suffix_decay"), caption))
+    return drawings
+
+
+def _axis_drawings(found: Sequence[Group], frames: dict[str, pd.DataFrame], group_by: Sequence[str]) -> list[Drawing]:
+    drawings = []
+    if len(grouping.sections(found)) > 1:
+        return drawings
+    for key in group_by:
+        macro, decay = frames["macro_average"], frames["suffix_decay"]
+        if key not in macro or pd.to_numeric(macro[key], errors="coerce").nunique() < 2:
+            continue
+        name = key.replace(".", "_")
+        log = pd.to_numeric(macro[key], errors="coerce").pipe(lambda v: v.min() > 0 and v.max() / v.min() >= 16)
+        words = f"against {key}, with 95% intervals over prompts."
+        length = figures.along(macro, key, log=log)
+        drawings.append(Drawing(f"accepted_length_by_{name}", length, f"Accepted length (macro average) {words}"))
+        slope = figures.along(decay, key, "suffix_decay", panel="benchmark", log=log)
+        drawings.append(Drawing(f"suffix_decay_by_{name}", slope, f"Suffix decay {words}"))
+    return drawings
+
+
+def _run_drawings(read: Runs) -> list[Drawing]:
+    drawings = []
+    trained = read.runs[read.runs["kind"] == "train"] if "kind" in read.runs else read.runs.iloc[:0]
+    history = folders.metrics(trained)
+    names = [name for name in CURVES if (history["name"] == name).any()]
+    if names:
+        figure = curves.training(
+            history, names, {i: str(method) for i, method in trained["method"].items()}, smooth=0.8
+        )
+        drawings.append(Drawing("training", figure, "Training curves; faint: not smoothed."))
+    for _, row in read.runs[read.runs["kind"] == "serve"].iterrows() if "kind" in read.runs else ():
+        points = Path(row["path"]) / "points.csv"
+        if points.exists():
+            caption = f"Throughput against interactivity, {row['run']} (a simulation over a cost profile)."
+            drawings.append(Drawing(f"frontier_{row['run']}", curves.frontier(pd.read_csv(points)), caption))
+    return drawings
+
+
+def _write(
+    output: Path, frames: dict[str, pd.DataFrame], sheets: list[Sheet], drawings: list[Drawing], content: Content
+) -> list[Path]:
+    output.mkdir(parents=True, exist_ok=True)
+    exact = {
+        "accepted_length": (*tables.KEYS, *tables.MEASURES),
+        "conditional_acceptance": (*tables.KEYS, *tables.SLOT_MEASURES),
+    }
+    files = [writers.csv(frame, output / f"{name}.csv", exact.get(name)) for name, frame in frames.items()]
+    texts = {"accepted_length.md": writers.markdown(sheets), "accepted_length.tex": writers.latex(sheets)}
+    texts["report.html"] = page.render(content)
+    for name, text in texts.items():
+        (output / name).write_text(text, encoding="utf-8")
+        files.append(output / name)
+    for drawing in drawings:
+        files += style.save(drawing.figure, output / "figures", drawing.name)
+    return files
