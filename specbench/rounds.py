@@ -22,7 +22,11 @@ from specbench.runfolder import read_lines
 
 @dataclass(frozen=True)
 class PromptRounds:
-    """The rounds of one prompt. `logits` is NaN where no confidence was recorded; `tokens` is what they committed."""
+    """The rounds of one prompt. `logits` is NaN where no confidence was recorded; `tokens` is what they committed.
+
+    `prompt` names the conversation: the digest of its first turn's prompt, so that no turn of it is held out from
+    another.
+    """
 
     prompt: str
     proposed: Int[np.ndarray, " R"]
@@ -62,6 +66,7 @@ def from_lines(lines: Iterable[Mapping[str, Any]], name: str = "rounds") -> list
     (a stop token straight from the prefill) and are the only ones that are."""
     lines = list(lines)
     width = max((len(row) for line in lines for row in line.get("confidence") or ()), default=0)
+    opening = {_conversation(line): digest(line["prompt_ids"]) for line in lines if line.get("turn") == 0}
     prompts = []
     for index, line in enumerate(lines):
         proposed, accepted = (np.asarray(line[key], dtype=np.int64) for key in ("proposed", "accepted"))
@@ -78,12 +83,13 @@ def from_lines(lines: Iterable[Mapping[str, Any]], name: str = "rounds") -> list
                 f"{name} line {index + 1}: output_ids hold {tokens} tokens after the first and the rounds commit "
                 f"{most}; output_ids must be the generated tokens without the prompt"
             )
-        prompts.append(
-            PromptRounds(
-                digest(line["prompt_ids"]), proposed, accepted, seconds, tokens, _logits(line, index, name, width)
-            )
-        )
+        prompt = opening.get(_conversation(line)) or digest(line["prompt_ids"])
+        prompts.append(PromptRounds(prompt, proposed, accepted, seconds, tokens, _logits(line, index, name, width)))
     return prompts
+
+
+def _conversation(line: Mapping[str, Any]) -> tuple[Any, Any]:
+    return line.get("benchmark"), line.get("prompt_id")
 
 
 def _logits(line: Mapping[str, Any], index: int, name: str, width: int) -> Float[np.ndarray, "R K"] | None:

@@ -67,7 +67,7 @@ def closed_loop(policy: Policy, profile: CostProfile, concurrency: int, steps: i
 def poisson(
     policy: Policy,
     profile: CostProfile,
-    rate: float,
+    rate: float | int,
     requests: int,
     concurrency: int,
     warmup: float = 0.2,
@@ -75,8 +75,9 @@ def poisson(
 ) -> dict:
     """`requests` requests arriving at random, `rate` a second; at most `concurrency` run and the others wait.
 
-    Measured between the arrivals that bound the first share `warmup` and the last request, while the load lasts.
-    `offered` is the tokens a second that arrive; a throughput clearly below it, and `waiting_end`, tell of overload.
+    Measured from the arrival that ends the first share `warmup` of the requests to the last arrival, while the load
+    lasts. `offered` is the tokens a second that arrived in that time; a throughput clearly below it, and `waiting_end`,
+    tell of overload.
     """
     _positive(concurrency=concurrency, rate=rate, requests=requests)
     generator = np.random.default_rng(np.random.SeedSequence([seed, 1]))
@@ -87,13 +88,13 @@ def poisson(
     taken = [step for step in engine.steps() if first < step.end - step.seconds and step.end <= last]
     if not taken:
         raise ValueError(f"no engine step fell inside the {last - first:.3g} s of load; raise requests={requests}")
-    dealt = policy.workload.tokens[np.asarray(order)[np.arange(requests) % len(order)]]
+    dealt = policy.workload.tokens[order[np.arange(requests) % len(order)]]
     waits = np.array([s.started - s.arrived for s in engine.served])
     load = {
         "load": "poisson",
         "concurrency": float(np.average([s.requests for s in taken], weights=[s.seconds for s in taken])),
         "rate": rate,
-        "offered": rate * float(dealt.mean()),
+        "offered": float(dealt[arrivals > first].sum()) / (last - first),
         "wait_mean": float(waits.mean()),
         "wait_p95": float(np.quantile(waits, 0.95)),
         "waiting_end": taken[-1].waiting,
@@ -145,7 +146,7 @@ def _row(
     }
 
 
-def service_levels(rows: Sequence[dict], floors: Sequence[float], baseline: str | None = None) -> list[dict]:
+def service_levels(rows: Sequence[dict], floors: Sequence[float | int], baseline: str | None = None) -> list[dict]:
     """What each policy delivers while every user keeps a speed: for every floor (tokens a second and user) the best
     throughput among its simulated points with interactivity >= floor, None where no point keeps it. No interpolation.
 
@@ -180,7 +181,7 @@ def _order(policy: Policy, seed: int) -> np.ndarray:
     return np.random.default_rng(seed).permutation(len(policy.workload.tokens))
 
 
-def _positive(**values: float) -> None:
+def _positive(**values: float | int) -> None:
     for name, value in values.items():
         if value <= 0:
             raise ValueError(f"{name}={value} must be positive")

@@ -91,8 +91,8 @@ class Engine:
     profile: CostProfile
     scheduler: Scheduler
     concurrency: int
-    order: Sequence[int]
-    arrivals: Sequence[float] | None = None
+    order: Sequence[int] | np.ndarray
+    arrivals: Sequence[float] | np.ndarray | None = None
     limit: int | None = None
     served: list[Served] = field(default_factory=list, init=False)
 
