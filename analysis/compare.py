@@ -77,14 +77,14 @@ def compare(
     more = _more_sheets(found, frames)
     progress("figures")
     drawings = [*_slot_drawings(found, resamples, seed), *_axis_drawings(found, frames, group_by), *_run_drawings(read)]
-    used = f"{len(read.runs)} runs, {len(read.records)} records, {len(read.faults)} run folders left out"
+    used = f"{len(read.runs)} runs, {len(read.records)} records, left out: {len(read.faults)}"
     how = command or f"python -c {shlex.quote(f'from analysis.compare import compare; compare({sources!r})')}"
     content = Content(
         title or f"Comparison {output.name}",
         f"{used}. Intervals are 95%, cluster bootstrap over prompts ({resamples} resamples, seed {seed}).",
         [
             Section("Accepted length", sheets),
-            Section("Figures", drawings),
+            Section("Figures", [drawing for drawing in drawings if drawing.on_page]),
             *(Section(sheet[0].title.partition(":")[0], sheet) for sheet in more if sheet),
             provenance(read.runs, read.faults, how),
         ],
@@ -133,6 +133,9 @@ def _slot_drawings(found: Sequence[Group], resamples: int, seed: int) -> list[Dr
             words = "Conditional acceptance by slot" if quantity == "conditional" else "Survival by slot"
             caption = f"{words}, a panel a domain ({where}). Bands: 95% intervals over prompts."
             drawings.append(Drawing(name + tail, figures.by_slot(frame, quantity), caption))
+        for domain in dict.fromkeys(frame["domain"]) if frame["domain"].nunique() > 1 else ():
+            one = figures.by_slot(frame[frame["domain"] == domain])
+            drawings.append(Drawing(f"conditional_acceptance{tail}_{domain}", one, f"{domain} alone", on_page=False))
         decay = tables.suffix_decay(part, resamples, seed)
         caption = f"Suffix decay: slope of log conditional acceptance a slot, weighted by rounds ({where})."
         drawings.append(Drawing(f"suffix_decay{tail}", figures.bars(decay, "suffix_decay"), caption))

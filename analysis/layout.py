@@ -129,9 +129,10 @@ def differences(found: Sequence[Group], pairs: pd.DataFrame) -> list[Sheet]:
         rows = []
         for _, row in own[own["scope"] == "macro"].iterrows():
             shown = bracket(row["difference"], row["low"], row["high"], sign=True)
-            rest = [_number(row[p], 4), str(row["paired"]), row["note"] or "resolved"]
+            rest = [Cell(_number(row[p], 4), sort=row[p]), Cell(str(row["paired"]), sort=row["paired"])]
+            rest.append(Cell(row["note"] or "resolved"))
             difference = Cell(shown, bool(row["resolved"]), row["difference"])
-            rows.append([Cell(f"{row['a']} - {row['b']}"), Cell(row["domain"]), difference, *map(Cell, rest)])
+            rows.append([Cell(f"{row['a']} - {row['b']}"), Cell(row["domain"]), difference, *rest])
         if rows:
             title = f"Differences of accepted length: {grouping.title(section)}"
             sheets.append(Sheet("differences", title, columns, rows, notes=[note]))
@@ -144,8 +145,8 @@ def spread(seeds: pd.DataFrame) -> Sheet:
     for _, row in seeds.iterrows():
         mean = Cell(bracket(row["mean"], row["low"], row["high"]), sort=row["mean"])
         place = [Cell(str(row[key])) for key in ("target", "variant", "benchmark")]
-        rest = [Cell(_number(row["sd"], 3)), Cell(str(row["n"]))]
-        rows.append([*place, Cell(grouping.shown(row["temperature"])), mean, *rest])
+        rest = [Cell(_number(row["sd"], 3), sort=row["sd"]), Cell(str(row["n"]), sort=row["n"])]
+        rows.append([*place, _temperature(row), mean, *rest])
     columns = ["target", "method", "benchmark", "temperature", "mean [95% t]", "sd", "seeds"]
     note = "Over trained drafts (training seeds). One seed has no spread, and its table says nothing about retraining."
     return Sheet("seeds", "Spread over training seeds", columns, rows, notes=[note])
@@ -187,11 +188,15 @@ def published(gap: pd.DataFrame) -> Sheet:
         place = [Cell(str(row[key])) for key in ("target", "variant", "benchmark")]
         numbers = [Cell(f"{row['published']:.2f}", sort=row["published"]), Cell(f"{row['gap']:+.2f}", sort=row["gap"])]
         relative = [Cell(f"{row['relative']:+.1%}", sort=row["relative"]), Cell("yes" if row["inside"] else "no")]
-        rows.append([*place, Cell(grouping.shown(row["temperature"])), ours, *numbers, *relative])
+        rows.append([*place, _temperature(row), ours, *numbers, *relative])
     columns = ["target", "method", "benchmark", "temperature", "ours [95%]", "published", "gap", "relative", "inside"]
     source = gap["source"].iloc[0] if len(gap) else ""
     note = f"Source: {source}. Inside: the published value lies in our interval; the source states no error of its own."
     return Sheet("published", "Published numbers and the gap of reproduction", columns, rows, notes=[note])
+
+
+def _temperature(row: pd.Series) -> Cell:
+    return Cell(grouping.shown(row["temperature"]), sort=row["temperature"])
 
 
 def plus_minus(value: float, low: float, high: float) -> str:

@@ -28,8 +28,8 @@ nav a { color: var(--link); margin-right: 1rem; }
 table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums; margin: .4rem 0; }
 caption { text-align: left; font-weight: 600; padding-bottom: .3rem; }
 th, td { padding: .25rem .7rem; text-align: right; border-bottom: 1px solid var(--line); white-space: nowrap; }
-th:first-child, td:first-child { text-align: left; } thead tr:first-child th { text-align: center; }
-thead tr.keys th { text-align: right; } thead tr.keys th:first-child { text-align: left; }
+th.text, td.text { text-align: left; } thead tr:first-child th { text-align: center; }
+thead tr.keys th { text-align: right; } thead tr.keys th.text { text-align: left; }
 tbody tr:nth-child(even) { background: var(--band); }
 th button { all: unset; cursor: pointer; font-weight: 600; } th button:focus-visible { outline: 2px solid var(--link); }
 th[aria-sort="ascending"] button::after { content: " \\2191"; }

@@ -38,11 +38,12 @@ class Commands:
 
 @dataclass(frozen=True)
 class Drawing:
-    """A figure, its file name without ending, and what it shows in words."""
+    """A figure, its file name without ending, and what it shows in words; not `on_page`: a file only."""
 
     name: str
     figure: Figure = field(repr=False)
     caption: str
+    on_page: bool = True
 
 
 @dataclass(frozen=True)
@@ -128,7 +129,7 @@ def blocks(
     for target in targets:
         chosen = " or ".join(f"Config('method') == '{method}'" for method in methods)
         filters = f"Config('target') == '{target}' and ({chosen})" if methods else f"Config('target') == '{target}'"
-        runs = v2.Runset(name=target, filters=filters, groupby=[v2.Config("method")])
+        runs = v2.Runset(name=target, filters=filters, groupby=["config.method"])
         lines = [v2.LinePlot(title=name, x=STEP, y=[name], groupby=v2.Config("method")) for name in curves]
         query = {"summaryTable": {"tableKey": SLOTS}}
         fields = {"x": "slot", "y": "conditional", "stroke": "method"}

@@ -92,17 +92,21 @@ def html(sheet: Sheet) -> str:
             f'<th colspan="{width}" class="span">{escaping.escape(text)}</th>' for text, width in sheet.spans
         )
         out.append(f"<tr>{cells}</tr>")
+    # Text columns read from the left, numbers from the right.
+    text = [all(row[i].sort is None for row in sheet.rows) for i in range(len(sheet.columns))]
+    kinds = [' class="text"' if is_text else "" for is_text in text]
     names = "".join(
-        f'<th scope="col"><button type="button">{escaping.escape(name)}</button></th>' for name in sheet.columns
+        f'<th scope="col"{kind}><button type="button">{escaping.escape(name)}</button></th>'
+        for name, kind in zip(sheet.columns, kinds, strict=True)
     )
     out.append(f'<tr class="keys">{names}</tr></thead><tbody>')
     for row in sheet.rows:
         cells = []
         for index, cell in enumerate(row):
-            tag = "th scope='row'" if index == 0 else "td"
+            tag, scope = ("th", ' scope="row"') if index == 0 else ("td", "")
             sort = "" if cell.sort is None or pd.isna(cell.sort) else f' data-sort="{cell.sort:.6g}"'
-            text = f"<b>{escaping.escape(cell.text)}</b>" if cell.best else escaping.escape(cell.text)
-            cells.append(f"<{tag}{sort}>{text}</{tag.split()[0]}>")
+            shown = f"<b>{escaping.escape(cell.text)}</b>" if cell.best else escaping.escape(cell.text)
+            cells.append(f"<{tag}{scope}{kinds[index]}{sort}>{shown}</{tag}>")
         out.append(f"<tr>{''.join(cells)}</tr>")
     out.append("</tbody></table>")
     out += [f'<p class="note">{escaping.escape(note)}</p>' for note in sheet.notes]

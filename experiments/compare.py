@@ -1,0 +1,59 @@
+"""Tables, figures and one HTML page over any runs: local folders, W&B projects, in any mix."""
+
+from __future__ import annotations
+
+import shlex
+import shutil
+import sys
+import time
+from pathlib import Path
+
+from omegaconf import DictConfig, ListConfig
+
+from analysis.compare import Comparison
+from analysis.compare import compare as compare_runs
+from analysis.folders import flatten
+from experiments.stage import container, report, say
+
+KEYS = ("target", "method", "suite", "benchmark", "domain", "temperature", "scheduler", "accounting", "thinking")
+
+
+def run(cfg: DictConfig) -> Path:
+    """Write root/compare/NAME and print the table; returns the folder."""
+    began = time.monotonic()
+    made = comparison(cfg)
+    print(made.text)
+    figure = next((path for path in made.files if path.suffix == ".png"), None)
+    facts = {"figure": str(figure), "page": str(made.folder / "report.html"), "files": len(made.files)}
+    report("compare", made.folder, time.monotonic() - began, facts, next="open the page in a browser")
+    return made.folder
+
+
+def comparison(cfg: DictConfig, title: str | None = None) -> Comparison:
+    """The comparison that `cfg` asks for, as `analysis.compare` makes it."""
+    settings = container(cfg)
+    runs = list(cfg.runs) if isinstance(cfg.runs, ListConfig) else cfg.runs
+    return compare_runs(
+        runs,
+        Path(cfg.root) / "compare" / cfg.name,
+        filters(settings),
+        [settings["group_by"]] if isinstance(settings["group_by"], str) else settings["group_by"],
+        resamples=cfg.resamples,
+        seed=cfg.seed,
+        minimum_shared=cfg.minimum_shared,
+        holm=cfg.holm,
+        cache=Path(cfg.root) / "wandb",
+        title=title,
+        command=shlex.join(["specbench", *sys.argv[1:]]),
+        width=shutil.get_terminal_size((120, 40)).columns,
+        progress=lambda step: say(f"compare: {step}"),
+    )
+
+
+def filters(settings: dict) -> list[str]:
+    """The settings that choose runs, as `key=value` texts."""
+    own = settings["filters"]
+    chosen = {key: settings[key] for key in KEYS if settings[key] is not None}
+    chosen |= dict(flatten(own)) if isinstance(own, dict) else {}
+    texts = [f"{k}={','.join(map(str, v)) if isinstance(v, (list, tuple)) else v}" for k, v in chosen.items()]
+    return texts if isinstance(own, dict) else [*texts, *(own.split() if isinstance(own, str) else own)]
