@@ -1,0 +1,106 @@
+"""specbench rerun: a run again from its record, and whether the numbers are the same."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import yaml
+from omegaconf import DictConfig, OmegaConf
+
+from experiments.stage import say
+from experiments.verbs import VERBS
+from specbench.atomic import changes, read_json, write_json
+from specbench.provenance import differences, provenance
+from specbench.runfolder import read_summary
+
+# What a clock measures is never the same twice.
+TIMED = ("seconds", "per_second", "speedup", "latency", "throughput", "overhead")
+
+
+def run(cfg: DictConfig) -> Path:
+    """Run the verb of the record with the record's configuration; returns the new run folder, rerun.json inside.
+
+    Every run verb names its folder by the settings `root` and `name`, which are all that is changed.
+    """
+    old = Path(cfg.run)
+    summary = read_summary(old)
+    then = read_json(old / "provenance.json", {})
+    config = yaml.safe_load((old / "config.yaml").read_text(encoding="utf-8"))
+    if summary["status"] != "finished":
+        say(f"{old} is {summary['status']}: there may be no numbers to compare with")
+    now, _ = provenance(sys.argv, then.get("seeds", {}), then.get("cache"))
+    differing = differences(then, now) + cache_differences(then.get("cache"))
+    for line in differing:
+        say(f"differs from then: {line}")
+
+    config["root"] = str(cfg.root or old.parents[2])
+    config["name"] = cfg.name or f"{old.name}-rerun"
+    config["force"] = bool(cfg.force)
+    new = Path(config["root"]) / "runs" / summary["kind"] / config["name"]
+    if new.resolve() == old.resolve():
+        raise ValueError(f"the rerun would overwrite {old}: give it another name=... or root=...")
+    importlib.import_module(VERBS[summary["kind"]].module).run(OmegaConf.create(config))
+
+    unequal, compared = compare(old, new, with_times=cfg.seconds)
+    report = {"of": str(old), "differences": differing, "compared": compared, "unequal": unequal}
+    write_json(new / "rerun.json", report)
+    verdict = "all equal" if not unequal else f"{len(unequal)} differ"
+    print(f"rerun: {compared} numbers compared, {verdict}; {new / 'rerun.json'}")
+    for line in unequal[:20]:
+        say(f"not the same number: {line}")
+    if cfg.strict and (differing or unequal):
+        raise ValueError(
+            f"{new} is not a repetition of {old}: {len(differing)} facts and {len(unequal)} numbers differ"
+        )
+    return new
+
+
+def cache_differences(cache: Mapping[str, Any] | None) -> list[str]:
+    """Whether the cache that the run read is still there with the same fingerprint."""
+    if not cache or not cache.get("folder"):
+        return []
+    manifest = read_json(Path(cache["folder"]) / "manifest.json", None)
+    found = None if manifest is None else manifest.get("fingerprint")
+    return [] if found == cache["fingerprint"] else [f"cache {cache['folder']}: {cache['fingerprint']} -> {found}"]
+
+
+def compare(old: Path, new: Path, with_times: bool = False) -> tuple[list[str], int]:
+    """The numbers of two runs that are not exactly equal (`metrics.x: 1 -> 2`), and how many were compared.
+
+    Headline metrics of summary.json, then every column of records.parquet row by row, `run` aside.
+    """
+    before, after = read_summary(old).get("metrics", {}), read_summary(new).get("metrics", {})
+    if not with_times:
+        before, after = _untimed(before), _untimed(after)
+    unequal = changes(before, after, "metrics")
+    compared = _count(before)
+    records = [folder / "records.parquet" for folder in (old, new)]
+    if records[0].exists():
+        tables = [pq.read_table(file).to_pylist() if file.exists() else [] for file in records]
+        if len(tables[0]) != len(tables[1]):
+            unequal.append(f"records: {len(tables[0])} -> {len(tables[1])} rows")
+        for first, second in zip(*tables, strict=False):
+            kept = [key for key in first if key != "run" and (with_times or not _timed(key))]
+            where = f"records[{first['prompt_id']}, {first['turn']}]"
+            unequal += changes({key: first[key] for key in kept}, {key: second.get(key) for key in kept}, where)
+            compared += len(kept)
+    return unequal, compared
+
+
+def _timed(key: str) -> bool:
+    return any(word in key for word in TIMED)
+
+
+def _untimed(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """`tree` without what a clock measured."""
+    kept = {key: value for key, value in tree.items() if not _timed(key)}
+    return {key: _untimed(value) if isinstance(value, Mapping) else value for key, value in kept.items()}
+
+
+def _count(tree: Any) -> int:
+    return sum(map(_count, tree.values())) if isinstance(tree, Mapping) else 1
