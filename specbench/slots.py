@@ -11,6 +11,8 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from specbench.roundcounts import expected_lengths
+
 
 @dataclass(frozen=True)
 class SlotStatistics:
@@ -60,7 +62,7 @@ class SlotStatistics:
             weight=weight.detach().double().sum(0),
             confidence=chance.sum(0),
             confidence_error=error.sum(0),
-            expected_length=(filled + values["alpha"].cumprod(-1).sum(-1)).sum(),
+            expected_length=expected_lengths(values["alpha"], mask).sum(),
             blocks=filled.sum(),
             **sums,
         )
