@@ -80,8 +80,8 @@ class Benchmark:
             return tuple(row[self.turns or "turns"])
         except (UndefinedError, KeyError, TypeError) as error:
             raise ValueError(
-                f"benchmark {self.name!r}: its template does not fit the data ({hub.first_line(error)}); the columns are "
-                f"{', '.join(row)}"
+                f"benchmark {self.name!r}: its template does not fit the data ({hub.first_line(error)}); the "
+                f"columns are {', '.join(row)}"
             ) from error
 
     def download(self) -> list[tuple[str, ...]]:
@@ -91,7 +91,7 @@ class Benchmark:
             at = f"@{self.revision}" if self.revision else ""
             urls = [f"hf://datasets/{self.dataset}{at}/{file}" for file in self.files]
             kind = "parquet" if self.files[0].endswith(".parquet") else "json"
-            parts = [hub.load(kind, data_files=urls, split="train", remedy=remedy)]
+            parts = [hub.load(kind, data_files=urls, split="train", remedy=remedy, label=self.dataset)]
         else:
             subsets = [self.subset] if isinstance(self.subset, str) or self.subset is None else self.subset
             parts = [

@@ -10,7 +10,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 
-def load(*args: Any, remedy: str, **kwargs: Any) -> Any:
+def load(*args: Any, remedy: str, label: str | None = None, **kwargs: Any) -> Any:
     """datasets.load_dataset, with a ValueError that ends in `remedy` when the data cannot be had."""
     import datasets  # slow to import, and offline work does not need it
 
@@ -18,7 +18,9 @@ def load(*args: Any, remedy: str, **kwargs: Any) -> Any:
         with _without_network_at_once():
             return datasets.load_dataset(*args, **kwargs)
     except (OSError, RuntimeError, ValueError, datasets.exceptions.DatasetNotFoundError) as error:
-        raise ValueError(f"the hub's dataset {args[0]!r} cannot be read ({first_line(error)}): {remedy}") from error
+        raise ValueError(
+            f"the hub's dataset {label or args[0]!r} cannot be read ({first_line(error)}): {remedy}"
+        ) from error
 
 
 def first_line(error: BaseException) -> str:

@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from specbench.atomic import json_line
+
 
 class BrokenLine(ValueError):
     """A line that is not what the format promises; the message names file and line."""
@@ -81,6 +83,16 @@ def repair(path: Path) -> int:
     return 1
 
 
+def line(row: dict[str, Any]) -> str:
+    """One strict JSON line with its newline; text that UTF-8 cannot hold (lone surrogates) is escaped."""
+    text = json_line(row)
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return json.dumps(row, allow_nan=False) + "\n"
+    return text
+
+
 class Appender:
     """Appends one object a line; a line is written whole, and synced to disk every `lines` lines or `seconds`."""
 
@@ -92,8 +104,8 @@ class Appender:
 
     def append(self, row: dict[str, Any]) -> None:
         """One line. A short write (full disk) raises OSError and leaves a partial line for `repair`."""
-        line = json.dumps(row, ensure_ascii=False).encode("utf-8", "surrogatepass") + b"\n"
-        if self._file.write(line) != len(line):
+        data = line(row).encode()
+        if self._file.write(data) != len(data):
             raise OSError(f"{self._file.name}: the disk took only a part of a line; free some space and run again")
         self._unsynced += 1
         if self._unsynced >= self._lines or time.monotonic() - self._synced_at >= self._seconds:

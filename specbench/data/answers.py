@@ -1,0 +1,109 @@
+"""The target answers every prompt: multi-turn, resumable by id, each answer written once.
+
+answers.jsonl   {"id", "messages", "source", "domain"?, "answer_tokens": [[..], ..] | null, "truncated": [..]}
+failed.jsonl    {"id", "turn", "cause"} of what could not be answered; tried again on the next run
+header.json     the policy under which the answers were drawn; answers of another policy are refused
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from specbench.atomic import changes, plain, read_json, write_json, write_text
+from specbench.data import jsonl
+from specbench.data.engines import Conversation, Engine, Policy
+
+SCHEMA = "specbench.answers/1"
+
+
+def collect(
+    prompts: Iterable[Conversation],
+    engine: Engine,
+    folder: Path | str,
+    policy: Policy,
+    *,
+    progress: Callable[[str], None] = lambda kind: None,
+) -> dict[str, int]:
+    """Answer every prompt that has no answer in `folder` yet; returns what was counted.
+
+    progress: called with "kept" (answered before), "answer" or "failure" for every prompt.
+    Raises ValueError when the folder holds answers of another policy, naming the differences.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    check_header(folder, policy)
+    paths = {"answer": folder / "answers.jsonl", "failure": folder / "failed.jsonl"}
+    counts = {"answered": 0, "kept": 0, "failed": 0}
+    counts["repaired"] = sum(jsonl.repair(path) for path in paths.values())
+    done = answered(folder)
+    write_json(folder / "header.json", header(policy, engine.name))
+    given: set[str] = set()
+
+    def pending() -> Iterator[Conversation]:
+        for conversation in prompts:
+            id = conversation["id"]
+            if id in given:
+                raise ValueError(f"id {id!r} occurs twice among the prompts: make ids unique")
+            given.add(id)
+            if id in done:
+                counts["kept"] += 1
+                progress("kept")
+            else:
+                yield conversation
+
+    with jsonl.Appender(paths["answer"]) as answers, jsonl.Appender(paths["failure"]) as failures:
+
+        def emit(kind: str, row: dict[str, Any]) -> None:
+            (answers if kind == "answer" else failures).append(row)
+            counts["answered" if kind == "answer" else "failed"] += 1
+            if kind == "answer":
+                done.add(row["id"])
+            progress(kind)
+
+        engine.answer(pending(), policy, emit)
+    _settle(paths["failure"], done)
+    return counts | engine.counts
+
+
+def header(policy: Policy, engine: str) -> dict[str, Any]:
+    """What header.json says."""
+    return {"schema": SCHEMA, "policy": plain(asdict(policy)), "engine": engine}
+
+
+def check_header(folder: Path | str, policy: Policy) -> None:
+    """Refuse a folder whose answers were drawn under another policy."""
+    there = read_json(Path(folder) / "header.json", None)
+    if there is None:
+        return
+    differing = changes(there.get("policy"), plain(asdict(policy)))
+    if differing:
+        raise ValueError(
+            f"{folder} holds answers of another policy ({'; '.join(differing)}): ask for the old settings, choose "
+            "another root, or start over with force=true"
+        )
+
+
+def answered(folder: Path | str) -> set[str]:
+    """Ids that have an answer; a broken or repeated line is an error that names it."""
+    path = Path(folder) / "answers.jsonl"
+    ids: set[str] = set()
+    if path.is_file():
+        for number, row in jsonl.read(path, "id", "messages"):
+            if row["id"] in ids:
+                raise jsonl.BrokenLine(path, number, f"repeats the answer of {row['id']!r}")
+            ids.add(row["id"])
+    return ids
+
+
+def read(folder: Path | str) -> Iterator[dict[str, Any]]:
+    """Rows of answers.jsonl in file order."""
+    yield from jsonl.conversations(Path(folder) / "answers.jsonl")
+
+
+def _settle(path: Path, done: set[str]) -> None:
+    """Keep the last failure of every prompt that still has no answer."""
+    last = {row["id"]: row for _, row in jsonl.read(path, "id") if row["id"] not in done}
+    write_text(path, "".join(jsonl.line(row) for row in last.values()))
