@@ -1,0 +1,243 @@
+"""What a round costs: cost curves of target and draft, the speedup they predict, and the one the clock shows.
+
+Every time is the median of repeats after warm-up, with the first and third quartile beside it, on a synchronised
+clock. Only measuring happens here; a number belongs to the machine it was taken on.
+
+Axes: B requests, S tokens a request in one forward pass, K slots.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from specbench.blocks import Context
+from specbench.costs import CostProfile
+from specbench.decoding import Decoded, Limits, decode, speculative_decode
+from specbench.methods.draft import Draft
+from specbench.sampling import Sampler, Sampling
+from specbench.scheduling import Scheduler
+from specbench.targets import Target
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds of one action: median and quartiles of `repeats` calls."""
+
+    seconds: float
+    low: float
+    high: float
+    repeats: int
+
+
+def timed(
+    action: Callable[[Any], Any],
+    device: torch.device,
+    repeats: int = 20,
+    warmup: int = 3,
+    prepare: Callable[[], Any] = lambda: None,
+) -> Timing:
+    """Time `action(prepare())`, the preparation left out, after `warmup` untimed calls."""
+    if repeats < 1:
+        raise ValueError(f"repeats={repeats}: time at least one call")
+    taken = []
+    for call in range(warmup + repeats):
+        ready = prepare()
+        started = clock(device)
+        action(ready)
+        if call >= warmup:
+            taken.append(clock(device) - started)
+    low, median, high = np.quantile(taken, [0.25, 0.5, 0.75])
+    return Timing(float(median), float(low), float(high), repeats)
+
+
+def clock(device: torch.device) -> float:
+    """Seconds, once the device has done what it was asked for."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+@torch.inference_mode()
+def target_cost(
+    target: Target,
+    batch_sizes: Sequence[int],
+    lengths: Sequence[int],
+    context: int = 128,
+    repeats: int = 20,
+    warmup: int = 3,
+) -> list[dict]:
+    """T(B, S): seconds in which the target extends B requests of `context` tokens by S and gives their logits.
+
+    S = 1 is plain decoding, S = K + 1 verifies K slots. One row a (B, S): part, requests, length, tokens (B S),
+    context, seconds, low, high, repeats.
+    """
+    rows = []
+    for B in batch_sizes:
+        state, _ = target.prefill(*_prompts(target, B, context))
+        for S in lengths:
+            block = _tokens(target, B, S)
+            timing = timed(
+                lambda _, state=state, block=block: target.logits(target.extend(state, block).last),
+                target.device,
+                repeats,
+                warmup,
+            )
+            rows.append(_row("target", B, S, context, timing))
+    return rows
+
+
+@torch.inference_mode()
+def draft_cost(
+    target: Target,
+    draft: Draft,
+    batch_sizes: Sequence[int],
+    lengths: Sequence[int],
+    context: int = 128,
+    repeats: int = 20,
+    warmup: int = 3,
+) -> list[dict]:
+    """Seconds in which the draft proposes K greedy slots for B requests, and commits K + 1 tokens afterwards.
+
+    Rows as target_cost's, `length` being K, with the parts `propose` and `commit`.
+    """
+    rows = []
+    for B in batch_sizes:
+        tokens, counts = _prompts(target, B, context)
+        held, states = target.prefill(tokens, counts)
+        begun, every = draft.begin(states, tokens), torch.arange(B, device=target.device)
+        anchor, sampler = _tokens(target, B, 1)[:, 0], Sampler(Sampling(), range(B))
+        for K in lengths:
+            if not 1 <= K <= draft.block_size:
+                raise ValueError(f"length {K}: this draft proposes 1 to {draft.block_size} slots")
+            block = _tokens(target, B, K + 1)
+            true = target.extend(held, block)
+            committed = Context(true.taps, true.last, torch.full_like(counts, K + 1))
+            propose = timed(
+                lambda _, K=K, state=begun, anchor=anchor, draw=sampler: draft.propose(state, anchor, draw, K),
+                target.device,
+                repeats,
+                warmup,
+            )
+            commit = timed(
+                lambda state, seen=committed, block=block: draft.commit(state, seen, block),
+                target.device,
+                repeats,
+                warmup,
+                prepare=lambda state=begun, every=every: state.select(every),
+            )
+            rows += [_row("propose", B, K, context, propose), _row("commit", B, K, context, commit)]
+    return rows
+
+
+def cost_profile(rows: Sequence[dict], label: str, slots: int | None = None) -> CostProfile:
+    """SPS(B) from the rows of target_cost; with `slots` also the draft's time for K = slots from those of draft_cost.
+
+    Forward passes of equally many tokens but other shapes are pooled by their median.
+    """
+    pairs = [(row["tokens"], 1.0 / row["seconds"]) for row in rows if row["part"] == "target"]
+    if not pairs:
+        raise ValueError("a cost profile needs target rows; measure them with target_cost")
+    profile = CostProfile.from_pairs(pairs, label)
+    if slots is None:
+        return profile
+    each: dict[int, float] = {}
+    for row in rows:
+        if row["part"] in ("propose", "commit") and row["length"] == slots:
+            each[row["requests"]] = each.get(row["requests"], 0.0) + row["seconds"]
+    if not each:
+        raise ValueError(f"slots={slots}: there is no draft row of that length; measure it with draft_cost")
+    sizes = sorted(each)
+    return profile.with_draft(sizes, [each[size] for size in sizes])
+
+
+def predicted_speedup(accepted_length: float, t_draft: float, t_verify: float, t_plain: float) -> float:
+    """Accepted length x T(1) / (T_draft + T(K + 1)): tokens a second against plain decoding, from the cost curve.
+
+    >>> predicted_speedup(3.0, t_draft=0.5, t_verify=1.5, t_plain=1.0)
+    1.5
+    """
+    return accepted_length * t_plain / (t_draft + t_verify)
+
+
+def wall_clock(
+    target: Target,
+    draft: Draft,
+    prompts: Sequence[Sequence[int]],
+    sampling: Sampling,
+    limits: Limits,
+    repeats: int = 3,
+    warmup: int = 1,
+    scheduler: Scheduler | None = None,
+    slots: int | None = None,
+) -> dict:
+    """The measured speedup: plain and speculative decoding of the same prompts, interleaved in this process.
+
+    Each repeat decodes all prompts both ways, in turns the one and the other first. Returns plain and speculative
+    tokens a second (medians), speedup with its smallest and largest repeat, accepted_length, and the mean draft,
+    verify and overhead seconds a round.
+    """
+    seeds = list(range(len(prompts)))
+    speeds: dict[str, list[float]] = {"plain": [], "speculative": []}
+    rounds: list = []
+
+    def once(way: str) -> list[Decoded]:
+        if way == "plain":
+            return list(decode(target, prompts, sampling, limits, seeds))
+        return list(speculative_decode(target, draft, prompts, sampling, limits, seeds, scheduler, slots))
+
+    for repeat in range(warmup + repeats):
+        for way in ("plain", "speculative") if repeat % 2 else ("speculative", "plain"):
+            started = clock(target.device)
+            done = once(way)
+            seconds = clock(target.device) - started
+            if repeat >= warmup:
+                speeds[way].append(sum(len(d.output_ids) for d in done) / seconds)
+                rounds += [r for d in done for r in d.rounds]
+    if not rounds:
+        raise ValueError("no round was decoded; give prompts whose answers hold more than one token")
+    ratios = np.divide(speeds["speculative"], speeds["plain"])
+    split = np.array([(r.draft_seconds, r.verify_seconds, r.seconds) for r in rounds]).mean(0)
+    return {
+        "plain_tokens_per_second": float(np.median(speeds["plain"])),
+        "tokens_per_second": float(np.median(speeds["speculative"])),
+        "speedup": float(np.median(ratios)),
+        "speedup_low": float(ratios.min()),
+        "speedup_high": float(ratios.max()),
+        "accepted_length": sum(r.committed for r in rounds) / len(rounds),
+        "draft_seconds": float(split[0]),
+        "verify_seconds": float(split[1]),
+        "overhead_seconds": float(split[2] - split[0] - split[1]),
+        "repeats": repeats,
+    }
+
+
+def scheduler_cost(scheduler: Scheduler, requests: int = 256, slots: int = 7, repeats: int = 1000) -> Timing:
+    """Seconds of one schedule on the host, for confidences drawn once from a fixed seed."""
+    confidence = np.random.default_rng(0).random((requests, slots)) ** 0.2
+    proposed, names = np.full(requests, slots), list(range(requests))
+    accepted = (confidence > 0.5).cumprod(1).sum(1)
+    return timed(lambda _: scheduler.lengths(confidence, proposed, names, accepted), torch.device("cpu"), repeats)
+
+
+def _prompts(target: Target, requests: int, context: int) -> tuple[torch.Tensor, torch.Tensor]:
+    return _tokens(target, requests, context), torch.full((requests,), context, device=target.device)
+
+
+def _tokens(target: Target, requests: int, count: int) -> torch.Tensor:
+    """Random token ids: a forward pass costs the same whatever they are."""
+    generator = torch.Generator().manual_seed(0)
+    vocabulary = len(target.tables.embedding)
+    return torch.randint(vocabulary, (requests, count), generator=generator).to(target.device)
+
+
+def _row(part: str, requests: int, length: int, context: int, timing: Timing) -> dict:
+    tokens = requests * length
+    sizes = {"part": part, "requests": requests, "length": length, "tokens": tokens, "context": context}
+    spread = {"seconds": timing.seconds, "low": timing.low, "high": timing.high, "repeats": timing.repeats}
+    return sizes | spread

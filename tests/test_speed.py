@@ -1,0 +1,82 @@
+"""Cost curves on a tiny target: what is timed, how rows become a profile, and the simulator against the real engine."""
+
+import time
+
+import numpy as np
+import pytest
+import torch
+
+from specbench.decoding import Limits
+from specbench.sampling import Sampling
+from specbench.scheduling import FixedLength, HardwareAware
+from specbench.speed import (
+    cost_profile,
+    draft_cost,
+    predicted_speedup,
+    scheduler_cost,
+    target_cost,
+    timed,
+    wall_clock,
+)
+from tests import tiny
+
+CPU = torch.device("cpu")
+
+
+def test_preparation_and_warm_up_are_not_timed():
+    calls = []
+
+    def prepare():
+        time.sleep(0.02)
+        return len(calls)
+
+    timing = timed(calls.append, CPU, repeats=5, warmup=2, prepare=prepare)
+    assert calls == list(range(7)) and timing.repeats == 5
+    assert timing.low <= timing.seconds <= timing.high < 0.02
+
+
+def test_a_sleep_is_as_long_as_it_is():
+    timing = timed(lambda _: time.sleep(0.01), CPU, repeats=3, warmup=0)
+    assert 0.01 <= timing.seconds < 0.1
+
+
+def test_cost_curves_leave_the_states_as_they_were_and_make_a_profile():
+    owner = tiny.target("qwen3")
+    draft = tiny.draft("dspark", "qwen3")
+    rows = target_cost(owner, [1, 2], [1, 3], context=6, repeats=2, warmup=1)
+    assert [(r["requests"], r["length"], r["tokens"]) for r in rows] == [(1, 1, 1), (1, 3, 3), (2, 1, 2), (2, 3, 6)]
+    assert all(0 < r["low"] <= r["seconds"] <= r["high"] for r in rows)
+    rows += draft_cost(owner, draft, [1, 2], [4], context=6, repeats=2, warmup=1)
+    profile = cost_profile(rows, "tiny", slots=4)
+    assert profile.tokens == (1, 2, 3, 6) and profile.source == "measured"
+    own = {r["requests"]: 0.0 for r in rows}
+    for row in rows:
+        own[row["requests"]] += row["seconds"] * (row["part"] != "target")
+    verify = next(r["seconds"] for r in rows if r["part"] == "target" and r["tokens"] == 6)
+    assert profile.seconds(2, 4)[-1] == pytest.approx(verify + own[2])
+    with pytest.raises(ValueError, match="slots=3"):
+        cost_profile(rows, "tiny", slots=3)
+    with pytest.raises(ValueError, match="1 to 4 slots"):
+        draft_cost(owner, draft, [1], [5], context=6, repeats=1, warmup=0)
+
+
+def test_predicted_speedup_by_hand():
+    assert predicted_speedup(4.0, 0.2, 1.4, 1.0) == pytest.approx(2.5)
+    assert predicted_speedup(1.0, 0.2, 1.4, 1.0) < 1
+
+
+def test_wall_clock_interleaves_and_splits_a_round():
+    owner, draft = tiny.target("qwen3"), tiny.draft("dflash", "qwen3")
+    result = wall_clock(
+        owner, draft, [[5, 6, 7], [8, 9]], Sampling(), Limits(max_new_tokens=8, batch_size=2), repeats=2, warmup=0
+    )
+    assert result["speedup_low"] <= result["speedup"] <= result["speedup_high"]
+    assert 1 <= result["accepted_length"] <= 5 and result["repeats"] == 2
+    assert min(result["draft_seconds"], result["verify_seconds"], result["overhead_seconds"]) > 0
+
+
+def test_scheduler_cost_counts_the_schedule():
+    rates = cost_profile([{"part": "target", "tokens": n, "seconds": 0.01 + 1e-5 * n} for n in (1, 4096)], "line")
+    timing = scheduler_cost(HardwareAware(rates), repeats=20)
+    assert 1e-6 < timing.seconds < 0.05
+    assert np.isfinite(scheduler_cost(FixedLength(), repeats=5).seconds)
