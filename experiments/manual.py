@@ -37,7 +37,7 @@ def page(name: str, verb: Verb, overrides: Sequence[str]) -> str:
 
     cfg = composing.compose(verb.config, overrides)
     chosen = cfg.hydra.runtime.choices
-    lines = [f"specbench {name} [key=value ...]    {verb.does}", ""]
+    lines = [f"specbench {name} [key=value ...]    {verb.does}", *_header(verb.config), ""]
     used = [group for group in composing.groups() if group in chosen]
     extra = [group for group in composing.groups() if group == "experiment" and group not in chosen]
     if used or extra:
@@ -54,6 +54,18 @@ def page(name: str, verb: Verb, overrides: Sequence[str]) -> str:
             text = "(must be given)" if value == "???" else _show(value)
             rows.append((f"{key}={text}", said.get(key, "")))
     return "\n".join([*lines, *_columns(rows)])
+
+
+def _header(config: str) -> list[str]:
+    """The comment that opens a root configuration."""
+    from experiments import composing
+
+    for source in composing.loader().get_sources():
+        if source.scheme() == "pkg" and source.is_config(config):
+            lines = _read(source.path, config).splitlines()
+            last = next((at for at, line in enumerate(lines) if not line.startswith("#")), len(lines))
+            return ["", *(line[1:].replace(" ", "", 1) for line in lines[:last])]
+    return []
 
 
 def comments(config: str, overrides: Sequence[str]) -> dict[str, str]:
@@ -75,12 +87,16 @@ def comments(config: str, overrides: Sequence[str]) -> dict[str, str]:
 
 def _text(hydra_loader: Any, default: ResultDefault) -> str:
     """The YAML text of one entry of the defaults list."""
-    from importlib.resources import files
-
     for source in hydra_loader.get_sources():
         if source.scheme() == "pkg" and source.is_config(default.config_path):
-            return files(source.path).joinpath(f"{default.config_path}.yaml").read_text(encoding="utf-8")
+            return _read(source.path, default.config_path)
     return ""
+
+
+def _read(package: str, config: str) -> str:
+    from importlib.resources import files
+
+    return files(package).joinpath(f"{config}.yaml").read_text(encoding="utf-8")
 
 
 def beside(text: str) -> dict[str, str]:
@@ -110,7 +126,7 @@ def _comment(lines: Sequence[str], at: int, indent: int) -> str:
     while at > 0 and lines[at - 1].startswith(" " * indent + "#"):
         at -= 1
         above.insert(0, lines[at].strip().lstrip("# "))
-    return " ".join(above)
+    return " ".join(above) if at > 0 else ""  # what opens a file speaks of all of it
 
 
 def _show(value: Any) -> str:

@@ -214,6 +214,7 @@ def test_help_shows_groups_keys_defaults_and_comments(home: Path) -> None:
         "method.colour=#fff with a hash",
         "steps=4 how often it is tried",
         "root=outputs where it is written",
+        "does little The smallest verb.",
         "draft=null",
         "stop=[1,2]",
     ):
