@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from analysis.histograms import Counts
-from analysis.runs import Runs
+from analysis.runs import Runs, shown
 
 SECTION = ("target", "suite", "temperature", "scheduler", "accounting", "thinking")
 SINGLE = ("accounting", "thinking", "suite")
@@ -71,13 +71,6 @@ def label(variant: dict[str, Any]) -> str:
     return ", ".join([str(variant["method"]), *extra])
 
 
-def shown(value: Any) -> str:
-    """A grouping value as a reader would write it."""
-    if value is None:
-        return "none"
-    return f"{value:g}" if isinstance(value, (float, np.floating)) else str(value)
-
-
 def title(section: dict[str, Any]) -> str:
     """A section in words; the scheduler `fixed` and the thinking mode `false` go without saying."""
     parts = [shown(section["target"])] if "target" in section else []
@@ -107,7 +100,7 @@ def collect(runs: Runs, group_by: Sequence[str] = ()) -> list[Group]:
         if len(values) > 1 and key not in group_by:
             raise MixedError(
                 f"the runs hold {len(values)} values of {key} ({', '.join(values)}), which do not belong in one "
-                f"column; choose one with {key}={values[0]}, or keep them in tables of their own with group_by=[{key}]"
+                f"column; keep one with the filter {key}={values[0]}, or give each its own table with group_by=[{key}]"
             )
     variant = ["method", *(key for key in group_by if key not in (*SINGLE, "method", *PLACE))]
     section = [key for key in SECTION if key not in variant]

@@ -14,6 +14,7 @@ import pandas as pd
 
 from analysis import groups as grouping
 from analysis.groups import Group
+from analysis.runs import shown
 from analysis.tables import ALL
 
 MISSING = "-"
@@ -128,10 +129,10 @@ def differences(found: Sequence[Group], pairs: pd.DataFrame) -> list[Sheet]:
         own = _only(pairs, section)
         rows = []
         for _, row in own[own["scope"] == "macro"].iterrows():
-            shown = bracket(row["difference"], row["low"], row["high"], sign=True)
+            text = bracket(row["difference"], row["low"], row["high"], sign=True)
             rest = [Cell(_number(row[p], 4), sort=row[p]), Cell(str(row["paired"]), sort=row["paired"])]
             rest.append(Cell(row["note"] or "resolved"))
-            difference = Cell(shown, bool(row["resolved"]), row["difference"])
+            difference = Cell(text, bool(row["resolved"]), row["difference"])
             rows.append([Cell(f"{row['a']} - {row['b']}"), Cell(row["domain"]), difference, *rest])
         if rows:
             title = f"Differences of accepted length: {grouping.title(section)}"
@@ -154,7 +155,7 @@ def spread(seeds: pd.DataFrame) -> Sheet:
 
 def costs(found: Sequence[Group], frame: pd.DataFrame) -> list[Sheet]:
     """One sheet a section: what each variant costs."""
-    shown = {
+    forms = {
         "draft_parameters": ("draft parameters", size),
         "training_tokens": ("training tokens", size),
         "cache_bytes": ("cache bytes", size),
@@ -170,12 +171,12 @@ def costs(found: Sequence[Group], frame: pd.DataFrame) -> list[Sheet]:
         rows = []
         for _, row in own.iterrows():
             varies = str(row["varies"]).split(",")
-            texts = {key: form(row[key]) + ("*" if key in varies else "") for key, (_, form) in shown.items()}
+            texts = {key: form(row[key]) + ("*" if key in varies else "") for key, (_, form) in forms.items()}
             rows.append([Cell(row["variant"]), *(Cell(text, sort=row[key]) for key, text in texts.items())])
         notes = ["Times are those of the machine that decoded (see provenance)."]
         if (own["varies"] != "").any():
             notes.append("An asterisk marks the mean of runs that state different numbers.")
-        columns = ["method", *(name for name, _ in shown.values())]
+        columns = ["method", *(name for name, _ in forms.values())]
         sheets.append(Sheet("costs", f"Cost: {grouping.title(section)}", columns, rows, notes=notes))
     return sheets
 
@@ -196,7 +197,7 @@ def published(gap: pd.DataFrame) -> Sheet:
 
 
 def _temperature(row: pd.Series) -> Cell:
-    return Cell(grouping.shown(row["temperature"]), sort=row["temperature"])
+    return Cell(shown(row["temperature"]), sort=row["temperature"])
 
 
 def plus_minus(value: float, low: float, high: float) -> str:

@@ -71,13 +71,18 @@ class Runs:
         key = key.rstrip("!")
         wanted = {normal(part) for part in value.split(",")}
         self._known(key)
-        runs = _among(self.runs[key], wanted) ^ negate if key in self.runs else np.zeros(len(self.runs), bool)
-        if key not in self.records:
-            return self._take(np.flatnonzero(np.isin(self.records["source"], self.runs.index[runs])), runs)
-        # Where a run has records, what they say counts.
-        rows = np.flatnonzero(_among(self.records[key], wanted) ^ negate)
-        recorded = np.isin(self.runs.index, self.records["source"])
-        return self._take(rows, np.where(recorded, np.isin(self.runs.index, self.records["source"].iloc[rows]), runs))
+        # A run without records (a training) is not asked what only records say, its benchmark for example.
+        runs = _among(self.runs[key], wanted) ^ negate if key in self.runs else np.ones(len(self.runs), bool)
+        if key in self.records:  # where a run has records, what they say counts
+            rows = np.flatnonzero(_among(self.records[key], wanted) ^ negate)
+            recorded = np.isin(self.runs.index, self.records["source"])
+            runs = np.where(recorded, np.isin(self.runs.index, self.records["source"].iloc[rows]), runs)
+        else:
+            rows = np.flatnonzero(np.isin(self.records["source"], self.runs.index[runs]))
+        if len(self.records) and not len(rows):
+            there = sorted({shown(value) for value in self.column(key).unique()})
+            raise ValueError(f"no record is left after the filter {text}; {key} was one of {', '.join(there[:12])}")
+        return self._take(rows, runs)
 
     def _known(self, key: str) -> None:
         known = [str(name) for name in (*self.records.columns, *self.runs.columns)]
@@ -155,15 +160,20 @@ def load(
     return Runs(records, cells, runs, pd.DataFrame(faults, columns=["path", "reason"])).where(filters)
 
 
+def shown(value: Any) -> str:
+    """A value as a reader would write it."""
+    if value is None or value is pd.NA or (isinstance(value, float) and np.isnan(value)):
+        return "none"
+    return f"{value:g}" if isinstance(value, (float, np.floating)) else str(value)
+
+
 def normal(value: Any) -> str:
     """One spelling for what a filter and a file may write differently: 1 and 1.0, true and True, null and None."""
-    if value is None or value is pd.NA or (isinstance(value, float) and np.isnan(value)):
-        return "null"
-    text = str(value).strip()
+    text = shown(value).strip().lower()
     try:
         return repr(float(text))
     except ValueError:
-        return {"none": "null", "": "null"}.get(text.lower(), text.lower())
+        return {"null": "none", "": "none"}.get(text, text)
 
 
 def _groupable(series: pd.Series) -> pd.Series:

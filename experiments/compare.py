@@ -12,10 +12,7 @@ from omegaconf import DictConfig, ListConfig
 
 from analysis.compare import Comparison
 from analysis.compare import compare as compare_runs
-from analysis.folders import flatten
 from experiments.stage import container, report, say
-
-KEYS = ("target", "method", "suite", "benchmark", "domain", "temperature", "scheduler", "accounting", "thinking")
 
 
 def run(cfg: DictConfig) -> Path:
@@ -52,8 +49,7 @@ def comparison(cfg: DictConfig, title: str | None = None) -> Comparison:
 
 def filters(settings: dict) -> list[str]:
     """The settings that choose runs, as `key=value` texts."""
-    own = settings["filters"]
-    chosen = {key: settings[key] for key in KEYS if settings[key] is not None}
-    chosen |= dict(flatten(own)) if isinstance(own, dict) else {}
-    texts = [f"{k}={','.join(map(str, v)) if isinstance(v, (list, tuple)) else v}" for k, v in chosen.items()]
-    return texts if isinstance(own, dict) else [*texts, *(own.split() if isinstance(own, str) else own)]
+    chosen = {key: value for key, value in settings["filters"].items() if value is not None}
+    texts = [f"{k}={','.join(map(str, v)) if isinstance(v, list) else v}" for k, v in chosen.items()]
+    where = settings["where"]
+    return [*texts, *(where.split() if isinstance(where, str) else where)]
