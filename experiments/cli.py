@@ -63,7 +63,7 @@ def _main(words: list[str], verbs: Mapping[str, Verb], package: str) -> int:
             return 0
         composing.check(name, verb.config, overrides)
         cfg = composing.compose(verb.config, composing.first_job(overrides) if "multirun" in options else overrides)
-        sweep = "multirun" in options or composing.is_sweep(name, cfg)
+        sweep = "multirun" in options or composing.is_sweep(name, cfg, overrides)
         if "cfg" in options:
             print(composing.as_yaml(cfg, options["cfg"]), end="")
             return 0

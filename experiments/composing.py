@@ -184,13 +184,14 @@ def require(verb: str, config: str, cfg: DictConfig) -> None:
         raise ValueError(f"{verb} needs {missing[0]}=...{f' ({said})' if said else ''}")
 
 
-def is_sweep(verb: str, cfg: DictConfig) -> bool:
-    """Whether the configuration asks for a sweep itself; one that has axes but was not asked to sweep is an error."""
+def is_sweep(verb: str, cfg: DictConfig, overrides: Sequence[str]) -> bool:
+    """Whether the configuration asks for a sweep itself; one that leaves axes open and was not asked to is an error."""
     if cfg.hydra.mode is not None and str(cfg.hydra.mode).endswith("MULTIRUN"):
         return True
-    axes = cfg.hydra.sweeper.get("params")
-    if axes:
-        raise ValueError(f"this is a sweep over {', '.join(axes)}: add -m, as in `specbench {verb} -m ...`")
+    fixed = {override.key_or_group for override in parse(overrides)}
+    open_axes = [axis for axis in cfg.hydra.sweeper.get("params") or () if axis.lstrip("+") not in fixed]
+    if open_axes:
+        raise ValueError(f"this is a sweep over {', '.join(open_axes)}: add -m, as in `specbench {verb} -m ...`")
     return False
 
 

@@ -57,7 +57,7 @@ def _full(error: BaseException) -> str | None:
 
 def _hydra(error: BaseException) -> str | None:
     """Errors of composing and of building objects from the configuration."""
-    from hydra.errors import HydraException, InstantiationException
+    from hydra.errors import HydraException, InstantiationException, MissingConfigException
     from omegaconf.errors import OmegaConfBaseException
 
     if isinstance(error, InstantiationException):
@@ -70,8 +70,11 @@ def _hydra(error: BaseException) -> str | None:
         text = str(error)
         if "Ambiguous value" in text:
             return f"{text.splitlines()[0].strip()}: put a list in brackets, or add -m to run one job a value"
-        if "submitit" in text:
-            return "the Slurm launcher is not installed: pip install 'specbench[slurm]'"
+        if isinstance(error, MissingConfigException) and error.missing_cfg_file:
+            group, _, name = str(error.missing_cfg_file).rpartition("/")
+            if name.startswith("submitit") and not any(option.startswith("submitit") for option in error.options or ()):
+                return "the Slurm launcher is not installed: pip install 'specbench[slurm]'"
+            return f"{group or 'configs'} has no option '{name}'{nearest(name, error.options or ())}"
         return one_line(text)
     if isinstance(error, OmegaConfBaseException):
         lines = str(error).splitlines()

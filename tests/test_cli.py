@@ -60,6 +60,11 @@ def run(cfg):
             raise OSError(errno.ENOSPC, "No space left on device", "/data/shard")
         except OSError as error:
             raise RuntimeError("writer broke") from error
+    if cfg.act == "stopped":  # as a Trainer ends on Ctrl-C
+        try:
+            raise KeyboardInterrupt
+        except KeyboardInterrupt:
+            sys.exit(1)
     if cfg.act == "absent":
         open(cfg.draft)
     folder = pathlib.Path(cfg.root) / f"{cfg.chosen}-{cfg.rate}"
@@ -133,6 +138,9 @@ def test_a_run_gets_its_configuration(home: Path, tmp_path: Path) -> None:
         (["toy", "-m", "steps=1,x"], "steps takes a whole number, not 'x'"),
         (["toy", "steps=1,2"], "add -m to run one job a value"),
         (["toy", "+experiment=grid"], "this is a sweep over method, rate: add -m, as in `specbench toy -m ...`"),
+        (["toy", "+experiment=grid", "rate=1"], "this is a sweep over method: add -m"),
+        (["toy", "-m", "hydra/launcher=basci"], "hydra/launcher has no option 'basci'; did you mean 'basic'?"),
+        (["toy", "act=stopped"], "stopped; what was finished is kept"),
         (["toy", "--mutlirun"], "toy has no option '--mutlirun'; did you mean '--multirun'?"),
         (["toy", "steps"], "steps"),
         (["must"], "must needs draft=... (the folder of a draft)"),
@@ -189,9 +197,16 @@ def test_a_sweep_runs_every_combination(home: Path, tmp_path: Path) -> None:
     assert found["steps"] == 9
     # Each job knows itself as a command of its own.
     assert found["argv"][0] == "toy" and "method=slow" in found["argv"] and "-m" not in found["argv"]
-    again = toy(home, *found["argv"], "hydra.sweeper.params=null", f"root={tmp_path / 'again'}")
+    again = toy(home, *found["argv"], f"root={tmp_path / 'again'}")
     assert again.returncode == 0, again.stderr
     assert facts(tmp_path / "again" / "slow-0.2")["steps"] == 9
+
+
+def test_jobs_travel_through_a_launcher_of_their_own_processes(home: Path, tmp_path: Path) -> None:
+    pytest.importorskip("hydra_plugins.hydra_submitit_launcher")
+    done = toy(home, "toy", "-m", "method=fast,slow", "hydra/launcher=submitit_local", f"root={tmp_path}")
+    assert done.returncode == 0, done.stderr
+    assert sorted(path.parent.name for path in tmp_path.glob("*/facts.json")) == ["fast-0.5", "slow-0.5"]
 
 
 def test_a_failing_job_of_a_sweep_is_a_sentence_too(home: Path, tmp_path: Path) -> None:
