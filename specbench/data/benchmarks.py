@@ -181,6 +181,10 @@ class Benchmarks(L.LightningDataModule):
         own.sort(key=lambda p: names.index(p.benchmark))  # stable: longest first stays
         return DataLoader(_Batches([list(g) for _, g in groupby(own, lambda p: p.benchmark)]), batch_size=None)
 
+    def transfer_batch_to_device(self, batch: list[Prompt], device: Any, dataloader_idx: int) -> list[Prompt]:
+        """Prompts are text and numbers: there is nothing to move."""
+        return batch
+
     def _pools(self) -> Iterator[tuple[Benchmark, list[Prompt]]]:
         """Every benchmark with all of its rows as prompts."""
         if self.folder is not None and self.folder.is_file():

@@ -150,21 +150,27 @@ class Files:
         """Rows in the order of the files. A line that is not JSON is an error that names it."""
         yield from _through(self, self._rows(), self.columns)
 
-    def _rows(self) -> Iterator[Mapping[str, Any]]:
+    def files(self) -> list[Path]:
+        """The files that the patterns match; a pattern that matches none is an error."""
+        if not self.paths:
+            raise ValueError("data.source.paths=[] names no file: give data.source.paths=[FILE,...]")
+        found: list[Path] = []
         for pattern in self.paths:
-            found = sorted(glob.glob(str(Path(pattern).expanduser())))
-            if not found:
+            matches = sorted(glob.glob(str(Path(pattern).expanduser())))
+            if not matches:
                 raise ValueError(f"data.source.paths holds {pattern!r}, which matches no file: give the file's path")
-            for path in found:
-                if path.endswith(".parquet"):
-                    for batch in pyarrow.parquet.ParquetFile(path).iter_batches(batch_size=256):
-                        yield from batch.to_pylist()
-                elif path.endswith((".jsonl", ".json")):
-                    yield from (row for _, row in jsonl.read(path))
-                else:
-                    raise ValueError(
-                        f"{path}: prompts are read from .jsonl and .parquet files; convert it to one of them"
-                    )
+            found.extend(Path(match) for match in matches)
+        return found
+
+    def _rows(self) -> Iterator[Mapping[str, Any]]:
+        for path in self.files():
+            if path.suffix == ".parquet":
+                for batch in pyarrow.parquet.ParquetFile(path).iter_batches(batch_size=256):
+                    yield from batch.to_pylist()
+            elif path.suffix in (".jsonl", ".json"):
+                yield from (row for _, row in jsonl.read(path))
+            else:
+                raise ValueError(f"{path}: prompts are read from .jsonl and .parquet files; convert it to one of them")
 
 
 @dataclass

@@ -1,0 +1,124 @@
+"""specbench answers: the target answers every prompt, through servers or in this process; preview=N shows the mask."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from hydra.utils import instantiate
+from omegaconf import DictConfig
+from rich.console import Console
+
+from experiments.assembly import load_target, location
+from experiments.progress import Progress
+from experiments.stage import Stage, say
+from specbench.atomic import plain
+from specbench.data import answers, prompts
+from specbench.data.chat import encode, render
+from specbench.data.engines import Engine, InProcessEngine, Policy, ServerEngine
+from specbench.data.templates import ChatError, template_hash
+from specbench.decoding import Limits, decode
+from specbench.sampling import Sampling
+from specbench.targets import Target
+
+
+def run(cfg: DictConfig) -> None:
+    """Write `root/answers/NAME/TARGET` (validation answers into a folder below it)."""
+    if cfg.split not in prompts.SPLITS:
+        raise ValueError(f"split={cfg.split}: choose one of {', '.join(prompts.SPLITS)}")
+    source = Path(cfg.root) / "prompts" / cfg.data.name
+    if prompts.finished(source) is None:
+        raise ValueError(f"{source} holds no finished prompts: run `specbench prompts data={cfg.data.name}` first")
+    folder = Path(cfg.root) / "answers" / cfg.data.name / cfg.target.name
+    folder = folder if cfg.split == "train" else folder / cfg.split
+    limit = min((n for n in (cfg.count, cfg.preview) if n is not None), default=None)
+    target = None if cfg.servers else load_target(cfg.target, cfg.device)
+    tokenizer = target.tokenizer if target else _tokenizer(cfg.target)
+    if tokenizer is None:
+        raise ValueError(f"target {cfg.target.name} has no tokenizer: answers need one with a chat template")
+    policy = Policy(
+        model=cfg.target.id,
+        revision=cfg.target.revision,
+        template=template_hash(tokenizer),
+        thinking=cfg.thinking,
+        **cfg.sampling,
+        max_new_tokens=cfg.max_new_tokens,
+        seed=cfg.seed,
+    )
+    with open(source / f"{cfg.split}.jsonl", "rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    identity = {"policy": plain(vars(policy)), "prompts": digest, "count": cfg.count, "split": cfg.split}
+    with Stage("answers", folder, identity, force=cfg.force) as stage:
+        if not stage.done:
+            if cfg.force:
+                for name in ("answers.jsonl", "failed.jsonl", "header.json"):
+                    (folder / name).unlink(missing_ok=True)
+            engine = _engine(cfg, target, tokenizer)
+            total = sum(1 for _ in prompts.read(source, cfg.split, limit))
+            with Progress("answers", total, "prompts") as bar:
+                counts = answers.collect(
+                    prompts.read(source, cfg.split, limit),
+                    engine,
+                    folder,
+                    policy,
+                    progress=lambda kind: bar.advance(),
+                )
+            if cfg.preview is None:
+                if counts["failed"]:
+                    say(f"answers: {counts['failed']} prompts failed, causes in {folder / 'failed.jsonl'}; run again")
+                stage.finish(counts, next="specbench cache")
+        if cfg.preview is not None:
+            show(islice(answers.read(folder), cfg.preview), tokenizer, cfg.thinking)
+
+
+def show(rows: Iterator[dict[str, Any]], tokenizer: Any, thinking: bool | None) -> None:
+    """Print conversations with their supervised tokens in colour, and what cannot be encoded with its cause."""
+    console = Console()
+    for row in rows:
+        try:
+            coded = encode(
+                tokenizer,
+                row["messages"],
+                thinking=thinking,
+                answer_tokens=row["answer_tokens"],
+                cut=row["truncated"],
+                id=row["id"],
+                source=row.get("source", ""),
+            )
+        except ChatError as error:
+            console.print(f"{row['id']}: {error}", style="red", markup=False)
+            continue
+        console.rule(f"{row['id']}: {len(coded.tokens)} tokens, {sum(coded.loss_mask)} supervised")
+        console.print(render(tokenizer, coded))
+
+
+def _engine(cfg: DictConfig, target: Target | None, tokenizer: Any) -> Engine:
+    if target is None:
+        patience = instantiate(cfg.patience)
+        return ServerEngine(list(cfg.servers), cfg.model, cfg.concurrency, patience, cfg.api_key)
+
+    def generate(
+        asked: Sequence[list[int]],
+        sampling: Sampling,
+        max_new_tokens: int,
+        stop_token_ids: Sequence[int],
+        seeds: Sequence[int],
+    ) -> Iterator[tuple[int, list[int], bool]]:
+        limits = Limits(max_new_tokens, tuple(stop_token_ids), cfg.batch_size, cfg.token_budget)
+        for done in decode(target, asked, sampling, limits, seeds):
+            yield done.index, done.output_ids, done.truncated
+
+    return InProcessEngine(generate, tokenizer, target.stop_token_ids, cfg.chunk)
+
+
+def _tokenizer(target: DictConfig) -> Any:
+    from transformers import AutoTokenizer  # slow to import
+
+    try:
+        return AutoTokenizer.from_pretrained(location(target.id), revision=target.revision)
+    except (OSError, ValueError) as error:
+        said = str(error).splitlines()[0]
+        raise ValueError(f"the tokenizer of {target.id!r} cannot be loaded ({said}): set target.id=FOLDER") from error

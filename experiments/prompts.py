@@ -1,0 +1,58 @@
+"""specbench prompts: a source becomes train.jsonl, validation.jsonl and a report of what was dropped and why."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from pathlib import Path
+
+import hydra
+from hydra.core.global_hydra import GlobalHydra
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+
+from experiments.composing import configs
+from experiments.progress import Progress
+from experiments.stage import Stage, container
+from specbench.data import prompts
+from specbench.data.benchmarks import Benchmarks
+from specbench.data.sources import Files
+
+
+def run(cfg: DictConfig) -> None:
+    """Write `root/prompts/NAME` as `cfg` describes it."""
+    folder = Path(cfg.root) / "prompts" / cfg.data.name
+    source = instantiate(cfg.data.source, _convert_="all")
+    files = {path: [path.stat().st_size, path.stat().st_mtime_ns] for path in _files(source)}
+    with Stage("prompts", folder, container(cfg) | {"files": files}, force=cfg.force) as stage:
+        if stage.done:
+            return
+        with Progress("prompts", None, "conversations") as bar:
+            report = prompts.build(
+                source,
+                folder,
+                evaluation_texts(cfg.decontaminate, cfg.prompts),
+                validation=cfg.validation,
+                near_duplicate=cfg.near_duplicate,
+                ngram=cfg.ngram,
+                seed=cfg.seed,
+                progress=lambda read: bar.advance(),
+            )
+        counted = ("read", "contaminated", "equal_questions", "near_duplicates")
+        unfit = sum(report["unfit"].values())
+        stage.finish({k: report[k] for k in counted} | {"unfit": unfit} | report["kept"], next="specbench answers")
+
+
+def evaluation_texts(suites: object, folder: str | None = None) -> dict[str, list[str]]:
+    """Every user turn of the named suites, by benchmark; from `folder` instead of the hub where it is given."""
+    names = OmegaConf.to_container(suites) if OmegaConf.is_config(suites) else suites
+    texts: dict[str, list[str]] = {}
+    for name in [names] if isinstance(names, str) else names or []:
+        with nullcontext() if GlobalHydra.instance().is_initialized() else configs("configs"):
+            composed = hydra.compose(overrides=[f"+suite={name}"])
+        suite: Benchmarks = instantiate(composed.suite, _convert_="all", prompts=folder)
+        texts |= suite.texts()
+    return texts
+
+
+def _files(source: object) -> list[Path]:
+    return source.files() if isinstance(source, Files) else []
