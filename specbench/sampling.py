@@ -49,7 +49,7 @@ def warp(logits: Float[Tensor, "*b V"], sampling: Sampling) -> Float[Tensor, "*b
         logits = torch.full_like(logits, -torch.inf).scatter_(-1, kept, logits.gather(-1, kept))
     probabilities = logits.softmax(-1)
     if sampling.top_p < 1:
-        ordered, order = probabilities.sort(-1, descending=True, stable=True)
+        ordered, order = probabilities.sort(dim=-1, descending=True, stable=True)
         # A token stays while the mass before it is below top_p, so the most likely one always stays.
         keep = (ordered.cumsum(-1) - ordered < sampling.top_p).float()
         probabilities = torch.zeros_like(probabilities).scatter_(-1, order, ordered * keep)
