@@ -45,6 +45,9 @@ class Runs:
         if key in self.records:
             return self.records[key]
         self._known(key)
+        return self._of_run(key)
+
+    def _of_run(self, key: str) -> pd.Series:
         return self.runs[key].reindex(self.records["source"]).set_axis(self.records.index)
 
     def training_seeds(self) -> pd.Series:
@@ -53,7 +56,7 @@ class Runs:
         seeds = self.records["seed"].astype(object)
         for key in reversed(TRAINING_SEEDS):
             if key in self.runs:
-                seeds = self.column(key).astype(object).where(lambda known: known.notna(), seeds)
+                seeds = self._of_run(key).astype(object).where(lambda known: known.notna(), seeds)
         return seeds
 
     def where(self, filters: str | Sequence[str] = ()) -> Runs:

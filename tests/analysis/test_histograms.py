@@ -87,7 +87,9 @@ def test_equal_to_a_loop_over_rounds():
 
 
 def test_records_of_one_prompt_are_one_cluster():
-    made = count(np.array(["a", "b", "a"]), np.array([3, 2, 1]), *np.array([[0, 2, 2, 1], [1, 1, 0, 1], [2, 1, 1, 1]]).T)
+    made = count(
+        np.array(["a", "b", "a"]), np.array([3, 2, 1]), *np.array([[0, 2, 2, 1], [1, 1, 0, 1], [2, 1, 1, 1]]).T
+    )
     assert made.prompts.tolist() == ["a", "b"]
     assert made.committed.tolist() == [4, 2] and made.rounds.tolist() == [2, 1]
 

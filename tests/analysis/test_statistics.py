@@ -139,7 +139,7 @@ def test_macro_is_the_plain_mean_and_its_variance_adds_up():
     strata = [draw(generator, generator.beta(4, 3, n), np.full(n, 20)) for n in (60, 60, 90)]
     value = statistics.macro(strata, 2000)
     assert value.value == pytest.approx(np.mean([s.committed.sum() / s.rounds.sum() for s in strata]))
-    # Independent strata: half width of the mean = root of the summed squares / 3 (two of equal size must not move as one).
+    # Independent strata: width of the mean = root of the summed squares / 3; two of equal size must not move as one.
     halves = [i.high - i.low for i in (statistics.macro([s], 2000) for s in strata)]
     assert value.high - value.low == pytest.approx(np.sqrt(np.square(halves).sum()) / 3, rel=0.1)
 
