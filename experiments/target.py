@@ -1,0 +1,97 @@
+"""specbench target: tokenizer, network, pretraining, and a folder that any later stage can load."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import sys
+from pathlib import Path
+
+import lightning
+import torch
+from hydra.utils import instantiate
+from lightning.pytorch.callbacks import ModelCheckpoint
+from omegaconf import DictConfig
+
+from experiments.stage import Stage, container
+from specbench import targets
+from specbench.atomic import write_json
+from specbench.data.bytepairs import rendered, train_tokenizer
+from specbench.data.corpus import DOMAINS, census, conversations
+from specbench.pretraining import CorpusBatches, LanguageModeling, initialise
+from specbench.provenance import provenance
+
+# Where the target goes is no part of how it is made.
+ELSEWHERE = ("root", "folder", "name", "force")
+
+
+def run(cfg: DictConfig) -> None:
+    """Train the target that `cfg` describes and write it, with its provenance, to `cfg.folder`."""
+    folder = Path(cfg.folder)
+    with Stage("target", folder, cfg, force=cfg.force) as stage:
+        if stage.done:
+            return
+        lightning.seed_everything(cfg.seed, verbose=False)
+        tokenizer = _tokenizer(cfg)
+        data: CorpusBatches = instantiate(cfg.data, _convert_="all", tokenizer=tokenizer)
+        model = initialise(targets.new_causal_lm(container(cfg.model))).train()
+        module: LanguageModeling = instantiate(cfg.training, _convert_="all", model=model)
+        if cfg.compile:
+            module.model.compile(dynamic=True)
+        last = folder / "checkpoints" / "last.ckpt"
+        trainer = _trainer(cfg, folder)
+        trainer.fit(module, data, ckpt_path=last if stage.resumes and last.exists() else None, weights_only=False)
+        facts = publish(cfg, module, data, trainer.global_step, folder)
+        stage.finish(facts["loss"] | {"tokens_seen": facts["tokens_seen"], "seconds": facts["seconds"]})
+
+
+def publish(cfg: DictConfig, module: LanguageModeling, data: CorpusBatches, steps: int, folder: Path) -> dict:
+    """Write the target in `cfg.dtype` with tokenizer and provenance; the losses are those of the written weights."""
+    shipped = targets.new_causal_lm(container(cfg.model))
+    shipped.load_state_dict(module.model.state_dict())
+    shipped.to(getattr(torch, cfg.dtype))
+    stop, pad = data.tokenizer.eos_token_id, data.tokenizer.pad_token_id
+    for settings in (shipped.config, shipped.generation_config):
+        settings.eos_token_id, settings.pad_token_id, settings.bos_token_id = stop, pad, None
+    targets.save(shipped, data.tokenizer, folder)
+    rounded = LanguageModeling(shipped.float(), steps=1)
+    quiet = lightning.Trainer(accelerator="cpu", devices=1, logger=False, enable_progress_bar=False,
+                              enable_model_summary=False)  # fmt: skip
+    losses = quiet.validate(rounded, data, verbose=False)[0]
+    first = next(conversations(DOMAINS[0], "train", 1, cfg.data.seed))["messages"]
+    command = [Path(sys.argv[0]).name, *sys.argv[1:]]
+    facts, _ = provenance(command, {"weights": cfg.seed, "data": cfg.data.seed}, first_prompt=rendered(first))
+    facts |= {
+        "recipe": {k: v for k, v in container(cfg).items() if k not in ELSEWHERE},
+        "corpus": census(),
+        "left_out_for_length": data.left_out,
+        "steps": steps,
+        "tokens_seen": module.tokens_seen,
+        "seconds": round(module.elapsed(), 1),
+        "loss": {name.removeprefix("val/loss/"): round(value, 4) for name, value in losses.items()},
+        "dtype": cfg.dtype,
+        "sha256": hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest(),
+    }
+    write_json(folder / "provenance.json", facts)
+    return facts
+
+
+def _tokenizer(cfg: DictConfig):
+    texts = itertools.chain.from_iterable(
+        (rendered(c["messages"]) for c in conversations(d, "train", cfg.data.limit, cfg.data.seed)) for d in DOMAINS
+    )
+    return train_tokenizer(texts, cfg.vocabulary, cfg.data.length)
+
+
+def _trainer(cfg: DictConfig, folder: Path) -> lightning.Trainer:
+    keeper = ModelCheckpoint(folder / "checkpoints", filename="last", every_n_train_steps=cfg.every, save_top_k=1,
+                             enable_version_counter=False)  # fmt: skip
+    return lightning.Trainer(
+        **container(cfg.trainer),
+        logger=False,
+        callbacks=[keeper],
+        val_check_interval=cfg.every,
+        check_val_every_n_epoch=None,
+        num_sanity_val_steps=0,
+        enable_model_summary=False,
+    )
