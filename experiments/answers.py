@@ -41,7 +41,8 @@ def run(cfg: DictConfig) -> None:
         raise ValueError(f"target {cfg.target.name} has no tokenizer: answers need one with a chat template")
     policy = Policy(
         model=cfg.target.id,
-        revision=cfg.target.revision,
+        # Without a revision the weights themselves say which target answered.
+        revision=cfg.target.revision or (target.weights_hash() if target else None),
         template=template_hash(tokenizer),
         thinking=cfg.thinking,
         **cfg.sampling,
@@ -66,9 +67,9 @@ def run(cfg: DictConfig) -> None:
                     policy,
                     progress=lambda kind: bar.advance(),
                 )
-            if cfg.preview is None:
-                if counts["failed"]:
-                    say(f"answers: {counts['failed']} prompts failed, causes in {folder / 'failed.jsonl'}; run again")
+            if counts["failed"]:  # not finished: the next run tries them again
+                say(f"answers: {counts} in {folder}; failed.jsonl has the causes, run again to retry them")
+            elif cfg.preview is None:
                 stage.finish(counts, next="specbench cache")
         if cfg.preview is not None:
             show(islice(answers.read(folder), cfg.preview), tokenizer, cfg.thinking)
