@@ -109,6 +109,9 @@ def describe(config: Mapping[str, Any]) -> tuple[type[Draft], dict[str, Any]]:
 
 def backbone_from(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Backbone:
     """Backbone facts of a draft's own config.json (its head sizes are read raw, before any library rewrites them)."""
+    own = config.get("specbench")
+    if own is not None:
+        return backbone_of(own["target_config"], own["family"], own["window"])
     text = config.get("text_config") or config
     facts = dict(text)
     if "gemma4" not in str(config.get("model_type", "")) and "num_attention_heads" not in facts:
@@ -174,7 +177,13 @@ def save_draft(draft: Draft, folder: str | Path, target_config: Mapping[str, Any
     text = dict(target_config.get("text_config") or target_config)
     settings = {k: list(v) if isinstance(v, tuple) else v for k, v in settings.items()}
     config = text | _published(draft, text)
-    config["specbench"] = {"class": f"{type(draft).__module__}.{type(draft).__qualname__}", "settings": settings}
+    config["specbench"] = {
+        "class": f"{type(draft).__module__}.{type(draft).__qualname__}",
+        "settings": settings,
+        "family": draft.backbone.family,
+        "window": draft.backbone.window,
+        "target_config": dict(target_config),
+    }
     tensors = {k: v.detach().cpu().contiguous() for k, v in draft.state_dict().items() if not k.startswith("tables.")}
     tensors["embed_tokens.weight"] = draft.tables.embedding.detach().cpu().clone()
     tensors["lm_head.weight"] = draft.tables.head.detach().cpu().clone()

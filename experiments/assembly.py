@@ -1,0 +1,98 @@
+"""From configuration to objects: the pieces that several stages build in the same way."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+
+import specbench
+from experiments.composing import compose, configs, without_hydra
+from specbench.backbone import backbone_of
+from specbench.methods.draft import Draft
+from specbench.objective import Objective
+from specbench.tables import Tables
+from specbench.targets import Target
+
+PACKAGED = "package:"
+
+
+def composed(config: str, overrides: Sequence[str] = ()) -> DictConfig:
+    """The configuration of another verb, for stages that run stages."""
+    with configs("configs"):
+        return without_hydra(compose(config, overrides))
+
+
+def location(id: str) -> str:
+    """A target's id as a path: `package:PATH` lies inside the installed package."""
+    if str(id).startswith(PACKAGED):
+        return str(Path(specbench.__file__).parent / str(id).removeprefix(PACKAGED))
+    return str(id)
+
+
+def device_of(setting: str | None) -> torch.device:
+    """`auto` is CUDA where there is one."""
+    if setting in (None, "auto"):
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if str(setting).startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError(f"device={setting}: this machine has no CUDA device; use device=cpu or device=auto")
+    return torch.device(setting)
+
+
+def rank_and_world() -> tuple[int, int]:
+    """This process's place under torchrun or Slurm; (0, 1) outside."""
+    for rank, world in (("RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_NTASKS")):
+        if rank in os.environ and world in os.environ:
+            return int(os.environ[rank]), int(os.environ[world])
+    return 0, 1
+
+
+def load_target(cfg: DictConfig, device: str | None = None) -> Target:
+    """The target of a `target` group: a hub id, a folder, or random weights from a configuration."""
+    where = device_of(device if device is not None else cfg.device)
+    stops = None if cfg.stop_token_ids is None else list(cfg.stop_token_ids)
+    taps = list(cfg.target_layer_ids or [])
+    if cfg.get("config") is not None:
+        config = OmegaConf.to_container(cfg.config, resolve=True)
+        target = Target.from_config(config, taps, seed=cfg.seed, name=cfg.name, stop_token_ids=stops)
+        target.model.to(where)
+        return target
+    return Target.load(
+        location(cfg.id),
+        taps,
+        revision=cfg.revision,
+        dtype=cfg.dtype,
+        device=where,
+        name=cfg.name,
+        stop_token_ids=stops,
+    )
+
+
+def build_draft(method: DictConfig, target: DictConfig, config: Mapping[str, Any], tables: Tables) -> Draft:
+    """A draft of `method` for a target with the raw configuration `config` and its `tables`."""
+    backbone = backbone_of(config, method.backbone, method.window)
+    # Partial, because Hydra would turn the backbone's dataclass into a mapping and wrap the class's own errors.
+    build = instantiate(method.draft, _partial_=True, _convert_="all")
+    return build(
+        backbone=backbone,
+        tables=tables,
+        target_layer_ids=list(target.target_layer_ids),
+        mask_token_id=target.mask_token_id,
+    )
+
+
+def draft_settings(method: DictConfig, target: DictConfig) -> dict[str, Any]:
+    """The constructor settings of a draft as its folder keeps them."""
+    settings = OmegaConf.to_container(method.draft, resolve=True)
+    settings.pop("_target_")
+    return settings | {"target_layer_ids": list(target.target_layer_ids), "mask_token_id": target.mask_token_id}
+
+
+def build_objective(method: DictConfig) -> Objective:
+    """The method's loss as its dictionary of terms says."""
+    return Objective(**OmegaConf.to_container(method.objective, resolve=True))

@@ -1,0 +1,115 @@
+"""specbench cache: from answers to a target cache; plan=true prints size, time and disk first."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig
+
+from experiments.assembly import load_target, rank_and_world
+from experiments.progress import Progress
+from experiments.stage import Stage, say
+from specbench.data import answers
+from specbench.data.cache import build
+from specbench.data.chat import Encoded, encode
+from specbench.data.manifest import Manifest, fingerprint, identity_of
+from specbench.data.sizing import plan
+from specbench.data.storage import storage
+from specbench.data.templates import ChatError
+
+
+def run(cfg: DictConfig) -> Path | None:
+    """Build the cache that `cfg` describes and return its folder (None after plan=true)."""
+    source = Path(cfg.answers or Path(cfg.root) / "answers" / cfg.data.name / cfg.target.name)
+    target = load_target(cfg.target, cfg.device)
+    conversations, dropped = encoded(source, target.tokenizer, cfg.max_length, cfg.thinking)
+    kept = storage(cfg.codec, cfg.last_codec, cfg.last_rows)
+    place = Path(cfg.folder) if cfg.folder else None
+    if cfg.plan:
+        hidden = target.tables.embedding.shape[-1]
+        found = plan(
+            conversations, place or Path(cfg.root) / "cache", kept, hidden, len(target.target_layer_ids), target
+        )
+        say(found.text())
+        found.require_room()
+        return None
+    sources = {f"{cfg.data.name}/answers.jsonl": digest(source / "answers.jsonl")}
+    norm = getattr(target.decoder.norm, "weight", None)
+    options: dict[str, Any] = {
+        "sources": sources,
+        "shard_bytes": cfg.shard_bytes,
+        "batch_tokens": cfg.batch_tokens,
+        "norm": None if norm is None else norm.detach(),
+    }
+    if place is None:
+        identity = identity_of(target, kept, cfg.max_length, conversations, sources)
+        place = Path(cfg.root) / "cache" / fingerprint(identity)
+    rank, world = rank_and_world()
+    # The folder's own identity file says what the cache holds; the stage only says whether it is complete.
+    with Stage("cache", place, {"folder": str(place)}, force=cfg.force) as stage:
+        if stage.done and (place / "manifest.json").exists():
+            return place
+        with Progress("cache", sum(len(c.tokens) for c in conversations), "tokens") as bar:
+            before = 0
+
+            def progress(done: int, total: int) -> None:
+                nonlocal before
+                bar.advance(done - before)
+                before = done
+
+            manifest = build(
+                target, conversations, place, kept, cfg.max_length, rank, world, progress, **options
+            )
+        if manifest is None:
+            say(f"cache: rank {rank} is done; the last rank writes the manifest")
+            return place
+        stage.finish(facts(manifest) | dropped, next="specbench train")
+    return place
+
+
+def facts(manifest: Manifest) -> dict[str, Any]:
+    """What a summary says of a cache."""
+    return {
+        "fingerprint": manifest.fingerprint,
+        "samples": manifest.samples,
+        "tokens": manifest.tokens,
+        "supervised_tokens": manifest.supervised,
+        "bytes": sum(shard["bytes"] for shard in manifest.shards),
+        "agreement": manifest.agreement,
+    }
+
+
+def encoded(folder: Path, tokenizer: Any, max_length: int, thinking: bool | None) -> tuple[list[Encoded], dict]:
+    """Answers as tokens and loss masks; what cannot be encoded is counted by cause, what is cut is counted too."""
+    if tokenizer is None:
+        raise ValueError("the target has no tokenizer, so its answers cannot be turned into tokens; set target.id")
+    kept, causes = [], Counter()
+    for row in answers.read(folder):
+        try:
+            coded = encode(
+                tokenizer,
+                row["messages"],
+                max_length=max_length,
+                thinking=thinking,
+                answer_tokens=row["answer_tokens"],
+                cut=row["truncated"],
+                id=row["id"],
+                source=row.get("source", ""),
+            )
+        except ChatError as error:
+            causes[type(error).__name__] += 1
+            say(f"cache: conversation {row['id']} is left out: {error}")
+            continue
+        kept.append(coded)
+    if not kept:
+        raise ValueError(f"{folder} holds no usable answer: run `specbench answers` first")
+    return kept, {"truncated": sum(c.truncated for c in kept), "left_out": sum(causes.values())}
+
+
+def digest(file: Path) -> str:
+    """SHA-256 of a file's bytes."""
+    with open(file, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()

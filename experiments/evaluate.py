@@ -1,0 +1,199 @@
+"""specbench evaluate: speculative decoding of a suite, one record a prompt and turn."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf, open_dict
+
+from analysis.statistics import headline
+from experiments.assembly import load_target, rank_and_world
+from experiments.progress import Progress
+from experiments.stage import Stage, container
+from specbench.data.benchmarks import Benchmarks
+from specbench.decoding import Limits
+from specbench.evaluation import Answered, DraftEvaluation, Protocol, merged, write_rounds
+from specbench.interchange import FormatError, load_draft, read_folder
+from specbench.methods.draft import Draft
+from specbench.provenance import provenance
+from specbench.runfolder import RunFolder, read_summary
+from specbench.sampling import Sampling
+from specbench.scheduling import StaticThreshold
+from specbench.targets import Target
+from specbench.training import digest
+
+PLAIN = "plain"
+
+
+def run(cfg: DictConfig) -> Path:
+    """Decode every prompt with the draft and write the run folder; returns it."""
+    source = source_of(cfg.draft)
+    about = lineage_of(cfg.draft, source, cfg.target.name)
+    name = cfg.name or run_name(cfg, about)
+    folder = Path(cfg.root) / "runs" / "evaluate" / name
+    with Stage("evaluate", folder, cfg, force=cfg.force, ignore=("name", "batch_size", "devices")) as stage:
+        if not stage.done:
+            _evaluate(cfg, stage, name, source, about)
+    return folder
+
+
+def source_of(draft: str) -> Path | None:
+    """The draft folder that `draft=` means: itself, or draft/ of a training run; None for plain decoding."""
+    if draft == PLAIN:
+        return None
+    path = Path(draft)
+    if (path / "draft" / "config.json").is_file():
+        return path / "draft"
+    if (path / "summary.json").is_file():
+        raise FormatError(f"draft={draft}: this run has no draft yet ({read_summary(path)['status']}); train it first")
+    return path
+
+
+def lineage_of(draft: str, source: Path | None, target: str) -> dict[str, Any]:
+    """Method, training seed and parent of a draft, from its training run where it has one."""
+    if source is None:
+        return {"method": PLAIN, "seed": 0, "parents": []}
+    if (Path(draft) / "summary.json").is_file():
+        summary = read_summary(draft)
+        config = OmegaConf.load(Path(draft) / "config.yaml")
+        if summary.get("target") not in (None, target):
+            raise ValueError(
+                f"draft={draft} was trained for target {summary['target']}; evaluate it with target={summary['target']}"
+            )
+        return {
+            "method": summary["method"],
+            "seed": config.seed.init,
+            "parents": [str(draft)],
+            "trained": {k: summary.get(k) for k in ("parameters", "trained_tokens", "lineage", "best_step")},
+            "draft_config": OmegaConf.to_container(config.method, resolve=True),
+        }
+    config, _ = read_folder(source)
+    architecture = (config.get("architectures") or ["draft"])[0]
+    return {"method": architecture, "seed": 0, "parents": []}
+
+
+def run_name(cfg: DictConfig, about: dict[str, Any]) -> str:
+    """Draft, suite, temperature and a digest of everything that decides the numbers."""
+    skip = ("root", "force", "name", "tracking", "batch_size", "devices", "draft")
+    facts = {k: v for k, v in container(cfg).items() if k not in skip} | {"draft": str(cfg.draft)}
+    code = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:8]
+    return f"{about['method']}-{cfg.target.name}-{cfg.suite.name}-t{cfg.temperature:g}-s{about['seed']}-{code}"
+
+
+def protocol_of(cfg: DictConfig, target: Target) -> Protocol:
+    """How to decode, from the configuration."""
+    scheduler = instantiate(cfg.scheduler)
+    if cfg.confidence_threshold is not None:
+        if not scheduler.label.startswith("fixed"):
+            raise ValueError(
+                f"confidence_threshold={cfg.confidence_threshold} and scheduler={scheduler.label} both cut proposals; "
+                "give one of them"
+            )
+        scheduler = StaticThreshold(cfg.confidence_threshold)
+    limits = Limits(cfg.max_new_tokens, target.stop_token_ids, cfg.batch_size, cfg.token_budget, cfg.accounting)
+    sampling = Sampling(cfg.temperature, cfg.top_k, cfg.top_p, cfg.min_p)
+    return Protocol(sampling, limits, scheduler, cfg.slots, cfg.suite.turns, cfg.thinking, cfg.seed)
+
+
+def load_pair(cfg: DictConfig, source: Path | None) -> tuple[Target, Draft | None]:
+    """The target with the taps that the draft reads, and the draft on its device."""
+    about = cfg.target.copy()
+    if cfg.get("stop_token_ids") is not None:
+        about.stop_token_ids = list(cfg.stop_token_ids)
+    if source is None:
+        with open_dict(about):
+            about.target_layer_ids = []
+        return load_target(about, cfg.device), None
+    config, _ = read_folder(source)
+    taps = config.get("target_layer_ids") or config.get("dflash_config", {}).get("target_layer_ids")
+    if "specbench" in config:
+        taps = config["specbench"]["settings"]["target_layer_ids"]
+    about.target_layer_ids = taps
+    target = load_target(about, cfg.device)
+    draft = load_draft(source, target.tables, target.dtype).to(target.device)
+    if draft.backbone.hidden_size != target.tables.embedding.shape[-1]:
+        raise ValueError(
+            f"draft={cfg.draft} has width {draft.backbone.hidden_size} and target {target.name} has "
+            f"{target.tables.embedding.shape[-1]}: they do not belong together"
+        )
+    return target, draft
+
+
+def _evaluate(cfg: DictConfig, stage: Stage, name: str, source: Path | None, about: dict[str, Any]) -> None:
+    rank, _ = rank_and_world()
+    fresh = stage.state in ("changed", "forced")
+    with RunFolder(cfg.root, "evaluate", name, container(cfg), fresh=fresh, writes=rank == 0) as run:
+        suite: Benchmarks = instantiate(cfg.suite)
+        prompts = suite.load()
+        target, draft = load_pair(cfg, source)
+        protocol = protocol_of(cfg, target)
+        lineage = {
+            "draft": None if draft is None else digest(draft.state_dict().items()),
+            "target": target.weights_hash,
+            "parents": about["parents"],
+        }
+        facts, diff = provenance(sys.argv, {"decoding": cfg.seed, "init": about["seed"]}, None, first_prompt(prompts))
+        run.write_provenance(facts, diff)
+        tracking = instantiate(cfg.tracking)
+        tracking.start(run, {"method": about["method"], "target": cfg.target.name, "suite": suite.name})
+        labels = {
+            "run": name,
+            "method": about["method"],
+            "target": cfg.target.name,
+            "suite": suite.name,
+            "seed": about["seed"],
+        }
+        turns = sum(len(p.turns or (0,)) if suite.turns == "all" else 1 for p in prompts)
+        with Progress(f"evaluate {about['method']} at T={cfg.temperature:g}", turns, "prompts") as bar:
+            module = DraftEvaluation(target, draft, protocol, run.path, labels, lambda answered: bar.advance())
+            if stage.state in ("changed", "forced"):
+                module.forget()
+            trainer = L.Trainer(
+                accelerator="cpu" if target.device.type == "cpu" else "gpu",
+                devices=cfg.devices,
+                logger=tracking.loggers,
+                enable_progress_bar=False,
+                enable_model_summary=False,
+                enable_checkpointing=False,
+                use_distributed_sampler=False,
+            )
+            trainer.test(module, datamodule=suite, verbose=False)
+        if rank:
+            return
+        done = merged(run.path)
+        run.write_records([item.record for item in done])
+        write_rounds(run.path / "rounds.jsonl", done)
+        numbers = headline([item.record for item in done]) if draft is not None else plain_headline(done)
+        summary = {**labels, "temperature": cfg.temperature, "accounting": cfg.accounting, "prompts": suite.facts()}
+        summary |= {"metrics": numbers, "lineage": lineage, "trained": about.get("trained")}
+        tracking.table("slots", *slot_table(numbers))
+        tracking.uses(f"draft-{Path(cfg.draft).name}", "draft", **lineage)
+        run.finish(**summary)
+        tracking.finish()
+        shown = {k: numbers[k]["value"] for k in ("accepted_length", "tokens_per_second") if k in numbers}
+        stage.finish(shown, next=f"specbench compare root={cfg.root}")
+
+
+def first_prompt(prompts: list[Any]) -> str:
+    """The first prompt as text, or its ids."""
+    return prompts[0].turns[0] if prompts[0].turns else str(list(prompts[0].prompt_ids or ()))
+
+
+def plain_headline(done: list[Answered]) -> dict[str, Any]:
+    """Tokens a second of plain decoding: its rounds do not exist."""
+    seconds = sum(item.record["seconds"] for item in done)
+    tokens = sum(item.record["output_tokens"] for item in done)
+    return {"tokens_per_second": {"value": tokens / seconds if seconds else None, "count": tokens}}
+
+
+def slot_table(numbers: dict[str, Any]) -> tuple[list[str], list[list[Any]]]:
+    """The per-slot curves as a table for W&B."""
+    columns = ["slot", "conditional", "low", "high", "n", "survival"]
+    rows = [[row.get(name) for name in columns] for row in numbers.get("slots", [])]
+    return columns, rows

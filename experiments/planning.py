@@ -1,0 +1,32 @@
+"""specbench train plan=true: parameters, memory and the largest micro-batch, without weights or data."""
+
+from __future__ import annotations
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+
+from experiments.assembly import build_draft, location
+from experiments.stage import say
+from specbench.backbone import backbone_of
+from specbench.memory import Footprint, footprint
+from specbench.tables import Tables
+from specbench.targets import raw_config
+
+
+def print_plan(cfg: DictConfig) -> Footprint:
+    """Build the draft on the meta device and print what training it takes."""
+    config = (
+        raw_config(location(cfg.target.id), cfg.target.revision)
+        if cfg.target.get("config") is None
+        else OmegaConf.to_container(cfg.target.config, resolve=True)
+    )
+    facts = backbone_of(config, cfg.method.backbone, cfg.method.window)
+    with torch.device("meta"):
+        empty = torch.empty(facts.vocab_size, facts.hidden_size)
+        draft = build_draft(cfg.method, cfg.target, config, Tables(empty, empty, facts.embedding_scale, facts.soft_cap))
+    memory = cfg.memory
+    if memory is None and torch.cuda.is_available():
+        memory = torch.cuda.get_device_properties(0).total_memory / 2**30
+    found = footprint(draft, cfg.target.max_length, cfg.trainer.lightning.precision, memory)
+    say(found.text())
+    return found

@@ -1,0 +1,207 @@
+"""specbench train: one draft from a target cache, chosen by real decoding; then its evaluation."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from hydra.utils import instantiate
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint, TQDMProgressBar
+from omegaconf import DictConfig, OmegaConf
+
+from experiments.assembly import (
+    build_draft,
+    build_objective,
+    composed,
+    draft_settings,
+    load_target,
+    rank_and_world,
+)
+from experiments.planning import print_plan
+from experiments.stage import Stage, container, say
+from experiments.trainingdata import open_data, probe_prompts
+from specbench.callbacks import PROBE_KEY, DecodeProbe, GracefulStop
+from specbench.initialisation import STARTS, from_target, randomise
+from specbench.interchange import load_draft, read_folder, save_draft
+from specbench.methods.draft import Draft
+from specbench.provenance import provenance
+from specbench.runfolder import RunFolder
+from specbench.sampling import Sampling
+from specbench.training import DraftTraining, digest, trainable_parameters
+
+WITHOUT_EFFECT = ("evaluate", "temperatures", "max_new_tokens", "batch_size", "limit", "evaluation_seed", "suite")
+
+
+def run(cfg: DictConfig) -> Path:
+    """Train, choose the checkpoint, write draft/, evaluate; returns the run folder."""
+    if cfg.plan:
+        print_plan(cfg)
+        return Path(cfg.root)
+    name = cfg.name or run_name(cfg)
+    folder = Path(cfg.root) / "runs" / "train" / name
+    with Stage("train", folder, cfg, force=cfg.force, ignore=("name", *WITHOUT_EFFECT)) as stage:
+        if not stage.done:
+            _train(cfg, stage, name)
+    if cfg.evaluate:
+        _evaluate(cfg, folder)
+    return folder
+
+
+def run_name(cfg: DictConfig) -> str:
+    """Method, target, seed, and a digest of everything else that decides the result."""
+    facts = {k: v for k, v in container(cfg).items() if k not in ("root", "force", "name", "tracking", *WITHOUT_EFFECT)}
+    seed = facts.pop("seed")
+    code = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:8]
+    return f"{cfg.method.name}-{cfg.target.name}-s{seed['init']}-{code}"
+
+
+def _train(cfg: DictConfig, stage: Stage, name: str) -> None:
+    rank, _ = rank_and_world()
+    fresh = stage.state in ("changed", "forced")
+    with RunFolder(cfg.root, "train", name, container(cfg), fresh=fresh, writes=rank == 0) as run:
+        target = load_target(cfg.target) if needs_target(cfg) else None
+        data = open_data(cfg, target)
+        config = data.manifest.target_config if target is None else target.config
+        with torch.random.fork_rng():
+            torch.manual_seed(cfg.seed.init)
+            draft = build_draft(cfg.method, cfg.target, config, data.tables)
+            copied = initialise(draft, cfg.start, target)
+        steps = cfg.trainer.max_steps or cfg.trainer.epochs * data.steps_per_epoch
+        module = DraftTraining(
+            draft,
+            data.tables,
+            build_objective(cfg.method),
+            max_steps=steps,
+            anchor_seed=cfg.seed.anchors,
+            **OmegaConf.to_container(cfg.trainer.recipe, resolve=True),
+        )
+        lineage = {"cache": data.lineage, "start": cfg.start, "copied": len(copied)}
+        prompts = probe_prompts(cfg, target) if cfg.trainer.probe.every else []
+        rendered = target.tokenizer.decode(prompts[0]) if prompts and target.tokenizer is not None else None
+        facts, diff = provenance(sys.argv, dict(cfg.seed), lineage["cache"], rendered)
+        run.write_provenance(facts, diff)
+        tracking = instantiate(cfg.tracking)
+        headline = {"method": cfg.method.name, "target": cfg.target.name, "seed": cfg.seed.init, **lineage["cache"]}
+        tracking.start(run, headline)
+        tracking.uses(f"cache-{data.lineage['fingerprint']}", "cache", **data.lineage)
+        stop = GracefulStop()
+        callbacks: list[Callback] = [stop, TQDMProgressBar(refresh_rate=10)]
+        if prompts:
+            probe = cfg.trainer.probe
+            sampling = Sampling(probe.temperature)
+            callbacks.append(DecodeProbe(target, prompts, probe.every, sampling, probe.max_new_tokens))
+        keep = run.path / "checkpoints"
+        callbacks.append(checkpointing(cfg, keep))
+        trainer = L.Trainer(
+            max_steps=steps,
+            max_epochs=-1,
+            logger=tracking.loggers,
+            callbacks=callbacks,
+            log_every_n_steps=cfg.trainer.recipe.log_every,
+            val_check_interval=cfg.trainer.validate_every,
+            check_val_every_n_epoch=None,
+            limit_val_batches=1.0 if cfg.trainer.validate_every else 0,
+            num_sanity_val_steps=0,
+            enable_model_summary=False,
+            use_distributed_sampler=False,
+            **OmegaConf.to_container(cfg.trainer.lightning, resolve=True),
+        )
+        last = keep / "last.ckpt"
+        trainer.fit(module, datamodule=data, ckpt_path=str(last) if stage.resumes and last.exists() else None)
+        if stop.received:
+            raise KeyboardInterrupt
+        best, score, step = chosen(callbacks, keep)
+        load_weights(module, best)
+        if rank == 0:
+            save_draft(draft, run.path / "draft", config, draft_settings(cfg.method, cfg.target))
+        summary = {
+            "method": cfg.method.name,
+            "target": cfg.target.name,
+            "probe_accepted_length": score,
+            "best_step": step,
+            "steps": trainer.global_step,
+            "parameters": trainable_parameters(draft),
+            "trained_tokens": module.supervised,
+            "lineage": lineage | {"checkpoint": digest(draft.state_dict().items())},
+            "damage": len(getattr(data, "damage", [])),
+        }
+        tracking.artifact(f"draft-{name}", "draft", run.path / "draft", **summary["lineage"])
+        tracking.summary({k: v for k, v in summary.items() if isinstance(v, (int, float))})
+        run.finish(**summary)
+        tracking.finish()
+        shown = {k: summary[k] for k in ("probe_accepted_length", "best_step", "steps", "parameters")}
+        stage.finish(shown, next=f"specbench evaluate draft={run.path}")
+
+
+def needs_target(cfg: DictConfig) -> bool:
+    """Whether the target itself must be in memory: to copy layers, to probe, or to compute states online."""
+    return cfg.start == "target" or bool(cfg.trainer.probe.every) or cfg.online
+
+
+def initialise(draft: Draft, start: str, target: Any) -> list[str]:
+    """Give the draft its first weights as `start` says; returns the names that were copied."""
+    randomise(draft)
+    if start == "target":
+        return from_target(draft, target)
+    if start in STARTS:
+        return []
+    path = Path(start) / "draft" if (Path(start) / "draft").is_dir() else Path(start)
+    _, tensors = read_folder(path)
+    own = draft.state_dict()
+    fitting = {k: v for k, v in tensors.items() if k in own and own[k].shape == v.shape}
+    if not fitting:
+        raise ValueError(f"start={start}: no tensor there fits this draft; choose a draft of the same widths")
+    draft.load_state_dict(fitting, strict=False)
+    say(f"train: {len(fitting)} of {len(own)} tensors start from {path}")
+    return sorted(fitting)
+
+
+def checkpointing(cfg: DictConfig, folder: Path) -> ModelCheckpoint:
+    """best.ckpt by the probe's accepted length (without a probe: the last one), and last.ckpt to resume from."""
+    every = cfg.trainer.probe.every or cfg.trainer.validate_every or 1000
+    return ModelCheckpoint(
+        dirpath=folder,
+        filename="best",
+        monitor=PROBE_KEY if cfg.trainer.probe.every else None,
+        mode="max",
+        save_last=True,
+        every_n_train_steps=every,
+        enable_version_counter=False,
+        save_on_train_epoch_end=False,
+    )
+
+
+def chosen(callbacks: list[Callback], folder: Path) -> tuple[Path, float | None, int]:
+    """The checkpoint to publish, its probed accepted length and its step."""
+    saver = next(c for c in callbacks if isinstance(c, ModelCheckpoint))
+    best = folder / "best.ckpt" if (folder / "best.ckpt").exists() else folder / "last.ckpt"
+    score = None if saver.best_model_score is None else float(saver.best_model_score)
+    return best, score, int(torch.load(best, map_location="cpu", weights_only=False)["global_step"])
+
+
+def load_weights(module: DraftTraining, checkpoint: Path) -> None:
+    """The draft's weights of a checkpoint."""
+    state = torch.load(checkpoint, map_location=module.device, weights_only=False)["state_dict"]
+    module.load_state_dict(state, strict=False)
+
+
+def _evaluate(cfg: DictConfig, folder: Path) -> None:
+    from experiments.evaluate import run as evaluate
+
+    for temperature in cfg.temperatures:
+        child = composed("evaluate", [f"temperature={temperature}"])
+        for key in ("root", "force", "target", "suite", "tracking", "max_new_tokens", "batch_size"):
+            OmegaConf.update(child, key, OmegaConf.to_container(cfg, resolve=True)[key], merge=False)
+        child.draft, child.seed, child.suite.limit = str(folder), cfg.evaluation_seed, cfg.limit
+        evaluate(child)
+
+
+def trained_draft(path: str | Path, tables: Any = None) -> Draft:
+    """The draft of a draft folder or of a training run."""
+    path = Path(path)
+    return load_draft(path / "draft" if (path / "draft").is_dir() else path, tables)

@@ -1,0 +1,176 @@
+"""The contract of methods/draft.py, for every committed method and family."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from specbench.blocks import Context, take, with_anchors
+from specbench.decoding import Limits, decode, speculative_decode
+from specbench.objective import Objective
+from specbench.sampling import Sampling
+from tests import tiny
+
+every = pytest.mark.parametrize(("method", "family"), [(m, f) for m in tiny.METHODS for f in tiny.FAMILIES])
+variants = pytest.mark.parametrize(
+    ("method", "family", "settings"),
+    [
+        *((m, f, {}) for m in tiny.METHODS for f in tiny.FAMILIES),
+        *(("dspark", "qwen3", {"markov_head": kind}) for kind in ("gated", "rnn")),
+        ("dspark", "gemma4", {"markov_head": "rnn", "confidence_with_markov": False}),
+        ("dflash", "qwen3", {"sample_from_anchor": False}),
+        *((m, "qwen3", {"window": 5}) for m in tiny.METHODS),
+        ("dspark", "qwen3", {"backbone": "gemma4"}),
+        ("eagle3", "gemma4", {"backbone": "qwen3"}),
+    ],
+)
+
+
+def context(sample, start, end):
+    states = slice(start, end)
+    length = torch.tensor([end - start])
+    return Context(sample.taps[None, states], sample.last[None, states], length), sample.tokens[None, states]
+
+
+class Forced:
+    """A sampler that proposes the true tokens and keeps the logits it was shown."""
+
+    def __init__(self, tokens):
+        self.tokens, self.seen = tokens, []
+
+    def __call__(self, logits):
+        at = sum(x.shape[1] for x in self.seen)
+        self.seen.append(logits)
+        return self.tokens[:, at : at + logits.shape[1]], None
+
+
+@variants
+def test_proposing_the_true_tokens_gives_the_training_logits(method, family, settings):
+    draft = tiny.draft(method, family, **settings)
+    sample = tiny.samples(family)[0]
+    batch = with_anchors(tiny.pack([sample]), None)
+    with torch.no_grad():
+        blocks = draft(batch)
+        logits = draft.logits(blocks.hidden, blocks.previous)
+        for n in (0, 5, 11):
+            anchor, K = int(batch.anchors[0, n]), draft.block_size
+            state = draft.begin(*context(sample, 0, anchor))
+            forced = Forced(sample.tokens[None, anchor + 1 : anchor + 1 + K])
+            proposal = draft.propose(state, sample.tokens[anchor : anchor + 1], forced)
+            torch.testing.assert_close(torch.cat(forced.seen, 1)[0], logits[0, n], atol=2e-5, rtol=1e-4)
+            confidence = draft.confidence(blocks.hidden, blocks.previous)
+            assert (confidence is None) == (proposal.confidence is None)
+            if confidence is not None:
+                torch.testing.assert_close(proposal.confidence[0], confidence[0, n], atol=2e-5, rtol=1e-4)
+
+
+@variants
+def test_commits_in_pieces_equal_one_begin(method, family, settings):
+    draft = tiny.draft(method, family, **settings)
+    sample = tiny.samples(family)[0]
+    with torch.no_grad():
+        whole = draft.begin(*context(sample, 0, 15))
+        pieces = draft.begin(*context(sample, 0, 6))
+        for start, end in ((6, 7), (7, 11), (11, 15)):
+            pieces = draft.commit(pieces, *context(sample, start, end))
+        seen = []
+        for state in (whole, pieces):
+            forced = Forced(sample.tokens[None, 16:24])
+            draft.propose(state, sample.tokens[15:16], forced)
+            seen.append(torch.cat(forced.seen, 1))
+    torch.testing.assert_close(seen[0], seen[1], atol=2e-5, rtol=1e-4)
+
+
+@every
+def test_states_at_or_after_an_anchor_do_not_reach_its_block(method, family):
+    draft = tiny.draft(method, family)
+    batch = with_anchors(tiny.batch(family), None)
+    with torch.no_grad():
+        before = draft(batch).hidden
+        for n in (0, 3):
+            anchors = batch.anchors[:, n]
+            late = torch.arange(batch.tokens.shape[1]) >= anchors.clamp_min(0)[:, None]
+            noise = torch.randn(batch.taps.shape, generator=torch.Generator().manual_seed(1))
+            taps = torch.where(late[..., None, None], noise, batch.taps)
+            last = torch.where(late[..., None], noise[:, :, 0], batch.last)
+            after = draft(dataclasses.replace(batch, taps=taps, last=last)).hidden
+            torch.testing.assert_close(after[:, n], before[:, n], atol=1e-6, rtol=1e-6)
+            # The states before the anchor do reach it: the check above could not fail otherwise.
+            early = dataclasses.replace(
+                batch,
+                taps=torch.where(late[..., None, None], batch.taps, noise),
+                last=torch.where(late[..., None], batch.last, noise[:, :, 0]),
+            )
+            assert (draft(early).hidden[:, n] - before[:, n]).abs().max() > 1e-3
+
+
+@every
+def test_greedy_output_is_the_targets_own_and_the_batch_changes_nothing(method, family):
+    target, draft = tiny.target(family), tiny.draft(method, family)
+    prompts = [s.tokens[: 3 + 2 * i].tolist() for i, s in enumerate(tiny.samples(family, lengths=(20,) * 8, seed=4))]
+    limits = Limits(max_new_tokens=10)
+    own = {d.index: d.output_ids for d in decode(target, prompts, Sampling(), limits)}
+    alone = {d.index: d for d in speculative_decode(target, draft, prompts, Sampling(), limits)}
+    together = speculative_decode(target, draft, prompts, Sampling(), dataclasses.replace(limits, batch_size=8))
+    assert {i: d.output_ids for i, d in alone.items()} == own
+    rounds = {d.index: [(r.proposed, r.accepted) for r in d.rounds] for d in together}
+    assert rounds == {i: [(r.proposed, r.accepted) for r in d.rounds] for i, d in alone.items()}
+
+
+@every
+def test_packed_rows_give_the_blocks_of_padded_ones(method, family):
+    draft = tiny.draft(method, family)
+    conversations = tiny.samples(family, lengths=(24, 17, 9, 12))
+    padded = with_anchors(tiny.pack(conversations), 3, (7,))
+    packed = with_anchors(tiny.pack(conversations, length=40), 3, (7,))
+    assert len(packed.tokens) < len(padded.tokens)
+    gathered = []
+    with torch.no_grad():
+        for batch in (padded, packed):
+            blocks, found = draft(batch), {}
+            logits = draft.logits(blocks.hidden, blocks.previous)
+            for b, n in (batch.anchors >= 0).nonzero().tolist():
+                anchor = batch.anchors[b, n]
+                key = (int(batch.document[b, anchor]), int(batch.position[b, anchor]))
+                found[key] = (logits[b, n], blocks.mask[b, n], blocks.target[b, n], blocks.labels[b, n])
+            gathered.append(found)
+    assert gathered[0].keys() == gathered[1].keys()
+    for key, (logits, mask, states, labels) in gathered[0].items():
+        other = gathered[1][key]
+        assert torch.equal(mask, other[1])
+        assert torch.equal(labels[mask], other[3][mask])
+        torch.testing.assert_close(states[mask], other[2][mask])
+        torch.testing.assert_close(logits[mask], other[0][mask], atol=2e-5, rtol=1e-4)
+
+
+@every
+def test_every_parameter_gets_a_gradient_and_the_tables_none(method, family):
+    draft = tiny.draft(method, family).train()
+    batch = with_anchors(tiny.batch(family), None)
+    objective = Objective(ce=1.0, tv=0.5, confidence=1.0 if method == "dspark" else 0.0, slot_weight="uniform")
+    objective(draft, tiny.target(family).tables, draft(batch)).value.backward()
+    without = [n for n, p in draft.named_parameters() if p.grad is None or p.grad.abs().sum() == 0]
+    assert without == []
+    assert not draft.tables.embedding.requires_grad
+    assert not [k for k in draft.state_dict() if k.startswith("tables.")]
+
+
+@every
+def test_the_mask_is_a_prefix_that_ends_with_the_supervised_text(method, family):
+    draft = tiny.draft(method, family)
+    batch = tiny.batch(family)
+    batch.loss_mask[0, 10:12] = False
+    batch = with_anchors(batch, None)
+    with torch.no_grad():
+        blocks = draft(batch)
+    mask = blocks.mask
+    assert torch.equal(mask, mask.cumprod(-1).bool())
+    assert mask[batch.anchors >= 0][:, 0].all()
+    assert not mask[batch.anchors < 0].any()
+    for b, n in (batch.anchors >= 0).nonzero().tolist():
+        a = int(batch.anchors[b, n])
+        reach = [bool(batch.loss_mask[b, a + k]) if a + k < batch.tokens.shape[1] else False for k in range(1, 5)]
+        expected = sum(1 for k in range(4) if all(reach[: k + 1]))
+        assert int(mask[b, n].sum()) == expected
+    labels = take(batch.tokens, batch.anchors.clamp_min(0)[..., None].expand(-1, -1, 1) + 1)
+    assert torch.equal(blocks.labels[..., :1][mask[..., :1]], labels[mask[..., :1]])

@@ -1,0 +1,102 @@
+"""Tiny targets and drafts of every family and method, built from configurations; no downloads."""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+
+import torch
+from omegaconf import OmegaConf
+
+from experiments.assembly import build_draft
+from specbench.blocks import Batch, Sample, pack
+from specbench.initialisation import randomise
+from specbench.targets import Target
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+METHODS = sorted(p.stem for p in (CONFIGS / "method").glob("*.yaml"))
+VOCABULARY, MASK = 96, 95
+SIZES = {"vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4}
+QWEN3 = {
+    "model_type": "qwen3",
+    "num_hidden_layers": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 512,
+    "tie_word_embeddings": False,
+    "initializer_range": 0.2,
+    "eos_token_id": 1,
+    **SIZES,
+}
+GEMMA4 = {
+    "model_type": "gemma4_text",
+    "num_hidden_layers": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "global_head_dim": 16,
+    "num_global_key_value_heads": 1,
+    "attention_k_eq_v": True,
+    "layer_types": ["sliding_attention", "sliding_attention", "sliding_attention", "full_attention"],
+    "sliding_window": 8,
+    "final_logit_softcapping": 30.0,
+    "hidden_size_per_layer_input": 0,
+    "vocab_size_per_layer_input": VOCABULARY,
+    "num_kv_shared_layers": 0,
+    "max_position_embeddings": 512,
+    "initializer_range": 0.2,
+    "eos_token_id": 1,
+    "rope_parameters": {
+        "full_attention": {"rope_type": "proportional", "partial_rotary_factor": 0.25, "rope_theta": 1e6},
+        "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+    },
+    **SIZES,
+}
+FAMILIES = {"qwen3": QWEN3, "gemma4": GEMMA4}
+TAPS = (0, 2, 3)
+
+
+@cache
+def target(family: str) -> Target:
+    """A random target of four layers; its generator is its own."""
+    return Target.from_config(FAMILIES[family], TAPS, seed=3, name=f"tiny_{family}", stop_token_ids=[])
+
+
+def draft(method: str, family: str, seed: int = 0, **settings):
+    """A random draft of the committed configuration `method`, shrunk to two layers and K = 4."""
+    cfg = OmegaConf.load(CONFIGS / "method" / f"{method}.yaml")
+    small = {"layers": 2, "block_size": 4}
+    if "markov_rank" in cfg.draft:
+        small["markov_rank"] = 6
+    for key in ("backbone", "window", "objective"):
+        if key in settings:
+            cfg[key] = settings.pop(key)
+    cfg.draft = OmegaConf.merge(cfg.draft, small, settings)
+    owner = target(family)
+    about = OmegaConf.create({"target_layer_ids": list(TAPS), "mask_token_id": MASK})
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        built = build_draft(cfg, about, owner.config, owner.tables)
+        randomise(built, std=0.2)
+        for name, parameter in built.named_parameters():
+            if "norm" in name:
+                parameter.data.uniform_(0.5, 1.5)
+            elif "markov_w2" in name:
+                parameter.data.normal_(std=0.5)
+    return built.eval()
+
+
+def samples(family: str, lengths: tuple[int, ...] = (24, 17, 9), seed: int = 0, prompt: int = 4) -> list[Sample]:
+    """Random conversations with the target's true states; the first `prompt` tokens are not supervised."""
+    generator = torch.Generator().manual_seed(seed)
+    owner, made = target(family), []
+    for ordinal, length in enumerate(lengths):
+        tokens = torch.randint(2, VOCABULARY - 1, (length,), generator=generator)
+        context = owner.states(tokens[None], torch.tensor([length]))
+        mask = torch.arange(length) >= prompt
+        made.append(Sample(tokens, mask, context.taps[0].clone(), context.last[0].clone(), ordinal))
+    return made
+
+
+def batch(family: str, **kwargs) -> Batch:
+    """Those conversations, one a row."""
+    return pack(samples(family, **kwargs))
