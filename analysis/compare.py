@@ -47,6 +47,7 @@ def compare(
     title: str | None = None,
     command: str | None = None,
     width: int = 120,
+    draw: bool = True,
     progress: Callable[[str], None] = lambda step: None,
 ) -> Comparison:
     """Compare every finished run below `sources` and write tables, figures and report.html into `output`.
@@ -61,6 +62,7 @@ def compare(
         cache: folder for the files of W&B runs.
         command: what the page tells a reader to type; None writes the Python call.
         width: columns of the terminal that `text` is for.
+        draw: false for tables alone, which takes a fraction of the time.
         progress: called with the name of each step.
 
     Raises:
@@ -75,8 +77,11 @@ def compare(
     frames = _frames(found, read, resamples, seed, minimum_shared, holm)
     sheets = layout.main(found, frames["accepted_length"], frames["macro_average"], frames["differences"])
     more = _more_sheets(found, frames)
-    progress("figures")
-    drawings = [*_slot_drawings(found, resamples, seed), *_axis_drawings(found, frames, group_by), *_run_drawings(read)]
+    drawings: list[Drawing] = []
+    if draw:
+        progress("figures")
+        drawings += _slot_drawings(found, resamples, seed)
+        drawings += [*_axis_drawings(found, frames, group_by), *_run_drawings(read)]
     used = f"{len(read.runs)} runs, {len(read.records)} records, left out: {len(read.faults)}"
     how = command or f"python -c {shlex.quote(f'from analysis.compare import compare; compare({sources!r})')}"
     content = Content(
@@ -84,7 +89,7 @@ def compare(
         f"{used}. Intervals are 95%, cluster bootstrap over prompts ({resamples} resamples, seed {seed}).",
         [
             Section("Accepted length", sheets),
-            Section("Figures", [drawing for drawing in drawings if drawing.on_page]),
+            *([Section("Figures", [drawing for drawing in drawings if drawing.on_page])] if drawings else []),
             *(Section(sheet[0].title.partition(":")[0], sheet) for sheet in more if sheet),
             provenance(read.runs, read.faults, how),
         ],

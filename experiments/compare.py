@@ -21,7 +21,8 @@ def run(cfg: DictConfig) -> Path:
     made = comparison(cfg)
     print(made.text)
     figure = next((path for path in made.files if path.suffix == ".png"), None)
-    facts = {"figure": str(figure), "page": str(made.folder / "report.html"), "files": len(made.files)}
+    facts = {"figure": str(figure)} if figure else {}
+    facts |= {"page": str(made.folder / "report.html"), "files": len(made.files)}
     report("compare", made.folder, time.monotonic() - began, facts, next="open the page in a browser")
     return made.folder
 
@@ -43,6 +44,7 @@ def comparison(cfg: DictConfig, title: str | None = None) -> Comparison:
         title=title,
         command=shlex.join(["specbench", *sys.argv[1:]]),
         width=shutil.get_terminal_size((120, 40)).columns,
+        draw=cfg.figures,
         progress=lambda step: say(f"compare: {step}"),
     )
 
