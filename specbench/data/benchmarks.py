@@ -9,6 +9,7 @@ hold `turns` (texts) or `prompt_ids` (already tokenised), or from a single such 
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
@@ -138,12 +139,7 @@ class Benchmarks(L.LightningDataModule):
     def load(self) -> list[Prompt]:
         """All prompts of the suite, benchmark by benchmark."""
         if self._prompts is None:
-            self.missing = []
             chosen = [p for b, pool in self._pools() for p in self._choose(b, pool)]
-            if self.missing:
-                log.warning(
-                    "%s has no file for %s: left out of suite %s", self.folder, ", ".join(self.missing), self.name
-                )
             if not chosen:
                 names = ", ".join(f"{b.name}.jsonl" for b in self.benchmarks)
                 raise ValueError(f"prompts={self.folder} holds no prompt of suite {self.name!r}: it looks for {names}")
@@ -157,6 +153,13 @@ class Benchmarks(L.LightningDataModule):
     def facts(self) -> dict[str, Any]:
         """What identifies these prompts, for a run's record."""
         loaded = self.load()
+        counts = Counter(p.benchmark for p in loaded)
+        known = {b.name: b for b in self.benchmarks}
+        described = {}
+        for name, count in counts.items():
+            b = known.get(name, Benchmark(name, OWN))
+            described[name] = {"domain": b.domain, "version": b.version, "dataset": b.dataset or b.corpus}
+            described[name] |= {"revision": b.revision, "prompts": count}
         return {
             "suite": self.name,
             "prompts": None if self.folder is None else str(self.folder),
@@ -164,14 +167,8 @@ class Benchmarks(L.LightningDataModule):
             "turns": self.turns,
             "seed": self.seed,
             "missing": self.missing,
-            "benchmarks": {
-                b.name: {
-                    "version": b.version, "domain": b.domain, "dataset": b.dataset or b.corpus, "revision": b.revision,
-                    "prompts": sum(p.benchmark == b.name for p in loaded),
-                }
-                for b in self.benchmarks
-            },
-        }  # fmt: skip
+            "benchmarks": described,
+        }
 
     def test_dataloader(self) -> DataLoader:
         """Batches of list[Prompt]: this rank's share of one benchmark each. Nothing is padded or repeated."""
@@ -194,13 +191,17 @@ class Benchmarks(L.LightningDataModule):
             return
         if self.folder is not None and not self.folder.is_dir():
             raise ValueError(f"prompts={self.folder} does not exist: give a folder of JSONL files, or one such file")
+        if self.folder is not None:
+            self.missing = [b.name for b in self.benchmarks if not (self.folder / f"{b.name}.jsonl").is_file()]
+            if self.missing:
+                log.warning(
+                    "%s has no file for %s: left out of suite %s", self.folder, ", ".join(self.missing), self.name
+                )
         for benchmark in self.benchmarks:
+            if benchmark.name in self.missing:
+                continue
             if self.folder is not None:
-                path = self.folder / f"{benchmark.name}.jsonl"
-                if path.is_file():
-                    yield benchmark, self._read(path, benchmark)
-                else:
-                    self.missing.append(benchmark.name)
+                yield benchmark, self._read(self.folder / f"{benchmark.name}.jsonl", benchmark)
             elif benchmark.corpus is not None:
                 rows = conversations(benchmark.corpus, "benchmark")
                 pool = [(str(c["id"]), tuple(m["content"] for m in c["messages"] if m["role"] == "user")) for c in rows]

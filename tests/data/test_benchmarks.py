@@ -152,7 +152,11 @@ def test_a_single_file_is_taken_whole(tmp_path):
     assert len(known) == 30 and {p.domain for p in known} == {"math"}
     assert [p.id for p in known] == [f"one/{i}" for i in range(30)]
     write(tmp_path / "own.jsonl", [{"prompt_ids": [5, 6]}])
-    (own,) = Benchmarks("mine", benchmarks, prompts=str(tmp_path / "own.jsonl")).load()
+    data = Benchmarks("mine", benchmarks, prompts=str(tmp_path / "own.jsonl"))
+    (own,) = data.load()
+    assert data.facts()["benchmarks"] == {
+        "own": {"domain": "own", "version": 1, "dataset": None, "revision": None, "prompts": 1}
+    }
     assert (own.id, own.benchmark, own.domain, own.prompt_ids) == ("own/0", "own", "own", (5, 6))
 
 
