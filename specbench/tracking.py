@@ -7,15 +7,18 @@ written into the config and the record as well, because W&B keeps none of it off
 
 from __future__ import annotations
 
+import netrc
 import os
 import secrets
 import shutil
+import socket
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlparse
 
 from lightning.pytorch.loggers import Logger, WandbLogger
 
@@ -23,6 +26,7 @@ from specbench.atomic import plain, read_json, replacing, write_json
 from specbench.folderlogger import FolderLogger
 from specbench.runfolder import RunFolder
 
+SERVER = "https://api.wandb.ai"
 MODES = ("auto", "online", "offline", "disabled")
 # W&B writes a config.yaml of its own beside these, hence the folder.
 RECORD = ("summary.json", "config.yaml", "provenance.json", "metrics.jsonl", "records.parquet")
@@ -34,7 +38,7 @@ class Tracking:
     """How runs are mirrored to W&B.
 
     `mode`: `online` needs a key; `offline` writes beside the run folder for a later `sync`; `disabled` imports nothing;
-    `auto` is online with a key and offline without one, and WANDB_MODE in the environment decides over it.
+    `auto` is online with a key and a server in reach, and offline otherwise; WANDB_MODE in the environment overrules it.
     Use: `start(run)`, give `loggers` to the Trainer, then `table`, `image`, `artifact`, `summary`, and `finish`.
     """
 
@@ -75,16 +79,17 @@ class Tracking:
         }
         os.environ["WANDB_MODE"] = mode
         os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
+        os.environ.setdefault("WANDB_SILENT", "true")  # its notices; what goes wrong is raised all the same
         os.environ["WANDB_DIR"] = str(run.path.resolve())
         os.environ["WANDB_DATA_DIR"] = str(run.path.resolve() / "wandb" / "data")
         self.wandb = self._logger(mode)
         config = {"run": run.name, "kind": run.kind, **(headline or {}), "settings": run.config}
         self.wandb.experiment.config.update(plain(config), allow_val_change=True)
-        self._record["url"] = self.wandb.experiment.url
+        self._record["url"] = self.wandb.experiment.url if mode == "online" else None
         self._save()
         if mode == "offline":
             root = run.path.parents[2]
-            _say(f"W&B is offline; `specbench sync root={root}` uploads these runs once there is a key")
+            _say(f"W&B is offline: `specbench sync root={root}` uploads these runs once there is a key and a network")
         return self
 
     def resolved_mode(self) -> str:
@@ -94,7 +99,7 @@ class Tracking:
         if mode not in MODES:
             raise ValueError(f"WANDB_MODE is one of online, offline, disabled, not '{mode}'")
         if mode == "auto":
-            return "online" if has_key() else "offline"
+            return "online" if has_key() and reachable() else "offline"
         if mode == "online" and not has_key():
             raise ValueError("tracking is online but there is no W&B key: run `wandb login`, or use tracking=offline")
         return mode
@@ -103,28 +108,25 @@ class Tracking:
         import wandb
 
         assert self.run is not None
-        logger = WandbLogger(
-            name=self.run.name,
-            project=self.project,
-            entity=self.entity,
-            save_dir=self.run.path.resolve(),
-            id=self._record["id"],
-            resume="allow" if mode == "online" else None,
-            group=self.group,
-            job_type=self.job_type or self.run.kind,
-            tags=self.tags,
-            settings=wandb.Settings(silent=True, console="off"),
-        )
         try:
-            assert logger.experiment is not None  # wandb.init happens here
+            # Begun here and handed over: the logger's own wandb.init warns about settings that it cannot leave out.
+            experiment = wandb.init(
+                name=self.run.name,
+                project=self.project,
+                entity=self.entity,
+                dir=self.run.path.resolve(),
+                id=self._record["id"],
+                resume="allow" if mode == "online" else None,
+                group=self.group,
+                job_type=self.job_type or self.run.kind,
+                tags=self.tags,
+                settings=wandb.Settings(silent=True, console="off"),
+            )
         except wandb.errors.CommError as error:
-            if self.mode == "online":
-                raise ValueError(f"W&B cannot be reached ({error}): use tracking=offline and sync later") from error
-            os.environ["WANDB_MODE"] = self._record["mode"] = "offline"
-            return self._logger("offline")
-        logger.experiment.define_metric(STEP)
-        logger.experiment.define_metric("*", step_metric=STEP, step_sync=True)
-        return logger
+            raise ValueError(f"W&B cannot be reached ({error}): use tracking=offline and sync later") from error
+        experiment.define_metric(STEP)
+        experiment.define_metric("*", step_metric=STEP, step_sync=True)
+        return WandbLogger(experiment=experiment, save_dir=str(self.run.path), project=self.project)
 
     @property
     def loggers(self) -> list[Logger]:
@@ -211,13 +213,23 @@ def has_key() -> bool:
     """Whether W&B has credentials here, without asking anybody."""
     if os.environ.get("WANDB_API_KEY"):
         return True
-    import netrc
-    from urllib.parse import urlparse
-
-    host = urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
+    host = urlparse(os.environ.get("WANDB_BASE_URL", SERVER)).hostname or ""
     with suppress(OSError, netrc.NetrcParseError):
         return netrc.netrc(os.environ.get("NETRC")).authenticators(host) is not None
     return False
+
+
+def reachable(seconds: float = 5.0) -> bool:
+    """Whether a connection to the W&B server can be opened; behind a proxy that is taken for granted."""
+    server = urlparse(os.environ.get("WANDB_BASE_URL", SERVER))
+    if os.environ.get(f"{server.scheme}_proxy") or os.environ.get(f"{server.scheme.upper()}_PROXY"):
+        return True
+    port = server.port or (80 if server.scheme == "http" else 443)
+    try:
+        socket.create_connection((server.hostname or "", port), seconds).close()
+    except OSError:
+        return False
+    return True
 
 
 def offline_runs(folder: str | Path) -> list[Path]:
@@ -245,6 +257,8 @@ def sync(run: str | Path) -> list[str]:
         raise ValueError(f"{run} was not tracked by W&B: it has no tracking.json")
     if not has_key():
         raise ValueError("there is no W&B key to upload with: run `wandb login` or set WANDB_API_KEY")
+    if not reachable():
+        raise ValueError(f"{os.environ.get('WANDB_BASE_URL', SERVER)} cannot be reached: sync where there is a network")
     gone = [file for artifact in record["artifacts"] for file in artifact["files"] if not Path(file).exists()]
     if gone:
         raise ValueError(f"{gone[0]} is part of an artifact of {run} and is gone: W&B would leave it out in silence")

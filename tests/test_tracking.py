@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -22,7 +23,7 @@ def no_key(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """No credentials of the machine, and the environment as it was afterwards."""
     for name in ("WANDB_API_KEY", "WANDB_BASE_URL", "WANDB_ENTITY"):
         monkeypatch.delenv(name, raising=False)
-    for name in ("WANDB_MODE", "WANDB_DIR", "WANDB_DATA_DIR"):
+    for name in ("WANDB_MODE", "WANDB_DIR", "WANDB_DATA_DIR", "WANDB_SILENT"):
         monkeypatch.setenv(name, "")
         monkeypatch.delenv(name)
     monkeypatch.setenv("NETRC", str(tmp_path / "no-netrc"))
@@ -122,7 +123,12 @@ def test_modes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     netrc = tmp_path / "netrc"
     netrc.write_text("machine api.wandb.ai login user password secret\n")
     monkeypatch.setenv("NETRC", str(netrc))
-    assert Tracking().resolved_mode() == "online"
+    assert has_key()
+    monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{server.getsockname()[1]}")
+        assert Tracking().resolved_mode() == "online"
+    assert Tracking().resolved_mode() == "offline"  # a key, and nobody at the other end
 
 
 def test_disabled_touches_nothing_but_the_folder(tmp_path: Path) -> None:
@@ -147,5 +153,9 @@ def test_sync_names_an_artifact_file_that_has_gone(monkeypatch: pytest.MonkeyPat
         tracking.finish()
     file.unlink()
     monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
-    with pytest.raises(ValueError, match=r"weights\.bin is part of an artifact"):
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{server.getsockname()[1]}")
+        with pytest.raises(ValueError, match=r"weights\.bin is part of an artifact"):
+            sync(run.path)
+    with pytest.raises(ValueError, match="cannot be reached"):
         sync(run.path)
