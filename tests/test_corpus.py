@@ -2,7 +2,7 @@
 
 import re
 from collections import Counter
-from functools import lru_cache
+from functools import cache
 from itertools import islice
 
 import pytest
@@ -32,7 +32,7 @@ ANSWERS = {
 SOME = {"math": 3000}
 
 
-@lru_cache(maxsize=None)
+@cache
 def pool(domain: str, split: str, seed: int = 0) -> list[dict]:
     count = SOME.get(domain) if split == "train" else None
     return list(conversations(domain, split, count, seed))

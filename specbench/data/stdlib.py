@@ -109,11 +109,13 @@ def _camel(name: str) -> str:
 
 def _rename(function: Function) -> tuple[str, str, str] | None:
     """Old name, new name and the text with it renamed, where the name is a plain word of the function only."""
+    named = {x.arg for x in ast.walk(function.node.args) if isinstance(x, ast.arg)}
     for old, new in RENAMES.items():
+        if old not in named:
+            continue
         uses = re.findall(rf"(?<![\w.'\"-]){old}\b(?![\w'\"-])", function.text)
         every = re.findall(rf"(?<!\w){old}(?!\w)", function.text)
-        names = {x.arg for x in ast.walk(function.node.args) if isinstance(x, ast.arg)}
-        if old in names and len(uses) == len(every) >= 2 and not re.search(rf"\b{new}\b", function.text):
+        if len(uses) == len(every) >= 2 and not re.search(rf"\b{new}\b", function.text):
             return old, new, re.sub(rf"\b{old}\b", new, function.text)
     return None
 
