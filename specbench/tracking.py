@@ -38,7 +38,7 @@ class Tracking:
     """How runs are mirrored to W&B.
 
     `mode`: `online` needs a key; `offline` writes beside the run folder for a later `sync`; `disabled` imports nothing;
-    `auto` is online with a key and a server in reach, and offline otherwise; WANDB_MODE in the environment overrules it.
+    `auto` is online with a key and a server in reach, else offline; WANDB_MODE in the environment overrules it.
     Use: `start(run)`, give `loggers` to the Trainer, then `table`, `image`, `artifact`, `summary`, and `finish`.
     """
 
@@ -120,6 +120,7 @@ class Tracking:
                 group=self.group,
                 job_type=self.job_type or self.run.kind,
                 tags=self.tags,
+                reinit="finish_previous",  # a job of a sweep that failed may have left one open
                 settings=wandb.Settings(silent=True, console="off"),
             )
         except wandb.errors.CommError as error:

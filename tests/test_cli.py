@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import signal
@@ -261,3 +262,13 @@ def test_no_heavy_library_is_imported_for_help_or_a_mistake(home: Path) -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=home, env=environment(home), capture_output=True, text=True)
     assert done.stdout == "[]\n", done.stderr
+
+
+@pytest.mark.parametrize("name", VERBS)
+def test_every_verb_is_there_and_explains_itself(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert importlib.util.find_spec(VERBS[name].module) is not None
+    assert main([name, "--help"]) == 0
+    page = capsys.readouterr().out
+    settings = [line for line in page.partition("Settings\n")[2].splitlines() if "=" in line]
+    assert settings, page
+    assert main([name, "--cfg", "job"]) == 0

@@ -159,3 +159,14 @@ def test_sync_names_an_artifact_file_that_has_gone(monkeypatch: pytest.MonkeyPat
             sync(run.path)
     with pytest.raises(ValueError, match="cannot be reached"):
         sync(run.path)
+
+
+def test_a_run_that_failed_does_not_swallow_the_next(tmp_path: Path) -> None:
+    ids = []
+    for name in ("fails", "next"):
+        with RunFolder(tmp_path, "train", name, {}) as run:
+            tracking = Tracking(mode="offline").start(run)
+            assert tracking.wandb is not None
+            ids.append(tracking.wandb.experiment.id)
+    tracking.finish()
+    assert ids[0] != ids[1] and len(list(run.path.glob("wandb/offline-run-*"))) == 1
