@@ -26,11 +26,12 @@ def run(cfg: DictConfig) -> None:
     with Stage("prompts", folder, container(cfg) | {"files": files}, force=cfg.force) as stage:
         if stage.done:
             return
+        evaluation = evaluation_texts(cfg.decontaminate, cfg.prompts)
         with Progress("prompts", None, "conversations") as bar:
             report = prompts.build(
                 source,
                 folder,
-                evaluation_texts(cfg.decontaminate, cfg.prompts),
+                evaluation,
                 validation=cfg.validation,
                 near_duplicate=cfg.near_duplicate,
                 ngram=cfg.ngram,

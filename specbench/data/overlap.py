@@ -6,7 +6,7 @@ is 8 bytes a text and band, whatever the texts' size.
 
 Contamination: a text is contaminated if one of its turns equals an evaluation prompt (letters and digits only), or
 shares a run of `ngram` words with one. A benchmark's own wrapping (the words with which all its prompts begin or end,
-and runs that at least `BOILERPLATE` of its prompts share) is no evidence and is left out.
+and runs that at least `BOILERPLATE` of its prompts share) is no evidence and is left out. `ngram` None: equality alone.
 """
 
 from __future__ import annotations
@@ -121,7 +121,7 @@ def _link(keys: UInt64[np.ndarray, " M"], first: Int[np.ndarray, " M"], alike) -
 class Contamination:
     """The evaluation prompts, in a form that a stream of training texts can be held against."""
 
-    def __init__(self, prompts: Mapping[str, Iterable[str]], ngram: int = 13) -> None:
+    def __init__(self, prompts: Mapping[str, Iterable[str]], ngram: int | None = 13) -> None:
         self.ngram = ngram
         self.boilerplate = 0
         self.sizes: dict[str, int] = {}
@@ -134,7 +134,7 @@ class Contamination:
             bare = _unwrapped(split)
             self._exact.update((self._key(w), benchmark) for w in bare if len(w) > 1)
             counts: Counter[tuple[int, int]] = Counter()
-            for w in bare:
+            for w in bare if ngram is not None else []:
                 length = min(ngram, len(w))
                 if length >= min(SHORTEST, ngram):
                     counts.update((length, h) for h in set(runs(_hashes(w), length).tolist()))

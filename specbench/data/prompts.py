@@ -40,7 +40,7 @@ def build(
     *,
     validation: float | int = 0.05,
     near_duplicate: float | int | None = 0.8,
-    ngram: int = 13,
+    ngram: int | None = 13,
     seed: int = 0,
     progress: Callable[[int], None] = lambda read: None,
 ) -> dict[str, Any]:
@@ -50,6 +50,7 @@ def build(
     validation: share of conversations held out, where the source brings no split of its own.
     near_duplicate: least Jaccard similarity of word 5-grams at which the later conversation is dropped; None drops
         equal questions only.
+    ngram: words in a row that count as an overlap; None removes equal questions only.
     progress: called with the number of conversations read so far.
     """
     if not 0 <= validation < 1:

@@ -152,6 +152,8 @@ def test_contamination_exact_ngram_and_boilerplate():
     assert found.match(["so what is two plus two then"]) is None  # too short for anything but equality
     assert found.match(["tell: name the capital city of the country france please now, quickly"]) == ("short", "ngram")
     assert Contamination({}).match(["anything"]) is None
+    equal = Contamination(EVALUATION, ngram=None)
+    assert equal.match([question]) == ("maths", "exact") and equal.match([f"Solve: {middle} and more"]) is None
 
 
 def test_build_counts_everything_once(tmp_path):
