@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import shlex
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -15,7 +17,7 @@ from analysis import groups as grouping
 from analysis.groups import Group
 from analysis.layout import Sheet
 from analysis.report import Content, Drawing, Section, provenance
-from analysis.runs import Runs, load
+from analysis.runs import Runs, load, shown
 from analysis.statistics import MINIMUM_SHARED, RESAMPLES
 
 CURVES = ("train/loss", "probe/accepted_length", "val/accepted_length")
@@ -48,6 +50,7 @@ def compare(
     command: str | None = None,
     width: int = 120,
     draw: bool = True,
+    calibrations: Sequence[str | os.PathLike[str]] = (),
     progress: Callable[[str], None] = lambda step: None,
 ) -> Comparison:
     """Compare every finished run below `sources` and write tables, figures and report.html into `output`.
@@ -63,6 +66,7 @@ def compare(
         command: what the page tells a reader to type; None writes the Python call.
         width: columns of the terminal that `text` is for.
         draw: false for tables alone, which takes a fraction of the time.
+        calibrations: folders of `specbench calibrate`, each a reliability diagram.
         progress: called with the name of each step.
 
     Raises:
@@ -71,7 +75,7 @@ def compare(
     """
     output = Path(output)
     progress("read runs")
-    read = load(sources, filters, cache)
+    read = load(sources, filters, cache).decoded()
     found = grouping.collect(read, group_by)
     progress("tables")
     frames = _frames(found, read, resamples, seed, minimum_shared, holm)
@@ -81,7 +85,7 @@ def compare(
     if draw:
         progress("figures")
         drawings += _slot_drawings(found, resamples, seed)
-        drawings += [*_axis_drawings(found, frames, group_by), *_run_drawings(read)]
+        drawings += [*_axis_drawings(found, frames, group_by, resamples, seed), *_run_drawings(read, calibrations)]
     used = f"{len(read.runs)} runs, {len(read.records)} records, left out: {len(read.faults)}"
     how = command or f"python -c {shlex.quote(f'from analysis.compare import compare; compare({sources!r})')}"
     content = Content(
@@ -130,8 +134,9 @@ def _more_sheets(found: Sequence[Group], frames: dict[str, pd.DataFrame]) -> lis
 def _slot_drawings(found: Sequence[Group], resamples: int, seed: int) -> list[Drawing]:
     drawings = []
     parts = grouping.sections(found)
-    for index, (section, part) in enumerate(parts):
-        tail = f"_{index + 1}" if len(parts) > 1 else ""
+    telling = [key for key in parts[0][0] if len({section[key] for section, _ in parts}) > 1]
+    for section, part in parts:
+        tail = "".join(f"_{'t' if key == 'temperature' else ''}{_word(section[key])}" for key in telling)
         where = grouping.title(section)
         frame = tables.conditional_by_domain(part, resamples, seed)
         for quantity, name in (("conditional", "conditional_acceptance"), ("survival", "survival")):
@@ -147,8 +152,15 @@ def _slot_drawings(found: Sequence[Group], resamples: int, seed: int) -> list[Dr
     return drawings
 
 
-def _axis_drawings(found: Sequence[Group], frames: dict[str, pd.DataFrame], group_by: Sequence[str]) -> list[Drawing]:
-    drawings = []
+def _word(value: object) -> str:
+    """A value as a part of a file name."""
+    return re.sub(r"[^\w.-]+", "-", shown(value))
+
+
+def _axis_drawings(
+    found: Sequence[Group], frames: dict[str, pd.DataFrame], group_by: Sequence[str], resamples: int, seed: int
+) -> list[Drawing]:
+    drawings: list[Drawing] = []
     if len(grouping.sections(found)) > 1:
         return drawings
     for key in group_by:
@@ -156,6 +168,13 @@ def _axis_drawings(found: Sequence[Group], frames: dict[str, pd.DataFrame], grou
         if key not in macro or pd.to_numeric(macro[key], errors="coerce").nunique() < 2:
             continue
         name = key.replace(".", "_")
+        if key.endswith("threshold"):
+            rates = tables.acceptance_rate(found, resamples, seed).dropna(subset=[key])
+            for method, own in rates.groupby("method", sort=False):
+                caption = (
+                    f"Threshold sweep of {method}: acceptance rate and accepted length, 95% intervals over prompts."
+                )
+                drawings.append(Drawing(f"threshold_{method}", curves.threshold(own, key), caption))
         log = pd.to_numeric(macro[key], errors="coerce").pipe(lambda v: v.min() > 0 and v.max() / v.min() >= 16)
         words = f"against {key}, with 95% intervals over prompts."
         length = figures.along(macro, key, log=log)
@@ -165,17 +184,23 @@ def _axis_drawings(found: Sequence[Group], frames: dict[str, pd.DataFrame], grou
     return drawings
 
 
-def _run_drawings(read: Runs) -> list[Drawing]:
+def _run_drawings(read: Runs, calibrations: Sequence[str | os.PathLike[str]]) -> list[Drawing]:
     drawings = []
-    trained = read.runs[read.runs["kind"] == "train"] if "kind" in read.runs else read.runs.iloc[:0]
+    for folder in map(Path, calibrations):
+        file = folder / "reliability.json"
+        if not file.exists():
+            raise ValueError(f"calibrations={folder} holds no reliability.json; name a folder of specbench calibrate")
+        caption = f"Reliability of the confidence head before and after calibration, {folder.name}; held-out rounds."
+        figure = curves.reliability(json.loads(file.read_text()))
+        drawings.append(Drawing(f"reliability_{folder.name}", figure, caption))
+    trained = read.runs[read.runs["kind"] == "train"]
     history = folders.metrics(trained)
     names = [name for name in CURVES if (history["name"] == name).any()]
     if names:
-        figure = curves.training(
-            history, names, {i: str(method) for i, method in trained["method"].items()}, smooth=0.8
-        )
+        labels = {source: str(method) for source, method in trained["method"].items()}
+        figure = curves.training(history, names, labels, smooth=0.8)
         drawings.append(Drawing("training", figure, "Training curves; faint: not smoothed."))
-    for _, row in read.runs[read.runs["kind"] == "serve"].iterrows() if "kind" in read.runs else ():
+    for _, row in read.runs[read.runs["kind"] == "serve"].iterrows():
         points = Path(row["path"]) / "points.csv"
         if points.exists():
             caption = f"Throughput against interactivity, {row['run']} (a simulation over a cost profile)."

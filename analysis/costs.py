@@ -4,19 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import PurePath
-from typing import Any
 
 import numpy as np
 import pandas as pd
 
+from analysis import folders
 from analysis import groups as grouping
+from analysis.folders import PARENT, SUMMARY
 from analysis.groups import Group
 from analysis.runs import Runs
 
-# Keys of summary.json, in an evaluation's own or in that of a run it names under lineage.parents; a nested mapping
-# (costs.draft_parameters) counts too.
-STATED = ("draft_parameters", "training_tokens", "cache_bytes", "speedup_measured", "speedup_predicted")
-MEASURED = ("seconds_per_round", "verified_per_round", "acceptance_rate")
+# Column: last names of the keys of summary.json that state it: the evaluation's own, then its parent's, then those of a
+# speed run on the same draft.
+STATED = {
+    "draft_parameters": ("draft_parameters", "parameters"),
+    "training_tokens": ("training_tokens", "trained_tokens"),
+    "cache_bytes": ("cache_bytes",),
+    "speedup_measured": ("speedup_measured",),
+    "speedup_predicted": ("speedup_predicted",),
+}
 
 
 def costs(found: Sequence[Group], every: Runs) -> pd.DataFrame:
@@ -25,7 +31,7 @@ def costs(found: Sequence[Group], every: Runs) -> pd.DataFrame:
     Where the variant's runs state different numbers the mean stands in the table and `varies` names the column.
 
     Args:
-        every: all runs that were read: the parents of an evaluation are looked up in it.
+        every: all runs that were read: speed runs are looked up in it.
     """
     rows = []
     for section, part in grouping.sections(found):
@@ -46,30 +52,23 @@ def costs(found: Sequence[Group], every: Runs) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def _stated(key: str, runs: pd.DataFrame, every: pd.DataFrame) -> list[float]:
+def _stated(column: str, runs: pd.DataFrame, every: pd.DataFrame) -> list[float]:
     values = []
     for _, row in runs.iterrows():
-        for place in [row, *(every.loc[i] for i in _parents(row, every))]:
-            value = next((v for k, v in place.items() if _is(k, key) and _number(v)), None)
-            if value is not None:
-                values.append(float(value))
+        for place in (row, *_speeds(row, every)):
+            found = next((v for prefix in (SUMMARY, PARENT) for v in _numbers(place, prefix, STATED[column])), None)
+            if found is not None:
+                values.append(found)
                 break
     return values
 
 
-def _is(column: Any, key: str) -> bool:
-    return str(column).startswith("summary.") and str(column).rpartition(".")[2] == key
+def _numbers(row: pd.Series, prefix: str, names: Sequence[str]) -> list[float]:
+    held = [v for k, v in row.items() if str(k).startswith(prefix) and str(k).rpartition(".")[2] in names]
+    return [float(v) for v in held if isinstance(v, (int, float, np.number)) and np.isfinite(v)]
 
 
-def _number(value: Any) -> bool:
-    return isinstance(value, (int, float, np.number)) and not isinstance(value, bool) and bool(np.isfinite(value))
-
-
-def _parents(row: pd.Series, every: pd.DataFrame) -> list[Any]:
-    parents = row.get("summary.lineage.parents")
-    if isinstance(parents, str):
-        parents = (parents,)
-    if not isinstance(parents, tuple):
-        return []
-    names = {PurePath(str(parent)).name for parent in parents}
-    return list(every.index[every["run"].isin(names) & (every["path"] != row["path"])])
+def _speeds(row: pd.Series, every: pd.DataFrame) -> list[pd.Series]:
+    own = {PurePath(parent).name for parent in folders.parents(row)}
+    speeds = every[every["kind"] == "speed"]
+    return [other for _, other in speeds.iterrows() if own & {PurePath(p).name for p in folders.parents(other)}]

@@ -22,6 +22,7 @@ from analysis.records import Table, read_table
 
 SCHEMA = "specbench.run/1"
 FINISHED = "finished"
+SUMMARY, PROVENANCE, PARENT = "summary.", "provenance.", "parent."
 KINDS = ("target", "train", "evaluate", "speed", "serve")
 MARKS = ("summary.json", "config.yaml", "provenance.json", "records.parquet")
 YAML_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
@@ -67,14 +68,48 @@ def read_run(folder: Path) -> tuple[dict[str, Any], Table | None, str | None]:
             named = summary.get(key, config.get(key))
             row[key] = named if named is None or isinstance(named, str) else None
         row |= {key: value for key, value in flatten(config) if key not in row}
-        row |= dict(flatten(summary, "summary."))
-        row |= dict(flatten(provenance, "provenance."))
+        row |= dict(flatten(summary, SUMMARY))
+        row |= dict(flatten(provenance, PROVENANCE))
         if not records.exists():
             missing = kind == "evaluate" and row["status"] == FINISHED
             return row, None, "no records.parquet although the evaluation finished" if missing else None
         return row, read_table(records), None
     except (OSError, ValueError, yaml.YAMLError) as error:
         return row, None, " ".join(str(error).split())
+
+
+def parents(row: dict[str, Any] | pd.Series) -> tuple[str, ...]:
+    """The runs that a run came from (summary.json, lineage.parents), as written there: names or folders."""
+    found = row.get("summary.lineage.parents")
+    if isinstance(found, str):
+        return (found,)
+    return tuple(map(str, found)) if isinstance(found, tuple) else ()
+
+
+def inherit(rows: list[dict[str, Any]]) -> None:
+    """Give every run the config keys of the run that trained its draft, where it has none of that name, so that an
+    evaluation can be grouped by depth or data; the parent's summary goes under `parent.`.
+
+    A parent is looked for among `rows`, then on disk: as it is written, or beside the run in its own tree.
+    """
+    named = {row["run"]: row for row in rows if row["kind"] in ("train", "target")}
+    inherited = (SUMMARY, PROVENANCE, PARENT)
+    for row in rows:
+        for parent in parents(row):
+            path = Path(parent)
+            folders = [path, *(Path(row["path"]).parents[1] / kind / path.name for kind in ("train", "target"))]
+            source = named.get(path.name) or next((_parent(f) for f in folders if (f / "summary.json").exists()), {})
+            for key, value in source.items():
+                if key.startswith(SUMMARY):
+                    row.setdefault(PARENT + key.removeprefix(SUMMARY), value)
+                elif not key.startswith(inherited):
+                    row.setdefault(key, value)
+
+
+@lru_cache(4096)
+def _parent(folder: Path) -> dict[str, Any]:
+    row, _, fault = read_run(folder)
+    return {} if fault else row
 
 
 def metrics(runs: pd.DataFrame) -> pd.DataFrame:
@@ -97,7 +132,7 @@ def metrics(runs: pd.DataFrame) -> pd.DataFrame:
                     break
                 raise ValueError(f"{file}, line {number} is not JSON ({error}); the file is damaged") from error
         frame = pd.DataFrame(rows)
-        step = next((key for key in ("trainer/global_step", "global_step", "step") if key in frame), None)
+        step = next((key for key in ("step", "trainer/global_step") if key in frame), None)
         if step is None:
             continue
         numbers = frame.select_dtypes("number").melt(step, var_name="name", value_name="value").dropna()

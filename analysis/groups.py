@@ -78,7 +78,7 @@ def title(section: dict[str, Any]) -> str:
     parts += [f"temperature {shown(section['temperature'])}"] if "temperature" in section else []
     parts += [f"scheduler {shown(section['scheduler'])}"] if section.get("scheduler") not in (None, "fixed") else []
     parts += [f"accounting {shown(section['accounting'])}"]
-    parts += ["thinking"] if section.get("thinking") == "true" else []
+    parts += ["thinking"] if section.get("thinking") in ("true", "on") else []
     return ", ".join(parts)
 
 
@@ -103,7 +103,8 @@ def collect(runs: Runs, group_by: Sequence[str] = ()) -> list[Group]:
                 f"column; keep one with the filter {key}={values[0]}, or give each its own table with group_by=[{key}]"
             )
     variant = ["method", *(key for key in group_by if key not in (*SINGLE, "method", *PLACE))]
-    section = [key for key in SECTION if key not in variant]
+    # Grouping by scheduler.threshold tells schedulers apart: they are then rows of one table.
+    section = [key for key in SECTION if not any(name == key or name.startswith(f"{key}.") for name in variant)]
     found = [
         Group(
             {key: values[key] for key in section},

@@ -17,11 +17,11 @@ import numpy as np
 import pandas as pd
 
 from analysis import remote
-from analysis.folders import FINISHED, find, read_run
+from analysis.folders import FINISHED, find, inherit, read_run
 from analysis.histograms import Counts, count
 from analysis.records import check, concatenate
 
-TRAINING_SEEDS = ("summary.training_seed", "training_seed", "seed")
+TRAINING_SEED = "provenance.seeds.init"
 
 
 @dataclass(frozen=True)
@@ -31,8 +31,9 @@ class Runs:
     `records`: one row a prompt and turn (the columns of records.parquet without the histogram; `source` = index of
     its run in `runs`, `prompt` = one number a prompt, the same in every run). `cells`: the histograms in long form
     (record, proposed, accepted, count), `record` = row in `records`, ascending. `runs`: one row a run: run, kind,
-    path, status, method, target, suite, then every config key with dots, then summary.json under `summary.` and
-    provenance.json under `provenance.`. `faults`: path and reason of everything that was found and is not in `runs`.
+    path, status, method, target, suite, then every config key with dots (its own, then those of the run that trained
+    its draft), summary.json under `summary.`, provenance.json under `provenance.`, the parent's summary under
+    `parent.`. `faults`: path and reason of everything that was found and is not in `runs`.
     """
 
     records: pd.DataFrame
@@ -51,13 +52,23 @@ class Runs:
         return self.runs[key].reindex(self.records["source"]).set_axis(self.records.index)
 
     def training_seeds(self) -> pd.Series:
-        """The seed that each record's draft was trained with: `training_seed` of the summary or the config, else the
-        run's `seed`, else the seed of its decoding."""
+        """The seed that each record's draft was trained with: the initialisation's in the run's provenance, else the
+        record's own (that of decoding is another one, in the run's config)."""
         seeds = self.records["seed"].astype(object)
-        for key in reversed(TRAINING_SEEDS):
-            if key in self.runs:
-                seeds = self._of_run(key).astype(object).where(lambda known: known.notna(), seeds)
-        return seeds
+        if TRAINING_SEED not in self.runs:
+            return seeds
+        return self._of_run(TRAINING_SEED).astype(object).where(lambda known: known.notna(), seeds)
+
+    def decoded(self) -> Runs:
+        """Without the runs whose records hold no round at all (plain decoding); they move to the faults."""
+        rounds = self.records.groupby("source")["rounds"].sum()
+        idle = rounds.index[rounds == 0]
+        if not len(idle):
+            return self
+        kept = self._take(np.flatnonzero(~self.records["source"].isin(idle)), ~self.runs.index.isin(idle))
+        paths = self.runs.loc[idle, "path"]
+        named = pd.DataFrame({"path": paths, "reason": "no speculative round (plain decoding)"})
+        return replace(kept, faults=pd.concat([self.faults, named], ignore_index=True))
 
     def where(self, filters: str | Sequence[str] = ()) -> Runs:
         """Keep what passes every filter `key=value`, `key=one,two` or `key!=value`; several are joined by 'and'."""
@@ -157,6 +168,7 @@ def load(
             seen[identity] = str(folder)
             tables.append((len(rows), table))
         rows.append(row)
+    inherit(rows)
     runs = pd.DataFrame(rows) if rows else pd.DataFrame(columns=["run", "kind", "path", "status", "method", "target"])
     records, cells = concatenate(tables)
     check(records, cells)

@@ -31,7 +31,13 @@ VARIANT = "variant"
 def keys(group: Group) -> dict[str, Any]:
     """The columns that say what a row is about; what the user grouped by beside them comes last."""
     known = {**group.section, **group.variant, "benchmark": group.benchmark, "domain": group.domain}
-    return {key: known.get(key) for key in KEYS}
+    return {key: known[key] if key in known else _only(group.runs.records[key]) for key in KEYS}
+
+
+def _only(values: pd.Series) -> Any:
+    """The one value of a column; several are named together."""
+    there = list(dict.fromkeys(values))
+    return there[0] if len(there) == 1 else ",".join(map(str, there))
 
 
 def extra(group: Group) -> dict[str, Any]:
@@ -86,11 +92,8 @@ def conditional_acceptance(found: Sequence[Group], resamples: int = RESAMPLES, s
 
 def conditional_by_domain(found: Sequence[Group], resamples: int = RESAMPLES, seed: int = 0) -> pd.DataFrame:
     """The same with the rounds of a domain's benchmarks pooled; the curve of the paper's figure 2."""
-    merged: dict[tuple[Any, ...], list[Group]] = {}
-    for group in found:
-        merged.setdefault((*group.section.values(), group.label, group.domain), []).append(group)
     parts = []
-    for same in merged.values():
+    for same in _by_domain(found).values():
         head = {key: value for key, value in keys(same[0]).items() if key != "benchmark"}
         pooled = join([group.counts for group in same])
         parts.append(_slots(head, extra(same[0]), pooled, resamples, seed))
@@ -105,6 +108,27 @@ def _slots(head: dict[str, Any], tail: dict[str, Any], counts: Counts, resamples
     measures = zip(*columns, strict=True)
     names = (*SLOT_MEASURES, *SLOT_BOUNDS)
     return pd.DataFrame([head | dict(zip(names, row, strict=True)) | tail for row in measures])
+
+
+def acceptance_rate(found: Sequence[Group], resamples: int = RESAMPLES, seed: int = 0) -> pd.DataFrame:
+    """One row a variant and domain, benchmarks pooled: accepted / proposed beside accepted length, with intervals."""
+    rows = []
+    for (_, _, domain), same in _by_domain(found).items():
+        counts = join([group.counts for group in same])
+        rate, low, high = statistics.interval(counts, lambda sums: sums.acceptance_rate, resamples, seed)
+        length = statistics.accepted_length(counts, resamples, seed)
+        rates = {"acceptance_rate": float(rate), "rate_low": float(low), "rate_high": float(high)}
+        lengths = {"accepted_length": length.value, "low": length.low, "high": length.high}
+        head = {key: value for key, value in keys(same[0]).items() if key != "benchmark"}
+        rows.append(head | {"domain": domain} | rates | lengths | extra(same[0]))
+    return pd.DataFrame(rows)
+
+
+def _by_domain(found: Sequence[Group]) -> dict[tuple[Any, ...], list[Group]]:
+    merged: dict[tuple[Any, ...], list[Group]] = {}
+    for group in found:
+        merged.setdefault((tuple(group.section.values()), group.label, group.domain), []).append(group)
+    return merged
 
 
 def suffix_decay(found: Sequence[Group], resamples: int = RESAMPLES, seed: int = 0) -> pd.DataFrame:

@@ -45,6 +45,7 @@ def comparison(cfg: DictConfig, title: str | None = None) -> Comparison:
         command=shlex.join(["specbench", *sys.argv[1:]]),
         width=shutil.get_terminal_size((120, 40)).columns,
         draw=cfg.figures,
+        calibrations=settings["calibrations"],
         progress=lambda step: say(f"compare: {step}"),
     )
 

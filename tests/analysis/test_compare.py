@@ -41,7 +41,13 @@ def root(tmp_path_factory):
 @pytest.fixture(scope="module")
 def made(root, tmp_path_factory):
     output = tmp_path_factory.mktemp("out") / "all"
-    return compare(root, output, group_by=["draft.layers"], resamples=100, command="specbench compare runs=X")
+    bins = {"count": [4, 10], "predicted": [0.2, 0.8], "observed": [0.1, 0.6]}
+    rows = [{"slot": 1, "calibrated": c, "n": 14, "ece": 0.2, "reliability": bins} for c in (False, True)]
+    calibration = tmp_path_factory.mktemp("calibrate") / "head"
+    calibration.mkdir()
+    (calibration / "reliability.json").write_text(json.dumps(rows))
+    settings = {"group_by": ["draft.layers"], "resamples": 100, "command": "specbench compare runs=X"}
+    return compare(root, output, calibrations=[calibration], **settings)
 
 
 def test_every_file_is_there(made):
@@ -50,7 +56,7 @@ def test_every_file_is_there(made):
     expected = {f"accepted_length.{kind}" for kind in ("csv", "md", "tex")}
     expected |= {"conditional_acceptance.csv", "differences.csv", "report.html"}
     drawn = "conditional_acceptance conditional_acceptance_math survival suffix_decay training frontier_load"
-    drawn = [*drawn.split(), "accepted_length_by_draft_layers", "suffix_decay_by_draft_layers"]
+    drawn = [*drawn.split(), "reliability_head", "accepted_length_by_draft_layers", "suffix_decay_by_draft_layers"]
     expected |= {f"figures/{name}.{kind}" for name in drawn for kind in ("png", "pdf")}
     assert expected <= names
     assert all((made.folder / name).stat().st_size > 0 for name in names)

@@ -79,12 +79,34 @@ def test_groups_by_lists_and_missing_values(root):
     assert found == {None: 1, "(1, 1)": 2, "(1, 2)": 2}
 
 
-def test_training_seed_comes_from_the_config_then_the_record(root):
-    write_run(root, "bare", simulate("mtp", 3, seed=3))
-    write_run(root, "told", simulate("mtp", 3, seed=4), config={"seed": 7, "training_seed": 8})
+def test_training_seed_is_that_of_initialisation_then_of_the_record(root):
+    write_run(root, "bare", simulate("mtp", 3, seed=3), config={"seed": 99})
+    folder = write_run(root, "told", simulate("mtp", 3, seed=4))
+    (folder / "provenance.json").write_text(json.dumps({"seeds": {"init": 8, "decoding": 0}}))
     read = runs.load(root)
     seeds = read.training_seeds().groupby(read.records["run"].astype(str)).unique().map(list).to_dict()
-    assert seeds["bare"] == [3] and seeds["told"] == [8] and seeds["dspark-2"] == [12]
+    assert seeds["bare"] == [3] and seeds["told"] == [8] and seeds["dspark-2"] == [0]
+
+
+def test_an_evaluation_inherits_from_the_training_of_its_draft(root):
+    config = {"draft": {"layers": 9}, "method": {"draft": {"depth": 4}}}
+    training = write_run(root, "parent", [], kind="train", config=config, parameters=7)
+    own = {"draft": {"layers": 1}}
+    write_run(root, "child", simulate("mtp", 3), config=own, lineage={"parents": ["somewhere/else/parent"]})
+    for sources in (root, root / "runs" / "evaluate"):  # read with its parent, and alone
+        row = runs.load(sources).where("run=child").runs.iloc[0]
+        assert row["draft.layers"] == 1 and row["method.draft.depth"] == 4
+        assert row["parent.parameters"] == 7 and row["kind"] == "evaluate" and row["run"] == "child"
+    assert training.exists()
+
+
+def test_plain_decoding_is_named_and_set_aside(root):
+    rows = [record([], method="plain", prompt_id=f"p{i}") for i in range(3)]
+    write_run(root, "baseline", rows)
+    read = runs.load(root).decoded()
+    assert "baseline" not in set(read.runs["run"]) and "plain" not in set(read.records["method"])
+    assert read.faults["reason"].tolist() == ["no speculative round (plain decoding)"]
+    assert len(read.records) == 4 * 9 and len(runs.load(root).records) == 4 * 9 + 3
 
 
 def test_unusable_folders_are_named(root):

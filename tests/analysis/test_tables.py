@@ -20,8 +20,10 @@ def root(tmp_path_factory):
     for method in ("dspark", "dflash", "eagle3"):
         for seed in (0, 1):
             facts = {"draft_parameters": 1000 + seed, "lineage": {"parents": [f"train-{method}"]}}
-            write_run(root, f"{method}-{seed}", simulate(method, 40, seed), config={"training_seed": seed}, **facts)
-        write_run(root, f"train-{method}", [], kind="train", costs={"training_tokens": 5_000})
+            write_run(root, f"{method}-{seed}", simulate(method, 40, seed), **facts)
+        write_run(root, f"train-{method}", [], kind="train", trained_tokens=5_000)
+    parents = {"parents": ["x/train-dspark"]}
+    write_run(root, "clock", [], kind="speed", lineage=parents, speed={"speedup_measured": 1.5})
     return root
 
 
@@ -131,6 +133,22 @@ def test_grouping_by_a_config_key_names_the_rows(tmp_path):
     assert frame["variant"].drop_duplicates().tolist() == ["dspark, layers 2", "dspark, layers 10"]
 
 
+def test_grouping_by_a_threshold_makes_schedulers_rows_of_one_table(tmp_path):
+    for cut in (0.0, 0.5):
+        rows = simulate("dspark", 5, slots=7 if cut == 0 else 3, scheduler=f"threshold-{cut:g}")
+        write_run(tmp_path, f"cut{cut}", rows, config={"scheduler": {"threshold": cut}})
+    read = runs.load(tmp_path)
+    assert len(groups.sections(groups.collect(read))) == 2
+    found = groups.collect(read, ["scheduler.threshold"])
+    assert len(groups.sections(found)) == 1
+    rates = tables.acceptance_rate(found, 50)
+    assert rates["scheduler"].drop_duplicates().tolist() == ["threshold-0", "threshold-0.5"]
+    for row in rates.to_dict("records"):
+        own = read.where(f"domain={row['domain']} scheduler.threshold={row['scheduler.threshold']}").records
+        assert row["acceptance_rate"] == own["accepted"].sum() / own["proposed"].sum()
+        assert row["rate_low"] <= row["acceptance_rate"] <= row["rate_high"]
+
+
 def test_seeds_are_a_spread_of_their_own(found):
     frame = tables.seeds(found)
     group = next(g for g in found if g.method == "dspark" and g.benchmark == "gsm8k")
@@ -147,6 +165,7 @@ def test_costs_from_records_summaries_and_parents(found, root):
     assert frame.loc["dspark", "verified_per_round"] == 8
     assert frame.loc["dspark", "acceptance_rate"] == records["accepted"].sum() / records["proposed"].sum()
     assert frame.loc["dspark", "draft_parameters"] == 1000.5 and frame.loc["dspark", "varies"] == "draft_parameters"
+    assert frame.loc["dspark", "speedup_measured"] == 1.5 and np.isnan(frame.loc["dflash", "speedup_measured"])
     assert frame.loc["dspark", "training_tokens"] == 5000 and np.isnan(frame.loc["dspark", "cache_bytes"])
 
 
