@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from specbench.data.shards import Conversation
@@ -37,7 +37,7 @@ class Agreement:
         mine, theirs = vars(self), vars(other)
         return Agreement(**{name: mine[name] + theirs[name] for name in mine})
 
-    def rates(self) -> dict[str, float]:
+    def rates(self) -> dict[str, float | int]:
         """Shares of the checked positions, and their number."""
         count = max(1, self.positions)
         shares = {name: getattr(self, name) / count for name in ("captured", "stored", "first")}
@@ -64,7 +64,7 @@ def check(
     The live ones come from the library model's own head on the same tokens. Rows that are not stored are not compared.
     """
     count = min(CHECKED_TOKENS, len(loss_mask))
-    tokens: Int[Tensor, "1 T"] = torch.as_tensor(conversation.tokens, dtype=torch.long)[None, :count]
+    tokens = torch.as_tensor(conversation.tokens, dtype=torch.long)[None, :count]
     live = target.live_logits(tokens, torch.tensor([count]))[0]
     rows = torch.arange(count)
     if storage.last_rows == "supervised":

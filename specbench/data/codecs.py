@@ -41,7 +41,7 @@ class Raw(Codec):
     dtype: torch.dtype
 
     def encode(self, states: Float[Tensor, "T *C D"]) -> dict[str, Tensor]:
-        return {"values": taps_first(states).to(self.dtype).contiguous()}
+        return {"values": finite(taps_first(states).to(self.dtype)).contiguous()}
 
     def decode(
         self, stored: dict[str, Tensor], dtype: torch.dtype | None = None, taps: Sequence[int] | None = None
@@ -78,7 +78,7 @@ class Lossless(Codec):
 
     def encode(self, states: Float[Tensor, "T *C D"]) -> dict[str, Tensor]:
         channels = magnitudes(finite(states.float())).cpu() if self.channels is None else self.channels
-        values = taps_first(states).to(torch.bfloat16).contiguous().cpu()
+        values = finite(taps_first(states).to(torch.bfloat16)).contiguous().cpu()
         planes = _turned(values).view(np.uint8).reshape(*values.shape, 2)
         residuals = planes[..., 1] - _exponents(channels)
         rows = residuals.reshape(1 if values.dim() == 2 else len(values), -1)

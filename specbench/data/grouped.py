@@ -54,7 +54,8 @@ class Grouped(Codec):
             channels = magnitudes(finite(states.float()))
         channels = channels.to(states.device)
         values = finite(taps_first(states).float() / _per_token(channels))
-        values = F.pad(values, (0, -values.shape[-1] % self.group)).unflatten(-1, (-1, self.group))
+        group = self._group(values.shape[-1])
+        values = F.pad(values, (0, -values.shape[-1] % group)).unflatten(-1, (-1, group))
         levels = 2**self.bits - 1
         if self.asymmetric:
             low, high = values.amin(-1).clamp_max(0), values.amax(-1).clamp_min(0)
@@ -77,7 +78,8 @@ class Grouped(Codec):
         self, stored: dict[str, Tensor], dtype: torch.dtype | None = None, taps: Sequence[int] | None = None
     ) -> Float[Tensor, "T *C D"]:
         channels = chosen_taps(known_scales(self, stored), taps, dims=2).to(stored["codes"].device)
-        codes = _unfold(chosen_taps(stored["codes"], taps, dims=3), self.bits).float().unflatten(-1, (-1, self.group))
+        codes = _unfold(chosen_taps(stored["codes"], taps, dims=3), self.bits).float()
+        codes = codes.unflatten(-1, (-1, self._group(channels.shape[-1])))
         table = torch.exp2(-torch.arange(256, dtype=torch.float32) / OCTAVE).to(codes.device)
         step = table[chosen_taps(stored["steps"], taps, dims=3).long()]
         step *= chosen_taps(stored["units"], taps, dims=2).float().unsqueeze(-1)
@@ -89,9 +91,14 @@ class Grouped(Codec):
         return taps_last(values * _per_token(channels)).to(dtype or self.dtype)
 
     def bytes_per_value(self, hidden_size: int) -> float:
-        groups = -(-hidden_size // self.group)
-        codes = groups * self.group * self.bits / 8
+        group = self._group(hidden_size)
+        groups = -(-hidden_size // group)
+        codes = groups * group * self.bits / 8
         return (codes + groups * (1 + self.asymmetric) + 2) / hidden_size
+
+    def _group(self, hidden_size: int) -> int:
+        """Channels of a group; a hidden size below it is one group of a multiple of four, which every packing fits."""
+        return min(self.group, -(-hidden_size // 4) * 4)
 
 
 def _per_token(channels: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from specbench.data.order import permutation
 class Layout:
     """`shards[s]` lists the batches of shard s, each an array of conversation ordinals of nearly the same length."""
 
-    shards: list[list[Int[np.ndarray, " b"]]]
+    shards: list[list[Int[np.ndarray, _]]]
 
     @property
     def samples(self) -> int:

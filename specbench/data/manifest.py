@@ -129,7 +129,7 @@ class Manifest:
     shards: list[dict[str, Any]]
     index_hash: str
     tables_hash: str
-    agreement: dict[str, float]
+    agreement: dict[str, float | int]
     layout: dict[str, int]
     schema: str = SCHEMA
 

@@ -15,7 +15,7 @@ import numpy as np
 import xxhash
 from jaxtyping import Int
 
-ROWS = Int[np.ndarray, " R"]
+ROWS = Int[np.ndarray, "_"]
 
 
 def permutation(count: int, *key: int) -> ROWS:
@@ -23,7 +23,7 @@ def permutation(count: int, *key: int) -> ROWS:
     return np.random.Generator(np.random.Philox(np.random.SeedSequence(key))).permutation(count)
 
 
-def epoch_order(rows: ROWS, shards: Int[np.ndarray, " R"], seed: int, epoch: int, window: int | None = None) -> ROWS:
+def epoch_order(rows: ROWS, shards: ROWS, seed: int, epoch: int, window: int | None = None) -> ROWS:
     """The rows in the order of an epoch. `shards` names the shard of each row.
 
     Without a window every order is equally likely. With one, shards are drawn in random order and rows are shuffled
@@ -40,7 +40,7 @@ def epoch_order(rows: ROWS, shards: Int[np.ndarray, " R"], seed: int, epoch: int
     return rows[shuffled[np.argsort(place[shards[shuffled]], kind="stable")]]
 
 
-def by_hash(ids: Sequence[str], salt: str) -> Int[np.ndarray, " R"]:
+def by_hash(ids: Sequence[str], salt: str) -> ROWS:
     """Rows in ascending order of a hash of their id: a fixed shuffle that other conversations do not disturb."""
     digests = [xxhash.xxh3_64_intdigest(f"{salt}\n{one}".encode()) for one in ids]
     return np.argsort(np.array(digests, np.uint64), kind="stable")
@@ -71,7 +71,7 @@ class EpochPlan:
     """The micro-batches of an epoch. `order`: its rows; `lengths`: tokens of every row of the index."""
 
     order: ROWS
-    lengths: Int[np.ndarray, " L"]
+    lengths: ROWS
     samples_per_micro: int
     micro_batches: int
     balance: bool = True

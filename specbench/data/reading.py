@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 import torch
 import xxhash
@@ -23,9 +23,10 @@ from specbench.data.manifest import INDEX, Index, Manifest, read_tables, sha256
 from specbench.data.order import ROWS
 from specbench.data.shards import PARTS, DamagedShard, decode_sample, read_into, shard_name
 
-Bytes = UInt8[Tensor, " n"]
+Bytes = UInt8[Tensor, "_"]
 
 
+@runtime_checkable
 class Files(Protocol):
     """Where a cache's files are: a folder of this machine, or a mirror of a remote one."""
 
@@ -139,8 +140,9 @@ class CacheReader:
     def __len__(self) -> int:
         return len(self.index)
 
-    def read(self, rows: ROWS) -> list[Stored]:
+    def read(self, rows: Sequence[int] | ROWS) -> list[Stored]:
         """The bytes of some samples, checked. They lie in a buffer of this thread and live until its next read."""
+        rows = [int(row) for row in rows]
         spans = [self._spans(row) for row in rows]
         need = sum(self._room(size) for span in spans for _, size, _ in span)
         buffer, used, found = self._buffer(need), 0, []
@@ -148,11 +150,11 @@ class CacheReader:
             try:
                 blobs = []
                 for offset, size, checksum in span:
-                    blobs.append(self._fill(int(row), buffer[used : used + size], offset, checksum))
+                    blobs.append(self._fill(row, buffer[used : used + size], offset, checksum))
                     used += self._room(size)
-                found.append(Stored(int(row), self._split(int(row), blobs)))
+                found.append(Stored(row, self._split(row, blobs)))
             except (DamagedShard, OSError) as error:
-                self._lost(int(row), error)
+                self._lost(row, error)
         return found
 
     def decode(self, stored: Sequence[Stored]) -> list[Sample]:

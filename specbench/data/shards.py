@@ -15,7 +15,7 @@ import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 import xxhash
@@ -41,6 +41,7 @@ _DTYPES = {
 }
 
 
+@runtime_checkable
 class Conversation(Protocol):
     """What the cache asks of a conversation; `specbench.data.chat.encode` returns such objects."""
 
@@ -127,7 +128,7 @@ def read_into(descriptor: int, view: memoryview, offset: int) -> int:
     return done
 
 
-def tensors(blob: UInt8[Tensor, " n"]) -> dict[str, Tensor]:
+def tensors(blob: UInt8[Tensor, _]) -> dict[str, Tensor]:
     """The tensors of a safetensors file that lies in memory, as views of it (nothing is copied)."""
     data = memoryview(blob.numpy())
     start = 8 + int.from_bytes(data[:8], "little")
@@ -141,7 +142,7 @@ def tensors(blob: UInt8[Tensor, " n"]) -> dict[str, Tensor]:
 
 
 def decode_sample(
-    parts: Mapping[str, UInt8[Tensor, " n"]],
+    parts: Mapping[str, UInt8[Tensor, _]],
     storage: Storage,
     ordinal: int,
     taps: Sequence[int] | None = None,

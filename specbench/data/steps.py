@@ -117,7 +117,7 @@ class EpochSteps:
         for number in range(first, self.plan.steps):
             yield from self.plan.share(number, self.rank, self.world)
 
-    def pipeline(self, first: int) -> wds.DataPipeline:
+    def pipeline(self, first: int) -> Iterable[Batch]:
         """Source and stages as one webdataset pipeline; its list of stages can be read and changed."""
         return wds.DataPipeline(lambda: self.source(first), *self.stages)
 
