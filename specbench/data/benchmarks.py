@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from specbench.data import hub, jsonl
 from specbench.data.corpus import conversations
-from specbench.data.overlap import text_hash
+from specbench.data.overlap import SHORTEST, text_hash, words
 
 TURNS = ("all", "first")
 OWN = "own"  # domain of prompts that belong to no benchmark of the suite
@@ -147,8 +147,14 @@ class Benchmarks(L.LightningDataModule):
         return self._prompts
 
     def texts(self) -> dict[str, list[str]]:
-        """Every user turn of every row, drawn or not: what training prompts must not overlap."""
-        return {b.name: [turn for p in pool for turn in p.turns or ()] for b, pool in self._pools()}
+        """The user turns of every row, drawn or not: what training prompts must not overlap.
+
+        Follow-ups of fewer than `SHORTEST` words ("And what is twice as much?") mean nothing alone and are left out.
+        """
+        return {
+            b.name: [t for p in pool for i, t in enumerate(p.turns or ()) if i == 0 or len(words(t)) >= SHORTEST]
+            for b, pool in self._pools()
+        }
 
     def facts(self) -> dict[str, Any]:
         """What identifies these prompts, for a run's record."""

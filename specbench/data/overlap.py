@@ -4,7 +4,7 @@ Near-duplicates: MinHash signatures over word shingles (Broder 1997), candidates
 the estimated Jaccard similarity. The first text in reading order stays. Signatures lie on disk, so the memory needed
 is 8 bytes a text and band, whatever the texts' size.
 
-Contamination: a text is contaminated if one of its turns equals an evaluation prompt (letters and digits only), or
+Contamination: a text is contaminated if one of its turns equals an evaluation prompt (letters, digits, operators) or
 shares a run of `ngram` words with one. A benchmark's own wrapping (the words with which all its prompts begin or end,
 and runs that at least `BOILERPLATE` of its prompts share) is no evidence and is left out. `ngram` None: equality alone.
 """
@@ -22,6 +22,7 @@ from jaxtyping import Float64, Int, UInt64
 
 _UNSPACED = "\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af"  # scripts written without spaces: one character is a word
 _WORD = re.compile(rf"[{_UNSPACED}]|[^\W{_UNSPACED}]+")
+_TERM = re.compile(rf"{_WORD.pattern}|[-+*/=<>^%]")  # equality tells 2 + 2 from 2 * 2
 _FACTOR = np.uint64(0x9E3779B97F4A7C15)
 BOILERPLATE = 10
 SHORTEST = 8
@@ -127,12 +128,14 @@ class Contamination:
         self.sizes: dict[str, int] = {}
         self._exact: dict[int, str] = {}
         tables: dict[int, dict[int, str]] = {}
-        for benchmark, texts in prompts.items():
+        for benchmark, given in prompts.items():
+            texts = list(given)
             split = [words(text) for text in texts]
             self.sizes[benchmark] = len(split)
-            self._exact.update((self._key(w), benchmark) for w in split if w)
             bare = _unwrapped(split)
-            self._exact.update((self._key(w), benchmark) for w in bare if len(w) > 1)
+            terms = [_TERM.findall(text.casefold()) for text in texts]
+            self._exact.update((self._key(t), benchmark) for t in terms if t)
+            self._exact.update((self._key(t), benchmark) for t in _unwrapped(terms) if len(t) > 1)
             counts: Counter[tuple[int, int]] = Counter()
             for w in bare if ngram is not None else []:
                 length = min(ngram, len(w))
@@ -152,11 +155,10 @@ class Contamination:
     def match(self, turns: Iterable[str]) -> tuple[str, str] | None:
         """(benchmark, "exact" | "ngram") of the first overlap found in the turns, or None."""
         for turn in turns:
-            terms = words(turn)
-            found = self._exact.get(self._key(terms))
+            found = self._exact.get(self._key(_TERM.findall(turn.casefold())))
             if found is not None:
                 return found, "exact"
-            hashes = _hashes(terms)
+            hashes = _hashes(words(turn))
             for length, (table, owner) in self._tables.items():
                 own = runs(hashes, length)
                 if not len(own):

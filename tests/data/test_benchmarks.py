@@ -134,7 +134,10 @@ def test_a_folder_follows_the_suite(tmp_path, caplog):
     assert facts["missing"] == ["three"] and facts["benchmarks"]["one"]["prompts"] == 10
     first = Benchmarks("mine", folder(tmp_path), prompts=tmp_path, turns="first").load()
     assert {len(p.turns) for p in first if p.turns} == {1}
-    assert len(data.texts()["one"]) == 60  # every row and turn, drawn or not
+    texts = data.texts()["one"]  # of every row, drawn or not, without the follow-up of one word
+    assert len(texts) == 30 and all(t.startswith("question") for t in texts)
+    write(tmp_path / "one.jsonl", [{"turns": ["short", "more", "a follow up of eight words stands by itself"]}])
+    assert data.texts()["one"] == ["short", "a follow up of eight words stands by itself"]
 
 
 def test_seeds_belong_to_prompts(tmp_path):

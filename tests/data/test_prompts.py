@@ -151,6 +151,8 @@ def test_contamination_exact_ngram_and_boilerplate():
     assert found.match(["What is two plus TWO?"]) == ("short", "exact")
     assert found.match(["so what is two plus two then"]) is None  # too short for anything but equality
     assert found.match(["tell: name the capital city of the country france please now, quickly"]) == ("short", "ngram")
+    sums = Contamination({"sums": ["What is 2 + 2?", "What is 3 - 1?"]})
+    assert sums.match(["what is 2 + 2"]) == ("sums", "exact") and sums.match(["What is 2 * 2?"]) is None
     assert Contamination({}).match(["anything"]) is None
     equal = Contamination(EVALUATION, ngram=None)
     assert equal.match([question]) == ("maths", "exact") and equal.match([f"Solve: {middle} and more"]) is None
