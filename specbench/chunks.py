@@ -81,7 +81,7 @@ def _spans(lengths: list[int], rows: int) -> Iterator[tuple[slice, slice]]:
     """Consecutive chunks of whole blocks with at most `rows` supervised slots (one block at least): rows and blocks."""
     start = stop = first = 0
     for block, length in enumerate(lengths):
-        if stop > start and stop + length - start > rows:
+        if stop > start and length and stop + length - start > rows:
             yield slice(start, stop), slice(first, block)
             start, first = stop, block
         stop += length

@@ -85,12 +85,12 @@ class Blend:
     (the form in vLLM's speculators).
     """
 
-    scale: float = 1.0
-    decay: float = 3.0
+    scale: float | int = 1.0
+    decay: float | int = 3.0
     over: str = "batch"
 
     @classmethod
-    def of(cls, setting: Mapping[str, float | str]) -> Blend:
+    def of(cls, setting: Mapping[str, float | int | str]) -> Blend:
         """From a configuration: {scale: 1.0, decay: 3.0}, with `over` if it is not the batch."""
         unknown = set(setting) - {"scale", "decay", "over"}
         if unknown:
@@ -123,7 +123,7 @@ class SlotWeight:
     constant: float = math.nan
 
     @classmethod
-    def of(cls, setting: str | Mapping[str, float]) -> SlotWeight:
+    def of(cls, setting: str | Mapping[str, float | int]) -> SlotWeight:
         """From a configuration: 'uniform', 'first_failure', {'exp': 4.0}, {'power': 0.8}, {'dpace': 0.5}."""
         if isinstance(setting, str):
             kind = "first_failure" if setting == "specauf" else setting

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from specbench.methods.draft import Draft
     from specbench.tables import Tables
 
+Number = float | int
 ROW_STATISTICS = ("ce", "tv", "alpha", "agreement", "hit", "label_outside", "outside")
 
 
@@ -62,17 +63,17 @@ class Objective:
 
     def __init__(
         self,
-        ce: float = 0.0,
-        soft_ce: float = 0.0,
-        kl: float = 0.0,
-        reverse_kl: float = 0.0,
-        js: float = 0.0,
-        tv: float = 0.0,
-        accept: float = 0.0,
-        blend: Mapping[str, float | str] | None = None,
-        confidence: float = 0.0,
+        ce: Number = 0.0,
+        soft_ce: Number = 0.0,
+        kl: Number = 0.0,
+        reverse_kl: Number = 0.0,
+        js: Number = 0.0,
+        tv: Number = 0.0,
+        accept: Number = 0.0,
+        blend: Mapping[str, Number | str] | None = None,
+        confidence: Number = 0.0,
         detach_confidence: bool = False,
-        slot_weight: str | Mapping[str, float] = "uniform",
+        slot_weight: str | Mapping[str, Number] = "uniform",
         normalise: str = "weights",
         chunk_rows: int | None = None,
     ):
@@ -116,7 +117,7 @@ def total(
     objective: Objective,
     draft: Draft,
     blocks: Blocks,
-    features: Float[Tensor, "R F"],
+    features: Float[Tensor, "*r F"],
     rows: Rows,
     positions: int | None,
     attach: Callable[[Tensor], Tensor] = lambda value: value,
