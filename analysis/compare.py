@@ -175,7 +175,8 @@ def _axis_drawings(
                     f"Threshold sweep of {method}: acceptance rate and accepted length, 95% intervals over prompts."
                 )
                 drawings.append(Drawing(f"threshold_{method}", curves.threshold(own, key), caption))
-        log = pd.to_numeric(macro[key], errors="coerce").pipe(lambda v: v.min() > 0 and v.max() / v.min() >= 16)
+        numbers = pd.to_numeric(macro[key], errors="coerce")
+        log = bool(numbers.min() > 0 and numbers.max() / numbers.min() >= 16)
         words = f"against {key}, with 95% intervals over prompts."
         length = figures.along(macro, key, log=log)
         drawings.append(Drawing(f"accepted_length_by_{name}", length, f"Accepted length (macro average) {words}"))

@@ -80,7 +80,9 @@ def reliability(rows: Sequence[dict], slots: Sequence[int] | None = None) -> Fig
             ax.scatter(predicted[seen], observed[seen], area, label=name, **dot)
             errors.append(f"{row['ece']:.3f}")
         ax.set(title=f"slot {slot}\nECE {' → '.join(errors)}", xlabel="predicted survival")
-        ax.set(xlim=(0, 1), ylim=(0, 1), aspect="equal", xticks=(0, 0.5, 1), yticks=(0, 0.5, 1))
+        ax.set(xlim=(0, 1), ylim=(0, 1), aspect="equal")
+        ax.set_xticks((0, 0.5, 1), ("0", "0.5", "1"))
+        ax.set_yticks((0, 0.5, 1), ("0", "0.5", "1"))
     grid.flat[0].set_ylabel("observed survival")
     for handle in legend(figure, ("before", "after")).legend_handles:
         handle.set_sizes([12])

@@ -113,7 +113,7 @@ class Sums:
         return suffix_decay(self.conditional, self.reached)
 
 
-def ratio(numerator: np.ndarray, denominator: np.ndarray) -> np.ndarray:
+def ratio(numerator: np.ndarray | np.floating, denominator: np.ndarray | np.floating) -> np.ndarray:
     """Elementwise division, NaN where there is nothing to divide by."""
     shape = np.broadcast_shapes(np.shape(numerator), np.shape(denominator))
     return np.divide(numerator, denominator, out=np.full(shape, np.nan), where=np.asarray(denominator) > 0)
@@ -158,13 +158,14 @@ def count(
     slots = int(cell_proposed.max(initial=0))
     width = (slots + 1) ** 2
     index = cluster[cell_record] * width + cell_proposed * (slots + 1) + cell_accepted
-    histogram = np.bincount(index, weights=cell_count, minlength=len(keys) * width).reshape(len(keys), width)
+    # Of integers where there is no cell at all, whatever the weights.
+    histogram = np.bincount(index, weights=cell_count, minlength=len(keys) * width).astype(float).reshape(-1, width)
     proposed, accepted = np.divmod(np.arange(width), slots + 1)
     slot = np.arange(1, slots + 1)
     offers = proposed[:, None] >= slot
     return Counts(
         prompts=keys,
-        committed=np.bincount(cluster, weights=committed, minlength=len(keys)),
+        committed=np.bincount(cluster, weights=committed, minlength=len(keys)).astype(float),
         rounds=histogram.sum(1),
         proposed=histogram @ proposed.astype(float),
         accepted=histogram @ accepted.astype(float),

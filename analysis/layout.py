@@ -27,7 +27,7 @@ class Cell:
 
     text: str
     best: bool = False
-    sort: float | None = None
+    sort: float | int | np.number | None = None
 
 
 @dataclass(frozen=True)

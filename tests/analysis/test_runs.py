@@ -10,6 +10,7 @@ import pytest
 import yaml
 
 from analysis import folders, runs
+from specbench.runfolder import RunFolder
 from tests.analysis.synthetic import LEVEL, record, simulate, write_run
 
 
@@ -34,6 +35,19 @@ def test_reads_every_record_once(root):
         }
         cells = found.cells[found.cells["record"] == index]
         assert cells[["proposed", "accepted", "count"]].to_numpy().tolist() == want["histogram"]
+
+
+def test_reads_what_the_library_writes(tmp_path):
+    rows = [row | {"run": "mine", "thinking": None} for row in simulate("dspark", 3)]
+    with RunFolder(tmp_path, "evaluate", "mine", {"suite": {"name": "paper"}, "scheduler": {"threshold": 0.3}}) as run:
+        run.write_records(rows)
+        run.write_provenance({"seeds": {"init": 5}, "command": ["specbench", "evaluate"]})
+        run.log({"test/accepted_length": 2.0}, step=0)
+        run.update(method="dspark", target="qwen3_4b", suite="paper")
+    read = runs.load(tmp_path).where("scheduler.threshold=0.3 summary.method=dspark thinking=none")
+    assert read.counts().rounds.sum() == sum(row["rounds"] for row in rows)
+    assert set(read.training_seeds()) == {5} and read.faults.empty
+    assert folders.metrics(read.runs)["name"].tolist() == ["time", "test/accepted_length"]
 
 
 def test_counts_equal_the_records(root):
