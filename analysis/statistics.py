@@ -6,6 +6,9 @@ replacement, with all their turns and seeds, and the quantities of `analysis.his
 Intervals are 95% percentile intervals whose tails are moved outwards for few prompts (the expanded percentile
 interval of T. Hesterberg, "What Teachers Should Know about the Bootstrap", 2015, section 4.3): without it, small
 prompt sets give intervals that are too short. Fewer than two prompts with rounds give no interval at all.
+Measured coverage of accepted length on over-dispersed simulated prompts (the law of tests/analysis/test_statistics.py,
+2,000 experiments each, standard error 0.5 points): 92.9% with 10 prompts, 93.8% with 20, 94.6% with 40, 93.9% with 80,
+94.6% with 160.
 """
 
 from __future__ import annotations
