@@ -42,7 +42,7 @@ def run(cfg: DictConfig) -> None:
     policy = Policy(
         model=cfg.target.id,
         # Without a revision the weights themselves say which target answered.
-        revision=cfg.target.revision or (target.weights_hash() if target else None),
+        revision=cfg.target.revision or (target.weights_hash if target else None),
         template=template_hash(tokenizer),
         thinking=cfg.thinking,
         **cfg.sampling,

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+from contextlib import nullcontext
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from hydra.core.global_hydra import GlobalHydra
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
@@ -24,7 +26,8 @@ PACKAGED = "package:"
 
 def composed(config: str, overrides: Sequence[str] = ()) -> DictConfig:
     """The configuration of another verb, for stages that run stages."""
-    with configs("configs"):
+    # The command line is inside Hydra already, a library call is not.
+    with nullcontext() if GlobalHydra.instance().is_initialized() else configs("configs"):
         return without_hydra(compose(config, overrides))
 
 

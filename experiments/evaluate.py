@@ -12,7 +12,7 @@ import lightning as L
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from analysis.statistics import headline
+from analysis.headline import headline
 from experiments.assembly import load_target, rank_and_world
 from experiments.progress import Progress
 from experiments.stage import Stage, container
@@ -70,8 +70,11 @@ def lineage_of(draft: str, source: Path | None, target: str) -> dict[str, Any]:
             "method": summary["method"],
             "seed": config.seed.init,
             "parents": [str(draft)],
-            "trained": {k: summary.get(k) for k in ("parameters", "trained_tokens", "lineage", "best_step")},
-            "draft_config": OmegaConf.to_container(config.method, resolve=True),
+            "costs": {
+                "draft_parameters": summary.get("parameters"),
+                "training_tokens": summary.get("trained_tokens"),
+                "cache_bytes": summary.get("lineage", {}).get("cache", {}).get("bytes"),
+            },
         }
     config, _ = read_folder(source)
     architecture = (config.get("architectures") or ["draft"])[0]
@@ -129,7 +132,7 @@ def _evaluate(cfg: DictConfig, stage: Stage, name: str, source: Path | None, abo
     rank, _ = rank_and_world()
     fresh = stage.state in ("changed", "forced")
     with RunFolder(cfg.root, "evaluate", name, container(cfg), fresh=fresh, writes=rank == 0) as run:
-        suite: Benchmarks = instantiate(cfg.suite)
+        suite: Benchmarks = instantiate(cfg.suite, _convert_="all")
         prompts = suite.load()
         target, draft = load_pair(cfg, source)
         protocol = protocol_of(cfg, target)
@@ -171,7 +174,7 @@ def _evaluate(cfg: DictConfig, stage: Stage, name: str, source: Path | None, abo
         write_rounds(run.path / "rounds.jsonl", done)
         numbers = headline([item.record for item in done]) if draft is not None else plain_headline(done)
         summary = {**labels, "temperature": cfg.temperature, "accounting": cfg.accounting, "prompts": suite.facts()}
-        summary |= {"metrics": numbers, "lineage": lineage, "trained": about.get("trained")}
+        summary |= {"metrics": numbers, "lineage": lineage, "training_seed": about["seed"], **about.get("costs", {})}
         tracking.table("slots", *slot_table(numbers))
         tracking.uses(f"draft-{Path(cfg.draft).name}", "draft", **lineage)
         run.finish(**summary)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import sys
+import warnings
 from pathlib import Path
 
 import lightning
@@ -84,6 +85,8 @@ def _tokenizer(cfg: DictConfig):
 
 
 def _trainer(cfg: DictConfig, folder: Path) -> lightning.Trainer:
+    # The weights after a step are the ones wanted here; the warning asks whether those before it were meant.
+    warnings.filterwarnings("ignore", message="Using ModelCheckpoint with manual optimization")
     keeper = ModelCheckpoint(folder / "checkpoints", filename="last", every_n_train_steps=cfg.every, save_top_k=1,
                              enable_version_counter=False)  # fmt: skip
     return lightning.Trainer(

@@ -11,7 +11,7 @@ from typing import Any
 import lightning as L
 import torch
 from hydra.utils import instantiate
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint, TQDMProgressBar
+from lightning.pytorch.callbacks import Callback, TQDMProgressBar
 from omegaconf import DictConfig, OmegaConf
 
 from experiments.assembly import (
@@ -25,7 +25,7 @@ from experiments.assembly import (
 from experiments.planning import print_plan
 from experiments.stage import Stage, container, say
 from experiments.trainingdata import open_data, probe_prompts
-from specbench.callbacks import PROBE_KEY, DecodeProbe, GracefulStop
+from specbench.callbacks import DecodeProbe, GracefulStop, KeepLast
 from specbench.initialisation import STARTS, from_target, randomise
 from specbench.interchange import load_draft, read_folder, save_draft
 from specbench.methods.draft import Draft
@@ -89,14 +89,14 @@ def _train(cfg: DictConfig, stage: Stage, name: str) -> None:
         headline = {"method": cfg.method.name, "target": cfg.target.name, "seed": cfg.seed.init, **lineage["cache"]}
         tracking.start(run, headline)
         tracking.uses(f"cache-{data.lineage['fingerprint']}", "cache", **data.lineage)
-        stop = GracefulStop()
-        callbacks: list[Callback] = [stop, TQDMProgressBar(refresh_rate=10)]
-        if prompts:
-            probe = cfg.trainer.probe
-            sampling = Sampling(probe.temperature)
-            callbacks.append(DecodeProbe(target, prompts, probe.every, sampling, probe.max_new_tokens))
         keep = run.path / "checkpoints"
-        callbacks.append(checkpointing(cfg, keep))
+        stop = GracefulStop(keep)
+        callbacks: list[Callback] = [stop, TQDMProgressBar(refresh_rate=10)]
+        probe, asked = None, cfg.trainer.probe
+        if prompts:
+            sampling = Sampling(asked.temperature)
+            probe = DecodeProbe(target, prompts, asked.every, sampling, asked.max_new_tokens, folder=keep)
+        callbacks.append(probe or KeepLast(keep, cfg.trainer.validate_every or 1000))
         trainer = L.Trainer(
             max_steps=steps,
             max_epochs=-1,
@@ -107,6 +107,7 @@ def _train(cfg: DictConfig, stage: Stage, name: str) -> None:
             check_val_every_n_epoch=None,
             limit_val_batches=1.0 if cfg.trainer.validate_every else 0,
             num_sanity_val_steps=0,
+            enable_checkpointing=False,
             enable_model_summary=False,
             use_distributed_sampler=False,
             **OmegaConf.to_container(cfg.trainer.lightning, resolve=True),
@@ -115,14 +116,15 @@ def _train(cfg: DictConfig, stage: Stage, name: str) -> None:
         trainer.fit(module, datamodule=data, ckpt_path=str(last) if stage.resumes and last.exists() else None)
         if stop.received:
             raise KeyboardInterrupt
-        best, score, step = chosen(callbacks, keep)
-        load_weights(module, best)
+        best = keep / ("best.ckpt" if probe is not None else "last.ckpt")
+        step = load_weights(module, best)
         if rank == 0:
             save_draft(draft, run.path / "draft", config, draft_settings(cfg.method, cfg.target))
         summary = {
             "method": cfg.method.name,
             "target": cfg.target.name,
-            "probe_accepted_length": score,
+            "probe_accepted_length": None if probe is None else probe.best,
+            "probes": [] if probe is None else probe.history,
             "best_step": step,
             "steps": trainer.global_step,
             "parameters": trainable_parameters(draft),
@@ -161,33 +163,11 @@ def initialise(draft: Draft, start: str, target: Any) -> list[str]:
     return sorted(fitting)
 
 
-def checkpointing(cfg: DictConfig, folder: Path) -> ModelCheckpoint:
-    """best.ckpt by the probe's accepted length (without a probe: the last one), and last.ckpt to resume from."""
-    every = cfg.trainer.probe.every or cfg.trainer.validate_every or 1000
-    return ModelCheckpoint(
-        dirpath=folder,
-        filename="best",
-        monitor=PROBE_KEY if cfg.trainer.probe.every else None,
-        mode="max",
-        save_last=True,
-        every_n_train_steps=every,
-        enable_version_counter=False,
-        save_on_train_epoch_end=False,
-    )
-
-
-def chosen(callbacks: list[Callback], folder: Path) -> tuple[Path, float | None, int]:
-    """The checkpoint to publish, its probed accepted length and its step."""
-    saver = next(c for c in callbacks if isinstance(c, ModelCheckpoint))
-    best = folder / "best.ckpt" if (folder / "best.ckpt").exists() else folder / "last.ckpt"
-    score = None if saver.best_model_score is None else float(saver.best_model_score)
-    return best, score, int(torch.load(best, map_location="cpu", weights_only=False)["global_step"])
-
-
-def load_weights(module: DraftTraining, checkpoint: Path) -> None:
-    """The draft's weights of a checkpoint."""
-    state = torch.load(checkpoint, map_location=module.device, weights_only=False)["state_dict"]
-    module.load_state_dict(state, strict=False)
+def load_weights(module: DraftTraining, checkpoint: Path) -> int:
+    """Take over the draft's weights of a checkpoint; returns its optimiser step."""
+    found = torch.load(checkpoint, map_location=module.device, weights_only=False)
+    module.load_state_dict(found["state_dict"], strict=False)
+    return found["global_step"]
 
 
 def _evaluate(cfg: DictConfig, folder: Path) -> None:

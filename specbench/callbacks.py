@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
+import os
 import signal
 from collections.abc import Sequence
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -24,6 +27,7 @@ class DecodeProbe(Callback):
 
     Training accuracy can rise while accepted length falls, so the judge is the number that users get. The prompts
     are split over ranks and the counts are summed. Decoding uses seeds of its own, never the training generators.
+    With `folder`, last.ckpt is written after every probe and best.ckpt after every one that beats all before it.
     """
 
     def __init__(
@@ -34,6 +38,7 @@ class DecodeProbe(Callback):
         sampling: Sampling | None = None,
         max_new_tokens: int = 64,
         batch_size: int = 16,
+        folder: Path | None = None,
     ):
         if not prompts:
             raise ValueError("the decode probe has no prompt; give it some, or set probe.every=null")
@@ -42,6 +47,7 @@ class DecodeProbe(Callback):
         self.target, self.prompts, self.every = target, prompts, every
         self.sampling = sampling or Sampling()
         self.limits = Limits(max_new_tokens, target.stop_token_ids, batch_size)
+        self.folder, self.best = folder, -math.inf
         self.history: list[tuple[int, float]] = []
 
     def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, *args: Any) -> None:
@@ -65,21 +71,46 @@ class DecodeProbe(Callback):
         self.history.append((trainer.global_step, length))
         module.log(PROBE_KEY, length, prog_bar=True)
         module.log("probe/rounds", float(counts[1]))
+        if self.folder is not None:
+            better, self.best = length > self.best, max(self.best, length)
+            for name in ("best", "last") if better else ("last",):
+                save_checkpoint(trainer, self.folder / f"{name}.ckpt")
 
     def state_dict(self) -> dict[str, Any]:
-        return {"history": self.history}
+        return {"history": self.history, "best": self.best}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.history = [tuple(entry) for entry in state["history"]]
+        self.history, self.best = [tuple(entry) for entry in state["history"]], state["best"]
+
+
+class KeepLast(Callback):
+    """last.ckpt every `every` optimiser steps and at the end, for runs without a probe."""
+
+    def __init__(self, folder: Path, every: int):
+        self.folder, self.every = folder, every
+
+    def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, *args: Any) -> None:
+        if trainer.global_step % self.every == 0 or trainer.global_step == trainer.max_steps:
+            save_checkpoint(trainer, self.folder / "last.ckpt")
+
+
+def save_checkpoint(trainer: L.Trainer, path: Path) -> None:
+    """Write a checkpoint whole or not at all; every rank must call it."""
+    temporary = path.with_suffix(".tmp")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    trainer.save_checkpoint(temporary)
+    if trainer.is_global_zero:
+        os.replace(temporary, path)
 
 
 class GracefulStop(Callback):
-    """SIGTERM and Ctrl-C end training at the next optimiser step, with a checkpoint.
+    """SIGTERM and Ctrl-C end training at the next optimiser step, with a checkpoint in `folder`.
 
     The handler only sets a flag: Lightning's own handler talks to other ranks from inside the signal and can hang.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, folder: Path | None = None) -> None:
+        self.folder = folder
         self.received: int | None = None
         self._previous: dict[int, Any] = {}
 
@@ -99,6 +130,8 @@ class GracefulStop(Callback):
         if asked:
             self.received = asked
             trainer.should_stop = True
+            if self.folder is not None:
+                save_checkpoint(trainer, self.folder / "last.ckpt")
 
     def on_train_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         for number, handler in self._previous.items():

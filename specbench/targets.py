@@ -22,6 +22,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils import cached_file
+from transformers.utils import logging as transformers_logging
 
 from specbench.backbone import backbone_of
 from specbench.blocks import Context
@@ -117,8 +118,9 @@ class Target:
     ) -> Target:
         """Load a local folder or a hub id; `stop_token_ids=[]` means that no token ends an answer."""
         dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+        transformers_logging.disable_progress_bar()
+        raw = raw_config(id, revision)
         try:
-            raw = json.loads(Path(cached_file(str(id), "config.json", revision=revision)).read_text())
             model = AutoModelForCausalLM.from_pretrained(id, revision=revision, dtype=dtype)
         except (OSError, ValueError) as error:
             raise ValueError(f"target {str(id)!r} cannot be loaded: {str(error).splitlines()[0]}") from error
@@ -232,6 +234,14 @@ class Target:
         if self.tokenizer is not None and self.tokenizer.eos_token_id is not None:
             ids.add(self.tokenizer.eos_token_id)
         return tuple(sorted(ids))
+
+
+def raw_config(id: str | Path, revision: str | None = None) -> dict[str, Any]:
+    """config.json of a folder or hub id, as it stands there."""
+    try:
+        return json.loads(Path(cached_file(str(id), "config.json", revision=revision)).read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"target {str(id)!r} has no readable config.json: {str(error).splitlines()[0]}") from error
 
 
 def new_causal_lm(config: Mapping[str, Any]) -> nn.Module:

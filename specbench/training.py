@@ -100,7 +100,8 @@ class DraftTraining(L.LightningModule):
 
     def loss(self, batch: Batch, epoch: int) -> Loss:
         """Loss sums of one micro-batch; its anchors depend on the anchor seed, the epoch and each conversation."""
-        batch = with_anchors(batch, self.draft.anchors_per_sample, (self.anchor_seed, epoch)).to(self.device)
+        batch = with_anchors(batch, self.draft.anchors_per_sample, (self.anchor_seed, epoch))
+        batch = batch.to(self.device, self.target_tables.embedding.dtype)
         positions = int((batch.document >= 0).numel())
         return self.objective(self.draft, self.target_tables, self.draft(batch), positions=positions)
 

@@ -1,0 +1,80 @@
+"""specbench quickstart: the whole flow on the embedded target, stage by stage, through the same code as any target."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import time
+from pathlib import Path
+
+import torch
+from omegaconf import DictConfig
+
+from experiments.assembly import composed
+from experiments.stage import report, say
+from experiments.verbs import VERBS
+
+PARALLEL = ("dspark", "dflash")
+
+
+def run(cfg: DictConfig) -> Path:
+    """Run every stage that is not finished yet; returns the folder of the comparison."""
+    began = time.monotonic()
+    torch.set_num_threads(max(1, os.cpu_count() or 1))
+    root = [f"root={cfg.root}", f"force={str(cfg.force).lower()}"]
+    target = ["target=embedded"]
+    if cfg.target.remake:
+        stage("target", [*root, f"training.seconds={cfg.target.seconds}", "trainer.max_steps=100000"])
+        target.append(f"target.id={cfg.root}/runs/target/embedded")
+    counts = f"data.source.counts={{train: {cfg.prompts}, validation: {cfg.held_out}}}"
+    stage("prompts", [*root, counts])
+    stage("answers", [*root, *target, f"max_new_tokens={cfg.max_new_tokens}", "batch_size=64"])
+    folder = stage("cache", [*root, *target, f"codec={cfg.codec}"])
+    tracking = [f"tracking.{key}={'null' if cfg.tracking[key] is None else cfg.tracking[key]}" for key in ("mode",)]
+    runs = []
+    for method in cfg.methods:
+        draft = []
+        if method in PARALLEL:
+            draft = [f"method.draft.layers={cfg.layers}", "method.draft.anchors=24"]
+        if method == "dspark":
+            draft.append("method.draft.markov_rank=32")
+        trained = stage(
+            "train",
+            [
+                *(*root, *target, *tracking, *draft),
+                f"method={method}",
+                f"name={method}-s{cfg.seed}",
+                f"cache={folder}",
+                f"seed.init={cfg.seed}",
+                f"trainer.max_steps={cfg.steps}",
+                f"tracking.group={'quickstart'}",
+                "evaluate=false",
+            ],
+        )
+        for temperature in cfg.temperatures:
+            runs.append(
+                stage(
+                    "evaluate",
+                    [
+                        *(*root, *target, *tracking),
+                        f"draft={trained}",
+                        f"name={method}-s{cfg.seed}-t{temperature:g}",
+                        f"temperature={temperature}",
+                        f"max_new_tokens={cfg.max_new_tokens}",
+                        f"suite.limit={cfg.benchmark_prompts}",
+                        "tracking.group=quickstart",
+                    ],
+                )
+            )
+    listed = ",".join(map(str, runs))
+    stage("compare", [f"root={cfg.root}", "name=quickstart", f"runs=[{listed}]"])
+    output = Path(cfg.root) / "compare" / "quickstart"
+    report("quickstart", output, time.monotonic() - began, {"report": output / "report.html"})
+    say(f"figures: {output / 'figures'}")
+    return output
+
+
+def stage(verb: str, overrides: list[str]) -> Path | None:
+    """Compose and run one stage."""
+    known = VERBS[verb]
+    return importlib.import_module(known.module).run(composed(known.config, overrides))
