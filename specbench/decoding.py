@@ -172,8 +172,13 @@ def _done(lanes: _Lanes, limits: Limits) -> list[int]:
 
 
 def _admit(waiting: deque[Decoded], lanes: _Lanes | None, limits: Limits) -> list[Decoded]:
-    """Requests that may join now: free lanes, and room in the token budget (a lone request always fits)."""
+    """Requests that may join now: free lanes, and room in the token budget (a lone request always fits).
+
+    They join in groups of at least an eighth of the batch, because every join costs a prefill and a copy of the caches.
+    """
     running = [] if lanes is None else lanes.requests
+    if running and limits.batch_size - len(running) < min(len(waiting), limits.batch_size // 8):
+        return []
     used = sum(len(r.prompt_ids) + limits.max_new_tokens for r in running)
     joining: list[Decoded] = []
     while waiting and len(running) + len(joining) < limits.batch_size:
