@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
-from matplotlib.ticker import PercentFormatter
+from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from analysis.style import COLUMN, GREY, PAGE, legend, looks, styled
 
@@ -138,6 +138,7 @@ def training(metrics: pd.DataFrame, names: Sequence[str], labels: dict[int, str]
             ax.plot(line["step"], values, label=None if label in drawn else label, **look)
             drawn.add(label)
         ax.set(xlabel="optimiser step", title=name)
+        ax.xaxis.set_major_locator(MaxNLocator("auto", integer=True))
     handles, texts = grid.flat[0].get_legend_handles_labels()
     figure.legend(
         handles, texts, loc="outside upper center", ncols=max(1, min(len(shown), 4 if width == COLUMN else 6))

@@ -26,13 +26,15 @@ def by_slot(frame: pd.DataFrame, quantity: str = "conditional", panel: str = "do
     """Conditional acceptance (or survival) by slot, a panel a domain or benchmark, a line a variant.
 
     Under each panel of conditional acceptance stands how many rounds reached each slot (the fewest of all variants);
-    a slot that fewer than FEW rounds reached has a hollow marker.
+    a slot that fewer than FEW rounds reached has a hollow marker, one that a single prompt reached (no
+    interval) is not joined to the line, and slots that none reached are not drawn.
 
     Args:
         frame: `tables.conditional_by_domain` or `tables.conditional_acceptance` of one section.
         quantity: conditional or survival.
         panel: column that splits the panels.
     """
+    frame = frame[frame["slot"] <= frame.loc[frame["n"] > 0, "slot"].max()]
     low, high = ("low", "high") if quantity == "conditional" else ("survival_low", "survival_high")
     panels, shown = list(dict.fromkeys(frame[panel])), looks(frame["variant"])
     columns = min(len(panels), 3 if len(panels) != 4 else 2)
@@ -43,7 +45,8 @@ def by_slot(frame: pd.DataFrame, quantity: str = "conditional", panel: str = "do
     for place, (ax, name) in enumerate(zip(grid.flat, panels, strict=False)):
         part = frame[frame[panel] == name]
         for variant, line in part.groupby("variant", sort=False):
-            _band(ax, line["slot"], line[quantity], line[low], line[high], shown[variant], variant)
+            known = line[quantity].where(line[low].notna())
+            _band(ax, line["slot"], known, line[low], line[high], shown[variant], variant)
             few = line[line["n"] < FEW]
             ax.plot(few["slot"], few[quantity], shown[variant].marker, mfc="white", mec=shown[variant].color, zorder=4)
         ax.set_title(name)

@@ -15,6 +15,7 @@ import pandas as pd
 from analysis import groups as grouping
 from analysis.groups import Group
 from analysis.runs import shown
+from analysis.statistics import FEWEST
 from analysis.tables import ALL
 
 MISSING = "-"
@@ -73,6 +74,9 @@ def _notes(part: Sequence[Group], macros: pd.DataFrame) -> list[str]:
         f"interval (cluster bootstrap over {prompts} prompts). Bold (or *): best, and resolved against every other by "
         "the paired interval. Macro: unweighted mean over benchmarks."
     ]
+    few = sorted({g.benchmark for g in part if (g.counts.rounds > 0).sum() < FEWEST})
+    if few:
+        notes.append(f"Fewer than {FEWEST} prompts on {', '.join(few)}: too few for an interval to be trusted.")
     if not macros["complete"].all():
         notes.append("† over fewer benchmarks than others have; not comparable.")
     return notes

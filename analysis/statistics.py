@@ -8,7 +8,7 @@ interval of T. Hesterberg, "What Teachers Should Know about the Bootstrap", 2015
 prompt sets give intervals that are too short. Fewer than two prompts with rounds give no interval at all.
 Measured coverage of accepted length on over-dispersed simulated prompts (the law of tests/analysis/test_statistics.py,
 2,000 experiments each, standard error 0.5 points): 92.9% with 10 prompts, 93.8% with 20, 94.6% with 40, 93.9% with 80,
-94.6% with 160.
+94.6% with 160; but 92.4% with 6, 86.8% with 4 and 75.1% with 3, hence FEWEST.
 """
 
 from __future__ import annotations
@@ -25,6 +25,8 @@ from analysis.histograms import Counts, Sums, ratio
 LEVEL = 0.95
 RESAMPLES = 2000
 MINIMUM_SHARED = 0.9
+# With fewer prompts an interval is too short to be trusted: no difference is then called resolved.
+FEWEST = 6
 
 
 class PairingError(ValueError):
@@ -45,7 +47,10 @@ class Interval:
 
 @dataclass(frozen=True)
 class Difference:
-    """`a - b` on the prompts that both saw. `resolved` is false when the interval holds zero or does not exist."""
+    """`a - b` on the `paired` prompts that both saw, `fewest` of them (with rounds) on one benchmark.
+
+    `resolved` is false when the interval holds zero or does not exist, or when `fewest` is below FEWEST.
+    """
 
     value: float
     low: float
@@ -53,10 +58,11 @@ class Difference:
     p: float
     paired: int
     shared: float
+    fewest: int
 
     @property
     def resolved(self) -> bool:
-        return bool(self.low > 0 or self.high < 0)
+        return bool(self.fewest >= FEWEST and (self.low > 0 or self.high < 0))
 
 
 @dataclass(frozen=True)
@@ -117,6 +123,28 @@ def interval(
     """Value and cluster-bootstrap bounds of `quantity`, e.g. `lambda sums: sums.conditional` -> three (K,) arrays."""
     draws = Sums(resample(counts.features(), resamples, seed))
     return (np.asarray(quantity(counts.total())), *bounds(quantity(draws), int((counts.rounds > 0).sum())))
+
+
+def by_slot(
+    counts: Counts, conditional: bool = True, resamples: int = RESAMPLES, seed: int = 0
+) -> tuple[Float[np.ndarray, " K"], Float[np.ndarray, " K"], Float[np.ndarray, " K"]]:
+    """Conditional acceptance (or survival) by slot with its bounds, from the prompts that have rounds there.
+
+    Where all of a slot's rounds went one way every resample says the same and the bootstrap would claim certainty: the
+    open end is then the exact (Clopper-Pearson) bound with each prompt as one trial.
+    """
+    total = counts.total()
+    trials = counts.reached if conditional else counts.offered
+    draws = Sums(resample(counts.features(), resamples, seed))
+    drawn, value = (sums.conditional if conditional else sums.survival for sums in (draws, total))
+    prompts = (trials > 0).sum(0)
+    each = [bounds(drawn[:, k], int(n)) for k, n in enumerate(prompts)]
+    low, high = (np.array([pair[end] for pair in each], dtype=float) for end in (0, 1))
+    several = prompts >= 2
+    open_end = ((1 - LEVEL) / 2) ** (1 / np.maximum(prompts, 1))
+    low = np.where(several & (value == 1), open_end, low)
+    high = np.where(several & (value == 0), 1 - open_end, high)
+    return value, low, high
 
 
 def accepted_length(counts: Counts, resamples: int = RESAMPLES, seed: int = 0) -> Interval:
@@ -204,7 +232,7 @@ def difference(
     p = min(1.0, 2 * (beyond + 1) / (len(finite) + 1)) if prompts >= 2 else float("nan")
     size = sum(len(prompts) for prompts, _ in paired)
     shared = min(share for _, share in paired)
-    return Difference(value_a - value_b, float(low), float(high), float(p), size, float(shared))
+    return Difference(value_a - value_b, float(low), float(high), float(p), size, float(shared), prompts)
 
 
 def holm(p: Sequence[float]) -> Float[np.ndarray, " tests"]:

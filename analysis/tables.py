@@ -17,7 +17,7 @@ from analysis import groups as grouping
 from analysis import statistics
 from analysis.groups import Group
 from analysis.histograms import Counts, join
-from analysis.statistics import MINIMUM_SHARED, RESAMPLES, PairingError
+from analysis.statistics import FEWEST, MINIMUM_SHARED, RESAMPLES, PairingError
 
 KEYS = ("target", "method", "suite", "benchmark", "domain", "temperature", "scheduler")
 MEASURES = ("accepted_length", "low", "high", "per_prompt", "prompts", "rounds", "seeds")
@@ -101,8 +101,8 @@ def conditional_by_domain(found: Sequence[Group], resamples: int = RESAMPLES, se
 
 
 def _slots(head: dict[str, Any], tail: dict[str, Any], counts: Counts, resamples: int, seed: int) -> pd.DataFrame:
-    value, low, high = statistics.interval(counts, lambda sums: sums.conditional, resamples, seed)
-    survival, below, above = statistics.interval(counts, lambda sums: sums.survival, resamples, seed)
+    value, low, high = statistics.by_slot(counts, True, resamples, seed)
+    survival, below, above = statistics.by_slot(counts, False, resamples, seed)
     n = counts.total().reached.astype(int)
     columns = (np.arange(1, counts.slots + 1), value, low, high, n, survival, below, above)
     measures = zip(*columns, strict=True)
@@ -189,7 +189,8 @@ def _pair(pair: list[list[Any]], resamples: int, seed: int, minimum: float, memo
         return nothing | {"resolved": False, "note": str(error)}
     values = (found.value, found.low, found.high, found.p, found.paired, found.shared)
     numbers = dict(zip(NUMBERS, values, strict=True))
-    return numbers | {"resolved": found.resolved, "note": "" if found.resolved else "not resolved"}
+    few = f": {found.fewest} prompts are too few" if found.fewest < FEWEST else ""
+    return numbers | {"resolved": found.resolved, "note": "" if found.resolved else f"not resolved{few}"}
 
 
 def seeds(found: Sequence[Group]) -> pd.DataFrame:

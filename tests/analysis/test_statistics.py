@@ -116,6 +116,17 @@ def test_equal_methods_are_not_resolved():
     assert not found.resolved and found.low < 0 < found.high and found.p > 0.05
 
 
+def test_a_handful_of_prompts_resolves_nothing():
+    a, b = (
+        count(np.arange(9), np.full(9, n + 1), np.arange(9), np.full(9, 4), np.full(9, n), np.ones(9, int))
+        for n in (3, 0)
+    )
+    few = [counts.take(np.arange(statistics.FEWEST - 1)) for counts in (a, b)]
+    found = statistics.difference(few[:1], few[1:], 100)
+    assert found.low > 0 and found.fewest == statistics.FEWEST - 1 and not found.resolved
+    assert statistics.difference([a], [b], 100).resolved
+
+
 def test_the_difference_of_a_method_with_itself_is_exactly_zero():
     counts = draw(np.random.default_rng(0), np.full(20, 0.6), np.full(20, 9))
     found = statistics.difference([counts], [counts], 200)
@@ -171,9 +182,23 @@ def test_spread_is_the_t_interval():
     assert alone.mean == 2.1 and alone.n == 1 and np.isnan(alone.sd) and np.isnan(alone.low)
 
 
+def test_a_slot_where_every_round_went_one_way_is_not_certain():
+    accepted = np.array([0, 0, 0, 1])  # four prompts of one round: slot 1 failed three times, slot 2 was reached once
+    made = count(np.arange(4), accepted + 1, np.arange(4), np.full(4, 2), accepted, np.ones(4, int))
+    value, low, high = statistics.by_slot(made.take(np.arange(3)), True, 100)
+    exact = stats.binomtest(0, 3).proportion_ci(0.95, "exact")
+    assert value[0] == 0 and low[0] == 0 and high[0] == pytest.approx(exact.high)
+    assert np.isnan(value[1]) and np.isnan(low[1]) and np.isnan(high[1])
+    _, low, high = statistics.by_slot(made, True, 100)
+    assert np.isnan(low[1]) and np.isnan(high[1])  # one prompt alone says nothing about others
+    sure = count(np.arange(5), np.full(5, 2), np.arange(5), np.ones(5, int), np.ones(5, int), np.ones(5, int))
+    _, low, high = statistics.by_slot(sure, False, 100)
+    assert low[0] == pytest.approx(stats.binomtest(5, 5).proportion_ci(0.95, "exact").low) and high[0] == 1
+
+
 def test_intervals_by_slot_hold_the_curve():
     counts = draw(np.random.default_rng(8), np.full(80, 0.7), np.full(80, 20))
-    value, low, high = statistics.interval(counts, lambda sums: sums.conditional, 500)
+    value, low, high = statistics.by_slot(counts, True, 500)
     assert value.shape == low.shape == high.shape == (SLOTS,)
     assert ((low < value) & (value < high)).all()
     assert 0.7 in Interval(value[0], low[0], high[0])
