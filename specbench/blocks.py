@@ -8,7 +8,7 @@ target state that predicts it sits at a+k-1. The context that a parallel block m
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -17,6 +17,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 PADDING = -1
+Zeros = Callable[[Tensor, tuple[int, ...]], Tensor]
 
 
 @dataclass(frozen=True)
@@ -74,10 +75,11 @@ class Blocks:
     mask: Bool[Tensor, "B N K"]
 
 
-def pack(samples: Sequence[Sample], length: int | None = None) -> Batch:
+def pack(samples: Sequence[Sample], length: int | None = None, zeros: Zeros = Tensor.new_zeros) -> Batch:
     """Lay conversations end to end into rows of at most `length` tokens (None: one conversation a row, padded).
 
-    First-fit in the given order; a conversation longer than `length` is an error, never a truncation.
+    First-fit in the given order; a conversation longer than `length` is an error, never a truncation. `zeros(like,
+    shape)` gives the memory of the states.
     """
     rows: list[list[Sample]] = []
     room: list[int] = []
@@ -92,10 +94,10 @@ def pack(samples: Sequence[Sample], length: int | None = None) -> Batch:
         else:
             rows[fits].append(sample)
             room[fits] -= size
-    return _lay(rows)
+    return _lay(rows, zeros)
 
 
-def _lay(rows: list[list[Sample]]) -> Batch:
+def _lay(rows: list[list[Sample]], zeros: Zeros) -> Batch:
     width = max(sum(len(s.tokens) for s in row) for row in rows)
     first = rows[0][0]
     shape = (len(rows), width)
@@ -103,8 +105,8 @@ def _lay(rows: list[list[Sample]]) -> Batch:
     loss_mask = torch.zeros(shape, dtype=torch.bool)
     document = torch.full(shape, PADDING, dtype=torch.long)
     position = torch.zeros(shape, dtype=torch.long)
-    taps = first.taps.new_zeros(*shape, *first.taps.shape[1:])
-    last = first.last.new_zeros(*shape, first.last.shape[-1])
+    taps = zeros(first.taps, (*shape, *first.taps.shape[1:]))
+    last = zeros(first.last, (*shape, first.last.shape[-1]))
     for b, row in enumerate(rows):
         start = 0
         for s in row:
