@@ -18,6 +18,10 @@ from torch import Tensor
 
 PADDING = -1
 Zeros = Callable[[Tensor, tuple[int, ...]], Tensor]
+# What decides whether slot k of an anchor a is supervised. "predicted": the loss mask of a+1..a+k, so a prefix.
+# "unshifted" (released Eagle3): the loss mask of a+k-2 alone, for every state at a+k-1 in the conversation. That
+# supervises the token after the last one too, and a block may start unsupervised.
+SUPERVISIONS = ("predicted", "unshifted")
 
 
 @dataclass(frozen=True)
@@ -66,7 +70,7 @@ class Batch:
 
 @dataclass(frozen=True)
 class Blocks:
-    """N blocks of K slots. `mask` says which slots are supervised and is a prefix of every block."""
+    """N blocks of K slots. `mask` says which are supervised: a prefix of every block (but see SUPERVISIONS)."""
 
     hidden: Float[Tensor, "B N K D"]
     target: Float[Tensor, "B N K D"]
@@ -118,21 +122,26 @@ def _lay(rows: list[list[Sample]], zeros: Zeros) -> Batch:
     return Batch(tokens, loss_mask, document, position, taps, last)
 
 
-def valid_anchors(batch: Batch) -> Bool[Tensor, "B T"]:
-    """Position a may be an anchor if it and the token after it are supervised and of one conversation."""
+def valid_anchors(batch: Batch, supervision: str = "predicted") -> Bool[Tensor, "B T"]:
+    """Position a may be an anchor if it and the token after it are supervised and of one conversation.
+
+    Under "unshifted" supervision every position but a conversation's first is one.
+    """
+    if supervision == "unshifted":
+        return (batch.document != PADDING) & (batch.position > 0)
     valid = torch.zeros_like(batch.loss_mask)
     same = batch.document[:, :-1] == batch.document[:, 1:]
     valid[:, :-1] = batch.loss_mask[:, :-1] & batch.loss_mask[:, 1:] & same & (batch.document[:, :-1] != PADDING)
     return valid
 
 
-def with_anchors(batch: Batch, count: int | None, seed: Sequence[int] = (0,)) -> Batch:
+def with_anchors(batch: Batch, count: int | None, seed: Sequence[int] = (0,), supervision: str = "predicted") -> Batch:
     """Choose up to `count` anchors a conversation, uniformly without replacement, sorted (None: every valid one).
 
     The draw of a conversation depends on `seed` and its ordinal alone, so packing, batch size and the number of
     ranks leave it unchanged.
     """
-    valid, document = valid_anchors(batch).cpu(), batch.document.cpu()
+    valid, document = valid_anchors(batch, supervision).cpu(), batch.document.cpu()
     rows: list[list[int]] = []
     for b in range(len(valid)):
         chosen: list[int] = []
@@ -159,7 +168,7 @@ def take(values: Tensor, index: Int[Tensor, "B ..."]) -> Tensor:
 def slot_positions(
     batch: Batch, slots: int
 ) -> tuple[Int[Tensor, "B N K"], Int[Tensor, "B N K"], Bool[Tensor, "B N K"]]:
-    """Row indices a+k and a+k-1 of every slot, clamped into the row, and the supervision mask (a prefix a block)."""
+    """Row indices a+k and a+k-1 of every slot, clamped into the row, and the default supervision (a prefix a block)."""
     assert batch.anchors is not None, "choose anchors with with_anchors() first"
     anchors = batch.anchors.clamp_min(0)
     raw = anchors[..., None] + torch.arange(1, slots + 1, device=anchors.device)
@@ -169,13 +178,26 @@ def slot_positions(
     return index, before, usable.cumprod(-1).bool()
 
 
-def assemble(batch: Batch, hidden: Float[Tensor, "B N K D"]) -> Blocks:
-    """Pair a draft's hidden states with targets, labels and supervision by the index law."""
+def unshifted_mask(batch: Batch, slots: int) -> Bool[Tensor, "B N K"]:
+    """Supervision of the released Eagle3: slot k looks at token a+k-2, wherever the state at a+k-1 exists."""
+    anchors = batch.anchors.clamp_min(0)
+    raw = anchors[..., None] + torch.arange(slots, device=anchors.device)  # a+k-1
+    state = raw.clamp_max(batch.tokens.shape[1] - 1)
+    same = take(batch.document, state) == take(batch.document, anchors)[..., None]
+    known = (raw == state) & same & (batch.anchors != PADDING)[..., None]
+    return known & take(batch.loss_mask, (state - 1).clamp_min(0))
+
+
+def assemble(batch: Batch, hidden: Float[Tensor, "B N K D"], supervision: str = "predicted") -> Blocks:
+    """Pair a draft's hidden states with targets, labels and supervision by the index law.
+
+    Under "unshifted" the last slot of a conversation has a target but no label; what stands there is not to be read.
+    """
     index, before, mask = slot_positions(batch, hidden.shape[2])
     return Blocks(
         hidden=hidden,
-        target=take(batch.last, (index - 1).clamp_min(0)),
+        target=take(batch.last, before),
         previous=take(batch.tokens, before),
         labels=take(batch.tokens, index),
-        mask=mask,
+        mask=unshifted_mask(batch, hidden.shape[2]) if supervision == "unshifted" else mask,
     )

@@ -62,6 +62,11 @@ class DraftTraining(L.LightningModule):
         self.strict_loading = False
         if max_steps < 1:
             raise ValueError(f"max_steps={max_steps}: train for at least one step")
+        if draft.supervision == "unshifted" and ("ce" in objective.coefficients or objective.slot_weight.dynamic):
+            raise ValueError(
+                "supervision=unshifted reaches one token beyond every conversation, where there is no label: "
+                "use soft_ce, kl or tv with a static slot weight"
+            )
         self.draft, self.objective = draft, objective
         # In a tuple, so that the target's tables are neither a second copy in checkpoints nor wrapped by a strategy.
         self._target_tables = (target_tables,)
@@ -100,9 +105,10 @@ class DraftTraining(L.LightningModule):
 
     def loss(self, batch: Batch, epoch: int) -> Loss:
         """Loss sums of one micro-batch; its anchors depend on the anchor seed, the epoch and each conversation."""
-        batch = with_anchors(batch, self.draft.anchors_per_sample, (self.anchor_seed, epoch))
+        seed = (self.anchor_seed, epoch)
+        batch = with_anchors(batch, self.draft.anchors_per_sample, seed, self.draft.supervision)
         batch = batch.to(self.device, self.target_tables.embedding.dtype)
-        positions = int((batch.document >= 0).numel())
+        positions = batch.tokens.numel()
         return self.objective(self.draft, self.target_tables, self.draft(batch), positions=positions)
 
     def training_step(self, step: Step, index: int) -> None:

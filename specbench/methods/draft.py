@@ -60,6 +60,8 @@ class Draft(nn.Module):
 
     # The released evaluator ends an Eagle3 proposal at its first proposed stop token (accounting "deepspec" only).
     halts_on_stop = False
+    # Which slots training supervises: one of blocks.SUPERVISIONS.
+    supervision = "predicted"
 
     def __init__(
         self,

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from specbench.attention import Visibility, attend, attend_flex, block_mask
 from specbench.backbone import Backbone, Layer, RotaryEmbedding
-from specbench.blocks import PADDING, Batch, Blocks, Context, assemble, slot_positions, take
+from specbench.blocks import PADDING, SUPERVISIONS, Batch, Blocks, Context, assemble, slot_positions, take
 from specbench.methods.draft import Draft, Proposal, Sample, State
 from specbench.tables import Tables
 
@@ -24,7 +24,10 @@ Pairs = list[tuple[Tensor, Tensor]]
 
 
 class RecurrentDraft(Draft):
-    """Subclasses say which target state is the feature (`source`) and what enters the layers (`enter`)."""
+    """Subclasses say which target state is the feature (`source`) and what enters the layers (`enter`).
+
+    `supervision`: "predicted" looks at the loss mask of the predicted tokens, "unshifted" is the released Eagle3's way.
+    """
 
     paired = False
 
@@ -37,10 +40,14 @@ class RecurrentDraft(Draft):
         layers: int = 1,
         block_size: int = 7,
         anchors: int | None = None,
+        supervision: str = "predicted",
         train_tables: bool = False,
         draft_vocabulary: Int[Tensor, " W"] | None = None,
     ):
         super().__init__(backbone, tables, target_layer_ids, block_size, anchors, train_tables, draft_vocabulary)
+        if supervision not in SUPERVISIONS:
+            raise ValueError(f"supervision={supervision!r}: choose one of {', '.join(SUPERVISIONS)}")
+        self.supervision = supervision
         self.layers = nn.ModuleList(Layer(backbone, paired=self.paired) for _ in range(layers))
         self.norm = nn.RMSNorm(backbone.hidden_size, eps=backbone.norm_eps)
         self.rope = RotaryEmbedding(backbone)
@@ -79,7 +86,7 @@ class RecurrentDraft(Draft):
                 masks = {key: block_mask(visible, shape) if source.is_cuda else visible.context_mask(T, 1)}
             feature = self.step(feature, tokens[..., k], position, context, own, masks[key], first=k == 0)
             outputs.append(feature)
-        return assemble(batch, self.norm(torch.stack(outputs, 2)))
+        return assemble(batch, self.norm(torch.stack(outputs, 2)), self.supervision)
 
     def context(self, source: Tensor, after: Int[Tensor, "B T"], batch: Batch) -> Pairs:
         """Step-1 keys and values of every position and layer: a causal pass (the last layer needs no queries)."""
