@@ -88,14 +88,21 @@ class CostProfile:
 
     def seconds(self, requests: int, extra: int = 0) -> Float[np.ndarray, " B"]:
         """Seconds of one engine step for B = requests, ..., requests + extra tokens in the forward pass."""
+        verify = self._verify(requests, requests + extra)
+        return verify + self.draft_time(requests) if self.draft_requests else verify
+
+    def step(self, requests: int, tokens: int) -> float:
+        """Seconds of one engine step of `requests` requests with `tokens` tokens in the forward pass."""
+        return float(self._verify(tokens, tokens)[0]) + self.draft_time(requests)
+
+    def _verify(self, fewest: int, most: int) -> Float[np.ndarray, " B"]:
         first, last = self.tokens[0], self.tokens[-1]
-        if requests < first or requests + extra > last:
+        if fewest < first or most > last:
             raise ValueError(
                 f"profile '{self.label}' covers {first} to {last} tokens in the forward pass and was asked for "
-                f"{requests} to {requests + extra}; profile more sizes, or lower the concurrency or proposal length"
+                f"{fewest} to {most}; profile more sizes, or change the concurrency or proposal length"
             )
-        verify = self._verify_seconds[requests - first : requests + extra - first + 1]
-        return verify + self.draft_time(requests) if self.draft_requests else verify
+        return self._verify_seconds[fewest - first : most - first + 1]
 
     def rates(self, requests: int, extra: int = 0) -> Float[np.ndarray, " B"]:
         """SPS(B) for B = requests, ..., requests + extra: engine steps per second."""

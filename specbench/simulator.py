@@ -132,7 +132,7 @@ class Engine:
             confidence = None if w.confidence is None else w.confidence[at]
             lengths = self.scheduler.lengths(confidence, proposed, name.tolist(), accepted)
             verified = int(lengths.sum())
-            seconds = float(self.profile.seconds(len(name), verified)[-1])
+            seconds = self.profile.step(len(name), len(name) + verified)
             kept = np.minimum(accepted, lengths)
             committed = np.minimum(kept + 1, left)
             now += seconds

@@ -21,7 +21,7 @@ from specbench.costs import CostProfile
 from specbench.decoding import Decoded, Limits, decode, speculative_decode
 from specbench.methods.draft import Draft
 from specbench.sampling import Sampler, Sampling
-from specbench.scheduling import Scheduler
+from specbench.scheduling import FixedLength, Scheduler
 from specbench.targets import Target
 
 
@@ -135,14 +135,49 @@ def draft_cost(
     return rows
 
 
-def cost_profile(rows: Sequence[dict], label: str, slots: int | None = None) -> CostProfile:
-    """SPS(B) from the rows of target_cost; with `slots` also the draft's time for K = slots from those of draft_cost.
+def step_cost(
+    target: Target,
+    draft: Draft,
+    prompts: Sequence[Sequence[int]],
+    batch_sizes: Sequence[int],
+    lengths: Sequence[int],
+    max_new_tokens: int = 64,
+    sampling: Sampling | None = None,
+) -> list[dict]:
+    """Seconds of a whole engine step (proposal, forward pass, verification, bookkeeping), from decoding for real.
 
-    Forward passes of equally many tokens but other shapes are pooled by their median.
+    For every B the first B prompts are decoded at once, K slots proposed and l of them verified for l in `lengths`;
+    only rounds with all B requests in flight count, and stop tokens end nothing. Rows as target_cost's with the part
+    `step`, tokens = B (l + 1), `repeats` the rounds.
     """
-    pairs = [(row["tokens"], 1.0 / row["seconds"]) for row in rows if row["part"] == "target"]
+    if len(prompts) < max(batch_sizes):
+        raise ValueError(f"{len(prompts)} prompts cannot fill a batch of {max(batch_sizes)}; give at least as many")
+    rows = []
+    for B in batch_sizes:
+        context = sum(map(len, prompts[:B])) // B
+        for length in lengths:
+            limits = Limits(max_new_tokens, batch_size=B)
+            done = list(
+                speculative_decode(
+                    target, draft, prompts[:B], sampling or Sampling(), limits, scheduler=FixedLength(length)
+                )
+            )
+            full = min(len(request.rounds) for request in done)
+            low, median, high = np.quantile([r.seconds for r in done[0].rounds[:full]], [0.25, 0.5, 0.75])
+            timing = Timing(float(median), float(low), float(high), full)
+            rows.append(_row("step", B, length + 1, context, timing))
+    return rows
+
+
+def cost_profile(rows: Sequence[dict], label: str, slots: int | None = None, part: str = "target") -> CostProfile:
+    """SPS(B) from rows of target_cost, or with part="step" from those of step_cost, which hold the draft's time too.
+
+    With `slots` the draft's time for K = slots is added from the rows of draft_cost. Forward passes of equally many
+    tokens but other shapes are pooled by their median.
+    """
+    pairs = [(row["tokens"], 1.0 / row["seconds"]) for row in rows if row["part"] == part]
     if not pairs:
-        raise ValueError("a cost profile needs target rows; measure them with target_cost")
+        raise ValueError(f"there is no row of part {part}; measure it with {part}_cost")
     profile = CostProfile.from_pairs(pairs, label)
     if slots is None:
         return profile

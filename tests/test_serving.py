@@ -182,7 +182,7 @@ def test_errors_name_the_remedy():
         closed_loop(policy(StaticThreshold(0.5), bare), CONSTANT, 1, 5, 0)
     with pytest.raises(ValueError, match="concurrency=0"):
         closed_loop(policy(FixedLength(), bare), CONSTANT, 0, 5, 0)
-    with pytest.raises(ValueError, match="lower the concurrency"):
+    with pytest.raises(ValueError, match="change the concurrency"):
         closed_loop(policy(FixedLength(), bare), CostProfile([1, 4], [1.0, 1.0], "x", "measured"), 9, 5, 0)
     with pytest.raises(ValueError, match="recorded prompts"):
         Workload.of([])

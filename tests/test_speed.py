@@ -1,4 +1,4 @@
-"""Cost curves on a tiny target: what is timed, how rows become a profile, and the simulator against the real engine."""
+"""Cost curves on a tiny target: what is timed, and how rows become a profile."""
 
 import time
 
@@ -14,6 +14,7 @@ from specbench.speed import (
     draft_cost,
     predicted_speedup,
     scheduler_cost,
+    step_cost,
     target_cost,
     timed,
     wall_clock,
@@ -58,6 +59,17 @@ def test_cost_curves_leave_the_states_as_they_were_and_make_a_profile():
         cost_profile(rows, "tiny", slots=3)
     with pytest.raises(ValueError, match="1 to 4 slots"):
         draft_cost(owner, draft, [1], [5], context=6, repeats=1, warmup=0)
+
+
+def test_step_cost_counts_only_rounds_with_every_request_in_flight():
+    owner, draft = tiny.target("qwen3"), tiny.draft("dspark", "qwen3")
+    rows = step_cost(owner, draft, [[5, 6], [7, 8, 9]], [1, 2], [0, 4], max_new_tokens=6)
+    assert [(r["requests"], r["tokens"]) for r in rows] == [(1, 1), (1, 5), (2, 2), (2, 10)]
+    assert [r["repeats"] for r in rows if r["length"] == 1] == [5, 5]  # one token a round, the first from the prefill
+    assert all(1 <= r["repeats"] <= 5 and r["low"] <= r["seconds"] <= r["high"] for r in rows)
+    assert cost_profile(rows, "tiny", part="step").tokens == (1, 2, 5, 10)
+    with pytest.raises(ValueError, match="2 prompts cannot fill a batch of 3"):
+        step_cost(owner, draft, [[5], [6]], [3], [4])
 
 
 def test_predicted_speedup_by_hand():
