@@ -3,24 +3,19 @@
 from __future__ import annotations
 
 import importlib
-import os
 import time
 from pathlib import Path
 
-import torch
 from omegaconf import DictConfig
 
 from experiments.assembly import composed
 from experiments.stage import report, say
 from experiments.verbs import VERBS
 
-PARALLEL = ("dspark", "dflash")
-
 
 def run(cfg: DictConfig) -> Path:
     """Run every stage that is not finished yet; returns the folder of the comparison."""
     began = time.monotonic()
-    torch.set_num_threads(max(1, os.cpu_count() or 1))
     root = [f"root={cfg.root}", f"force={str(cfg.force).lower()}"]
     target = ["target=embedded"]
     if cfg.target.remake:
@@ -30,24 +25,19 @@ def run(cfg: DictConfig) -> Path:
     stage("prompts", [*root, counts])
     stage("answers", [*root, *target, f"max_new_tokens={cfg.max_new_tokens}", "batch_size=64"])
     folder = stage("cache", [*root, *target, f"codec={cfg.codec}"])
-    tracking = [f"tracking.{key}={'null' if cfg.tracking[key] is None else cfg.tracking[key]}" for key in ("mode",)]
+    tracking = [f"tracking.{key}={cfg.tracking[key] or 'null'}" for key in ("mode", "project", "entity")]
+    tracking.append(f"tracking.group={cfg.tracking.group or 'quickstart'}")
     runs = []
     for method in cfg.methods:
-        draft = []
-        if method in PARALLEL:
-            draft = [f"method.draft.layers={cfg.layers}", "method.draft.anchors=24"]
-        if method == "dspark":
-            draft.append("method.draft.markov_rank=32")
         trained = stage(
             "train",
             [
-                *(*root, *target, *tracking, *draft),
+                *(*root, *target, *tracking),
                 f"method={method}",
                 f"name={method}-s{cfg.seed}",
                 f"cache={folder}",
                 f"seed.init={cfg.seed}",
                 f"trainer.max_steps={cfg.steps}",
-                f"tracking.group={'quickstart'}",
                 "evaluate=false",
             ],
         )
@@ -62,7 +52,6 @@ def run(cfg: DictConfig) -> Path:
                         f"temperature={temperature}",
                         f"max_new_tokens={cfg.max_new_tokens}",
                         f"suite.limit={cfg.benchmark_prompts}",
-                        "tracking.group=quickstart",
                     ],
                 )
             )
