@@ -80,8 +80,10 @@ class CorpusBatches(lightning.LightningDataModule):
         self.examples = {"train": train, "validation": held_out}
 
     def _encode(self, domain: str, split: str, count: int | None) -> list[Encoded]:
+        if not self.repeats[domain]:
+            return []
         chosen = [c["messages"] for c in conversations(domain, split, count, self.seed)]
-        if not chosen or (split == "train" and not self.repeats[domain]):
+        if not chosen:
             return []
         encoded = self.tokenizer.apply_chat_template(
             chosen, tokenize=True, return_dict=True, return_assistant_tokens_mask=True

@@ -9,9 +9,11 @@ from pathlib import Path
 import lightning
 import pytest
 import torch
+from hydra import compose, initialize_config_module
 from torch import nn
 from transformers import AutoTokenizer
 
+from experiments.target import run
 from specbench import targets
 from specbench.data.bytepairs import rendered, train_tokenizer
 from specbench.data.corpus import DOMAINS, conversations
@@ -126,13 +128,13 @@ def test_every_parameter_has_one_optimizer_and_tied_embeddings_are_no_matrix():
 def test_training_beats_the_unigram_baseline_and_stops_at_its_budget(tokenizer):
     lightning.seed_everything(0, verbose=False)
     repeats = {"code": 0, "prose": 0}
-    data = CorpusBatches(tokenizer, batch_tokens=1024, repeats=repeats, limit=400, validation=20, length=256)
-    module = LanguageModeling(tiny(len(tokenizer)), steps=60, warmup=5)
+    data = CorpusBatches(tokenizer, batch_tokens=1024, repeats=repeats, limit=200, validation=10, length=256)
+    module = LanguageModeling(tiny(len(tokenizer)), steps=40, matrix_rate=0.02, vector_rate=0.02, warmup=5)
     quiet = dict.fromkeys(("logger", "enable_progress_bar", "enable_model_summary", "enable_checkpointing"), False)
-    trainer = lightning.Trainer(accelerator="cpu", devices=1, max_steps=60, val_check_interval=60,
+    trainer = lightning.Trainer(accelerator="cpu", devices=1, max_steps=40, val_check_interval=40,
                                 check_val_every_n_epoch=None, num_sanity_val_steps=0, **quiet)  # fmt: skip
     trainer.fit(module, data)
-    assert trainer.global_step == 60 and module.progress() == 1.0
+    assert trainer.global_step == 40 and module.progress() == 1.0
     held_out = [e for e in data.examples["validation"] if e.domain == DOMAINS.index("math")]
     assert float(trainer.callback_metrics["val/loss/math"]) < unigram_loss(held_out) - 0.5
 
@@ -180,7 +182,7 @@ def test_the_shipped_target_is_small_and_is_the_one_that_its_provenance_describe
 def test_the_shipped_target_has_the_loss_that_its_provenance_states(shipped):
     facts = json.loads((EMBEDDED / "provenance.json").read_text())
     model = targets.Target.load(EMBEDDED, target_layer_ids=[]).model
-    data = CorpusBatches(shipped, validation=100, limit=0, repeats=dict.fromkeys(DOMAINS, 0))
+    data = CorpusBatches(shipped, validation=100, limit=0)
     data.setup("validate")
     losses = {d: [] for d in DOMAINS}
     with torch.no_grad():
@@ -192,3 +194,21 @@ def test_the_shipped_target_has_the_loss_that_its_provenance_states(shipped):
     assert sum(losses["math"]) / len(losses["math"]) == pytest.approx(facts["loss"]["math"], abs=2e-3)
     for domain in ("code", "prose"):
         assert sum(losses[domain]) / len(losses[domain]) < facts["loss"][domain] + 0.5
+
+
+def test_the_stage_writes_a_target_that_loads_and_skips_it_the_second_time(tmp_path, capsys):
+    overrides = [f"root={tmp_path}", "trainer.max_steps=4", "every=2", "data.limit=20", "data.validation=4"]
+    overrides += ["vocabulary=300", "model.hidden_size=32", "model.num_hidden_layers=2", "model.intermediate_size=32"]
+    with initialize_config_module("configs", version_base=None):
+        cfg = compose("pretrain", overrides=[*overrides, "trainer.enable_progress_bar=false"])
+    run(cfg)
+    folder = tmp_path / "runs" / "target" / "embedded"
+    facts = json.loads((folder / "provenance.json").read_text())
+    assert facts["steps"] == 4 and facts["recipe"]["vocabulary"] == 300 and str(tmp_path) not in json.dumps(facts)
+    assert (folder / "checkpoints" / "last.ckpt").exists()
+    target = targets.Target.load(folder, target_layer_ids=[0, 1])
+    assert len(target.tokenizer) == 300 and target.stop_token_ids == (target.tokenizer.eos_token_id,)
+    assert target.model.dtype == torch.float32 and facts["dtype"] == "bfloat16"
+    written = (folder / "model.safetensors").stat().st_mtime_ns
+    run(cfg)
+    assert "skipped" in capsys.readouterr().err and (folder / "model.safetensors").stat().st_mtime_ns == written
