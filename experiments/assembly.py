@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from contextlib import nullcontext
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import lightning.pytorch  # noqa: F401
 import torch
 from hydra.core.global_hydra import GlobalHydra
 from hydra.utils import instantiate
@@ -22,6 +24,8 @@ from specbench.tables import Tables
 from specbench.targets import Target
 
 PACKAGED = "package:"
+# Lightning sets its own level to INFO as it is imported, and its tips are no news of a run.
+logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
 
 
 def composed(config: str, overrides: Sequence[str] = ()) -> DictConfig:
