@@ -58,7 +58,7 @@ class DecodeProbe(Callback):
         """Run the probe now and log accepted length and rounds."""
         rank, world = trainer.global_rank, trainer.world_size
         mine = list(range(rank, len(self.prompts), world))
-        draft, training = module.draft, module.draft.training
+        draft, training = module.published, module.published.training
         draft.eval()
         counts = torch.zeros(2, dtype=torch.float64, device=module.device)
         prompts = [self.prompts[i] for i in mine]

@@ -9,6 +9,7 @@ Axes: B batch, N blocks, K slots.
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -38,7 +39,8 @@ class DraftTraining(L.LightningModule):
 
     `anchor_seed` and the epoch seed the anchors; `max_steps` is the length of the learning-rate schedule in optimiser
     steps. Defaults are the published recipe: AdamW, lr 6e-4, no weight decay, warm-up 4%, cosine to 0, clip 1.0.
-    `decay` multiplies the learning rate a layer away from the head (1: off).
+    `layer_decay` multiplies the learning rate a layer away from the head (1: off); `ema` is the decay of an exponential
+    moving average of the weights (None: off), which then is what gets validated, probed and written.
     """
 
     def __init__(
@@ -56,6 +58,7 @@ class DraftTraining(L.LightningModule):
         anchor_seed: int = 0,
         log_every: int = 10,
         compile: bool = False,
+        ema: float | None = None,
     ):
         super().__init__()
         self.automatic_optimization = False
@@ -76,8 +79,20 @@ class DraftTraining(L.LightningModule):
         self.train_slots = SlotMetrics(draft.block_size)
         self.val_slots = SlotMetrics(draft.block_size)
         self.supervised = 0
+        if ema is not None and not 0 < ema < 1:
+            raise ValueError(f"ema={ema}: give a decay between 0 and 1, such as 0.999, or null")
+        self.ema, self.average = ema, None
+        if ema is not None:
+            # The tables are shared, not copied: they are as large as everything else together.
+            shared = {} if draft.tables.trainable else {id(draft.tables): draft.tables}
+            self.average = copy.deepcopy(draft, shared).requires_grad_(False)
         if compile:
             self.draft.compile()
+
+    @property
+    def published(self) -> Draft:
+        """The weights that are validated, probed and written: the moving average where there is one."""
+        return self.draft if self.average is None else self.average
 
     @property
     def target_tables(self) -> Tables:
@@ -103,20 +118,19 @@ class DraftTraining(L.LightningModule):
         lr = self.recipe["lr"]
         return [{"params": ps, "lr": lr * self.layer_decay**away} for away, ps in sorted(by_layer.items())]
 
-    def loss(self, batch: Batch, epoch: int) -> Loss:
+    def loss(self, draft: Draft, batch: Batch, epoch: int) -> Loss:
         """Loss sums of one micro-batch; its anchors depend on the anchor seed, the epoch and each conversation."""
-        seed = (self.anchor_seed, epoch)
-        batch = with_anchors(batch, self.draft.anchors_per_sample, seed, self.draft.supervision)
+        batch = with_anchors(batch, draft.anchors_per_sample, (self.anchor_seed, epoch), draft.supervision)
         batch = batch.to(self.device, self.target_tables.embedding.dtype)
         positions = batch.tokens.numel()
-        return self.objective(self.draft, self.target_tables, self.draft(batch), positions=positions)
+        return self.objective(draft, self.target_tables, draft(batch), positions=positions)
 
     def training_step(self, step: Step, index: int) -> None:
         optimizer, total = self.optimizers(), torch.zeros((), dtype=torch.float64, device=self.device)
         value = torch.zeros((), dtype=torch.float64, device=self.device)
         optimizer.zero_grad()
         for batch in step.micro:
-            loss = self.loss(batch, step.epoch)
+            loss = self.loss(self.draft, batch, step.epoch)
             # Not manual_backward: gradients are summed over ranks once, below, after all micro-batches.
             loss.value.backward()
             total += loss.weight.double()
@@ -135,6 +149,11 @@ class DraftTraining(L.LightningModule):
         norm = torch.nn.utils.clip_grad_norm_(parameters, self.gradient_clip or torch.inf)
         optimizer.step()
         self.lr_schedulers().step()
+        if self.average is not None:
+            with torch.no_grad():
+                pairs = zip(self.average.parameters(), self.draft.parameters(), strict=True)
+                for mean_weight, weight in pairs:
+                    mean_weight.lerp_(weight, 1 - self.ema)
         mean = value / total
         if not torch.isfinite(mean):
             raise ValueError(f"the loss is {float(mean)} at step {step.number}; lower trainer.lr or check the cache")
@@ -165,7 +184,7 @@ class DraftTraining(L.LightningModule):
 
     def validation_step(self, step: Step, index: int) -> None:
         for batch in step.micro:
-            self.val_slots.update(self.loss(batch, 0).slots)
+            self.val_slots.update(self.loss(self.published, batch, 0).slots)
 
     def on_validation_epoch_end(self) -> None:
         self.log_dict({f"val/{k}": v for k, v in self.val_slots.compute().items()})
