@@ -1,8 +1,10 @@
 """The layers of a draft: family facts as data, one layer for all families, the key-value cache, the frozen tables.
 
 Parameter names equal those of published checkpoints. Sources of the facts: METHODS of each family's reference
-configuration (Qwen3: per-head q/k norms, pre-norm layout; Gemma4: full-attention geometry, sandwich norms, layer
-scalar, value = scale-free RMS norm of the key projection, proportional rope, soft-capped head).
+configuration (Qwen3: per-head q/k norms, pre-norm layout; Llama: the same without those norms; Gemma4: full-attention
+geometry, sandwich norms, layer scalar, value = scale-free RMS norm of the key projection, proportional rope,
+soft-capped head). A target of any other architecture lends its sizes; where its attention is not of that kind, `sizes`
+gives a dense draft of its width Qwen3's proportions.
 
 Axes: B batch, T tokens, D hidden, V vocabulary, H query heads, G key-value heads, d head size.
 """
@@ -48,6 +50,8 @@ class Backbone:
     embedding_scale: float = 1.0
     soft_cap: float | None = None
     window: int | None = None
+    head_norms: bool = True
+    norm_before_residual: bool = False  # a paired layer adds to its normed feature (a variant of published Eagle3s)
 
     @property
     def scale(self) -> float:
@@ -61,27 +65,50 @@ class Backbone:
         return F.pad(1.0 / self.rope_theta**exponents, (0, half - turned))
 
 
+def sizes(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Heads, key-value heads, head size and feed-forward size of a dense draft for a target's raw configuration.
+
+    Targets with dense grouped-query attention give their own. Latent or compressed attention (a `q_lora_rank` or
+    `kv_lora_rank`) and experts without a dense feed-forward have none: there a draft takes Qwen3's proportions (heads
+    of 128, at most 8 key-value heads, feed-forward 3 D, as Qwen3-8B has at D 4096).
+    """
+    D, heads = config["hidden_size"], config["num_attention_heads"]
+    if config.get("q_lora_rank") or config.get("kv_lora_rank") or not config.get("intermediate_size"):
+        head_dim = next(d for d in (128, 64, 32, 16, 8, 4, 2) if D % d == 0 and 4 * d <= D)
+        heads = D // head_dim
+        kv_heads = next(g for g in range(min(8, max(1, heads // 2)), 0, -1) if heads % g == 0)
+        return {"heads": heads, "kv_heads": kv_heads, "head_dim": head_dim, "intermediate_size": 3 * D}
+    return {
+        "heads": heads,
+        "kv_heads": config.get("num_key_value_heads") or heads,
+        "head_dim": config.get("head_dim") or D // heads,
+        "intermediate_size": config["intermediate_size"],
+    }
+
+
 def _rope_theta(config: Mapping[str, Any], default: float) -> float:
     parameters = config.get("rope_parameters") or {}
+    parameters = parameters.get("main", parameters)  # DeepSeek-V4 keeps one set for each kind of attention
     return float(parameters.get("rope_theta") or config.get("rope_theta") or default)
 
 
 def qwen3(config: Mapping[str, Any]) -> Backbone:
     """Qwen3-like dense backbone with the sizes of a configuration (a raw config.json mapping)."""
-    heads = config["num_attention_heads"]
     return Backbone(
         family="qwen3",
         hidden_size=config["hidden_size"],
-        intermediate_size=config["intermediate_size"],
-        heads=heads,
-        kv_heads=config.get("num_key_value_heads") or heads,
-        head_dim=config.get("head_dim") or config["hidden_size"] // heads,
+        **sizes(config),
         vocab_size=config["vocab_size"],
         rope_theta=_rope_theta(config, 1e6),
         norm_eps=config.get("rms_norm_eps", 1e-6),
-        activation=config.get("hidden_act", "silu"),
+        activation=config.get("hidden_act") or "silu",
         attention_bias=bool(config.get("attention_bias", False)),
     )
+
+
+def llama(config: Mapping[str, Any]) -> Backbone:
+    """Llama-like dense backbone: Qwen3's without norms of queries and keys (what SGLang's Eagle3 loads)."""
+    return replace(qwen3(config), family="llama", head_norms=False)
 
 
 def gemma4(config: Mapping[str, Any]) -> Backbone:
@@ -89,19 +116,19 @@ def gemma4(config: Mapping[str, Any]) -> Backbone:
     config = config.get("text_config") or config
     rope = (config.get("rope_parameters") or {}).get("full_attention") or {}
     shared = bool(config.get("attention_k_eq_v", False))
-    kv_heads = config["num_key_value_heads"]
+    found = sizes(config)
+    if shared:
+        found["kv_heads"] = config.get("num_global_key_value_heads") or found["kv_heads"]
+    found["head_dim"] = config.get("global_head_dim") or found["head_dim"]
     return Backbone(
         family="gemma4",
         hidden_size=config["hidden_size"],
-        intermediate_size=config["intermediate_size"],
-        heads=config["num_attention_heads"],
-        kv_heads=(config.get("num_global_key_value_heads") or kv_heads) if shared else kv_heads,
-        head_dim=config.get("global_head_dim") or config["head_dim"],
+        **found,
         vocab_size=config["vocab_size"],
         rope_theta=float(rope.get("rope_theta", 1e6)),
         rope_fraction=float(rope.get("partial_rotary_factor", 1.0)),
         norm_eps=config.get("rms_norm_eps", 1e-6),
-        activation=config.get("hidden_activation", "gelu_pytorch_tanh"),
+        activation=config.get("hidden_activation") or "gelu_pytorch_tanh",
         attention_scale=1.0,
         attention_bias=bool(config.get("attention_bias", False)),
         values_from_keys=shared,
@@ -112,7 +139,7 @@ def gemma4(config: Mapping[str, Any]) -> Backbone:
     )
 
 
-FAMILIES: dict[str, Callable[[Mapping[str, Any]], Backbone]] = {"qwen3": qwen3, "gemma4": gemma4}
+FAMILIES: dict[str, Callable[[Mapping[str, Any]], Backbone]] = {"qwen3": qwen3, "gemma4": gemma4, "llama": llama}
 
 
 def backbone_of(config: Mapping[str, Any], family: str | None = None, window: int | None = None) -> Backbone:
@@ -166,8 +193,8 @@ class Attention(nn.Module):
         separate = not backbone.values_from_keys
         self.v_proj = nn.Linear(input_size, self.kv_heads * self.head_dim, bias=bias) if separate else None
         self.o_proj = nn.Linear(self.heads * self.head_dim, backbone.hidden_size, bias=bias)
-        self.q_norm = nn.RMSNorm(self.head_dim, eps=backbone.norm_eps)
-        self.k_norm = nn.RMSNorm(self.head_dim, eps=backbone.norm_eps)
+        self.q_norm = nn.RMSNorm(self.head_dim, eps=backbone.norm_eps) if backbone.head_norms else nn.Identity()
+        self.k_norm = nn.RMSNorm(self.head_dim, eps=backbone.norm_eps) if backbone.head_norms else nn.Identity()
         self.value_eps = backbone.norm_eps if backbone.value_norm else None
 
     def queries(self, x: Float[Tensor, "*b D"], rope: Rope) -> Float[Tensor, "*b H d"]:
@@ -207,7 +234,7 @@ class Layer(nn.Module):
         self.input_layernorm = nn.RMSNorm(D, eps=eps)
         self.hidden_norm = nn.RMSNorm(D, eps=eps) if paired else None
         self.post_attention_layernorm = nn.RMSNorm(D, eps=eps)
-        self.sandwich = backbone.sandwich
+        self.sandwich, self.adds_to_normed = backbone.sandwich, paired and backbone.norm_before_residual
         if self.sandwich:
             self.pre_feedforward_layernorm = nn.RMSNorm(D, eps=eps)
             self.post_feedforward_layernorm = nn.RMSNorm(D, eps=eps)
@@ -222,6 +249,8 @@ class Layer(nn.Module):
 
     def finish(self, x: Float[Tensor, "*b D"], seen: Float[Tensor, "*b H d"]) -> Float[Tensor, "*b D"]:
         """Residual, feed-forward and residual after attention."""
+        if self.adds_to_normed:
+            x = self.hidden_norm(x)
         seen = self.self_attn.o_proj(seen.flatten(-2))
         if not self.sandwich:
             x = x + seen

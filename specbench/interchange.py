@@ -1,46 +1,66 @@
-"""Published draft checkpoints in and out of our layout.
+"""Draft folders in and out: config.json + *.safetensors, in a folder or on the Hugging Face hub.
 
-A draft folder is config.json + model.safetensors. Formats read: DeepSpec (DSpark, DFlash, Eagle3), z-lab DFlash, and
-our own for methods without a published format. Key names and meanings: the formats' released checkpoints.
-Unknown or missing keys are errors that list them.
+`load_draft` reads every format of formats.py, `save_draft` writes ours (DeepSpec's fields and names, and a `specbench`
+section that can build any method again), `export_draft` writes the formats of exports.py. Missing and unknown tensors
+are errors that list them.
 """
 
 from __future__ import annotations
 
-import importlib
+import dataclasses
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import HfApi, get_token, snapshot_download
+from huggingface_hub.errors import HfHubHTTPError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from specbench.backbone import Backbone, backbone_of
-from specbench.methods.dflash import DFlash
+from specbench.data.hub import first_line
+from specbench.exports import FORMATS, deepspec_fields, obstacle, sglang, speculators, tensors_of, vocabulary_map
+from specbench.formats import FormatError, Reading, describe, draft_ids, read
 from specbench.methods.draft import Draft
-from specbench.methods.dspark import DSpark
-from specbench.methods.eagle3 import Eagle3
-from specbench.methods.parallel import ParallelDraft
 from specbench.tables import Tables
 
-DEEPSPEC = {"DSparkModel": "dspark", "Eagle3Model": "eagle3"}
+__all__ = ["FormatError", "build_draft", "export_draft", "fetch", "load_draft", "push", "read_folder", "save_draft"]
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
-class FormatError(ValueError):
-    """A draft folder that cannot be read as any known format."""
+def fetch(source: str | Path, revision: str | None = None) -> Path:
+    """The folder of a draft: itself, or a hub id downloaded into the hub's cache. Errors: FormatError."""
+    path = Path(source)
+    if path.exists():
+        return path
+    if not HUB_ID.fullmatch(str(source)) or str(source)[0] in "./":
+        raise FormatError(f"draft={source}: there is no such folder, and it is no hub id of the form OWNER/NAME")
+    try:
+        return Path(snapshot_download(str(source), revision=revision, allow_patterns=["*.json", "*.safetensors"]))
+    except (OSError, ValueError, HfHubHTTPError) as error:
+        raise FormatError(
+            f"draft={source}: there is no such folder, and the hub does not give it ({first_line(error)}): check the "
+            "name and the network, or give a folder"
+        ) from error
+
+
+def read_config(folder: str | Path) -> dict[str, Any]:
+    """config.json of a draft folder. Errors: FormatError."""
+    file = Path(folder) / "config.json"
+    if not file.is_file():
+        raise FormatError(f"draft={folder}: no config.json there; give a folder with config.json and *.safetensors")
+    try:
+        return json.loads(file.read_text())
+    except json.JSONDecodeError as error:
+        raise FormatError(f"draft={folder}: config.json is not JSON ({error})") from error
 
 
 def read_folder(folder: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """config.json and all tensors of a draft folder (one file or a sharded index)."""
+    """config.json and all tensors of a draft folder (one file or several)."""
     folder = Path(folder)
-    if not (folder / "config.json").is_file():
-        raise FormatError(f"draft={folder}: no config.json there; give a folder with config.json and *.safetensors")
-    try:
-        config = json.loads((folder / "config.json").read_text())
-    except json.JSONDecodeError as error:
-        raise FormatError(f"draft={folder}: config.json is not JSON ({error})") from error
+    config = read_config(folder)
     files = sorted(folder.glob("*.safetensors"))
     if not files:
         raise FormatError(f"draft={folder}: no *.safetensors there; is the download complete?")
@@ -53,82 +73,23 @@ def read_folder(folder: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     return config, tensors
 
 
-def _setting(config: Mapping[str, Any], key: str) -> Any:
-    if key not in config:
-        raise FormatError(f"config.json lacks {key!r}, which this architecture needs")
-    return config[key]
+def taps_of(folder: str | Path) -> list[int]:
+    """The target layers that the draft of a folder reads."""
+    return list(describe(read_config(folder))[1]["target_layer_ids"])
 
 
-def describe(config: Mapping[str, Any]) -> tuple[type[Draft], dict[str, Any]]:
-    """The class and constructor settings that a draft's config.json asks for."""
-    if "specbench" in config:
-        own = config["specbench"]
-        module, name = own["class"].rsplit(".", 1)
-        return getattr(importlib.import_module(module), name), dict(own["settings"])
-    architecture = (config.get("architectures") or ["none"])[0]
-    method = next((m for suffix, m in DEEPSPEC.items() if architecture.endswith(suffix)), None)
-    if method == "dspark":
-        rank, confident = int(config.get("markov_rank") or 0), bool(config.get("enable_confidence_head"))
-        settings = {
-            "target_layer_ids": _setting(config, "target_layer_ids"),
-            "mask_token_id": _setting(config, "mask_token_id"),
-            "layers": _setting(config, "num_hidden_layers"),
-            "block_size": _setting(config, "block_size"),
-            "anchors": config.get("num_anchors", 512),
-        }
-        if rank == 0 and not confident:
-            return DFlash, settings
-        markov = rank > 0 and bool(config.get("confidence_head_with_markov", True))
-        return DSpark, settings | {
-            "markov_head": config.get("markov_head_type") or "vanilla",
-            "markov_rank": rank,
-            "confidence_head": confident,
-            "confidence_with_markov": markov,
-        }
-    if method == "eagle3":
-        return Eagle3, {
-            "target_layer_ids": _setting(config, "target_layer_ids"),
-            "layers": config.get("draft_num_hidden_layers", 1),
-            "block_size": config.get("ttt_length", 7),
-        }
-    if architecture == "DFlashDraftModel":
-        inner = _setting(config, "dflash_config")
-        return DFlash, {
-            "target_layer_ids": _setting(inner, "target_layer_ids"),
-            "mask_token_id": _setting(inner, "mask_token_id"),
-            "layers": _setting(config, "num_hidden_layers"),
-            # The published block counts the anchor, which predicts nothing in this form.
-            "block_size": _setting(config, "block_size") - 1,
-            "sample_from_anchor": False,
-        }
-    raise FormatError(
-        f"architecture {architecture!r} is no draft format known here; known: *DSparkModel, *Eagle3Model, "
-        "DFlashDraftModel and SpecBench's own"
-    )
-
-
-def backbone_from(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Backbone:
-    """Backbone facts of a draft's own config.json (its head sizes are read raw, before any library rewrites them)."""
-    own = config.get("specbench")
-    if own is not None:
-        return backbone_of(own["target_config"], own["family"], own["window"])
-    text = config.get("text_config") or config
-    facts = dict(text)
-    if "gemma4" not in str(config.get("model_type", "")) and "num_attention_heads" not in facts:
-        raise FormatError("config.json lacks num_attention_heads, so the draft's layers cannot be built")
-    if "layers.0.self_attn.v_proj.weight" in tensors and facts.get("attention_k_eq_v"):
-        facts["attention_k_eq_v"] = False
-    window = facts.get("sliding_window") if facts.get("use_sliding_window") else None
-    return backbone_of(facts, window=window)
-
-
-def load_draft(folder: str | Path, target_tables: Tables | None = None, dtype: torch.dtype | None = None) -> Draft:
+def load_draft(
+    folder: str | Path,
+    target_tables: Tables | None = None,
+    dtype: torch.dtype | None = None,
+    taps: list[int] | None = None,
+) -> Draft:
     """Build the draft of a folder and load every tensor; `target_tables` serve formats that ship none.
 
     Errors: FormatError listing missing and unexpected keys, or naming a shape that differs.
     """
     config, tensors = read_folder(folder)
-    return build_draft(config, tensors, target_tables, dtype)
+    return build_draft(config, tensors, target_tables, dtype, taps)
 
 
 def build_draft(
@@ -136,25 +97,24 @@ def build_draft(
     tensors: Mapping[str, Tensor],
     target_tables: Tables | None = None,
     dtype: torch.dtype | None = None,
+    taps: list[int] | None = None,
 ) -> Draft:
     """The same from a configuration and tensors already read."""
-    kind, settings = describe(config)
-    backbone = backbone_from(config, tensors)
-    tensors = {key.removeprefix("model."): value for key, value in tensors.items()}
-    embedding, head = tensors.pop("embed_tokens.weight", None), tensors.pop("lm_head.weight", None)
-    if embedding is not None:
-        head = embedding if head is None else head
-        tables = Tables(embedding, head, backbone.embedding_scale, backbone.soft_cap)
-    elif target_tables is not None:
-        tables = target_tables
-    else:
-        raise FormatError("this draft ships no embedding and head; give target=FOLDER_OR_ID so that they can be shared")
-    draft = kind(backbone, tables, **settings)
+    return assemble_draft(read(config, tensors, taps), target_tables, dtype)
+
+
+def assemble_draft(reading: Reading, target_tables: Tables | None, dtype: torch.dtype | None = None) -> Draft:
+    """The draft of a checkpoint that is understood."""
+    tensors = dict(reading.tensors)
+    tables = _tables(reading, tensors, target_tables)
+    draft = reading.kind(reading.backbone, tables, **reading.settings)
     expected = draft.state_dict()
     missing = sorted(set(expected) - set(tensors) - {k for k in expected if k.startswith("tables.")})
     unknown = sorted(set(tensors) - set(expected))
     if missing or unknown:
-        raise FormatError(f"draft checkpoint does not fit {kind.__name__}: missing {missing}, unknown {unknown}")
+        raise FormatError(
+            f"draft checkpoint does not fit {reading.kind.__name__}: missing {missing}, unknown {unknown}"
+        )
     wrong = [
         f"{k} {tuple(tensors[k].shape)}, not {tuple(expected[k].shape)}"
         for k in tensors
@@ -162,62 +122,99 @@ def build_draft(
     ]
     if wrong:
         raise FormatError(f"draft checkpoint has other shapes than its config.json says: {'; '.join(wrong)}")
-    draft.load_state_dict(dict(tensors), strict=False)
+    draft.load_state_dict(tensors, strict=False)
     return draft.to(dtype or next(iter(tensors.values())).dtype).eval()
+
+
+def _tables(reading: Reading, tensors: dict[str, Tensor], given: Tables | None) -> Tables:
+    """Take the tables and the vocabulary map out of `tensors`; what the checkpoint does not ship is the target's."""
+    facts = reading.backbone
+    embedding, head = tensors.pop("embed_tokens.weight", None), tensors.pop("lm_head.weight", None)
+    ids = draft_ids(tensors, facts.vocab_size)
+    tensors.pop("d2t", None)
+    tensors.pop("t2d", None)
+    if (embedding is None or (head is None and ids is not None)) and given is None:
+        raise FormatError("this draft ships no embedding and head; give target=FOLDER_OR_ID so that they can be shared")
+    if embedding is None and head is None:
+        return given.derive(ids=ids)
+    if reading.scales_unknown and given is not None and (given.embedding_scale != 1.0 or given.soft_cap is not None):
+        raise FormatError(
+            "the target scales its embedding or caps its logits, and this draft's format does not say whether the "
+            "draft does: it cannot be decoded faithfully"
+        )
+    embedding = given.embedding if embedding is None else embedding
+    if head is None:
+        head = embedding if ids is None else given.head[ids.to(given.head.device)]
+    rows = facts.vocab_size if ids is None else len(ids)
+    if len(head) != rows:
+        raise FormatError(f"lm_head has {len(head)} rows and the draft's vocabulary {rows} tokens (d2t names them)")
+    return Tables(embedding, head, facts.embedding_scale, facts.soft_cap, ids=ids)
 
 
 def save_draft(draft: Draft, folder: str | Path, target_config: Mapping[str, Any], settings: Mapping[str, Any]) -> Path:
     """Write `draft` as config.json + model.safetensors: the published DeepSpec keys where the method has them.
 
     `settings` are the constructor arguments beyond backbone and tables; they are kept under `specbench` in
-    config.json, so that any method, published or not, can be built again.
+    config.json, so that any method, published or not, can be built again. A reduced vocabulary is kept as d2t and t2d.
     """
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     text = dict(target_config.get("text_config") or target_config)
-    settings = {k: list(v) if isinstance(v, tuple) else v for k, v in settings.items()}
-    config = text | _published(draft, text)
+    config = text | deepspec_fields(draft, text)
+    config.pop("specbench", None)
     config["specbench"] = {
         "class": f"{type(draft).__module__}.{type(draft).__qualname__}",
-        "settings": settings,
-        "family": draft.backbone.family,
-        "window": draft.backbone.window,
+        "settings": {k: list(v) if isinstance(v, tuple) else v for k, v in settings.items() if k != "draft_vocabulary"},
+        "backbone": dataclasses.asdict(draft.backbone),
         "target_config": dict(target_config),
     }
-    tensors = {k: v.detach().cpu().contiguous() for k, v in draft.state_dict().items() if not k.startswith("tables.")}
-    tensors["embed_tokens.weight"] = draft.tables.embedding.detach().cpu().clone()
-    tensors["lm_head.weight"] = draft.tables.head.detach().cpu().clone()
+    tensors = tensors_of(draft)
+    if draft.draft_vocabulary is not None:
+        tensors |= vocabulary_map(draft)
+    return _write(Path(folder), config, tensors)
+
+
+def export_draft(
+    source: str | Path, folder: str | Path, form: str, verifier: str | None = None, tables: Tables | None = None
+) -> Path:
+    """Write the draft of the folder `source` into `folder` in a published format; `verifier` names its target.
+
+    Errors: FormatError when the format or its engine cannot hold the draft, with the reason.
+    """
+    if form not in FORMATS:
+        raise FormatError(f"format={form!r}: choose one of {', '.join(FORMATS)}")
+    config, tensors = read_folder(source)
+    reading = read(config, tensors)
+    draft = assemble_draft(reading, tables)
+    reason = obstacle(draft, form)
+    if reason is not None:
+        raise FormatError(f"draft={source} cannot be written as format={form}: {reason}")
+    if form == "vllm":
+        return _write(Path(folder), *speculators(draft, verifier))
+    if form == "sglang":
+        return _write(Path(folder), *sglang(draft))
+    plain = {k: v for k, v in config.items() if k != "specbench"} if "specbench" in config else dict(reading.text)
+    return _write(Path(folder), plain | deepspec_fields(draft, plain), tensors_of(draft))
+
+
+def push(folder: str | Path, repository: str, private: bool = False) -> str:
+    """Upload a folder to the hub's model `repository` (made if need be); returns its address.
+
+    Errors: ValueError without a token, or with what the hub answered.
+    """
+    if not HUB_ID.fullmatch(repository):
+        raise ValueError(f"push={repository}: give a hub id of the form OWNER/NAME")
+    if get_token() is None:
+        raise ValueError(f"push={repository}: no Hugging Face token here; set HF_TOKEN or run `hf auth login`")
+    api = HfApi()
+    try:
+        address = str(api.create_repo(repository, private=private, exist_ok=True))
+        api.upload_folder(repo_id=repository, folder_path=folder, commit_message="Upload a SpecBench draft")
+    except (OSError, HfHubHTTPError) as error:
+        raise ValueError(f"push={repository}: the hub refused it ({first_line(error)})") from error
+    return address
+
+
+def _write(folder: Path, config: Mapping[str, Any], tensors: dict[str, Tensor]) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
     return folder
-
-
-def _published(draft: Draft, text: Mapping[str, Any]) -> dict[str, Any]:
-    family = "Gemma4" if draft.backbone.sandwich else "Qwen3"
-    shared = {
-        "num_target_layers": text["num_hidden_layers"],
-        "num_hidden_layers": len(draft.layers),
-        "layer_types": ["full_attention"] * len(draft.layers),
-        "target_layer_ids": list(draft.target_layer_ids),
-        "tie_word_embeddings": False,
-    }
-    if isinstance(draft, Eagle3):
-        return shared | {
-            "architectures": [f"{family}Eagle3Model"],
-            "ttt_length": draft.block_size,
-            "draft_num_hidden_layers": len(draft.layers),
-        }
-    if isinstance(draft, ParallelDraft):
-        markov = draft.markov_head if isinstance(draft, DSpark) else None
-        confident = isinstance(draft, DSpark) and draft.confidence_head is not None
-        return shared | {
-            "architectures": [f"{family}DSparkModel"],
-            "block_size": draft.block_size,
-            "mask_token_id": draft.mask_token_id,
-            "num_anchors": draft.anchors_per_sample,
-            "markov_rank": 0 if markov is None else markov.rank,
-            "markov_head_type": "vanilla" if markov is None else markov.kind,
-            "enable_confidence_head": confident,
-            "confidence_head_with_markov": isinstance(draft, DSpark) and draft.confidence_with_markov,
-        }
-    return shared | {"architectures": [f"SpecBench{type(draft).__name__}"]}

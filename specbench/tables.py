@@ -51,4 +51,5 @@ class Tables(nn.Module):
         if not trainable and ids is None:
             return self
         head = self.head if ids is None else self.head[ids]
-        return Tables(self.embedding.detach(), head.detach(), self.embedding_scale, self.soft_cap, trainable, ids)
+        kept = self.ids if ids is None else ids
+        return Tables(self.embedding.detach(), head.detach(), self.embedding_scale, self.soft_cap, trainable, kept)

@@ -24,7 +24,8 @@ LAYERS = (
     """decoding scheduling calibration rounds
     data.order data.layout data.manifest data.agreement data.writing data.online data.cache data.sizing data.reading
     data.remote data.steps data.stepdata data.datamodule data.benchmarks""",
-    """training memory pretraining callbacks initialisation evaluation speed simulator serving interchange folderlogger
+    """training memory pretraining callbacks initialisation evaluation speed simulator serving formats exports interchange modelcard
+    folderlogger
     tracking""",
 )
 LAYER = {f"specbench.{name}": layer for layer, names in enumerate(LAYERS) for name in names.split()}

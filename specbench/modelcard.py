@@ -1,0 +1,103 @@
+"""The model card of a published draft, written from the records of its runs: nothing in it is typed by hand."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import yaml
+
+UNKNOWN = "not recorded"
+HOW_TO = {
+    "deepspec": "`specbench evaluate draft={repository} target={target}`, or the DeepSpec toolkit.",
+    "vllm": '`vllm serve {target} --speculative-config \'{{"model": "{repository}"}}\'`',
+    "sglang": "SGLang with `--speculative-algorithm EAGLE3 --speculative-draft-model-path {repository}`.",
+}
+
+
+def model_card(
+    repository: str,
+    form: str,
+    target: str,
+    licence: str | None,
+    training: Mapping[str, Any] | None = None,
+    evaluations: Sequence[Mapping[str, Any]] = (),
+) -> str:
+    """README.md of a draft repository: front matter, use, training, measured numbers with intervals, licence.
+
+    `training` is {"summary", "config", "provenance"} of the training run (None: a draft without one), `evaluations`
+    the summaries of its evaluation runs; `target` is the target's hub id.
+    """
+    front = {"base_model": target, "library_name": "specbench", "tags": ["speculative-decoding", "draft-model", form]}
+    if licence:
+        front["license"] = licence
+    summary = (training or {}).get("summary", {})
+    method = summary.get("method", "draft")
+    parts = [
+        "---\n" + yaml.safe_dump(front, sort_keys=True) + "---",
+        f"# {repository}",
+        f"A {method} draft model for speculative decoding with [{target}](https://huggingface.co/{target}), in the "
+        f"{form} format. It proposes tokens; the target verifies them, so the output has the target's own law.",
+        "## Use\n\n" + HOW_TO[form].format(repository=repository, target=target),
+        "## Results\n\n" + _results(evaluations),
+        "## Training\n\n" + _training(training),
+        "## Licence\n\n" + (licence or "The author has named none; ask before you use it."),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _results(evaluations: Sequence[Mapping[str, Any]]) -> str:
+    if not evaluations:
+        return "No evaluation is recorded."
+    lines = [
+        "Accepted length is tokens committed a verification, the bonus token included, pooled over all rounds; the "
+        "interval is 95%, a cluster bootstrap over prompts.",
+        "",
+        "| suite | temperature | accepted length | interval | rounds | tokens/s | accounting |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for run in evaluations:
+        metrics = run.get("metrics", {})
+        length, speed = metrics.get("accepted_length", {}), metrics.get("tokens_per_second", {})
+        low, high = _number(length.get("low")), _number(length.get("high"))
+        cells = (
+            run.get("suite", UNKNOWN),
+            f"{run['temperature']:g}" if "temperature" in run else UNKNOWN,
+            _number(length.get("value")),
+            f"{low} to {high}",
+            length.get("count", UNKNOWN),
+            _number(speed.get("value")),
+            run.get("accounting", UNKNOWN),
+        )
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
+    return "\n".join(lines)
+
+
+def _training(training: Mapping[str, Any] | None) -> str:
+    if training is None:
+        return "The record of the training run is not at hand."
+    summary, config, provenance = training["summary"], training["config"], training["provenance"]
+    cache = summary.get("lineage", {}).get("cache", {})
+    rows = {
+        "data": config.get("data", {}).get("name", UNKNOWN),
+        "target cache": cache.get("fingerprint", UNKNOWN),
+        "optimiser steps": summary.get("steps", UNKNOWN),
+        "step of the chosen checkpoint": summary.get("best_step", UNKNOWN),
+        "supervised tokens": summary.get("trained_tokens", UNKNOWN),
+        "trained parameters": summary.get("parameters", UNKNOWN),
+        "objective": config.get("method", {}).get("objective", UNKNOWN),
+        "seeds": config.get("seed", UNKNOWN),
+        "code": (provenance.get("code") or {}).get("commit") or UNKNOWN,
+        "versions": ", ".join(
+            f"{name} {provenance.get('versions', {}).get(name) or UNKNOWN}"
+            for name in ("specbench", "torch", "transformers")
+        ),
+    }
+    table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
+    command = shlex.join(provenance.get("command") or [UNKNOWN])
+    return f"| | |\n|---|---|\n{table}\n\nCommand:\n\n    {command}"
+
+
+def _number(value: Any) -> str:
+    return UNKNOWN if value is None else f"{value:.3f}"

@@ -1,0 +1,386 @@
+"""Published formats in and out: field by field, tensor by tensor, and what must be refused."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig
+
+from experiments.assembly import build_draft as compose_draft
+from specbench import formats
+from specbench.backbone import backbone_of
+from specbench.blocks import with_anchors
+from specbench.decoding import Limits, decode, speculative_decode
+from specbench.exports import obstacle
+from specbench.initialisation import randomise
+from specbench.interchange import (
+    FormatError,
+    build_draft,
+    export_draft,
+    fetch,
+    load_draft,
+    read_folder,
+    save_draft,
+    taps_of,
+)
+from specbench.methods.dflash import DFlash
+from specbench.methods.dspark import DSpark
+from specbench.methods.eagle3 import Eagle3
+from specbench.sampling import Sampling
+from tests import tiny
+
+GOLDEN = Path(__file__).parent / "fixtures" / "golden"
+CASES = sorted(path.parent.name for path in GOLDEN.glob("*/draft"))
+IDS = torch.tensor([1, 2, 3, 5, 8, 13, 21, 34, 55, 89])
+
+
+def made(method: str, family: str = "qwen3", ids: torch.Tensor | None = None, **settings):
+    """A random draft, its settings, and the target's raw configuration."""
+    cfg = OmegaConf.load(tiny.CONFIGS / "method" / f"{method}.yaml")
+    for key in ("backbone", "window"):
+        if key in settings:
+            cfg[key] = settings.pop(key)
+    taps = settings.pop("taps", list(tiny.TAPS))
+    small = {"layers": 1, "block_size": 4} | ({"markov_rank": 6} if "markov_rank" in cfg.draft else {})
+    cfg.draft = OmegaConf.merge(cfg.draft, small, settings)
+    owner = tiny.target(family)
+    about = OmegaConf.create({"target_layer_ids": taps, "mask_token_id": tiny.MASK})
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        draft = compose_draft(cfg, about, owner.config, owner.tables.derive(ids=ids))
+        randomise(draft, std=0.2)
+        for name, parameter in draft.named_parameters():
+            if "norm" in name:
+                parameter.data.uniform_(0.5, 1.5)
+    kept = OmegaConf.to_container(cfg.draft) | {"target_layer_ids": taps, "mask_token_id": tiny.MASK}
+    kept.pop("_target_")
+    return draft.eval(), kept, owner.config
+
+
+def logits(draft, family: str = "qwen3"):
+    batch = with_anchors(tiny.batch(family), 3)
+    with torch.no_grad():
+        blocks = draft(batch)
+        return draft.logits(blocks.hidden, blocks.previous)[blocks.mask]
+
+
+def same(one, other, family: str = "qwen3") -> None:
+    assert type(one) is type(other)
+    assert one.backbone == other.backbone
+    assert one.state_dict().keys() == other.state_dict().keys()
+    assert all(torch.equal(value, other.state_dict()[key]) for key, value in one.state_dict().items())
+    assert torch.equal(logits(one, family), logits(other, family))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_deepspec_draft_is_written_back_as_it_came(case: str, tmp_path: Path) -> None:
+    source = GOLDEN / case / "draft"
+    config, tensors = read_folder(source)
+    reading = formats.read(config, tensors)
+    own = save_draft(load_draft(source), tmp_path / "own", reading.text, reading.settings)
+    for folder in (source, own):  # straight, and through our own layout
+        out = export_draft(folder, tmp_path / "out", "deepspec")
+        assert json.loads((out / "config.json").read_text()) == config
+        written = load_file(out / "model.safetensors")
+        assert written.keys() == tensors.keys()
+        for key, value in tensors.items():
+            assert written[key].dtype == value.dtype and torch.equal(written[key], value), key
+
+
+@pytest.mark.parametrize(
+    ("method", "family", "settings"),
+    [
+        *((m, f, {}) for m in tiny.METHODS for f in tiny.FAMILIES),
+        *((m, "qwen3", {"window": 5}) for m in tiny.METHODS),
+        *((m, "qwen3", {"backbone": "gemma4"}) for m in tiny.METHODS),
+        *((m, "gemma4", {"backbone": "qwen3"}) for m in tiny.METHODS),
+        *((m, "qwen3", {"backbone": "llama"}) for m in tiny.METHODS),
+        *((m, "qwen3", {"ids": IDS}) for m in tiny.METHODS),
+        ("dspark", "gemma4", {"markov_head": "rnn", "ids": IDS}),
+        ("dspark", "qwen3", {"markov_head": "gated", "confidence_with_markov": False}),
+        ("dflash", "qwen3", {"sample_from_anchor": False}),
+        ("eagle3", "qwen3", {"train_tables": True, "ids": IDS}),
+    ],
+)
+def test_our_own_layout_holds_every_draft(method: str, family: str, settings: dict, tmp_path: Path) -> None:
+    draft, kept, config = made(method, family, **settings)
+    loaded = load_draft(save_draft(draft, tmp_path, config, kept))
+    same(draft, loaded, family)
+    ids = settings.get("ids")
+    assert (ids is None) == (loaded.draft_vocabulary is None)
+    assert ids is None or torch.equal(loaded.draft_vocabulary, ids)
+    assert taps_of(tmp_path) == list(tiny.TAPS)
+    # Other tools know the folder for what it is: a name of DeepSpec's only where DeepSpec can read it.
+    name = json.loads((tmp_path / "config.json").read_text())["architectures"][0]
+    assert name.startswith("SpecBench") == (obstacle(draft, "deepspec") is not None)
+
+
+@pytest.mark.parametrize("method", tiny.METHODS)
+def test_a_reduced_vocabulary_decodes_losslessly(method: str, tmp_path: Path) -> None:
+    draft, kept, config = made(method, ids=IDS)
+    draft = load_draft(save_draft(draft, tmp_path, config, kept))
+    owner = tiny.target("qwen3")
+    prompts = [s.tokens[:5].tolist() for s in tiny.samples("qwen3", lengths=(9, 9, 9))]
+    limits = Limits(max_new_tokens=12, batch_size=3)
+    own = {d.index: d.output_ids for d in decode(owner, prompts, Sampling(), limits)}
+    done = list(speculative_decode(owner, draft, prompts, Sampling(), limits))
+    assert {d.index: d.output_ids for d in done} == own
+    sampled = speculative_decode(owner, draft, prompts, Sampling(1.0), limits)
+    assert all(len(d.output_ids) == 12 for d in sampled)
+    proposals = []
+    draft_propose = draft.propose
+    draft.propose = lambda *a, **k: proposals.append(draft_propose(*a, **k)) or proposals[-1]
+    list(speculative_decode(owner, draft, prompts, Sampling(1.0), limits))
+    assert {int(t) for p in proposals for t in p.tokens.flatten()} <= set(IDS.tolist())
+    assert all(p.probabilities.shape[-1] == tiny.VOCABULARY for p in proposals)
+    outside = torch.ones(tiny.VOCABULARY, dtype=torch.bool).index_fill_(0, IDS, False)
+    assert all(float(p.probabilities[..., outside].abs().sum()) == 0 for p in proposals)
+
+
+def test_vllm_dspark_field_by_field(tmp_path: Path) -> None:
+    draft, kept, config = made("dspark", layers=2)
+    save_draft(draft, tmp_path / "own", config, kept)
+    out = export_draft(tmp_path / "own", tmp_path / "out", "vllm", verifier="me/target")
+    written = json.loads((out / "config.json").read_text())
+    expected = {
+        "architectures": ["DSparkDraftModel"],
+        "speculators_model_type": "dspark",
+        "draft_vocab_size": tiny.VOCABULARY,
+        "aux_hidden_state_layer_ids": [1, 3, 4],
+        "mask_token_id": tiny.MASK,
+        "block_size": 4,
+        "sample_from_anchor": True,
+        "markov_rank": 6,
+        "markov_head_type": "vanilla",
+        "enable_confidence_head": True,
+        "confidence_head_with_markov": True,
+        "tie_word_embeddings": False,
+    }
+    assert {key: written[key] for key in expected} == expected
+    layer = written["transformer_layer_config"]
+    assert layer["model_type"] == "qwen3" and layer["num_hidden_layers"] == 2 and layer["head_dim"] == 8
+    assert layer["rope_parameters"] == {"rope_theta": 10000.0, "rope_type": "default"}
+    assert written["speculators_config"]["verifier"]["name_or_path"] == "me/target"
+    assert written["speculators_config"]["proposal_methods"][0]["speculative_tokens"] == 4
+    tensors = load_file(out / "model.safetensors")
+    assert tensors["t2d"].dtype == torch.bool and bool(tensors["t2d"].all())
+    assert tensors["d2t"].dtype == torch.int64 and not bool(tensors["d2t"].any())
+    same(draft, load_draft(out))
+
+
+def test_vllm_dflash_counts_the_anchor(tmp_path: Path) -> None:
+    draft, kept, config = made("dflash", sample_from_anchor=False)
+    save_draft(draft, tmp_path / "own", config, kept)
+    out = export_draft(tmp_path / "own", tmp_path / "out", "vllm")
+    written = json.loads((out / "config.json").read_text())
+    assert (written["block_size"], written["sample_from_anchor"]) == (5, False)
+    assert "markov_rank" not in written
+    same(draft, load_draft(out))
+    del written["sample_from_anchor"]  # older files do not have it
+    (out / "config.json").write_text(json.dumps(written))
+    same(draft, load_draft(out))
+
+
+@pytest.mark.parametrize("form", ["vllm", "sglang"])
+def test_llama_like_eagle3_with_a_reduced_vocabulary(form: str, tmp_path: Path) -> None:
+    draft, kept, config = made("eagle3", backbone="llama", ids=IDS, block_size=7)
+    save_draft(draft, tmp_path / "own", config, kept)
+    out = export_draft(tmp_path / "own", tmp_path / "out", form)
+    written, tensors = json.loads((out / "config.json").read_text()), load_file(out / "model.safetensors")
+    assert torch.equal(tensors["d2t"] + torch.arange(len(IDS)), IDS)
+    assert tensors["t2d"].nonzero().flatten().tolist() == IDS.tolist()
+    assert tensors["lm_head.weight"].shape == (len(IDS), 32) and written["draft_vocab_size"] == len(IDS)
+    if form == "vllm":
+        assert written["eagle_aux_hidden_state_layer_ids"] == [1, 3, 4]
+        assert written["norm_before_residual"] is False
+        assert "layers.0.self_attn.q_proj.weight" in tensors
+    else:
+        assert written["architectures"] == ["LlamaForCausalLMEagle3"]
+        assert written["eagle_config"]["eagle_aux_hidden_state_layer_ids"] == [0, 2, 3]
+        assert tensors["midlayer.self_attn.q_proj.weight"].shape == (32, 64)
+        assert "embed_tokens.weight" not in tensors and not any("layers.0" in key for key in tensors)
+        with pytest.raises(FormatError, match="ships no embedding"):
+            load_draft(out)
+    same(draft, load_draft(out, tiny.target("qwen3").tables))
+
+
+def test_norm_before_residual_adds_to_the_normed_feature(tmp_path: Path) -> None:
+    draft, kept, config = made("eagle3", backbone="llama")
+    save_draft(draft, tmp_path / "own", config, kept)
+    out = export_draft(tmp_path / "own", tmp_path / "out", "vllm")
+    written = json.loads((out / "config.json").read_text())
+    (out / "config.json").write_text(json.dumps(written | {"norm_before_residual": True}))
+    other = load_draft(out)
+    assert other.backbone == dataclasses.replace(draft.backbone, norm_before_residual=True)
+    layer, x = other.layers[0], torch.randn(3, 32, generator=torch.Generator().manual_seed(0))
+    seen = torch.zeros(3, 4, 8)  # attention gives nothing: what is left is the residual and the feed-forward
+    normed = layer.hidden_norm(x)
+    expected = normed + layer.mlp(layer.post_attention_layernorm(normed))
+    torch.testing.assert_close(layer.finish(x, seen), expected)
+    torch.testing.assert_close(
+        draft.layers[0].finish(x, seen), x + draft.layers[0].mlp(layer.post_attention_layernorm(x))
+    )
+    again = export_draft(out, tmp_path / "again", "vllm")
+    assert json.loads((again / "config.json").read_text())["norm_before_residual"] is True
+    same(other, load_draft(again))
+    assert "normed feature" in obstacle(other, "sglang")
+
+
+@pytest.mark.parametrize(
+    ("method", "family", "settings", "form", "reason"),
+    [
+        ("mtp", "qwen3", {}, "deepspec", "MTP has no published format"),
+        ("mtp", "qwen3", {}, "vllm", "MTP has no published format"),
+        ("dspark", "qwen3", {"window": 8}, "vllm", "sliding window"),
+        ("dspark", "qwen3", {"markov_head": "rnn"}, "vllm", "rnn Markov head"),
+        ("dspark", "qwen3", {"markov_head": "gated"}, "vllm", "gated Markov head"),
+        ("dspark", "qwen3", {"markov_rank": 0, "confidence_with_markov": False}, "vllm", "no Markov head"),
+        ("dspark", "qwen3", {"sample_from_anchor": False}, "vllm", "mask tokens only"),
+        ("dspark", "qwen3", {"sample_from_anchor": False}, "deepspec", "mask tokens only"),
+        ("dspark", "qwen3", {"ids": IDS}, "deepspec", "reduced vocabulary"),
+        ("dspark", "qwen3", {"backbone": "gemma4"}, "deepspec", "another family"),
+        ("dspark", "qwen3", {"backbone": "llama"}, "deepspec", "Llama-like"),
+        ("dspark", "gemma4", {"backbone": "qwen3"}, "deepspec", "another family"),
+        ("dspark", "gemma4", {}, "vllm", "format=deepspec"),
+        ("dflash", "qwen3", {}, "vllm", "sample_from_anchor=false"),
+        ("dflash", "qwen3", {}, "sglang", "EAGLE-3 alone"),
+        ("eagle3", "qwen3", {}, "sglang", "method.backbone=llama"),
+        ("eagle3", "qwen3", {"backbone": "llama", "layers": 2}, "sglang", "first layer alone"),
+        ("eagle3", "qwen3", {"backbone": "llama", "taps": [0, 1]}, "vllm", "3 taps"),
+        ("eagle3", "qwen3", {"backbone": "llama", "train_tables": True}, "sglang", "trained its own"),
+    ],
+)
+def test_what_an_engine_cannot_load_is_refused(method, family, settings, form, reason, tmp_path: Path) -> None:
+    draft, kept, config = made(method, family, **settings)
+    save_draft(draft, tmp_path / "own", config, kept)
+    with pytest.raises(FormatError, match=reason):
+        export_draft(tmp_path / "own", tmp_path / "out", form)
+    assert not (tmp_path / "out").exists()
+
+
+def speculator(**changes) -> tuple[dict, dict]:
+    """An Eagle3 in speculators' form, with what its library leaves out left out."""
+    layer = {"model_type": "llama", "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4}
+    layer |= {"num_hidden_layers": 1, "vocab_size": 96}
+    config = {"speculators_model_type": "eagle3", "eagle_aux_hidden_state_layer_ids": [1, 3, 4]}
+    facts = backbone_of({**formats.SHARED_DEFAULTS, **formats.DEFAULTS["llama"], **layer}, "llama")
+    tables = tiny.target("qwen3").tables
+    draft = Eagle3(facts, tables, [0, 2, 3])
+    tensors = {k: v.clone() for k, v in draft.state_dict().items()} | {"lm_head.weight": tables.head.clone()}
+    tensors |= {"embed_tokens.weight": tables.embedding.clone()}
+    layer |= changes.pop("layer", {})
+    return config | {"transformer_layer_config": layer} | changes, tensors
+
+
+def test_speculators_leaves_defaults_out_and_starts_from_the_embedding() -> None:
+    config, tensors = speculator(eagle_aux_hidden_state_layer_ids=[0, 3, 4])
+    draft = build_draft(config, tensors)
+    assert draft.target_layer_ids == (-1, 2, 3)
+    assert draft.backbone.kv_heads == 4 and draft.backbone.head_dim == 8 and draft.backbone.rope_theta == 1e4
+    with pytest.raises(FormatError, match=r"target_layer_ids=\[...\]"):
+        build_draft(speculator(eagle_aux_hidden_state_layer_ids=None)[0], tensors)
+    config, _ = speculator(eagle_aux_hidden_state_layer_ids=None)
+    assert build_draft(config, tensors, taps=[0, 2, 3]).target_layer_ids == (0, 2, 3)
+
+
+@pytest.mark.parametrize("family", sorted(formats.DEFAULTS))
+def test_the_defaults_left_out_are_the_librarys(family: str) -> None:
+    config = AutoConfig.for_model(family)
+    for key, value in {**formats.SHARED_DEFAULTS, **formats.DEFAULTS[family]}.items():
+        found = config.rope_parameters["rope_theta"] if key == "rope_theta" else getattr(config, key)
+        derived = {"num_key_value_heads": config.num_attention_heads, "head_dim": 128}
+        assert found == (derived.get(key) if value is None else value), key
+    assert config.vocab_size == formats.VOCABULARIES[family]
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"speculators_model_type": "medusa"}, "medusa"),
+        ({"norm_before_fc": True}, "norm_before_fc"),
+        ({"layer": {"num_hidden_layers": 2}}, "num_hidden_layers=2"),
+        ({"layer": {"model_type": "phi3"}}, "phi3"),
+        ({"layer": {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}}, "llama3"),
+        ({"layer": {"mlp_bias": True}}, "mlp_bias"),
+        ({"layer": {"layer_types": ["sliding_attention"], "sliding_window": 4}}, "causal inside a block"),
+    ],
+)
+def test_what_a_draft_here_cannot_be_is_refused(changes: dict, reason: str) -> None:
+    with pytest.raises(FormatError, match=reason):
+        build_draft(*speculator(**changes))
+
+
+def test_missing_and_unknown_tensors_are_listed(tmp_path: Path) -> None:
+    config, tensors = read_folder(GOLDEN / "qwen3_eagle3" / "draft")
+    tensors["layers.0.self_attn.extra"] = tensors.pop("fc.weight")
+    with pytest.raises(FormatError, match=r"missing \['fc.weight'\], unknown \['layers.0.self_attn.extra'\]"):
+        build_draft(config, tensors)
+    config, tensors = read_folder(GOLDEN / "qwen3_eagle3" / "draft")
+    tensors["norm.weight"] = tensors["norm.weight"][:-1].clone()
+    with pytest.raises(FormatError, match=r"norm.weight \(63,\), not \(64,\)"):
+        build_draft(config, tensors)
+    with pytest.raises(FormatError, match="GPT2"):
+        build_draft({"architectures": ["GPT2"]}, tensors)
+    with pytest.raises(FormatError, match=r"no config\.json"):
+        load_draft(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("offsets", "marks", "reason"),
+    [
+        ([0, 0, 0], [0, 1, 3], "other tokens"),
+        ([0, -1, 0], [0, 2], "3 different tokens"),
+        ([0, 0, 99], None, "different tokens"),
+        (None, [0, 1, 2], "t2d and not d2t"),
+    ],
+)
+def test_an_inconsistent_vocabulary_map_is_refused(offsets, marks, reason) -> None:
+    tensors = {} if offsets is None else {"d2t": torch.tensor(offsets)}
+    if marks is not None:
+        tensors["t2d"] = torch.zeros(96, dtype=torch.bool).index_fill_(0, torch.tensor(marks), True)
+    with pytest.raises(FormatError, match=reason):
+        formats.draft_ids(tensors, 96)
+
+
+def test_zlab_shares_the_targets_tables(tmp_path: Path) -> None:
+    draft, _, config = made("dflash", sample_from_anchor=False)
+    tensors = {k: v for k, v in draft.state_dict().items() if not k.startswith("tables.")}
+    inner = {"mask_token_id": tiny.MASK, "target_layer_ids": list(tiny.TAPS)}
+    about = config | {"architectures": ["DFlashDraftModel"], "num_hidden_layers": 1, "block_size": 5}
+    save_file(tensors, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps(about | {"dflash_config": inner, "layer_types": None}))
+    loaded = load_draft(tmp_path, tiny.target("qwen3").tables)
+    same(draft, loaded)
+    assert loaded.tables is tiny.target("qwen3").tables
+    with pytest.raises(FormatError, match="ships no embedding"):
+        load_draft(tmp_path)
+
+
+def test_formats_of_scaled_targets_are_not_guessed() -> None:
+    config, tensors = speculator()
+    with pytest.raises(FormatError, match="decoded faithfully"):
+        build_draft(config, tensors, tiny.target("gemma4").tables)
+
+
+def test_a_hub_id_without_a_network_is_one_sentence() -> None:
+    with pytest.raises(FormatError, match=r"draft=nobody/nothing: .* the hub does not give it .* network") as caught:
+        fetch("nobody/nothing")
+    assert "\n" not in str(caught.value)
+    with pytest.raises(FormatError, match="no hub id"):
+        fetch("./not/there")
+    assert fetch(GOLDEN) == GOLDEN
+
+
+def test_deepspec_says_what_heads_a_draft_has() -> None:
+    kinds = {case: type(load_draft(GOLDEN / case / "draft")) for case in CASES}
+    assert {k: v for k, v in kinds.items() if v is not DSpark} == {
+        "gemma4_eagle3": Eagle3,
+        "qwen3_dflash": DFlash,
+        "qwen3_eagle3": Eagle3,
+    }
