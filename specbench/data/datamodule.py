@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -43,7 +43,7 @@ class TargetCache(StepData):
         expect: Mapping[str, Any] | None = None,
         validation_folder: str | Path | None = None,
         dtype: str | None = None,
-        on_damage: Literal["raise", "skip"] = "raise",
+        on_damage: str = "raise",
         local_folder: str | Path | None = None,
         local_bytes: int = 64 << 30,
         **order: Any,
@@ -94,8 +94,8 @@ class TargetCache(StepData):
             samples_per_micro=self.samples_per_micro,
             micro_batches_per_step=self.world,
             row_length=self.row_length,
-            threads=self.threads,
-            ahead=self.ahead,
+            threads=self._ahead.threads,
+            ahead=self._ahead.ahead,
             rank=self.rank,
             world=self.world,
         )

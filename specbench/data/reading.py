@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 import torch
 import xxhash
@@ -82,7 +82,7 @@ class CacheReader:
         files: Files,
         taps: Sequence[int] | None = None,
         dtype: torch.dtype | None = None,
-        on_damage: Literal["raise", "skip"] = "raise",
+        on_damage: str = "raise",
     ):
         if on_damage not in ("raise", "skip"):
             raise ValueError(f"on_damage={on_damage!r} does not exist: choose raise or skip")

@@ -13,10 +13,12 @@ from functools import cached_property
 from typing import Any
 
 import lightning as L
+import torch
 
 from specbench.blocks import Batch, Sample, pack
 from specbench.data.manifest import differences
-from specbench.data.order import ROWS, EpochPlan, epoch_order, split
+from specbench.data.memory import Recycler
+from specbench.data.order import ROWS, EpochPlan, epoch_order, permutation, split
 from specbench.data.steps import EpochSteps, ReadAhead, Step
 
 
@@ -52,8 +54,9 @@ class StepData(L.LightningDataModule):
         self.samples_per_micro, self.micro_batches_per_step = samples_per_micro, micro_batches_per_step
         self.row_length, self.seed, self.validation_fraction = row_length, seed, validation_fraction
         self.limit_samples, self.shuffle_window, self.balance = limit_samples, shuffle_window, balance
-        self.threads, self.ahead = threads, ahead
         self._rank, self._world = rank, world
+        self._memory = Recycler(pinned=torch.cuda.is_available())
+        self._ahead = ReadAhead(self.batch, threads, ahead)
 
     @property
     @abstractmethod
@@ -140,12 +143,12 @@ class StepData(L.LightningDataModule):
 
     def stages(self) -> list[Callable[..., Iterator[Any]]]:
         """The webdataset stages after the index-driven source: rows -> batches."""
-        return [ReadAhead(self.batch, self.threads, self.ahead)]
+        return [self._ahead]
 
     def batch(self, rows: ROWS) -> Batch:
         """One micro-batch from its rows."""
         samples = self.samples(rows) if len(rows) else []
-        return pack(samples, self.row_length) if samples else self.empty()
+        return pack(samples, self.row_length, self._memory.zeros) if samples else self.empty()
 
     def train_dataloader(self) -> _FromGlobalStep:
         return _FromGlobalStep(self)
@@ -168,6 +171,8 @@ class StepData(L.LightningDataModule):
             "limit_samples": self.limit_samples,
             "shuffle_window": self.shuffle_window,
             "balance": self.balance,
+            # Another numpy could shuffle otherwise under the same seed.
+            "order": permutation(8, self.seed).tolist(),
         }
 
     def state_dict(self) -> dict[str, Any]:

@@ -36,29 +36,30 @@ class ReadAhead:
     """A pipeline stage that applies `load` in threads, some items ahead, and keeps the order.
 
     Reads and decoders release the interpreter lock, so threads do what worker processes would, without handing
-    batches over between processes.
+    batches over between processes. The threads, and with them the buffers that they read into, outlive an epoch.
     """
 
     def __init__(self, load: Callable[[Any], Any], threads: int, ahead: int):
         if threads < 0 or ahead < 1:
             raise ValueError(f"threads={threads}, ahead={ahead}: give 0 or more threads and at least 1 item ahead")
         self.load, self.threads, self.ahead = load, threads, ahead
+        self._pool = ThreadPoolExecutor(max(1, threads), thread_name_prefix="specbench-read")
 
     def __call__(self, items: Iterable[Any]) -> Iterator[Any]:
         if self.threads == 0:
             yield from map(self.load, items)
             return
-        pool = ThreadPoolExecutor(self.threads, thread_name_prefix="specbench-read")
         pending: deque[Future] = deque()
         try:
             for item in items:
-                pending.append(pool.submit(self.load, item))
+                pending.append(self._pool.submit(self.load, item))
                 if len(pending) > self.ahead:
                     yield pending.popleft().result()
             while pending:
                 yield pending.popleft().result()
         finally:
-            pool.shutdown(wait=False, cancel_futures=True)
+            for future in pending:
+                future.cancel()
 
 
 class Step:

@@ -6,7 +6,6 @@ Axes: T tokens, C taps, D hidden size.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -42,7 +41,7 @@ class Storage:
 
     taps: Codec
     last: Codec
-    last_rows: Literal["all", "supervised"] = "all"
+    last_rows: str = "all"
 
     def facts(self) -> dict[str, str]:
         """The names that identify this storage in a manifest."""

@@ -68,4 +68,6 @@ class TinyTarget(nn.Module):
         return self.tables.logits(last)
 
     def live_logits(self, tokens: Tensor, lengths: Tensor) -> Tensor:
-        return self.states(tokens, lengths).last @ self.tables.head.T
+        logits = self.states(tokens, lengths).last @ self.tables.head.T
+        cap = self.tables.soft_cap
+        return logits if cap is None else cap * torch.tanh(logits / cap)

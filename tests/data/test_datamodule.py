@@ -1,0 +1,383 @@
+"""Reading: every conversation of an epoch once, equal steps on every rank, exact resume under kills and other ranks."""
+
+from __future__ import annotations
+
+import json
+import os
+
+import lightning as L
+import numpy as np
+import pytest
+import torch
+import webdataset as wds
+
+from specbench.blocks import pack
+from specbench.data.cache import build
+from specbench.data.datamodule import TargetCache
+from specbench.data.manifest import CacheMismatch
+from specbench.data.online import OnlineTarget, states_of
+from specbench.data.order import EpochPlan, epoch_order, permutation, split
+from specbench.data.reading import LocalFiles
+from specbench.data.shards import from_webdataset
+from specbench.data.storage import storage
+from tests.data.killing import in_child
+from tests.data.tiny_target import TinyTarget, talks
+
+TALKS = talks(46)
+ORDER = {"samples_per_micro": 3, "micro_batches_per_step": 6, "seed": 7}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    made = tmp_path_factory.mktemp("cache")
+    build(TinyTarget(), TALKS, made, storage("fp32"), 24, shard_bytes=12_000, batch_tokens=48)
+    return made
+
+
+def opened(folder, **options):
+    data = TargetCache(folder, **(ORDER | {"threads": 1} | options))
+    data.setup()
+    return data
+
+
+def rows_of(batch):
+    """Ordinals in a batch, in the order in which they lie."""
+    return [int(row) for row in dict.fromkeys(batch.document.flatten().tolist()) if row >= 0]
+
+
+def epoch_rows(data, start=0):
+    return [[rows_of(batch) for batch in step] for step in data.steps(start)]
+
+
+def test_a_permutation_is_fixed_by_its_key():
+    assert permutation(5, 1, 2).tolist() == [3, 4, 0, 1, 2]
+    assert sorted(permutation(1000, 3).tolist()) == list(range(1000))
+    assert permutation(1000, 3).tolist() != permutation(1000, 4).tolist()
+
+
+def test_windowed_order_keeps_to_a_few_shards_at_a_time():
+    shards = np.repeat(np.arange(10), 7)[permutation(70, 9)]
+    rows = np.arange(70)
+    order = epoch_order(rows, shards, seed=1, epoch=2, window=3)
+    assert sorted(order.tolist()) == rows.tolist()
+    read = shards[order]
+    for start in range(0, 70, 21):
+        assert len(set(read[start : start + 21])) <= 3
+    assert len(set(read[:6])) > 1  # mixed inside the window
+    assert order.tolist() != epoch_order(rows, shards, seed=1, epoch=3, window=3).tolist()
+
+
+@pytest.mark.parametrize("balance", [True, False])
+@pytest.mark.parametrize("count", [1, 17, 18, 19, 100])
+def test_a_plan_deals_every_row_once_and_every_rank_the_same_steps(count, balance):
+    lengths = np.random.default_rng(0).integers(5, 500, 100)
+    order = permutation(100, 0)[:count]
+    plan = EpochPlan(order, lengths, samples_per_micro=3, micro_batches=6, balance=balance)
+    assert plan.steps == -(-count // 18)
+    dealt = []
+    for step in range(plan.steps):
+        hands = plan.deal(step)
+        assert len(hands) == 6 and max(len(hand) for hand in hands) <= 3
+        assert sorted(np.concatenate(hands)) == sorted(plan.rows(step))
+        for world in (1, 2, 3, 6):
+            shares = [plan.share(step, rank, world) for rank in range(world)]
+            assert {len(share) for share in shares} == {6 // world}
+            assert sorted(r for share in shares for hand in share for r in hand) == sorted(plan.rows(step))
+        dealt += [row for hand in hands for row in hand]
+    assert sorted(dealt) == sorted(order)
+
+
+def test_balanced_hands_hold_nearly_the_same_number_of_tokens():
+    lengths = np.random.default_rng(0).integers(5, 500, 1200)
+    spread = {}
+    for balance in (True, False):
+        plan = EpochPlan(permutation(1200, 0), lengths, 8, 8, balance)
+        loads = [[lengths[hand].sum() for hand in plan.deal(step)] for step in range(plan.steps - 1)]
+        spread[balance] = np.mean([max(load) / np.mean(load) for load in loads])
+    assert spread[True] < 1.02 < spread[False]
+
+
+def test_split_is_by_hash_and_smaller_limits_are_nested():
+    ids = [f"talk-{n}" for n in range(200)]
+    train, held = split(ids, 0.1)
+    assert len(held) == 20 and sorted([*train, *held]) == list(range(200))
+    shuffled = [ids[n] for n in permutation(200, 5)]
+    assert {shuffled[row] for row in split(shuffled, 0.1)[1]} == {ids[row] for row in held}
+    small, large = (set(split(ids, 0.1, limit)[0].tolist()) for limit in (30, 90))
+    assert len(small) == 30 and small < large < set(train.tolist())
+    with pytest.raises(ValueError, match=r"limit_samples=181: there are 180"):
+        split(ids, 0.1, 181)
+    with pytest.raises(ValueError, match=r"validation_fraction=1\.0"):
+        split(ids, 1.0)
+    with pytest.raises(ValueError, match="leaves none"):
+        split(["one"], 0.1)
+
+
+@pytest.mark.parametrize("threads", [0, 1, 3])
+def test_an_epoch_reads_every_conversation_once_in_an_order_of_its_own(folder, threads):
+    data = opened(folder, threads=threads)
+    first, second = epoch_rows(data), epoch_rows(data, data.steps_per_epoch)
+    assert len(first) == data.steps_per_epoch == 3
+    flat = [[row for step in epoch for micro in step for row in micro] for epoch in (first, second)]
+    assert sorted(flat[0]) == sorted(flat[1]) == list(range(46))
+    assert flat[0] != flat[1]
+    assert first == epoch_rows(opened(folder))  # whatever the threads
+
+
+def test_batches_hold_what_stock_webdataset_reads(folder):
+    data = opened(folder, row_length=48)
+    urls = [str(folder / shard["name"]) for shard in data.manifest.shards]
+    samples = {s.ordinal: s for s in (from_webdataset(raw, data.manifest.storage()) for raw in stock(urls))}
+    for step in data.steps():
+        for batch in step:
+            again = pack([samples[row] for row in rows_of(batch)], 48)
+            for name in ("tokens", "loss_mask", "document", "position", "taps", "last"):
+                assert torch.equal(getattr(batch, name), getattr(again, name))
+
+
+def stock(urls):
+    return wds.WebDataset(urls, shardshuffle=False)
+
+
+def test_the_pipeline_is_a_list_of_webdataset_stages(folder):
+    data = opened(folder)
+    pipeline = data.steps().pipeline(0)
+    assert isinstance(pipeline, wds.DataPipeline)
+    assert len(pipeline.pipeline) == 2  # the index-driven source, then what data.stages() lists
+    assert sum(len(rows_of(batch)) for batch in pipeline) == 46
+    pipeline.append(lambda batches: (rows_of(batch) for batch in batches))
+    assert sum(map(len, pipeline)) == 46
+
+
+def test_steps_count_samples_and_supervised_tokens_over_all_ranks(folder):
+    for world in (1, 3):
+        data = opened(folder, rank=world - 1, world=world)
+        for step in data.steps():
+            rows = data.plan(0).rows(step.number)
+            assert step.samples == len(rows)
+            assert step.supervised == sum(sum(TALKS[row].loss_mask) for row in rows)
+    assert data.supervised_tokens == sum(sum(talk.loss_mask) for talk in TALKS)
+
+
+def test_ranks_have_equal_steps_and_the_tail_is_padded_with_batches_of_no_weight(folder):
+    whole = epoch_rows(opened(folder))
+    for world in (2, 3, 6):
+        ranks = [list(opened(folder, rank=rank, world=world).steps()) for rank in range(world)]
+        assert {len(steps) for steps in ranks} == {3}
+        for number in range(3):
+            parts = [[rows_of(batch) for batch in steps[number]] for steps in ranks]
+            merged = [parts[m % world][m // world] for m in range(6)]
+            assert merged == whole[number]
+    small = opened(folder, limit_samples=4, samples_per_micro=1)
+    (step,) = small.steps()
+    batches = list(step)
+    assert [len(rows_of(batch)) for batch in batches] == [1, 1, 1, 1, 0, 0]
+    empty = batches[-1]
+    assert not empty.loss_mask.any() and (empty.document == -1).all()
+    assert empty.taps.shape[2:] == (2, 16) and empty.taps.dtype == torch.float32
+
+
+def test_steps_may_be_skipped_and_read_again(folder):
+    data = opened(folder)
+    expected = epoch_rows(data)
+    steps = list(data.steps())  # nothing is read yet
+    assert [rows_of(b) for b in steps[2]] == expected[2]
+    assert [rows_of(b) for b in steps[0]] == expected[0]
+    next(iter(steps[1]))  # left in the middle
+    assert [rows_of(b) for b in steps[1].micro] == expected[1]
+    assert [rows_of(b) for b in steps[2].micro] == expected[2]
+
+
+@pytest.mark.parametrize("start", range(7))
+def test_resuming_at_any_step_continues_exactly(folder, start):
+    data = opened(folder)
+    epoch, first = divmod(start, 3)
+    assert epoch_rows(opened(folder), start) == epoch_rows(data, epoch * 3)[first:]
+
+
+def train_until_killed(folder, log, world, threads):
+    """One epoch from the last complete step; a step is complete once its line is on the disk."""
+    with open(log, "a+") as file:
+        file.seek(0)
+        done = len(file.read().splitlines())
+        ranks = [iter(opened(folder, rank=r, world=world, threads=threads).steps(done)) for r in range(world)]
+        for steps in zip(*ranks, strict=True):
+            rows = [row for step in steps for batch in step for row in rows_of(batch)]
+            file.write(json.dumps({"step": steps[0].number, "rows": rows}) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+
+def kill_and_resume(folder, log, points, generator):
+    for _ in range(points):
+        arguments = (folder, log, int(generator.choice([1, 2, 3, 6])), int(generator.integers(0, 3)))
+        in_child(train_until_killed, *arguments, seconds=generator.uniform(0.02, 0.2))
+        text = log.read_text() if log.exists() else ""
+        log.write_text("".join(line for line in text.splitlines(True) if line.endswith("\n")))  # half a line is no step
+        if len(text.splitlines()) >= 3:
+            yield [json.loads(line) for line in log.read_text().splitlines()]
+            log.unlink()
+    train_until_killed(folder, log, 2, 1)
+    yield [json.loads(line) for line in log.read_text().splitlines()]
+
+
+def check_epochs(epochs):
+    for lines in epochs:
+        assert [line["step"] for line in lines] == [0, 1, 2]
+        assert sorted(row for line in lines for row in line["rows"]) == list(range(46))
+
+
+def test_killed_at_random_steps_with_changing_ranks_every_sample_is_seen_once(folder, tmp_path):
+    check_epochs(kill_and_resume(folder, tmp_path / "log", 5, np.random.default_rng(0)))
+
+
+@pytest.mark.long
+def test_killed_at_twenty_points_with_changing_ranks_every_sample_is_seen_once(folder, tmp_path):
+    check_epochs(kill_and_resume(folder, tmp_path / "log", 20, np.random.default_rng(1)))
+
+
+class Recorder(L.LightningModule):
+    """Counts an optimiser step for each Step and notes what it saw; stops hard at `stop`."""
+
+    def __init__(self, stop=None):
+        super().__init__()
+        self.automatic_optimization = False
+        self.weight = torch.nn.Parameter(torch.zeros(()))
+        self.seen, self.held, self.stop = [], [], stop
+
+    def training_step(self, step, index):
+        assert step.number == self.global_step
+        if step.number == self.stop:
+            raise RuntimeError("stopped")
+        self.seen.append((step.number, step.epoch, [rows_of(batch) for batch in step.micro]))
+        loss = self.weight * 1.0
+        self.manual_backward(loss)
+        self.optimizers().step()
+
+    def validation_step(self, step, index):
+        self.held += [row for batch in step.micro for row in rows_of(batch)]
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), 1.0)
+
+
+def fit(folder, where, stop=None, resume=None, **options):
+    module = Recorder(stop)
+    trainer = L.Trainer(
+        accelerator="cpu",
+        max_epochs=2,
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+        callbacks=[L.pytorch.callbacks.ModelCheckpoint(where, every_n_train_steps=1, save_last=True)],
+    )
+    data = TargetCache(folder, **(ORDER | {"threads": 1, "validation_fraction": 0.2} | options))
+    try:
+        trainer.fit(module, data, ckpt_path=resume)
+    except RuntimeError as error:
+        assert "stopped" in str(error)
+    return module
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_lightning_resumes_in_the_middle_of_an_epoch_from_its_global_step_alone(folder, tmp_path):
+    whole = fit(folder, tmp_path / "whole")
+    steps = -(-37 // 18)
+    assert [number for number, _, _ in whole.seen] == list(range(2 * steps))
+    held = set(split([talk.id for talk in TALKS], 0.2)[1].tolist())
+    assert sorted(whole.held) == sorted([*held, *held]) and len(held) == 9
+    for stop in range(1, 2 * steps):
+        where = tmp_path / str(stop)
+        first = fit(folder, where, stop)
+        second = fit(folder, where, resume=where / "last.ckpt")
+        assert first.seen + second.seen == whole.seen
+    with pytest.raises(ValueError, match=r"another order \(seed: the checkpoint has 7, the run asks for 8;"):
+        fit(folder, tmp_path / "other", resume=tmp_path / "1" / "last.ckpt", seed=8)
+
+
+def test_a_checkpoint_of_other_data_is_refused(folder):
+    data = opened(folder)
+    state = data.state_dict()
+    opened(folder, rank=1, world=2, threads=3).load_state_dict(state)  # other ranks and threads are no matter
+    for change in ({"micro_batches_per_step": 12}, {"samples_per_micro": 1}, {"limit_samples": 40}, {"balance": False}):
+        with pytest.raises(ValueError, match=next(iter(change))):
+            opened(folder, **change).load_state_dict(state)
+
+
+def test_what_the_run_needs_is_checked_before_step_0(folder, tmp_path):
+    with pytest.raises(CacheMismatch, match=r"target: the cache has 'tiny-16', the run asks for 'tiny-17'"):
+        opened(folder, expect={"target": "tiny-17"})
+    opened(folder, expect={"target": "tiny-16", "max_length": 24})
+    with pytest.raises(ValueError, match=r"asks for \[5\].*stores the layers \[0, 1\]"):
+        opened(folder, taps=[1, 5])
+    with pytest.raises(ValueError, match="cannot be shared by 4 ranks"):
+        opened(folder, world=4)
+    with pytest.raises(ValueError, match=r"row_length=20 is shorter than the longest conversation .24 tokens"):
+        opened(folder, row_length=20)
+    with pytest.raises(ValueError, match="on_damage='ignore'"):
+        opened(folder, on_damage="ignore")
+    build(TinyTarget(), TALKS, tmp_path, storage("fp32", last_rows="supervised"), 24)
+    with pytest.raises(ValueError, match="supervised tokens only"):
+        opened(tmp_path, needs_all_last=True)
+
+
+def test_taps_dtype_and_rows_of_last_can_be_chosen(folder, tmp_path):
+    build(TinyTarget(), TALKS, tmp_path, storage("bf16", last_rows="supervised"), 24)
+    whole, few = opened(folder), opened(tmp_path, taps=[1])
+    for ours, theirs in zip(few.steps(), whole.steps(), strict=True):
+        for batch, full in zip(ours, theirs, strict=True):
+            assert batch.taps.dtype == torch.bfloat16
+            assert torch.equal(batch.taps[:, :, 0], full.taps[:, :, 1].bfloat16())
+            mask = full.loss_mask
+            assert torch.equal(batch.last[mask], full.last[mask].bfloat16())
+    assert next(iter(next(iter(opened(tmp_path, dtype="float32").steps())))).last.dtype == torch.float32
+
+
+def test_validation_may_be_a_cache_of_its_own(folder, tmp_path):
+    others = talks(7, seed=5)
+    build(TinyTarget(), others, tmp_path, storage("fp32"), 24)
+    for world in (1, 2):
+        ranks = [opened(folder, validation_folder=tmp_path, rank=rank, world=world) for rank in range(world)]
+        loaders = [list(data.val_dataloader()) for data in ranks]
+        assert len({len(steps) for steps in loaders}) == 1
+        seen = [row for steps in loaders for step in steps for batch in step for row in rows_of(batch)]
+        assert sorted(seen) == list(range(7))
+    assert len(ranks[0].rows[0]) == 46
+    with pytest.raises(ValueError, match="choose one"):
+        opened(folder, validation_folder=tmp_path, validation_fraction=0.1)
+
+
+@pytest.mark.parametrize("name", ["fp32", "bf16"])
+def test_online_steps_are_those_of_the_cache(folder, tmp_path, name):
+    """Same rows, same tensors: this target's states do not depend on batch mates, so they are equal bit by bit."""
+    build(TinyTarget(), TALKS, tmp_path / name, storage(name), 24)
+    dtype = {"fp32": "float32", "bf16": "bfloat16"}[name]
+    options = ORDER | {"validation_fraction": 0.1, "limit_samples": 30, "row_length": 60}
+    for rank in range(2):
+        cached = opened(tmp_path / name, rank=rank, world=2, **options)
+        online = OnlineTarget(TinyTarget(), TALKS, dtype=dtype, rank=rank, world=2, **options)
+        online.setup()
+        assert online.steps_per_epoch == cached.steps_per_epoch
+        for start in (0, online.steps_per_epoch + 1):
+            for ours, theirs in zip(online.steps(start), cached.steps(start), strict=True):
+                assert repr(ours) == repr(theirs)
+                for batch, stored in zip(ours, theirs, strict=True):
+                    for field in ("tokens", "loss_mask", "document", "position", "taps", "last"):
+                        assert torch.equal(getattr(batch, field), getattr(stored, field))
+    assert torch.equal(online.tables.head, cached.tables.head)
+
+
+def test_online_refuses_what_only_a_cache_has():
+    with pytest.raises(ValueError, match="no shards to shuffle"):
+        OnlineTarget(TinyTarget(), TALKS, shuffle_window=2)
+    with pytest.raises(ValueError, match="conversations is empty"):
+        OnlineTarget(TinyTarget(), [])
+
+
+def test_states_of_pads_to_the_right():
+    alone, together = states_of(TinyTarget(), TALKS[:1]), states_of(TinyTarget(), TALKS[:5])
+    length = len(TALKS[0].tokens)
+    assert torch.equal(alone.last[0], together.last[0, :length])
+    assert together.lengths.tolist() == [len(talk.tokens) for talk in TALKS[:5]]
+    assert LocalFiles("nowhere").size("x") is None
