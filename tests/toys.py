@@ -1,0 +1,81 @@
+"""A target and drafts of five tokens, small enough to enumerate every text that they can write."""
+
+from __future__ import annotations
+
+import itertools
+from functools import cache
+
+import torch
+
+from specbench.backbone import backbone_of
+from specbench.initialisation import from_target, randomise
+from specbench.methods.dflash import DFlash
+from specbench.methods.draft import Draft
+from specbench.methods.dspark import DSpark
+from specbench.methods.eagle3 import Eagle3
+from specbench.methods.mtp import MTP
+from specbench.sampling import Sampling, warp
+from specbench.targets import Target
+
+VOCABULARY, TAPS = 5, (0, 1)
+CONFIG = {
+    "model_type": "qwen3",
+    "vocab_size": VOCABULARY,
+    "hidden_size": 16,
+    "intermediate_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 8,
+    "max_position_embeddings": 64,
+    "tie_word_embeddings": False,
+    "initializer_range": 0.25,
+}
+METHODS: dict[str, type[Draft]] = {"dflash": DFlash, "dspark": DSpark, "eagle3": Eagle3, "mtp": MTP}
+
+
+@cache
+def target() -> Target:
+    """Random, and far enough from uniform that truncation bites."""
+    return Target.from_config(CONFIG, TAPS, seed=1, name="toy", stop_token_ids=[])
+
+
+@cache
+def draft(method: str, slots: int = 3, **settings) -> Draft:
+    """A draft that starts from the target's layers and never saw data: some proposals are accepted, some rejected."""
+    owner = target()
+    if method == "dspark":
+        settings = {"markov_rank": 4, **settings}
+    with torch.random.fork_rng():
+        torch.manual_seed(7)
+        made = METHODS[method](
+            backbone_of(owner.config),
+            owner.tables,
+            TAPS,
+            mask_token_id=VOCABULARY - 1,
+            layers=1,
+            block_size=slots,
+            **settings,
+        )
+        randomise(made, std=0.1)
+        from_target(made, owner)
+        for name, parameter in made.named_parameters():
+            if "markov_w2" in name:
+                parameter.data.normal_(std=0.7)
+    return made.eval()
+
+
+def texts(length: int) -> torch.Tensor:
+    """Every text of `length` tokens, (V ** length, length), in counting order."""
+    rows = list(itertools.product(range(VOCABULARY), repeat=length))
+    return torch.tensor(rows, dtype=torch.long).view(len(rows), length)
+
+
+@torch.inference_mode()
+def joint_law(prompt: list[int], length: int, sampling: Sampling) -> torch.Tensor:
+    """The target's exact probability of each of those texts after `prompt`, in fp64, from whole forward passes."""
+    continued = texts(length)
+    rows = torch.cat([torch.tensor(prompt).expand(len(continued), -1), continued], 1)
+    context = target().states(rows, torch.full((len(rows),), rows.shape[1]))
+    laws = warp(target().logits(context.last[:, len(prompt) - 1 : -1]), sampling).double()
+    return laws.gather(-1, continued[..., None])[..., 0].prod(-1)
