@@ -55,6 +55,8 @@ def _main(words: list[str], verbs: Mapping[str, Verb], package: str) -> int:
     from experiments import composing
 
     verb = verbs[name]
+    if verb.takes:
+        overrides = [word if "=" in word or word[:1] == "~" else f"{verb.takes}={word}" for word in overrides]
     with composing.configs(package):
         if "help" in options:
             from experiments.manual import page

@@ -44,9 +44,9 @@ def without_hydra(cfg: DictConfig) -> DictConfig:
     return cfg
 
 
-def options(group: str) -> list[str]:
-    """The options of a group, or nothing when there is no such group."""
-    return loader().get_group_options(group, ObjectType.CONFIG)
+def options(group: str, search: Sequence[str] = ()) -> list[str]:
+    """The options of a group, or nothing when there is no such group; `search` are overrides of hydra.searchpath."""
+    return loader().get_group_options(group, ObjectType.CONFIG, None, list(search))
 
 
 def groups() -> list[str]:
@@ -60,10 +60,11 @@ def check(verb: str, config: str, overrides: Sequence[str]) -> None:
     The values of a sweep are checked one by one, so that no job of it fails for that later.
     """
     named = [override for override in parse(overrides) if not override.key_or_group.startswith("hydra")]
-    choices = [override for override in named if options(override.key_or_group)]
+    search = [text for text in overrides if text.startswith("hydra.searchpath=")]
+    choices = [override for override in named if options(override.key_or_group, search)]
     for override in choices:
         for value in values(override):
-            _check_option(override.key_or_group, value)
+            _check_option(override.key_or_group, value, search)
     chosen = compose(config, []).hydra.runtime.choices
     for override in choices:
         group = override.key_or_group
@@ -71,7 +72,7 @@ def check(verb: str, config: str, overrides: Sequence[str]) -> None:
             takes = [name for name in groups() if name in chosen]
             known = ", ".join(takes) or "no groups"
             raise ValueError(f"{verb} has no {group} to replace: it takes {known}, and +{group}=... adds one")
-    base = without_hydra(compose(config, [_first(override) for override in choices]))
+    base = without_hydra(compose(config, [*search, *(_first(override) for override in choices)]))
     for override in named:
         if override not in choices and not override.is_delete():
             _check_key(verb, base, override)
@@ -104,9 +105,9 @@ def _first(override: Override) -> str:
     return f"{override.input_line.partition('=')[0]}={first}"
 
 
-def _check_option(group: str, value: Any) -> None:
+def _check_option(group: str, value: Any, search: Sequence[str]) -> None:
     for name in value if isinstance(value, list) else [value]:
-        known = options(group)
+        known = options(group, search)
         if isinstance(name, str) and name not in known and "/" not in name:
             raise ValueError(f"{group} has no option '{name}'{nearest(name, known)} (there are {', '.join(known)})")
 

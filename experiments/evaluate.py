@@ -83,7 +83,7 @@ def lineage_of(draft: str, source: Path | None, target: str) -> dict[str, Any]:
 
 def run_name(cfg: DictConfig, about: dict[str, Any]) -> str:
     """Draft, suite, temperature and a digest of everything that decides the numbers."""
-    skip = ("root", "force", "name", "tracking", "batch_size", "devices", "draft")
+    skip = ("root", "force", "name", "tracking", "study", "batch_size", "devices", "draft")
     facts = {k: v for k, v in container(cfg).items() if k not in skip} | {"draft": str(cfg.draft)}
     code = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:8]
     return f"{about['method']}-{cfg.target.name}-{cfg.suite.name}-t{cfg.temperature:g}-s{about['seed']}-{code}"

@@ -21,7 +21,7 @@ from specbench.atomic import changes, plain, read_json, write_json
 
 MARKER = "stage.json"
 # Where something goes and how it is shown does not change what it is.
-WITHOUT_EFFECT = ("force", "root", "tracking", "yes", "progress")
+WITHOUT_EFFECT = ("force", "root", "tracking", "yes", "progress", "study")
 
 
 def container(config: DictConfig | Mapping[str, Any]) -> dict[str, Any]:

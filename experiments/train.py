@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from experiments.assembly import (
     load_target,
     rank_and_world,
 )
+from experiments.evaluate import run as evaluate
 from experiments.planning import print_plan
 from experiments.stage import Stage, container, say
 from experiments.trainingdata import open_data, probe_prompts
@@ -48,13 +50,18 @@ def run(cfg: DictConfig) -> Path:
         if not stage.done:
             _train(cfg, stage, name)
     if cfg.evaluate:
-        _evaluate(cfg, folder)
+        for temperature in cfg.temperatures:
+            evaluate(evaluation_of(cfg, folder, [f"temperature={temperature}"]))
     return folder
 
 
 def run_name(cfg: DictConfig) -> str:
     """Method, target, seed, and a digest of everything else that decides the result."""
-    facts = {k: v for k, v in container(cfg).items() if k not in ("root", "force", "name", "tracking", *WITHOUT_EFFECT)}
+    facts = {
+        k: v
+        for k, v in container(cfg).items()
+        if k not in ("root", "force", "name", "tracking", "study", *WITHOUT_EFFECT)
+    }
     seed = facts.pop("seed")
     code = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:8]
     return f"{cfg.method.name}-{cfg.target.name}-s{seed['init']}-{code}"
@@ -119,7 +126,7 @@ def _train(cfg: DictConfig, stage: Stage, name: str) -> None:
         best = keep / ("best.ckpt" if probe is not None else "last.ckpt")
         step = load_weights(module, best)
         if rank == 0:
-            save_draft(draft, run.path / "draft", config, draft_settings(cfg.method, cfg.target))
+            save_draft(module.published, run.path / "draft", config, draft_settings(cfg.method, cfg.target))
         summary = {
             "method": cfg.method.name,
             "target": cfg.target.name,
@@ -129,7 +136,7 @@ def _train(cfg: DictConfig, stage: Stage, name: str) -> None:
             "steps": trainer.global_step,
             "parameters": trainable_parameters(draft),
             "trained_tokens": module.supervised,
-            "lineage": lineage | {"checkpoint": digest(draft.state_dict().items())},
+            "lineage": lineage | {"checkpoint": digest(module.published.state_dict().items())},
             "damage": len(getattr(data, "damage", [])),
         }
         tracking.artifact(f"draft-{name}", "draft", run.path / "draft", **summary["lineage"])
@@ -170,15 +177,15 @@ def load_weights(module: DraftTraining, checkpoint: Path) -> int:
     return found["global_step"]
 
 
-def _evaluate(cfg: DictConfig, folder: Path) -> None:
-    from experiments.evaluate import run as evaluate
-
-    for temperature in cfg.temperatures:
-        child = composed("evaluate", [f"temperature={temperature}"])
-        for key in ("root", "force", "target", "suite", "tracking", "max_new_tokens", "batch_size"):
-            OmegaConf.update(child, key, OmegaConf.to_container(cfg, resolve=True)[key], merge=False)
-        child.draft, child.seed, child.suite.limit = str(folder), cfg.evaluation_seed, cfg.limit
-        evaluate(child)
+def evaluation_of(cfg: DictConfig, folder: Path, overrides: Sequence[str]) -> DictConfig:
+    """The configuration of an evaluation of the draft that `cfg` trained in `folder`."""
+    child, own = composed("evaluate", overrides), OmegaConf.to_container(cfg, resolve=True)
+    for key in ("root", "force", "target", "suite", "tracking", "max_new_tokens", "batch_size"):
+        OmegaConf.update(child, key, own[key], merge=False)
+    child.draft, child.seed = str(folder), cfg.evaluation_seed
+    if cfg.limit is not None:
+        child.suite.limit = cfg.limit
+    return child
 
 
 def trained_draft(path: str | Path, tables: Any = None) -> Draft:

@@ -15,6 +15,7 @@ from specbench.data.manifest import Manifest
 from specbench.data.online import OnlineTarget
 from specbench.data.remote import is_remote
 from specbench.data.stepdata import StepData
+from specbench.data.storage import storage
 from specbench.targets import Target
 
 
@@ -30,7 +31,7 @@ def open_data(cfg: DictConfig, target: Target | None) -> StepData:
         data = OnlineTarget(target, conversations, dtype=cfg.cache_dtype, **order)
         data.lineage = {"fingerprint": "online", "folder": str(source), "bytes": 0}
         return data
-    folder = cfg.cache or find_cache(Path(cfg.root), cfg.target, cfg.data.name)
+    folder = cfg.cache or find_cache(Path(cfg.root), cfg.target, cfg.data.name, cfg.cache_codec)
     mirror = str(Path(cfg.root) / "mirror") if is_remote(folder) else None
     reads_taps = cfg.method.name != "mtp"
     data = TargetCache(
@@ -49,31 +50,38 @@ def open_data(cfg: DictConfig, target: Target | None) -> StepData:
     return data
 
 
-def find_cache(root: Path, target: DictConfig, data: str) -> Path:
+def find_cache(root: Path, target: DictConfig, data: str, codec: str | None = None) -> Path:
     """The one complete cache below root/cache that was built from this target and these answers.
+
+    `codec` is what it must be stored in; None takes any, and bf16 where several fit.
 
     Errors: ValueError naming what to run when there is none, and the candidates when there are several.
     """
-    fitting, others = [], []
+    fitting, others = {}, []
     for path in sorted((root / "cache").glob("*/manifest.json")):
         identity = Manifest.read(path.parent).identity
         wanted = set(target.target_layer_ids or []) <= set(identity["taps"])
-        if identity["target"] == target.name and f"{data}/answers.jsonl" in identity["sources"] and wanted:
-            fitting.append(path.parent)
+        stored = codec is None or storage(codec).facts() == identity["codec"]
+        if identity["target"] == target.name and f"{data}/answers.jsonl" in identity["sources"] and wanted and stored:
+            fitting[path.parent] = identity["codec"]
         else:
-            others.append(f"{path.parent.name} (target {identity['target']}, taps {identity['taps']})")
+            built = f"target {identity['target']}, taps {identity['taps']}, {identity['codec']['taps']}"
+            others.append(f"{path.parent.name} ({built})")
     if not fitting:
         there = f"; there are {', '.join(others)}" if others else ""
         raise ValueError(
             f"no cache below {root / 'cache'} fits target={target.name} data={data} with taps "
-            f"{list(target.target_layer_ids or [])}{there}: run `specbench cache target={target.name} data={data}`"
+            f"{list(target.target_layer_ids or [])} in {codec or 'any codec'}{there}: run `specbench cache "
+            f"target={target.name} data={data}{f' codec={codec}' if codec else ''}`"
         )
-    if len(fitting) > 1:
+    plain = [path for path, stored in fitting.items() if stored == storage("bf16").facts()]
+    chosen = plain if len(fitting) > 1 and len(plain) == 1 else list(fitting)
+    if len(chosen) > 1:
         raise ValueError(
-            f"{len(fitting)} caches fit target={target.name} data={data}; choose one with cache=FOLDER: "
-            + ", ".join(map(str, fitting))
+            f"{len(chosen)} caches fit target={target.name} data={data}; choose one with cache=FOLDER: "
+            + ", ".join(map(str, chosen))
         )
-    return fitting[0]
+    return chosen[0]
 
 
 def probe_prompts(cfg: DictConfig, target: Target) -> list[list[int]]:

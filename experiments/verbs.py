@@ -12,10 +12,11 @@ class Verb:
     config: str
     does: str
     module: str
+    takes: str | None = None  # the setting that a word without "=" gives
 
 
-def _verb(config: str, does: str, module: str | None = None) -> Verb:
-    return Verb(config, does, f"experiments.{module or config}")
+def _verb(config: str, does: str, module: str | None = None, takes: str | None = None) -> Verb:
+    return Verb(config, does, f"experiments.{module or config}", takes)
 
 
 VERBS = {
@@ -35,5 +36,5 @@ VERBS = {
     "import": _verb("import", "read a draft from a published format", "import_draft"),
     "sync": _verb("sync", "upload offline W&B runs and verify that they arrived"),
     "rerun": _verb("rerun", "repeat a run from its record and compare the numbers"),
-    "reproduce": _verb("reproduce", "a sweep, its tables and its report in one command"),
+    "reproduce": _verb("reproduce", "an experiment, its tables and its report in one command", takes="name"),
 }

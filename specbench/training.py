@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import lightning as L
@@ -50,7 +50,7 @@ class DraftTraining(L.LightningModule):
         objective: Objective,
         max_steps: int,
         lr: float = 6e-4,
-        betas: tuple[float, float] = (0.9, 0.999),
+        betas: Sequence[float] = (0.9, 0.999),
         weight_decay: float = 0.0,
         warmup: float = 0.04,
         gradient_clip: float = 1.0,

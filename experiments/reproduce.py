@@ -1,0 +1,131 @@
+"""specbench reproduce: an experiment from nothing to its tables, figures and page, in one command.
+
+    prompts -> answers -> cache(s) -> every training of the sweep -> its evaluations -> comparison
+
+The experiment is configs/experiment/NAME.yaml: a sweep (`hydra.sweeper.params`) and, where it is more than a sweep of
+trainings, `study`: `verb` (train, evaluate or serve) with the trainings it needs in `train`, `calibrate`, `caches`,
+`baseline`, and `group_by` of the comparison. Runs are named by what decides their result, so experiments below one
+`root` share them, and `specbench train -m +experiment=NAME` makes the same ones.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig
+
+from experiments import calibrate, compare, evaluate, report, serve, train
+from experiments.assembly import composed
+from experiments.quickstart import stage
+from experiments.stage import MARKER, duration, say
+from experiments.studies import Study, study_of, with_values
+from specbench.atomic import read_json
+
+# Settings of this verb, and of `train` that the experiment decides.
+# On two cores without company: a training step and an evaluation of 24 prompts a domain.
+STATED = {"target": "embedded", "step": 0.2, "evaluation": 30.0}
+OWN = ("name", "yes", "root", "force", "codec", "entity", "project", "stages")
+
+
+def run(cfg: DictConfig, given: Sequence[str] | None = None) -> Path:
+    """Print the plan, ask, run what is missing; returns the folder of the comparison.
+
+    `given` are the overrides for every run of the sweep; None: those of the command line.
+    """
+    began, given = time.monotonic(), command_line() if given is None else list(given)
+    everywhere = [f"root={cfg.root}", f"force={str(cfg.force).lower()}"]
+    for_runs = [text for text in given if key(text).split(".")[0] not in OWN]
+    study = study_of(cfg.name, for_runs)
+    jobs = [composed("train", [*everywhere, *job]) for job in study.trainings]
+    plan(cfg, study, jobs)
+    for_data = [text for text in for_runs if key(text).split(".")[0] in ("target", "data")]
+    for verb in ("prompts", "answers"):
+        known = [t for t in for_data if verb != "prompts" or not key(t).startswith("target")]
+        stage(verb, [*everywhere, *known, *cfg.stages[verb]])
+    for codec in study.caches or [cfg.codec]:
+        stage("cache", [*everywhere, *for_data, f"codec={codec}", *cfg.stages.cache])
+    trained, decoded, calibrated = [], [], []
+    for number, job in enumerate(jobs, 1):
+        say(f"reproduce {cfg.name}: run {number} of {len(jobs)}")
+        folder, own = train.run(with_values(job, evaluate=False)), []
+        for overrides in study.evaluations or [[f"temperature={t}"] for t in job.temperatures]:
+            own.append(evaluate.run(train.evaluation_of(job, folder, overrides)))
+        trained.append(folder)
+        decoded += own
+        if study.calibrate:
+            for rounds in own:
+                asked = [*everywhere, f"rounds={rounds}", f"name={rounds.name}"]
+                calibrated.append(calibrate.run(composed("calibrate", asked)))
+    servings = study.servings([job.method.name for job in jobs], decoded)
+    served = [serve.run(composed("serve", [*everywhere, *job])) for job in servings]
+    asked = composed("report", [f"root={cfg.root}", f"name={cfg.name}", f"project={cfg.project}"])
+    asked.entity, asked.title = cfg.entity, study.question
+    asked.runs = [str(path) for path in (*decoded, *trained, *served)]
+    asked.group_by, asked.calibrations = study.group_by, [str(path) for path in calibrated]
+    output = (compare if cfg.entity is None else report).run(asked)
+    taken = duration(time.monotonic() - began)
+    say(f"reproduce {cfg.name}: {len(jobs)} trainings and {len(decoded)} evaluations in {taken}")
+    return output
+
+
+def command_line() -> list[str]:
+    """The overrides of the command that runs."""
+    return list(HydraConfig.get().overrides.task) if HydraConfig.initialized() else []
+
+
+def key(override: str) -> str:
+    """What an override sets."""
+    return override.partition("=")[0].lstrip("+~").partition("@")[0]
+
+
+def plan(cfg: DictConfig, study: Study, jobs: Sequence[DictConfig]) -> None:
+    """Print runs and hours; ask where somebody can answer, or refuse without yes=true.
+
+    The time of a run is the mean of the runs finished below this root, the experiment's own statement before there
+    are any. Errors: ValueError when nobody is there to confirm.
+    """
+    names = dict.fromkeys(train.run_name(job) for job in jobs)
+    markers = [read_json(Path(cfg.root) / "runs" / "train" / name / MARKER, None) for name in names]
+    missing = sum(cfg.force or marker is None or marker["status"] != "finished" for marker in markers)
+    each = len(study.evaluations) or len(jobs[0].temperatures)
+    print(f"{cfg.name}: {study.question}")
+    print(f"  {len(names)} trainings on {jobs[0].target.name}, {missing} of them to do; {each} evaluations each")
+    seconds, source = cost_of_a_run(Path(cfg.root), jobs[0], each)
+    if seconds is None:
+        print("  hours: not measured for this target; the first finished run tells")
+    else:
+        print(
+            f"  about {missing * seconds / 3600:.2f} h ({duration(seconds)} a training with its evaluations, {source})"
+        )
+    print(f"  below {cfg.root}; the same command continues after a stop")
+    if not missing or cfg.yes:
+        return
+    if not sys.stdin.isatty():
+        raise ValueError(f"{missing} trainings are to be done and nobody is there to confirm: add yes=true")
+    if input("start? [y/N] ").strip().lower() not in ("y", "yes"):
+        raise ValueError("not started; yes=true starts without asking")
+
+
+def cost_of_a_run(root: Path, job: DictConfig, evaluations: int) -> tuple[float | None, str]:
+    """Seconds of one training with its evaluations, and where the number comes from."""
+    means = {}
+    for kind in ("train", "evaluate"):
+        found = [read_json(path, {}) for path in sorted((root / "runs" / kind).glob(f"*/{MARKER}"))]
+        own = [m["seconds"] for m in found if m.get("status") == "finished" and _same_work(m["config"], job)]
+        means[kind] = sum(own) / len(own) if own else None
+    if None not in means.values():
+        return means["train"] + evaluations * means["evaluate"], "mean of the finished runs here"
+    if job.target.name == STATED["target"] and job.trainer.max_steps is not None:
+        steps = job.trainer.max_steps * STATED["step"]
+        return steps + evaluations * STATED["evaluation"], "stated for two cores"
+    return None, ""
+
+
+def _same_work(config: dict[str, Any], job: DictConfig) -> bool:
+    same = config["target"]["name"] == job.target.name
+    return same and ("trainer" not in config or config["trainer"]["max_steps"] == job.trainer.max_steps)
