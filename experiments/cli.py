@@ -52,7 +52,7 @@ def _main(words: list[str], verbs: Mapping[str, Verb], package: str) -> int:
         raise ValueError(f"there is no verb '{name}'{nearest(name, verbs)}; `specbench --help` lists them")
     options, overrides = _split(name, rest)
     quiet()
-    from experiments import composing
+    from experiments import composing, targeting
 
     verb = verbs[name]
     if verb.takes:
@@ -63,6 +63,7 @@ def _main(words: list[str], verbs: Mapping[str, Verb], package: str) -> int:
 
             print(page(name, verb, overrides))
             return 0
+        overrides = targeting.expand(overrides, composing.options("target"))
         composing.check(name, verb.config, overrides)
         cfg = composing.compose(verb.config, composing.first_job(overrides) if "multirun" in options else overrides)
         sweep = "multirun" in options or composing.is_sweep(name, cfg, overrides)

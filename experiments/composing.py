@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import hydra
@@ -15,6 +16,9 @@ from hydra.core.override_parser.types import Override, Transformer
 from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
 
 from experiments.mistakes import nearest
+
+# The name of a target that is given by its folder or hub id alone.
+OmegaConf.register_new_resolver("basename", lambda path: Path(str(path)).name, replace=True)
 
 
 @contextmanager

@@ -19,7 +19,7 @@ from experiments.stage import Stage, container
 from specbench.data.benchmarks import Benchmarks
 from specbench.decoding import Limits
 from specbench.evaluation import Answered, DraftEvaluation, Protocol, merged, write_rounds
-from specbench.interchange import FormatError, load_draft, read_folder
+from specbench.interchange import FormatError, fetch, load_draft, read_config, taps_of
 from specbench.methods.draft import Draft
 from specbench.provenance import provenance
 from specbench.runfolder import RunFolder, read_summary
@@ -47,7 +47,7 @@ def source_of(draft: str) -> Path | None:
     """The draft folder that `draft=` means: itself, or draft/ of a training run; None for plain decoding."""
     if draft == PLAIN:
         return None
-    path = Path(draft)
+    path = fetch(draft)
     if (path / "draft" / "config.json").is_file():
         return path / "draft"
     if (path / "summary.json").is_file():
@@ -76,7 +76,7 @@ def lineage_of(draft: str, source: Path | None, target: str) -> dict[str, Any]:
                 "cache_bytes": summary.get("lineage", {}).get("cache", {}).get("bytes"),
             },
         }
-    config, _ = read_folder(source)
+    config = read_config(source)
     architecture = (config.get("architectures") or ["draft"])[0]
     return {"method": architecture, "seed": 0, "parents": []}
 
@@ -113,11 +113,7 @@ def load_pair(cfg: DictConfig, source: Path | None) -> tuple[Target, Draft | Non
         with open_dict(about):
             about.target_layer_ids = []
         return load_target(about, cfg.device), None
-    config, _ = read_folder(source)
-    taps = config.get("target_layer_ids") or config.get("dflash_config", {}).get("target_layer_ids")
-    if "specbench" in config:
-        taps = config["specbench"]["settings"]["target_layer_ids"]
-    about.target_layer_ids = taps
+    about.target_layer_ids = taps_of(source)
     target = load_target(about, cfg.device)
     draft = load_draft(source, target.tables, target.dtype).to(target.device)
     if draft.backbone.hidden_size != target.tables.embedding.shape[-1]:

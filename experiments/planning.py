@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from omegaconf import DictConfig, OmegaConf
 
@@ -15,11 +17,7 @@ from specbench.targets import raw_config
 
 def print_plan(cfg: DictConfig) -> Footprint:
     """Build the draft on the meta device and print what training it takes."""
-    config = (
-        raw_config(location(cfg.target.id), cfg.target.revision)
-        if cfg.target.get("config") is None
-        else OmegaConf.to_container(cfg.target.config, resolve=True)
-    )
+    config = shapes(cfg.target)
     facts = backbone_of(config, cfg.method.backbone, cfg.method.window)
     with torch.device("meta"):
         empty = torch.empty(facts.vocab_size, facts.hidden_size)
@@ -30,3 +28,11 @@ def print_plan(cfg: DictConfig) -> Footprint:
     found = footprint(draft, cfg.target.max_length, cfg.trainer.lightning.precision, memory)
     say(found.text())
     return found
+
+
+def shapes(target: DictConfig) -> dict[str, Any]:
+    """A target's sizes as its raw configuration has them: from the option itself, else from its config.json."""
+    for key in ("config", "shapes"):
+        if target.get(key) is not None:
+            return OmegaConf.to_container(target[key], resolve=True)
+    return raw_config(location(target.id), target.revision)

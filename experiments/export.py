@@ -1,0 +1,58 @@
+"""specbench export: a draft in a published format, with a model card from its records, uploaded if asked for."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from experiments.import_draft import target_tables, vacant
+from experiments.stage import report
+from specbench.atomic import write_text
+from specbench.interchange import export_draft, fetch, push
+from specbench.modelcard import model_card
+from specbench.runfolder import read_summary
+
+UNNAMED = "an unnamed target"
+
+
+def run(cfg: DictConfig) -> Path:
+    """Write the folder and its README.md; returns the folder."""
+    began = time.monotonic()
+    path = fetch(cfg.draft)
+    source = path / "draft" if (path / "draft" / "config.json").is_file() else path
+    training = record(path) if (path / "summary.json").is_file() else None
+    folder = vacant(Path(cfg.folder or Path(cfg.root) / "export" / f"{path.name}-{cfg.format}"), cfg.force)
+    target = cfg.target or (training or {}).get("config", {}).get("target", {}).get("id")
+    export_draft(source, folder, cfg.format, target, target_tables(cfg.target))
+    found = evaluations(cfg, path)
+    card = model_card(cfg.push or folder.name, cfg.format, target or UNNAMED, cfg.licence, training, found)
+    write_text(folder / "README.md", card)
+    facts: dict[str, Any] = {"format": cfg.format, "evaluations in the card": len(found)}
+    if cfg.push:
+        facts["address"] = push(folder, cfg.push, cfg.private)
+    report("export", folder, time.monotonic() - began, facts)
+    return folder
+
+
+def record(run: Path) -> dict[str, Any]:
+    """Summary, configuration and provenance of a run folder."""
+    config = OmegaConf.to_container(OmegaConf.load(run / "config.yaml"), resolve=True)
+    provenance = json.loads((run / "provenance.json").read_text(encoding="utf-8"))
+    return {"summary": read_summary(run), "config": config, "provenance": provenance}
+
+
+def evaluations(cfg: DictConfig, draft: Path) -> list[dict[str, Any]]:
+    """Summaries of the finished evaluations named, or of all below root/runs/evaluate whose parent is this draft."""
+    if cfg.evaluations is not None:
+        return [read_summary(folder) for folder in cfg.evaluations]
+    found = []
+    for file in sorted((Path(cfg.root) / "runs" / "evaluate").glob("*/summary.json")):
+        summary = read_summary(file.parent)
+        parents = summary.get("lineage", {}).get("parents", [])
+        if summary.get("status") == "finished" and any(Path(p).resolve() == draft.resolve() for p in parents):
+            found.append(summary)
+    return found

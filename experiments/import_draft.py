@@ -1,0 +1,49 @@
+"""specbench import: a draft of any published format into our own layout."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from omegaconf import DictConfig
+
+from experiments.stage import report, say
+from specbench.formats import read
+from specbench.interchange import assemble_draft, fetch, read_folder, save_draft
+from specbench.tables import Tables
+from specbench.targets import Target
+
+
+def run(cfg: DictConfig) -> Path:
+    """Fetch, understand, build (which checks every tensor) and write; returns the folder."""
+    folder = vacant(Path(cfg.folder or Path(cfg.root) / "import" / Path(cfg.draft).name), cfg.force)
+    source = fetch(cfg.draft, cfg.revision)
+    config, tensors = read_folder(source)
+    reading = read(config, tensors, None if cfg.target_layer_ids is None else list(cfg.target_layer_ids))
+    draft = assemble_draft(reading, target_tables(cfg.target))
+    save_draft(draft, folder, reading.text, reading.settings)
+    size = len(draft.tables.head)
+    facts = {
+        "method": type(draft).__name__,
+        "backbone": draft.backbone.family,
+        "slots": draft.block_size,
+        "taps": str(list(draft.target_layer_ids)),
+        "vocabulary": f"{size:,} of {draft.backbone.vocab_size:,} tokens",
+        "parameters": sum(p.numel() for p in draft.parameters()),
+    }
+    report("import", folder, 0.0, facts, f"specbench evaluate draft={folder} target=FOLDER_OR_ID")
+    return folder
+
+
+def vacant(folder: Path, force: bool) -> Path:
+    """The folder, if it may be written. Errors: ValueError when a draft lies there and `force` is false."""
+    if (folder / "config.json").exists() and not force:
+        raise ValueError(f"{folder} holds a draft already: choose another folder=, or force=true to write over it")
+    return folder
+
+
+def target_tables(target: str | None) -> Tables | None:
+    """Embedding and head of a target by folder or hub id."""
+    if target is None:
+        return None
+    say(f"reading the tables of {target}")
+    return Target.load(target, []).tables

@@ -1,0 +1,32 @@
+"""target=FOLDER_OR_ID on the command line: any model of a folder or hub, beside those that configs/target names."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+KEY = "target="
+
+
+def expand(overrides: Sequence[str], known: Sequence[str]) -> list[str]:
+    """`target=VALUE` becomes `target=folder target.id=VALUE` when VALUE is none of `known` and is a path or a hub id.
+
+    Swept values and names without a slash that are no path stay as they are, so that a misspelt name is still told.
+    """
+    found: list[str] = []
+    for word in overrides:
+        value = word.removeprefix(KEY)
+        named = not word.startswith(KEY) or value in known or "," in value or not known
+        if named or not ("/" in value or Path(value).exists()):
+            found.append(word)
+        else:
+            found += ["target=folder", f"target.id={_quoted(value)}"]
+    return found
+
+
+def _quoted(value: str) -> str:
+    """A value as Hydra's grammar reads it whole."""
+    if re.fullmatch(r"[\w./:~-]+", value):
+        return value
+    return "'" + value.replace("\\", "\\\\").replace("'", "\\'") + "'"
