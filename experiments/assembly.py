@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
-from contextlib import nullcontext
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ import torch
 from hydra.core.global_hydra import GlobalHydra
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
+from torch import Tensor
 
 import specbench
 from experiments.composing import compose, configs, without_hydra
@@ -80,8 +81,13 @@ def load_target(cfg: DictConfig, device: str | None = None) -> Target:
     )
 
 
-def build_draft(method: DictConfig, target: DictConfig, config: Mapping[str, Any], tables: Tables) -> Draft:
-    """A draft of `method` for a target with the raw configuration `config` and its `tables`."""
+def build_draft(
+    method: DictConfig, target: DictConfig, config: Mapping[str, Any], tables: Tables, vocabulary: Tensor | None = None
+) -> Draft:
+    """A draft of `method` for a target with the raw configuration `config` and its `tables`.
+
+    `vocabulary` (W,) are the token ids of a reduced draft vocabulary (None: the target's whole one).
+    """
     backbone = backbone_of(config, method.backbone, method.window)
     # Partial, because Hydra would turn the backbone's dataclass into a mapping and wrap the class's own errors.
     build = instantiate(method.draft, _partial_=True, _convert_="all")
@@ -90,6 +96,7 @@ def build_draft(method: DictConfig, target: DictConfig, config: Mapping[str, Any
         tables=tables,
         target_layer_ids=list(target.target_layer_ids),
         mask_token_id=target.mask_token_id,
+        draft_vocabulary=vocabulary,
     )
 
 

@@ -26,7 +26,7 @@ from experiments.assembly import (
 from experiments.evaluate import run as evaluate
 from experiments.planning import print_plan
 from experiments.stage import Stage, container, say
-from experiments.trainingdata import open_data, probe_prompts
+from experiments.trainingdata import frequent_tokens, open_data, probe_prompts
 from specbench.callbacks import DecodeProbe, GracefulStop, KeepLast
 from specbench.initialisation import STARTS, from_target, randomise
 from specbench.interchange import load_draft, read_folder, save_draft
@@ -76,7 +76,9 @@ def _train(cfg: DictConfig, stage: Stage, name: str) -> None:
         config = data.manifest.target_config if target is None else target.config
         with torch.random.fork_rng():
             torch.manual_seed(cfg.seed.init)
-            draft = build_draft(cfg.method, cfg.target, config, data.tables)
+            stops = () if target is None else target.stop_token_ids
+            vocabulary = frequent_tokens(cfg, data, stops)
+            draft = build_draft(cfg.method, cfg.target, config, data.tables, vocabulary)
             copied = initialise(draft, cfg.start, target)
         steps = cfg.trainer.max_steps or cfg.trainer.epochs * data.steps_per_epoch
         module = DraftTraining(

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
+import torch
+from jaxtyping import Int
 from omegaconf import DictConfig, OmegaConf
+from torch import Tensor
 
 from experiments.cache import encoded
+from experiments.stage import say
 from specbench.data import prompts
 from specbench.data.chat import prompt_ids
 from specbench.data.datamodule import TargetCache
@@ -96,6 +100,26 @@ def probe_prompts(cfg: DictConfig, target: Target) -> list[list[int]]:
     return found
 
 
-def sizes(data: StepData) -> dict[str, Any]:
-    """Conversations and supervised tokens of an epoch."""
-    return {"conversations": len(data.rows[0]), "supervised_tokens": data.supervised_tokens}
+def frequent_tokens(cfg: DictConfig, data: StepData, always: Sequence[int]) -> Int[Tensor, " W"] | None:
+    """Ids of the `method.vocabulary` most frequent supervised tokens of the training data, ascending.
+
+    `always` (stop tokens) belong to it whatever their count. None when the draft keeps the whole vocabulary.
+    """
+    size, whole = cfg.method.vocabulary, len(data.tables.embedding)
+    if size is None:
+        return None
+    if not len(always) < size <= whole:
+        raise ValueError(f"method.vocabulary={size}: choose more than {len(always)} and at most {whole} tokens")
+    counts = torch.zeros(whole, dtype=torch.long)
+    rows = data.rows[0]
+    source = data if isinstance(data, OnlineTarget) else TargetCache(data.folder, taps=[])
+    for start in range(0, len(rows), 64):
+        for sample in source.samples(rows[start : start + 64]):
+            counts += torch.bincount(sample.tokens[sample.loss_mask].long(), minlength=whole)
+    total = int(counts.sum())
+    counts[list(always)] = total + 1
+    ids = counts.argsort(descending=True, stable=True)[:size].sort().values
+    counts[list(always)] = 0
+    covered = int(counts[ids].sum()) / total
+    say(f"train: the draft's vocabulary of {size} tokens covers {covered:.2%} of the supervised text")
+    return ids
