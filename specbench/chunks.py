@@ -14,16 +14,16 @@ from torch import Tensor
 
 from specbench.blocks import Blocks
 from specbench.losses import SlotWeight
-from specbench.projection import Accumulators
+from specbench.projection import Linears
 from specbench.rowpass import RowPass, Rows
 
 if TYPE_CHECKING:
     from specbench.methods.draft import Draft
     from specbench.tables import Tables
 
-# Bytes of one [chunk x vocabulary] fp32 tensor. On CPU just under glibc's largest heap allocation (32 MiB): beyond it
-# every such tensor would be mapped, zeroed page by page and unmapped anew.
-CHUNK_BYTES = {"cpu": 31 * 2**20, "cuda": 512 * 2**20}
+# Bytes of one [chunk x vocabulary] fp32 tensor; two or three are alive at once. Smaller chunks cost matrix products
+# their efficiency: on a CPU core 448 rows of 151,936 took 3.9 s in chunks of 49, 3.2 s in chunks of 112, 2.6 s at once.
+CHUNK_BYTES = {"cpu": 68 * 2**20, "cuda": 512 * 2**20}
 
 
 class Chunks:
@@ -39,6 +39,7 @@ class Chunks:
         chunk_rows: int | None = None,
     ):
         self.draft, self.tables, self.features, self.slot_weight = draft, tables, features, slot_weight
+        self.target_linears = Linears()
         self.mask = blocks.mask.flatten(0, 1)
         self.target, self.labels = blocks.target[blocks.mask], blocks.labels[blocks.mask]
         slots = self.mask.shape[1]
@@ -49,32 +50,33 @@ class Chunks:
             rows = CHUNK_BYTES.get(self.mask.device.type, CHUNK_BYTES["cuda"]) // (4 * vocabulary)
         self.spans = list(_spans(self.mask.sum(-1).tolist(), rows))
 
-    def __call__(self, row_pass: RowPass, accumulators: Accumulators | None = None) -> tuple[Rows, Tensor]:
-        """Results of all rows, and the gradient of the features (empty without accumulators)."""
-        parts = [self.chunk(row_pass, accumulators, rows, blocks) for rows, blocks in self.spans]
+    def __call__(self, row_pass: RowPass, linears: Linears, learning: bool = False) -> tuple[Rows, Tensor]:
+        """Results of all rows, and if `learning` the gradient of the features (else empty)."""
+        parts = [self.chunk(row_pass, linears, learning, rows, blocks) for rows, blocks in self.spans]
         return Rows.join([rows for rows, _ in parts]), torch.cat([outer for _, outer in parts])
 
     def chunk(
-        self, row_pass: RowPass, accumulators: Accumulators | None, rows: slice, blocks: slice
+        self, row_pass: RowPass, linears: Linears, learning: bool, rows: slice, blocks: slice
     ) -> tuple[Rows, Tensor]:
         """One chunk of whole blocks, forward and backward."""
-        if accumulators is None:
-            logits = self.draft.project(self.features[rows])
-            return row_pass(logits, self.tables.logits(self.target[rows]), self.labels[rows]), self.features[:0]
-        features = self.features[rows].detach().requires_grad_()
-        with torch.enable_grad(), accumulators:
+        features = self.features[rows].detach().requires_grad_(learning)
+        with torch.set_grad_enabled(learning), linears:
             logits = self.draft.project(features)
+        with self.target_linears:
+            target = self.tables.logits(self.target[rows])
+        if not learning:
+            return row_pass(logits, target, self.labels[rows]), self.features[:0]
         # Written to in place: if something saved these logits for its backward, autograd refuses rather than errs.
         gradient = logits.detach().contiguous()
         if gradient.untyped_storage().data_ptr() == features.untyped_storage().data_ptr():
             gradient = gradient.clone()
         scale = torch.ones_like(self.static[rows]) if self.slot_weight.dynamic else self.static[rows]
-        results = row_pass(gradient, self.tables.logits(self.target[rows]), self.labels[rows], scale)
+        results = row_pass(gradient, target, self.labels[rows], scale)
         if self.slot_weight.dynamic:
             mask = self.mask[blocks]
             weight = self.slot_weight.weigh(mask, grid(results.probability, mask), grid(results.hit, mask))
             gradient.mul_(weight[mask][:, None])
-        return results, accumulators.back(features, logits, gradient)
+        return results, linears.back(features, logits, gradient)
 
 
 def _spans(lengths: list[int], rows: int) -> Iterator[tuple[slice, slice]]:

@@ -9,7 +9,7 @@ Axes: B batch, N blocks a row, M = B*N blocks, K slots, R supervised slots, D hi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -21,7 +21,7 @@ from torch import Tensor
 from specbench.blocks import Blocks
 from specbench.chunks import Chunks, grid
 from specbench.losses import Blend, SlotWeight
-from specbench.projection import Accumulators, Known, only_own
+from specbench.projection import Known, Linears, SharedLookups, leaves, without
 from specbench.rowpass import RowPass, Rows
 from specbench.slots import SlotStatistics
 
@@ -94,51 +94,62 @@ class Objective:
 
     def __call__(self, draft: Draft, tables: Tables, blocks: Blocks, positions: int | None = None) -> Loss:
         """The loss of `blocks` (sums). `tables` is the target's head; `positions` is read by normalise="positions"."""
-        features = draft.features(blocks.hidden, blocks.previous)[blocks.mask]
+        with SharedLookups():
+            features = draft.features(blocks.hidden, blocks.previous)[blocks.mask]
+            confidence = self.predict(draft, blocks)
         learn = [parameter for parameter in draft.projection_parameters() if parameter.requires_grad]
         learning = torch.is_grad_enabled() and bool(features.requires_grad or learn)
-        accumulators = Accumulators(learn) if learning else None
+        linears = Linears(learn)
         with torch.no_grad():
             visit = Chunks(draft, tables, blocks, features.detach(), self.slot_weight, self.chunk_rows)
             mean_alpha = None
             if self.blend is not None and self.blend.over == "batch":
-                mean_alpha = visit(RowPass({}, None, draft.draft_vocabulary))[0].alpha.mean()
+                mean_alpha = visit(RowPass({}, None, draft.draft_vocabulary), linears)[0].alpha.mean()
             row_pass = RowPass(self.coefficients, self.blend, draft.draft_vocabulary, mean_alpha)
-            rows, outer = visit(row_pass, accumulators)
-            gradients = [outer, *accumulators.totals()] if accumulators else []
+            rows, outer = visit(row_pass, linears, learning)
+            gradients = [outer, *linears.totals()] if learning else []
+            del visit, linears
 
         def attach(value: Tensor) -> Tensor:
             return Known.apply(value, gradients, features, *learn) if learning else value
 
-        return total(self, draft, blocks, features, rows, positions, attach)
+        shared = [*draft.projection_parameters(), *(leaves(features) if self.detach_confidence else [])]
+        return total(self, blocks, rows, confidence, shared, positions, attach)
+
+    def predict(self, draft: Draft, blocks: Blocks) -> Float[Tensor, "B N K"] | None:
+        """The draft's confidence logits, with gradient only where they are trained; None without such a head."""
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self.confidence > 0):
+            logits = draft.confidence(blocks.hidden, blocks.previous)
+        if logits is None and self.confidence:
+            raise ValueError(f"objective confidence={self.confidence:g} needs a draft with a confidence head")
+        return logits
 
 
 def total(
     objective: Objective,
-    draft: Draft,
     blocks: Blocks,
-    features: Float[Tensor, "*r F"],
     rows: Rows,
+    confidence: Float[Tensor, "B N K"] | None,
+    shared: Sequence[Tensor],
     positions: int | None,
     attach: Callable[[Tensor], Tensor] = lambda value: value,
 ) -> Loss:
-    """Weigh and sum the rows; `attach` connects the sum to the gradients that were computed with it."""
+    """Weigh and sum the rows; `attach` connects the sum to the gradients that were computed with it.
+
+    `shared` are the tensors that a detached confidence must not train.
+    """
     mask = blocks.mask.flatten(0, 1)
     weights = objective.slot_weight.weigh(mask, grid(rows.probability, mask), grid(rows.hit, mask))
     weight = weights[mask]
     terms = {term: (weight * value).sum() for term, value in rows.terms.items()}
     factors = {"blend": 1.0} | objective.coefficients
     value = attach(sum((factors[term] * amount for term, amount in terms.items()), weight.new_zeros(())))
-    with torch.set_grad_enabled(torch.is_grad_enabled() and objective.confidence > 0):
-        logits = draft.confidence(blocks.hidden, blocks.previous)
     if objective.confidence:
-        if logits is None:
-            raise ValueError(f"objective confidence={objective.confidence:g} needs a draft with a confidence head")
-        chance, alpha = logits[blocks.mask].to(weight.dtype), rows.alpha.detach()
-        term = (weight * F.binary_cross_entropy_with_logits(chance, alpha, reduction="none")).sum()
+        logits, alpha = confidence[blocks.mask].to(weight.dtype), rows.alpha.detach()
+        term = (weight * F.binary_cross_entropy_with_logits(logits, alpha, reduction="none")).sum()
         terms["confidence"] = term
         if objective.detach_confidence and term.requires_grad:
-            term = only_own(term, features, draft.projection_parameters())
+            term = without(term, shared)
         value = value + objective.confidence * term
     if objective.normalise == "positions":
         if positions is None:
@@ -147,7 +158,5 @@ def total(
     else:
         divisor = weight.sum()
     grids = {name: grid(getattr(rows, name), mask) for name in ROW_STATISTICS}
-    confidence = None if logits is None else logits.flatten(0, 1)
-    return Loss(
-        value, divisor, {t: v.detach() for t, v in terms.items()}, SlotStatistics.of(mask, weights, grids, confidence)
-    )
+    slots = SlotStatistics.of(mask, weights, grids, None if confidence is None else confidence.flatten(0, 1))
+    return Loss(value, divisor, {term: amount.detach() for term, amount in terms.items()}, slots)

@@ -12,6 +12,7 @@ import torch
 from specbench.blocks import Blocks
 from specbench.losses import slot_terms
 from specbench.objective import Loss, Objective, total
+from specbench.projection import leaves
 from specbench.rowpass import Rows
 
 if TYPE_CHECKING:
@@ -24,7 +25,7 @@ def reference_objective(
 ) -> Loss:
     """The same value, weight, terms and statistics as `objective(draft, tables, blocks)`, with [rows x V] tensors."""
     kept, ids, blend = blocks.mask.flatten(), draft.draft_vocabulary, objective.blend
-    features = draft.features(blocks.hidden, blocks.previous)
+    features, confidence = draft.features(blocks.hidden, blocks.previous), objective.predict(draft, blocks)
     logits = draft.project(features.flatten(0, 2))
     with torch.no_grad():
         target = tables.logits(blocks.target.flatten(0, 2))
@@ -49,4 +50,5 @@ def reference_objective(
         outside=values["outside"],
         terms=active,
     )
-    return total(objective, draft, blocks, features, rows, positions)
+    shared = [*draft.projection_parameters(), *leaves(features)]
+    return total(objective, blocks, rows, confidence, shared, positions)
