@@ -236,6 +236,8 @@ class DraftEvaluation(L.LightningModule):
         if self._models[1] is not None:
             values = self.decoding.compute()
             self.log_dict({f"test/{k}": v for k, v in values.items()})
+        # The first rank merges all parts next, so every rank must have written its own.
+        self.trainer.strategy.barrier()
 
 
 def merged(folder: Path) -> list[Answered]:

@@ -127,7 +127,7 @@ class DraftTraining(L.LightningModule):
 
     def training_step(self, step: Step, index: int) -> None:
         optimizer, total = self.optimizers(), torch.zeros((), dtype=torch.float64, device=self.device)
-        value = torch.zeros((), dtype=torch.float64, device=self.device)
+        value, supervised = torch.zeros_like(total), torch.zeros_like(total)
         optimizer.zero_grad()
         for batch in step.micro:
             loss = self.loss(self.draft, batch, step.epoch)
@@ -135,9 +135,10 @@ class DraftTraining(L.LightningModule):
             loss.value.backward()
             total += loss.weight.double()
             value += loss.value.detach().double()
-            self.supervised += int(loss.slots.count.sum())
+            supervised += loss.slots.count.sum()
             self.train_slots.update(loss.slots)
-        self._reduce(total, value)
+        self._reduce(total, value, supervised)
+        self.supervised += int(supervised)
         if total == 0:
             raise ValueError(
                 f"optimiser step {step.number} holds no supervised slot; the conversations are too short for a block, "
@@ -165,13 +166,14 @@ class DraftTraining(L.LightningModule):
             self.log("loss", mean.float(), prog_bar=True, logger=False)
             self.train_slots.reset()
 
-    def _reduce(self, total: Tensor, value: Tensor) -> None:
-        """Sum gradients, weights and loss over ranks, in one flat tensor."""
+    def _reduce(self, *sums: Tensor) -> None:
+        """Add up these numbers and the gradients over ranks, in place."""
         if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
             return
-        scalars = torch.stack([total, value])
+        scalars = torch.stack(sums)
         dist.all_reduce(scalars)
-        total.copy_(scalars[0]), value.copy_(scalars[1])
+        for one, everywhere in zip(sums, scalars, strict=True):
+            one.copy_(everywhere)
         for parameter in self.draft.parameters():
             if parameter.requires_grad and parameter.grad is None:
                 # A rank whose share holds no supervised slot still takes part in the sum.

@@ -1,0 +1,156 @@
+"""Two processes (gloo) train and evaluate to what one process does."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import socket
+from pathlib import Path
+
+import lightning as L
+import pytest
+import torch
+import torch.multiprocessing as mp
+
+from specbench.callbacks import DecodeProbe
+from specbench.data.benchmarks import Benchmark, Benchmarks
+from specbench.data.online import OnlineTarget
+from specbench.decoding import Limits
+from specbench.evaluation import DraftEvaluation, Protocol, merged
+from specbench.objective import Objective
+from specbench.sampling import Sampling
+from specbench.training import DraftTraining
+from tests import toys
+from tests.data.tiny_target import talks
+
+STEPS = 5  # of 3 to an epoch; the third of an epoch has a micro-batch on the first rank alone
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Forked processes must not inherit a pool of threads."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def ranks(work, *args) -> None:
+    """Run work(rank, *args) in two processes as a launcher like torchrun would start them."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    mp.start_processes(_rank, (work, port, *args), nprocs=2, start_method="fork")
+
+
+def _rank(rank: int, work, port: int, *args) -> None:
+    about = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "GROUP_RANK": 0}
+    os.environ |= {name: str(value) for name, value in about.items()}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCHELASTIC_RUN_ID": "test"}
+    work(rank, *args)
+
+
+def trainer(world: int, **settings) -> L.Trainer:
+    return L.Trainer(
+        accelerator="cpu",
+        devices=world,
+        strategy="ddp" if world > 1 else "auto",
+        max_epochs=-1,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+        num_sanity_val_steps=0,
+        **settings,
+    )
+
+
+class Numbers(L.Callback):
+    """Keeps what was logged."""
+
+    def __init__(self):
+        self.seen = {}
+
+    def on_train_batch_end(self, trainer, module, *args):
+        self.seen |= {k: float(v) for k, v in trainer.callback_metrics.items()}
+
+
+def fresh(method: str):
+    settings = {"anchors": 4} if method == "dspark" else {}
+    return copy.deepcopy(toys.draft(method, **settings)).train()
+
+
+def train(rank: int, world: int, folder: Path, method: str) -> None:
+    owner = toys.target()
+    data = OnlineTarget(
+        owner, talks(11, toys.VOCABULARY), samples_per_micro=2, micro_batches_per_step=2, threads=0, balance=False
+    )
+    draft = fresh(method)
+    terms = {"ce": 0.1, "tv": 0.9, "confidence": 1.0} if method == "dspark" else {"kl": 1.0}
+    objective = Objective(**terms, slot_weight={"exp": 4.0})
+    module = DraftTraining(draft, owner.tables, objective, max_steps=STEPS, lr=1e-2, log_every=1)
+    probe = DecodeProbe(owner, [[0, 3, 1], [2, 2], [4]], every=STEPS, max_new_tokens=6)
+    numbers = Numbers()
+    trainer(world, max_steps=STEPS, callbacks=[probe, numbers]).fit(module, datamodule=data)
+    found = {"weights": draft.state_dict(), "numbers": numbers.seen, "supervised": module.supervised}
+    torch.save(found | {"probe": probe.history}, folder / f"{world}-{rank}.pt")
+
+
+def _train(rank: int, folder: Path, method: str) -> None:
+    train(rank, 2, folder, method)
+
+
+@pytest.mark.parametrize("method", ["dspark", pytest.param("eagle3", marks=pytest.mark.long)])
+def test_two_ranks_train_to_the_weights_of_one(method, tmp_path):
+    before = fresh(method).state_dict()
+    train(0, 1, tmp_path, method)
+    ranks(_train, tmp_path, method)
+    one, *two = (torch.load(tmp_path / f"{name}.pt") for name in ("1-0", "2-0", "2-1"))
+    assert max((one["weights"][k] - before[k]).abs().max() for k in before) > 1e-2, "training moved nothing"
+    for other in two:
+        for name, weight in one["weights"].items():
+            torch.testing.assert_close(other["weights"][name], weight, atol=1e-6, rtol=1e-6, msg=name)
+        assert other["supervised"] == one["supervised"]
+        assert other["probe"] == one["probe"]
+        assert other["numbers"].keys() == one["numbers"].keys()
+        for name, value in one["numbers"].items():
+            assert other["numbers"][name] == pytest.approx(value, rel=1e-5, nan_ok=True), name
+
+
+def evaluate(rank: int, world: int, folder: Path) -> None:
+    suite = Benchmarks("toys", [Benchmark(n, "toy") for n in ("long", "short", "one")], prompts=folder / "prompts")
+    protocol = Protocol(Sampling(1.0), Limits(8, batch_size=2))
+    labels = {"run": "r", "method": "dspark", "target": "toy", "suite": "toys", "seed": 0}
+    module = DraftEvaluation(toys.target(), toys.draft("dspark"), protocol, folder / str(world), labels)
+    run = trainer(world)
+    values = run.test(module, datamodule=suite, verbose=False)
+    (folder / f"{world}-{rank}.json").write_text(json.dumps(values[0]))
+
+
+def _evaluate(rank: int, folder: Path) -> None:
+    evaluate(rank, 2, folder)
+
+
+def test_two_ranks_evaluate_to_the_records_of_one(tmp_path):
+    (tmp_path / "prompts").mkdir()
+    for name, count in (("long", 5), ("short", 4), ("one", 1)):
+        rows = [json.dumps({"prompt_ids": [(i + k) % 5 for k in range(1 + i)]}) for i in range(count)]
+        (tmp_path / "prompts" / f"{name}.jsonl").write_text("\n".join(rows))
+    evaluate(0, 1, tmp_path)
+    ranks(_evaluate, tmp_path)
+
+    def untimed(item) -> tuple[dict, dict]:
+        return tuple({k: v for k, v in part.items() if "seconds" not in k} for part in (item.record, item.rounds))
+
+    one, two = ([untimed(item) for item in merged(tmp_path / world)] for world in "12")
+    assert len(one) == 10
+    assert [r["output_ids"] for _, r in two] == [r["output_ids"] for _, r in one]
+    for (record, rounds), (other_record, other_rounds) in zip(one, two, strict=True):
+        confidence, other = rounds.pop("confidence"), other_rounds.pop("confidence")
+        assert record == other_record and rounds == other_rounds
+        torch.testing.assert_close(torch.tensor(confidence), torch.tensor(other), atol=1e-5, rtol=1e-5)
+    expected = json.loads((tmp_path / "1-0.json").read_text())
+    for rank in (0, 1):
+        assert json.loads((tmp_path / f"2-{rank}.json").read_text()) == pytest.approx(expected, nan_ok=True)

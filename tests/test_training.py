@@ -1,0 +1,172 @@
+"""The training loop: resuming, choosing checkpoints by decoding, and stopping when asked to."""
+
+from __future__ import annotations
+
+import copy
+import os
+import signal
+from itertools import pairwise
+from pathlib import Path
+
+import lightning as L
+import pytest
+import torch
+import torch.multiprocessing as mp
+
+from specbench.callbacks import DecodeProbe, GracefulStop, KeepLast
+from specbench.data.online import OnlineTarget
+from specbench.decoding import Limits, speculative_decode
+from specbench.objective import Objective
+from specbench.sampling import Sampling
+from specbench.training import DraftTraining, warmup_cosine
+from tests import toys
+from tests.data.tiny_target import talks
+
+STEPS, PROMPTS = 6, [[0, 3, 1], [2, 2], [4], [1, 1, 1]]
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """These models are too small to share between threads, and forked processes must not inherit a pool."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def train(until: int = STEPS, callbacks=(), resume: Path | None = None, lr: float = 1e-2, **settings) -> DraftTraining:
+    """Up to optimiser step `until` of a schedule of STEPS, over epochs of three steps."""
+    owner = toys.target()
+    data = OnlineTarget(owner, talks(11, toys.VOCABULARY), samples_per_micro=2, micro_batches_per_step=2, threads=0)
+    draft = copy.deepcopy(toys.draft("dspark", anchors=4)).train()
+    objective = Objective(ce=0.1, tv=0.9, confidence=1.0, slot_weight={"exp": 4.0})
+    module = DraftTraining(draft, owner.tables, objective, max_steps=STEPS, lr=lr, **settings)
+    trainer = L.Trainer(
+        accelerator="cpu",
+        max_steps=until,
+        max_epochs=-1,
+        callbacks=list(callbacks),
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+    )
+    trainer.fit(module, datamodule=data, ckpt_path=resume)
+    return module
+
+
+def assert_same_weights(one: DraftTraining, other: DraftTraining) -> None:
+    weights = other.state_dict()
+    assert weights.keys() == one.state_dict().keys()
+    for name, weight in one.state_dict().items():
+        assert torch.equal(weight, weights[name]), name
+
+
+@pytest.mark.parametrize(
+    "settings", [{"ema": 0.7}, pytest.param({"layer_decay": 0.5}, marks=pytest.mark.long)], ids=str
+)
+def test_a_resumed_run_equals_one_that_never_stopped(settings, tmp_path):
+    """Stopped in the middle of the second epoch: the same data, anchors, learning rates and moments follow."""
+    whole = train(**settings)
+    half = train(until=4, callbacks=[KeepLast(tmp_path, every=4)], **settings)
+    assert any((a != b).any() for a, b in zip(whole.state_dict().values(), half.state_dict().values(), strict=True))
+    resumed = train(resume=tmp_path / "last.ckpt", **settings)
+    assert_same_weights(whole, resumed)
+    assert resumed.supervised == whole.supervised > half.supervised > 0
+
+
+def test_last_checkpoint_is_kept_on_the_way_and_at_the_end(tmp_path):
+    seen = []
+
+    class Look(L.Callback):
+        def on_train_batch_end(self, trainer, module, *args):
+            path = tmp_path / "last.ckpt"
+            seen.append(torch.load(path, weights_only=False)["global_step"] if path.exists() else None)
+
+    train(callbacks=[KeepLast(tmp_path, every=4), Look()])
+    assert seen == [None, None, None, 4, 4, 6]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["last.ckpt"]
+
+
+def test_the_probe_chooses_the_checkpoint_with_the_longest_accepted_length(tmp_path):
+    """A learning rate this high makes later weights worse and better again; best.ckpt is the best that was seen."""
+    owner = toys.target()
+    probe = DecodeProbe(owner, PROMPTS, every=1, max_new_tokens=12, folder=tmp_path)
+    train(callbacks=[probe], lr=0.1)
+    assert [step for step, _ in probe.history] == [1, 2, 3, 4, 5, 6]
+    lengths = dict(probe.history)
+    assert probe.best == max(lengths.values()) > min(lengths.values())
+    first_best = min(step for step, length in lengths.items() if length == probe.best)
+    best, last = (torch.load(tmp_path / f"{name}.ckpt", weights_only=False) for name in ("best", "last"))
+    assert (best["global_step"], last["global_step"]) == (first_best, STEPS)
+    # Its weights do give that accepted length.
+    draft = copy.deepcopy(toys.draft("dspark", anchors=4))
+    weights = {k.removeprefix("draft."): v for k, v in best["state_dict"].items() if k.startswith("draft.")}
+    draft.load_state_dict(weights, strict=False)
+    done = list(speculative_decode(owner, draft, PROMPTS, Sampling(), Limits(12), seeds=range(4)))
+    rounds = [r.committed for d in done for r in d.rounds]
+    assert sum(rounds) / len(rounds) == pytest.approx(probe.best)
+
+
+def test_the_probe_leaves_training_as_it_is():
+    probe = DecodeProbe(toys.target(), PROMPTS, every=1, sampling=Sampling(1.0), max_new_tokens=8)
+    assert_same_weights(train(until=2, callbacks=[probe]), train(until=2))
+
+
+class Kill(L.Callback):
+    """Sends a signal to this very process after two optimiser steps."""
+
+    def __init__(self, number: int):
+        self.number = number
+
+    def on_train_batch_end(self, trainer, module, *args):
+        if trainer.global_step == 2:
+            os.kill(os.getpid(), self.number)
+
+
+def _stopped(rank: int, folder: Path, number: int) -> None:
+    stop = GracefulStop(folder)
+    before = signal.getsignal(number)
+    train(callbacks=[Kill(number), stop])
+    assert stop.received == number
+    assert signal.getsignal(number) == before, "handlers are put back"
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.long)])
+def test_a_signal_ends_training_with_a_checkpoint_that_continues(number, tmp_path):
+    mp.start_processes(_stopped, (tmp_path, number), nprocs=1, start_method="fork")
+    assert torch.load(tmp_path / "last.ckpt", weights_only=False)["global_step"] == 2
+    assert_same_weights(train(resume=tmp_path / "last.ckpt"), train())
+
+
+def test_learning_rate_warms_up_and_falls_to_zero():
+    factors = [warmup_cosine(step, total=100, warmup=4) for step in range(101)]
+    assert factors[:4] == [0.25, 0.5, 0.75, 1.0]
+    assert factors[4] == 1.0 and factors[52] == pytest.approx(0.5) and factors[100] == pytest.approx(0.0)
+    assert all(a >= b for a, b in pairwise(factors[3:]))
+
+
+def test_a_step_is_the_same_in_one_micro_batch_and_in_four():
+    def run(samples: int, micro: int) -> DraftTraining:
+        owner = toys.target()
+        order = {"samples_per_micro": samples, "micro_batches_per_step": micro, "balance": False, "threads": 0}
+        data = OnlineTarget(owner, talks(8, toys.VOCABULARY), **order)
+        draft = copy.deepcopy(toys.draft("dspark", anchors=4)).train()
+        objective = Objective(ce=0.1, tv=0.9, confidence=1.0, slot_weight={"exp": 4.0})
+        module = DraftTraining(draft, owner.tables, objective, max_steps=3, lr=1e-2)
+        quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+        L.Trainer(accelerator="cpu", max_steps=3, max_epochs=-1, enable_model_summary=False, **quiet).fit(module, data)
+        return module
+
+    whole, parts = run(8, 1), run(2, 4)
+    for name, weight in whole.state_dict().items():
+        torch.testing.assert_close(parts.state_dict()[name], weight, atol=1e-5, rtol=1e-5, msg=name)
+
+
+def test_settings_that_cannot_be_are_refused():
+    tables, objective = toys.target().tables, Objective(ce=1.0)
+    with pytest.raises(ValueError, match="max_steps=0"):
+        DraftTraining(toys.draft("mtp"), tables, objective, max_steps=0)
+    with pytest.raises(ValueError, match="supervision=unshifted"):
+        DraftTraining(toys.draft("eagle3", supervision="unshifted"), tables, objective, max_steps=1)
