@@ -11,16 +11,19 @@ from collections.abc import Callable
 
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(["tests.data.tiny_target", "specbench.data.cache", "specbench.data.datamodule"])
-_warm: list[bool] = []
+
+
+def _announced(pipe, work: Callable[..., object], *arguments: object) -> None:
+    pipe.send(True)
+    work(*arguments)
 
 
 def in_child(work: Callable[..., object], *arguments: object, seconds: float | None = None) -> bool:
     """Run `work(*arguments)` in a child and kill -9 it after `seconds`. True if it ended by itself without an error."""
-    if not _warm:
-        _warm.append(True)
-        in_child(print, "", seconds=None)  # the server imports before it forks its first child
-    child = _CONTEXT.Process(target=work, args=arguments)
+    ours, theirs = _CONTEXT.Pipe()
+    child = _CONTEXT.Process(target=_announced, args=(theirs, work, *arguments))
     child.start()
+    ours.recv()  # the clock starts with the work, not with the imports before it
     if seconds is not None:
         time.sleep(seconds)
         child.kill()
