@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from hydra.utils import get_class
 from jaxtyping import Int
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
@@ -37,11 +38,11 @@ def open_data(cfg: DictConfig, target: Target | None) -> StepData:
         return data
     folder = cfg.cache or find_cache(Path(cfg.root), cfg.target, cfg.data.name, cfg.cache_codec)
     mirror = str(Path(cfg.root) / "mirror") if is_remote(folder) else None
-    reads_taps = cfg.method.name != "mtp"
+    method = get_class(cfg.method.draft._target_)
     data = TargetCache(
         folder,
-        taps=list(cfg.target.target_layer_ids) if reads_taps else None,
-        needs_all_last=not reads_taps,
+        taps=list(cfg.target.target_layer_ids) if method.reads_taps else [],
+        needs_all_last=method.reads_last,
         expect={"target": cfg.target.name},
         dtype=cfg.cache_dtype,
         on_damage=cfg.on_damage,

@@ -58,6 +58,10 @@ class Draft(nn.Module):
     `anchors_per_sample` is the number of anchors that training draws from a conversation (None: every valid one).
     """
 
+    # Which target states feed the draft: a cache reads no taps for a method that does not, and must hold every final
+    # state for one that reads them at all positions.
+    reads_taps = True
+    reads_last = False
     # The released evaluator ends an Eagle3 proposal at its first proposed stop token (accounting "deepspec" only).
     halts_on_stop = False
     # Which slots training supervises: one of blocks.SUPERVISIONS.

@@ -20,6 +20,9 @@ from specbench.methods.recurrent import RecurrentDraft
 class MTP(RecurrentDraft):
     """Projection of [feature ; embedding] into a standard layer."""
 
+    reads_taps = False
+    reads_last = True
+
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         D, eps = self.backbone.hidden_size, self.backbone.norm_eps
