@@ -79,7 +79,9 @@ def _times(variants: dict[str, Build], repeats: int, warmup: int, threads: int) 
 def _memory(build: Build, threads: int) -> tuple[int, int]:
     """(resident before, peak during) two steps, in bytes."""
     torch.set_num_threads(threads)
-    _Nothing.apply(torch.zeros(1, requires_grad=True))
+    # The first call like this makes torch import 27 MB of Python, which is no part of a step.
+    x = torch.zeros(1, requires_grad=True)
+    torch.autograd.grad(2 * x, x, torch.ones(1))
     step = build()
     _settle()
     if torch.cuda.is_available():
@@ -91,14 +93,6 @@ def _memory(build: Build, threads: int) -> tuple[int, int]:
         step()
     _settle()
     return before, torch.cuda.max_memory_allocated() if torch.cuda.is_available() else _highest()
-
-
-class _Nothing(torch.autograd.Function):
-    """The first custom function of a process makes torch import 27 MB of Python, which is no part of a step."""
-
-    @staticmethod
-    def forward(ctx, x):
-        return x.clone()
 
 
 def _settle() -> None:
