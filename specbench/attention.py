@@ -12,10 +12,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import no_type_check
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
 
 Predicate = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
@@ -37,6 +39,8 @@ class Visibility:
     window: int | None = None
     causal_own: bool = False
 
+    # FlexAttention traces the predicates, and a type checker's wrapper around them cannot be traced.
+    @no_type_check
     def sees_context(self, b: Tensor, n: Tensor, q: Tensor, t: Tensor) -> Tensor:
         """Whether query q of block n sees context key t; the arguments are index tensors that broadcast."""
         seen = t < self.limit[b, n]
@@ -46,6 +50,7 @@ class Visibility:
             seen = seen & (self.query_position[b, n, q] - self.key_position[b, t] < self.window)
         return seen
 
+    @no_type_check
     def sees_own(self, q: Tensor, s: Tensor) -> Tensor:
         """Whether query q sees own key s: always, or only those up to itself when `causal_own`."""
         return s <= q if self.causal_own else torch.ones_like(q + s, dtype=torch.bool)
@@ -96,12 +101,35 @@ def attend(
     return seen.permute(0, 3, 4, 1, 2, 5).reshape(B, N, Q, H, d)
 
 
+def attend_stored(
+    query: Float[Tensor, "B Q H d"],
+    stored: tuple[Float[Tensor, "B T G d"], Float[Tensor, "B T G d"]],
+    mask: Bool[Tensor, "B 1 Q T"] | None,
+    scale: float,
+) -> Float[Tensor, "B Q H d"]:
+    """Attention of the tokens being decoded to everything in a key-value cache, their own entries included.
+
+    `mask` None means that every query sees every entry.
+    """
+    keys, values = stored
+    out = scaled_dot_product_attention(
+        query.transpose(1, 2),
+        keys.transpose(1, 2),
+        values.transpose(1, 2),
+        attn_mask=mask,
+        scale=scale,
+        enable_gqa=keys.shape[2] != query.shape[2],
+    )
+    return out.transpose(1, 2)
+
+
 def block_mask(visible: Visibility, shape: tuple[int, int, int, int, int]):
     """FlexAttention block mask of `visible` for shape (B, N, Q, T, S): keys are the context, then every block's own."""
     from torch.nn.attention.flex_attention import create_block_mask
 
     B, N, Q, T, S = shape
 
+    @no_type_check
     def sees(b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tensor:
         n, slot = q // Q, q % Q
         seen = visible.sees_context(b, n, slot, kv.clamp(max=T - 1)) & (kv < T)

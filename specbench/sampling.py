@@ -18,10 +18,10 @@ from torch import Tensor
 class Sampling:
     """How a distribution is warped. temperature 0 is greedy; top_k 0, top_p 1 and min_p 0 are off."""
 
-    temperature: float = 0.0
+    temperature: float | int = 0.0
     top_k: int = 0
-    top_p: float = 1.0
-    min_p: float = 0.0
+    top_p: float | int = 1.0
+    min_p: float | int = 0.0
 
     def __post_init__(self) -> None:
         for name, low, high in (("temperature", 0, 1e6), ("top_k", 0, 1 << 31), ("top_p", 0, 1), ("min_p", 0, 1)):

@@ -1,0 +1,116 @@
+"""attend against plain attention with an explicit mask over one row of keys, and its FlexAttention twin against it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+
+from specbench.attention import Visibility, attend, attend_flex, block_mask
+
+pytestmark = pytest.mark.filterwarnings("ignore:flex_attention called without")
+B, N, Q, S, T, G, D = 2, 3, 4, 4, 11, 2, 8
+SCALE = 0.3
+SETTINGS = {
+    "one conversation": {},
+    "window": {"window": 3},
+    "packed": {"packed": True},
+    "packed window": {"packed": True, "window": 4},
+    "causal inside": {"causal_own": True},
+}
+
+
+def visibility(packed: bool = False, window: int | None = None, causal_own: bool = False) -> Visibility:
+    limit = torch.tensor([[2, 5, 9], [1, 7, 11]])
+    document = torch.tensor([[0] * 6 + [1] * 5, [2] * 3 + [3] * 8]) if packed else None
+    owner = torch.tensor([[0, 0, 1], [2, 3, 3]]) if packed else None
+    start = torch.tensor([[0, 6], [0, 3]]) if packed else torch.zeros(2, 2, dtype=torch.long)
+    key_position = torch.arange(T).repeat(B, 1)
+    if packed:
+        key_position = torch.stack([key_position[b] - start[b][(document[b] - document[b, 0])] for b in range(B)])
+    place = (limit - 1).clamp_min(0)
+    query_position = key_position.gather(1, place)[..., None] + 1 + torch.arange(Q)
+    return Visibility(limit, document, owner, query_position, key_position, window, causal_own)
+
+
+def sees(v: Visibility, b: int, n: int, q: int, key: int) -> bool:
+    """The rule for one pair, in words: keys before the limit, of the own conversation, within the window; own keys."""
+    if key >= T:
+        block, slot = divmod(key - T, S)
+        return block == n and (slot <= q or not v.causal_own)
+    inside = key < v.limit[b, n]
+    if v.document is not None:
+        inside = inside and v.document[b, key] == v.owner[b, n]
+    if v.window is not None:
+        inside = inside and v.query_position[b, n, q] - v.key_position[b, key] < v.window
+    return bool(inside)
+
+
+def tensors(heads: int, own: bool = True):
+    generator = torch.Generator().manual_seed(heads)
+    make = lambda *shape: torch.randn(*shape, generator=generator)  # noqa: E731
+    pair = (make(B, N, S, G, D), make(B, N, S, G, D)) if own else None
+    return make(B, N, Q, heads, D), (make(B, T, G, D), make(B, T, G, D)), pair
+
+
+def whole(v: Visibility, query, context, own) -> torch.Tensor:
+    """Plain attention of all queries to all keys, context and every block's own, under the mask written out."""
+    keys, values = context
+    if own is not None:
+        keys, values = (torch.cat([x, y.flatten(1, 2)], 1) for x, y in zip(context, own, strict=True))
+    size = keys.shape[1]
+    mask = torch.tensor(
+        [[[[sees(v, b, n, q, k) for k in range(size)] for q in range(Q)] for n in range(N)] for b in range(B)]
+    ).view(B, 1, N * Q, size)
+    out = scaled_dot_product_attention(
+        *(x.transpose(1, 2) for x in (query.flatten(1, 2), keys, values)), attn_mask=mask, scale=SCALE, enable_gqa=True
+    )
+    return out.transpose(1, 2).view(query.shape)
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+@pytest.mark.parametrize("heads", [G, 3 * G])
+def test_attend_equals_plain_attention_under_the_mask_written_out(name, heads):
+    v, (query, context, own) = visibility(**SETTINGS[name]), tensors(heads)
+    mask = v.context_mask(T, Q)
+    slots = torch.arange(Q)
+    own_mask = v.sees_own(slots[:, None], torch.arange(S)) if v.causal_own else None
+    found = attend(query, context, own, mask, SCALE, own_mask)
+    torch.testing.assert_close(found, whole(v, query, context, own), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["one conversation", "packed window"])
+def test_attend_without_own_keys(name):
+    v, (query, context, _) = visibility(**SETTINGS[name]), tensors(2 * G, own=False)
+    found, expected = attend(query, context, None, v.context_mask(T, Q), SCALE), whole(v, query, context, None)
+    # Queries that see nothing are meaningless in both.
+    seen = v.context_mask(T, Q).expand(B, N, Q, T).any(-1)
+    assert seen.any() and found.isfinite().all()
+    torch.testing.assert_close(found[seen], expected[seen], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_flex_attention_equals_attend(name):
+    v, (query, context, own) = visibility(**SETTINGS[name]), tensors(2 * G)
+    slots = torch.arange(Q)
+    own_mask = v.sees_own(slots[:, None], torch.arange(S)) if v.causal_own else None
+    expected = attend(query, context, own, v.context_mask(T, Q), SCALE, own_mask)
+    found = attend_flex(query, context, own, block_mask(v, (B, N, Q, T, S)), SCALE)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_flex_attention_without_own_keys():
+    v, (query, context, _) = visibility(), tensors(G, own=False)
+    expected = attend(query, context, None, v.context_mask(T, Q), SCALE)
+    found = attend_flex(query, context, None, block_mask(v, (B, N, Q, T, 0)), SCALE)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_gradients_equal_those_of_plain_attention():
+    v, (query, context, own) = visibility(packed=True), tensors(2 * G)
+    leaves = [x.requires_grad_() for x in (query, *context, *own)]
+    weight = torch.randn(query.shape, generator=torch.Generator().manual_seed(9))
+    found = torch.autograd.grad((attend(query, context, own, v.context_mask(T, Q), SCALE) * weight).sum(), leaves)
+    expected = torch.autograd.grad((whole(v, query, context, own) * weight).sum(), leaves)
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
