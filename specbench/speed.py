@@ -1,6 +1,6 @@
 """What a round costs: cost curves of target and draft, the speedup they predict, and the one the clock shows.
 
-Every time is the median of repeats after warm-up, with the first and third quartile beside it, on a synchronised
+A time is the median of repeats after warm-up, with the first and third quartile beside it, on a synchronised
 clock. Only measuring happens here; a number belongs to the machine it was taken on.
 
 Axes: B requests, S tokens a request in one forward pass, K slots.
@@ -27,7 +27,7 @@ from specbench.targets import Target
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds of one action: median and quartiles of `repeats` calls."""
+    """Seconds of one action (median where nothing else is said) and quartiles of `repeats` calls."""
 
     seconds: float
     low: float
@@ -144,11 +144,13 @@ def step_cost(
     max_new_tokens: int = 64,
     sampling: Sampling | None = None,
 ) -> list[dict]:
-    """Seconds of a whole engine step (proposal, forward pass, verification, bookkeeping), from decoding for real.
+    """Seconds of a whole engine step (proposal, forward pass, verification, bookkeeping, and what passes between two
+    steps), from decoding for real.
 
     For every B the first B prompts are decoded at once, K slots proposed and l of them verified for l in `lengths`;
     only rounds with all B requests in flight count, and stop tokens end nothing. Rows as target_cost's with the part
-    `step`, tokens = B (l + 1), `repeats` the rounds.
+    `step`, tokens = B (l + 1), `repeats` the rounds. Here `seconds` is the MEAN: steps vary to one side, and a
+    throughput that is simulated from their median comes out too high.
     """
     if len(prompts) < max(batch_sizes):
         raise ValueError(f"{len(prompts)} prompts cannot fill a batch of {max(batch_sizes)}; give at least as many")
@@ -157,14 +159,20 @@ def step_cost(
         context = sum(map(len, prompts[:B])) // B
         for length in lengths:
             limits = Limits(max_new_tokens, batch_size=B)
+            started = clock(target.device)
             done = list(
                 speculative_decode(
                     target, draft, prompts[:B], sampling or Sampling(), limits, scheduler=FixedLength(length)
                 )
             )
+            total = clock(target.device) - started
+            # Who needs the most rounds sees every step; what its prefill and rounds do not hold is spent between them.
+            last = max(done, key=lambda request: len(request.rounds))
+            between = (total - last.seconds) / len(last.rounds)
             full = min(len(request.rounds) for request in done)
-            low, median, high = np.quantile([r.seconds for r in done[0].rounds[:full]], [0.25, 0.5, 0.75])
-            timing = Timing(float(median), float(low), float(high), full)
+            seconds = [r.seconds + between for r in last.rounds[:full]]
+            low, high = np.quantile(seconds, [0.25, 0.75])
+            timing = Timing(float(np.mean(seconds)), float(low), float(high), full)
             rows.append(_row("step", B, length + 1, context, timing))
     return rows
 

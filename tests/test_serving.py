@@ -12,10 +12,13 @@ import configs
 from experiments import calibrate, serve
 from specbench.calibration import fit
 from specbench.costs import CostProfile
-from specbench.rounds import PromptRounds, flatten
+from specbench.decoding import Limits, speculative_decode
+from specbench.rounds import PromptRounds, flatten, from_lines
+from specbench.sampling import Sampling
 from specbench.scheduling import DelayedGlobal, FixedLength, HardwareAware, Oracle, StaticThreshold
 from specbench.serving import Policy, closed_loop, poisson, service_levels, workload
 from specbench.simulator import Engine, Workload
+from tests import tiny
 
 SLOTS = 5
 CONSTANT = CostProfile([1, 4096], [50.0, 50.0], "constant", "illustrative")
@@ -101,6 +104,37 @@ def test_a_full_length_replay_of_one_user_is_the_recording():
     recorded = np.concatenate([p.accepted for p in prompts])
     assert len(steps) == len(recorded)
     assert [s.accepted for s in steps] == recorded.tolist()
+
+
+@pytest.mark.parametrize(("batch", "length"), [(1, None), (3, None), (3, 2)])
+def test_the_simulated_engine_takes_the_steps_of_the_real_one(batch, length):
+    """Seven requests decoded for real and replayed: as many engine steps, and the same requests in flight in each."""
+    owner, draft, in_flight = tiny.target("qwen3"), tiny.draft("dspark", "qwen3", seed=1), []
+    propose = draft.propose
+
+    def counting(state, anchor, *rest):
+        in_flight.append(len(anchor))
+        return propose(state, anchor, *rest)
+
+    draft.propose = counting
+    prompts, limits = [[5 + i, 9, 2 + i] for i in range(7)], Limits(max_new_tokens=14, batch_size=batch)
+    sampling = Sampling(temperature=1.0)  # random drafts are accepted now and then
+    done = list(speculative_decode(owner, draft, prompts, sampling, limits, scheduler=FixedLength(length)))
+    done.sort(key=lambda request: request.index)
+    lines = [
+        {
+            "prompt_ids": d.prompt_ids,
+            "output_ids": d.output_ids,
+            "proposed": [r.proposed for r in d.rounds],
+            "accepted": [r.accepted for r in d.rounds],
+            "seconds": [r.seconds for r in d.rounds],
+            "confidence": [list(r.confidence) for r in d.rounds],
+        }
+        for d in done
+    ]
+    assert sum(sum(line["accepted"]) for line in lines) > 0
+    engine = Engine(workload(from_lines(lines)), CONSTANT, FixedLength(), batch, range(7), limit=7)
+    assert [step.requests for step in engine.steps()] == in_flight
 
 
 def test_the_oracle_verifies_what_is_accepted_and_bounds_every_policy():

@@ -1,12 +1,19 @@
 """Cost curves on a tiny target: what is timed, and how rows become a profile."""
 
+import json
 import time
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
+from hydra import compose, initialize_config_dir
 
+from experiments import speed
+from experiments.assembly import build_draft, draft_settings, load_target
+from specbench.costs import CostProfile
 from specbench.decoding import Limits
+from specbench.interchange import save_draft
 from specbench.sampling import Sampling
 from specbench.scheduling import FixedLength, HardwareAware
 from specbench.speed import (
@@ -66,10 +73,44 @@ def test_step_cost_counts_only_rounds_with_every_request_in_flight():
     rows = step_cost(owner, draft, [[5, 6], [7, 8, 9]], [1, 2], [0, 4], max_new_tokens=6)
     assert [(r["requests"], r["tokens"]) for r in rows] == [(1, 1), (1, 5), (2, 2), (2, 10)]
     assert [r["repeats"] for r in rows if r["length"] == 1] == [5, 5]  # one token a round, the first from the prefill
-    assert all(1 <= r["repeats"] <= 5 and r["low"] <= r["seconds"] <= r["high"] for r in rows)
+    assert all(1 <= r["repeats"] <= 5 and 0 < r["low"] <= r["high"] for r in rows)
     assert cost_profile(rows, "tiny", part="step").tokens == (1, 2, 5, 10)
     with pytest.raises(ValueError, match="2 prompts cannot fill a batch of 3"):
         step_cost(owner, draft, [[5], [6]], [3], [4])
+
+
+def test_the_stage_measures_and_leaves_a_profile_to_serve_from(tmp_path):
+    """As the command line runs it, on the embedded target with an untrained draft."""
+    with initialize_config_dir(str(tiny.CONFIGS), version_base="1.3"):
+        sizes = ["draft.layers=1", "draft.block_size=3", "draft.markov_rank=4"]
+        method = compose("train", overrides=["method=dspark", *(f"method.{size}" for size in sizes)]).method
+        overrides = [f"root={tmp_path}", f"draft={tmp_path / 'draft'}", "batch_sizes=[1,2]", "lengths=[1]", "context=8"]
+        overrides += [
+            "repeats=2",
+            "warmup=0",
+            "step_tokens=6",
+            "clock_prompts=2",
+            "clock_repeats=1",
+            "max_new_tokens=6",
+        ]
+        cfg = compose("speed", overrides=[*overrides, f"prompts={tmp_path / 'own.jsonl'}", "device=cpu"])
+    lines = [json.dumps({"id": str(i), "prompt_ids": [7, 8 + i, 9]}) + "\n" for i in range(2)]
+    (tmp_path / "own.jsonl").write_text("".join(lines))
+    owner = load_target(cfg.target, "cpu")
+    draft = build_draft(method, cfg.target, owner.config, owner.tables)
+    save_draft(draft, tmp_path / "draft", owner.config, draft_settings(method, cfg.target))
+    folder = speed.run(cfg)
+    costs = pd.read_csv(folder / "costs.csv")
+    assert set(costs.part) == {"target", "propose", "commit", "step"} and (costs.seconds > 0).all()
+    profile = CostProfile.load(folder / "profile.json")
+    assert profile.tokens == (1, 2, 4, 8) and profile.source == "measured" and "3 slots" in profile.label
+    summary = json.loads((folder / "summary.json").read_text())
+    metrics = summary["metrics"]
+    assert summary["status"] == "finished" and metrics["predicted_at_batch"] == 1
+    row = {(r.part, r.requests, r.length): r.seconds for r in costs.itertuples()}
+    drafting = row["propose", 1, 3] + row["commit", 1, 3]
+    expected = metrics["accepted_length"] * row["target", 1, 1] / (drafting + row["target", 1, 4])
+    assert metrics["predicted_speedup"] == pytest.approx(expected, rel=1e-6)
 
 
 def test_predicted_speedup_by_hand():

@@ -1,0 +1,120 @@
+"""specbench speed: cost curves, engine steps a second, and the wall clock against plain decoding."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from hydra.utils import instantiate
+from omegaconf import DictConfig
+
+from experiments.evaluate import first_prompt, lineage_of, load_pair, source_of
+from experiments.progress import Progress
+from experiments.stage import Stage, container
+from specbench.costs import CostProfile
+from specbench.data.chat import prompt_ids
+from specbench.decoding import Limits
+from specbench.methods.draft import Draft
+from specbench.provenance import hardware, provenance
+from specbench.runfolder import RunFolder
+from specbench.sampling import Sampling
+from specbench.scheduling import HardwareAware
+from specbench.speed import (
+    cost_profile,
+    draft_cost,
+    predicted_speedup,
+    scheduler_cost,
+    step_cost,
+    target_cost,
+    wall_clock,
+)
+from specbench.targets import Target
+
+
+def run(cfg: DictConfig) -> Path:
+    """Write costs.csv (one row a measured point), profile.json (SPS(B) for `specbench serve`) and the summary."""
+    source = source_of(cfg.draft)
+    if source is None:
+        raise ValueError("draft=plain has no speedup to measure; name a draft folder or a training run")
+    about = lineage_of(cfg.draft, source, cfg.target.name)
+    name = cfg.name or f"{about['method']}-{cfg.target.name}-s{about['seed']}"
+    config = container(cfg)
+    folder = Path(cfg.root) / "runs" / "speed" / name
+    with Stage("speed", folder, config, force=cfg.force, ignore=("name",)) as stage:
+        if stage.done:
+            return folder
+        with RunFolder(cfg.root, "speed", name, config, fresh=stage.state in ("changed", "forced")) as record:
+            prompts = instantiate(cfg.suite, _convert_="all").load()
+            target, draft = load_pair(cfg, source)
+            record.write_provenance(*provenance(sys.argv, {"decoding": 0}, None, first_prompt(prompts)))
+            tokens = [_tokens(target, p, cfg.thinking) for p in prompts]
+            rows, clock, profile = measure(cfg, target, draft, tokens)
+            pd.DataFrame(rows).to_csv(folder / "costs.csv", index=False)
+            profile.save(folder / "profile.json")
+            metrics = _predicted(rows, clock, draft.block_size, cfg.batch_size) | clock
+            metrics["scheduler_seconds"] = _schedule(profile, max(cfg.batch_sizes), draft.block_size)
+            record.finish(method=about["method"], target=cfg.target.name, suite=cfg.suite.name, metrics=metrics)
+        print(pd.DataFrame(rows).drop(columns="tokens").to_string(index=False, float_format="%.6f"))
+        shown = ("speedup", "speedup_low", "speedup_high", "predicted_speedup", "accepted_length", "tokens_per_second")
+        stage.finish(
+            {key: metrics[key] for key in shown},
+            next=f"specbench serve rounds=RUN profile=file profile.path={folder / 'profile.json'}",
+        )
+    return folder
+
+
+def measure(
+    cfg: DictConfig, target: Target, draft: Draft, prompts: list[list[int]]
+) -> tuple[list[dict], dict[str, Any], CostProfile]:
+    """Cost rows, the wall clock against plain decoding, and the profile of whole engine steps."""
+    sizes, K = list(cfg.batch_sizes), draft.block_size
+    lengths = sorted({k for k in cfg.lengths if k <= K} | {K})
+    repeats = {"context": cfg.context, "repeats": cfg.repeats, "warmup": cfg.warmup}
+    needed = max(*sizes, cfg.clock_prompts)
+    if len(prompts) < needed:
+        raise ValueError(
+            f"the suite holds {len(prompts)} prompts and {needed} are needed; lower batch_sizes or clock_prompts"
+        )
+    rows: list[dict] = []
+    with Progress("speed", 3 * len(sizes) + 1, "measurements") as bar:
+        for size in sizes:
+            rows += target_cost(target, [size], [1, *(k + 1 for k in lengths)], **repeats)
+            bar.advance()
+            rows += draft_cost(target, draft, [size], lengths, **repeats)
+            bar.advance()
+            rows += step_cost(target, draft, prompts, [size], [0, *lengths], cfg.step_tokens)
+            bar.advance()
+        sampling = Sampling(cfg.temperature)
+        limits = Limits(cfg.max_new_tokens, target.stop_token_ids, cfg.batch_size)
+        clock = wall_clock(target, draft, prompts[: cfg.clock_prompts], sampling, limits, cfg.clock_repeats)
+        bar.advance()
+    facts = hardware()
+    machine = facts["gpus"][0] if target.device.type == "cuda" else f"{facts['processor']}, {facts['threads']} threads"
+    label = f"{target.name} with {type(draft).__name__}, {K} slots, {machine}"
+    return rows, clock, cost_profile(rows, label, part="step")
+
+
+def _predicted(rows: list[dict], clock: dict[str, Any], K: int, batch: int) -> dict[str, Any]:
+    """The speedup that the cost curves predict at the largest measured batch not above the decoded one."""
+    size = max((r["requests"] for r in rows if r["requests"] <= batch), default=min(r["requests"] for r in rows))
+
+    def seconds(part: str, length: int) -> float:
+        return next(r["seconds"] for r in rows if (r["part"], r["requests"], r["length"]) == (part, size, length))
+
+    drafting = seconds("propose", K) + seconds("commit", K)
+    predicted = predicted_speedup(clock["accepted_length"], drafting, seconds("target", K + 1), seconds("target", 1))
+    return {"predicted_speedup": predicted, "predicted_at_batch": size}
+
+
+def _schedule(profile: CostProfile, requests: int, K: int) -> float:
+    return scheduler_cost(HardwareAware(profile), requests, K).seconds
+
+
+def _tokens(target: Target, prompt: Any, thinking: bool | None) -> list[int]:
+    if prompt.prompt_ids is not None:
+        return list(prompt.prompt_ids)
+    if target.tokenizer is None:
+        raise ValueError(f"target {target.name} has no tokenizer; give prompts with prompt_ids")
+    return prompt_ids(target.tokenizer, [{"role": "user", "content": prompt.turns[0]}], thinking)
