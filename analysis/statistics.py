@@ -108,8 +108,11 @@ def tails(prompts: int) -> tuple[float, float]:
 def bounds(
     draws: Float[np.ndarray, "R ..."], prompts: int
 ) -> tuple[Float[np.ndarray, "*axes"], Float[np.ndarray, "*axes"]]:
-    """Lower and upper bound over the resamples; NaN with fewer than two prompts or no draw that has a value."""
-    if prompts < 2:
+    """Lower and upper bound over the resamples; NaN with fewer than two prompts or no draw that has a value.
+
+    Where nothing was proposed in any round there is no slot, and the bounds are as empty as the curve.
+    """
+    if prompts < 2 or draws[0].size == 0:
         empty = np.full(draws.shape[1:], np.nan)
         return empty, empty.copy()
     some = ~np.isnan(draws).all(0)

@@ -51,6 +51,11 @@ def _seconds(counts: Counts) -> float:
     return time.process_time() - began
 
 
+def test_bounds_of_no_slot_are_empty():
+    low, high = statistics.bounds(np.zeros((10, 0)), 5)
+    assert low.shape == high.shape == (0,)
+
+
 def test_bounds_for_many_prompts_are_the_percentile_interval_and_wider_for_few():
     low, high = statistics.tails(100_000)
     assert low == pytest.approx(0.025, abs=1e-5) and high == pytest.approx(0.975, abs=1e-5)
