@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import shutil
 import time
 from pathlib import Path
 
@@ -11,6 +12,8 @@ from omegaconf import DictConfig
 from experiments.assembly import composed
 from experiments.stage import report, say
 from experiments.verbs import VERBS
+
+SHOWN = ("conditional_acceptance_t0.png", "survival_t0.png")
 
 
 def run(cfg: DictConfig) -> Path:
@@ -60,7 +63,17 @@ def run(cfg: DictConfig) -> Path:
     output = Path(cfg.root) / "compare" / "quickstart"
     report("quickstart", output, time.monotonic() - began, {"report": output / "report.html"})
     say(f"figures: {output / 'figures'}")
+    if cfg.docs:
+        publish(output, Path(cfg.docs))
     return output
+
+
+def publish(output: Path, folder: Path) -> None:
+    """Copy the table and the two figures that documentation shows; README.md holds the table itself."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for file in (output / "accepted_length.md", *(output / "figures" / name for name in SHOWN)):
+        shutil.copyfile(file, folder / file.name)
+    say(f"table and figures copied to {folder}")
 
 
 def stage(verb: str, overrides: list[str]) -> Path | None:
