@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from specbench.attention import Visibility, attend, attend_flex, block_mask
+from specbench.attention import Visibility, attend, attend_flex, attend_stored, block_mask
 
 pytestmark = pytest.mark.filterwarnings("ignore:flex_attention called without")
 B, N, Q, S, T, G, D = 2, 3, 4, 4, 11, 2, 8
@@ -114,3 +114,14 @@ def test_gradients_equal_those_of_plain_attention():
     expected = torch.autograd.grad((whole(v, query, context, own) * weight).sum(), leaves)
     for a, b in zip(found, expected, strict=True):
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("heads", [G, 3 * G])
+@pytest.mark.parametrize("masked", [True, False])
+def test_attention_to_stored_keys_equals_attend(heads, masked):
+    query, context, _ = tensors(heads, own=False)
+    mask = torch.arange(T) <= torch.tensor([[4, 5, 6, 7], [0, 1, 2, 3]])[:, None, :, None]
+    every = torch.ones_like(mask)
+    expected = attend(query[:, :1], context, None, mask if masked else every, SCALE)[:, 0]
+    found = attend_stored(query[:, 0], context, mask if masked else None, SCALE)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
