@@ -22,7 +22,7 @@ def print_plan(cfg: DictConfig) -> Footprint:
     with torch.device("meta"):
         empty = torch.empty(facts.vocab_size, facts.hidden_size)
         draft = build_draft(cfg.method, cfg.target, config, Tables(empty, empty, facts.embedding_scale, facts.soft_cap))
-    memory = cfg.memory
+    memory = None if cfg.memory is None else float(cfg.memory)
     if memory is None and torch.cuda.is_available():
         memory = torch.cuda.get_device_properties(0).total_memory / 2**30
     found = footprint(draft, cfg.target.max_length, cfg.trainer.lightning.precision, memory)

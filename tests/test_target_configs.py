@@ -25,6 +25,15 @@ GOLDEN = Path(__file__).parent / "fixtures" / "golden"
 REPOSITORY = CONFIGS.parent
 
 
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """Tensors this small only wait for each other on two."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 def option(name: str):
     """One option of the group with its defaults resolved, without composing a whole verb."""
     cfg = OmegaConf.load(CONFIGS / "target" / f"{name}.yaml")

@@ -1,0 +1,64 @@
+"""The model card says what the records say, and an upload without a token is one sentence."""
+
+from __future__ import annotations
+
+import pytest
+import yaml
+
+from specbench.interchange import push
+from specbench.modelcard import model_card
+
+TRAINING = {
+    "summary": {
+        "method": "dspark",
+        "steps": 240,
+        "best_step": 200,
+        "trained_tokens": 123456,
+        "parameters": 77,
+        "lineage": {"cache": {"fingerprint": "abc123"}},
+    },
+    "config": {"data": {"name": "embedded"}, "method": {"objective": {"ce": 0.1}}, "seed": {"init": 3}},
+    "provenance": {
+        "command": ["specbench", "train", "data.name=a b"],
+        "code": {"commit": "f00"},
+        "versions": {"torch": "2.13.0"},
+    },
+}
+EVALUATION = {
+    "suite": "paper",
+    "temperature": 1.0,
+    "accounting": "specbench",
+    "metrics": {
+        "accepted_length": {"value": 3.14159, "low": 3.0, "high": 3.25, "count": 999},
+        "tokens_per_second": {"value": 50.0},
+    },
+}
+
+
+def test_a_card_holds_what_the_records_hold() -> None:
+    card = model_card("me/draft", "vllm", "Qwen/Qwen3-4B", "apache-2.0", TRAINING, [EVALUATION])
+    _, front, body = card.split("---\n", 2)
+    assert yaml.safe_load(front) == {
+        "base_model": "Qwen/Qwen3-4B",
+        "library_name": "specbench",
+        "license": "apache-2.0",
+        "tags": ["speculative-decoding", "draft-model", "vllm"],
+    }
+    assert "| paper | 1 | 3.142 | 3.000 to 3.250 | 999 | 50.000 | specbench |" in body
+    assert "    specbench train 'data.name=a b'" in body  # the command can be pasted
+    for fact in ("abc123", "123456", "| optimiser steps | 240 |", "f00", "torch 2.13.0", "embedded", "apache-2.0"):
+        assert fact in body
+    assert "transformers not recorded" in body  # what is unknown is said, not left out
+
+
+def test_a_card_without_records_says_so() -> None:
+    card = model_card("me/draft", "deepspec", "Qwen/Qwen3-4B", None)
+    assert "No evaluation is recorded." in card and "named none" in card and "license:" not in card
+
+
+def test_an_upload_without_a_token_is_one_sentence(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("specbench.interchange.get_token", lambda: None)
+    with pytest.raises(ValueError, match="no Hugging Face token here; set HF_TOKEN"):
+        push(tmp_path, "me/draft")
+    with pytest.raises(ValueError, match="OWNER/NAME"):
+        push(tmp_path, "draft")
