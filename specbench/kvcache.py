@@ -25,24 +25,23 @@ class KVCache:
         self.keys: dict[int, Tensor] = {}
         self.values: dict[int, Tensor] = {}
 
-    def write(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Store S new entries of every row; returns views (B, longest + S, G, d) of keys and values."""
-        size, end = keys.shape[1], self.longest + keys.shape[1]
+    def write(self, layer: int, keys: Tensor, values: Tensor, behind: int = 0) -> tuple[Tensor, Tensor]:
+        """Store S new entries of every row, `behind` entries after its length; returns views (B, longest + behind + S,
+        G, d) of keys and values.
+        """
+        start, size = self.longest + behind, keys.shape[1]
+        end = start + size
         if layer not in self.keys or self.keys[layer].shape[1] < end:
             self._grow(layer, keys, values, end)
         stored_keys, stored_values = self.keys[layer], self.values[layer]
         if self.even:
-            stored_keys[:, self.longest : end] = keys
-            stored_values[:, self.longest : end] = values
+            stored_keys[:, start:end] = keys
+            stored_values[:, start:end] = values
         else:
             rows = torch.arange(len(self.lengths), device=self.lengths.device)[:, None]
-            at = self.lengths[:, None] + torch.arange(size, device=self.lengths.device)
+            at = self.lengths[:, None] + torch.arange(behind, behind + size, device=self.lengths.device)
             stored_keys[rows, at], stored_values[rows, at] = keys, values
         return stored_keys[:, :end], stored_values[:, :end]
-
-    def read(self, layer: int) -> tuple[Tensor, Tensor]:
-        """Views of what is stored up to the longest row."""
-        return self.keys[layer][:, : self.longest], self.values[layer][:, : self.longest]
 
     def advance(self, counts: Int[Tensor, " B"] | int) -> None:
         """Count `counts` of the entries written last as part of each row."""
@@ -50,13 +49,22 @@ class KVCache:
         low, high = torch.aminmax(self.lengths)
         self.longest, self.even = int(high), bool(low == high)
 
-    def visible(self, new: int = 0) -> Bool[Tensor, "B 1 q T"]:
-        """Mask of stored entries: those of the row (new = 0), or causal for `new` queries just written."""
-        stored = torch.arange(self.longest + new, device=self.lengths.device)
-        if new == 0:
-            return (stored < self.lengths[:, None])[:, None, None]
-        limit = self.lengths[:, None] + torch.arange(new, device=self.lengths.device)
-        return (stored <= limit[..., None])[:, None]
+    def visible(
+        self, new: int, behind: int = 0, causal: bool = True, window: int | None = None
+    ) -> Bool[Tensor, "B 1 S T"] | None:
+        """What `new` queries see that were written `behind` entries after each row's length, as `write` does it.
+
+        They see all before them in their row and each other: up to themselves when `causal`, all of them otherwise;
+        with `window` nothing further back than window - 1 entries. None: they see everything that is stored.
+        """
+        if self.even and window is None and (new == 1 or not causal):
+            return None
+        position = self.lengths[:, None, None] + torch.arange(behind, behind + new, device=self.lengths.device)[:, None]
+        stored = torch.arange(self.longest + behind + new, device=self.lengths.device)
+        seen = stored <= (position if causal else position[:, -1:])
+        if window is not None:
+            seen = seen & (position - stored < window)
+        return seen.expand(-1, new, -1)[:, None]
 
     def select(self, rows: Int[Tensor, " R"]) -> KVCache:
         """A cache of the chosen rows."""
@@ -85,5 +93,5 @@ class KVCache:
         for store, new in ((self.keys, keys), (self.values, values)):
             fresh = new.new_zeros(new.shape[0], capacity, *new.shape[2:])
             if layer in store:
-                fresh[:, : self.longest] = store[layer][:, : self.longest]
+                fresh[:, : store[layer].shape[1]] = store[layer]
             store[layer] = fresh

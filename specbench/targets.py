@@ -26,6 +26,7 @@ from transformers.utils import logging as transformers_logging
 
 from specbench.backbone import backbone_of
 from specbench.blocks import Context
+from specbench.directpass import DirectPass, fits
 from specbench.kvcache import KVCache
 from specbench.tables import Tables
 
@@ -100,6 +101,8 @@ class Target:
         self.recomputes = not set(kinds) <= ROLLED_BACK_BY_LENGTH
         self.kinds, self.window = kinds, self.text.get("sliding_window")
         self.stop_token_ids = self._stops() if stop_token_ids is None else tuple(stop_token_ids)
+        # The pass that `extend` takes: our own where it can, the library's where this is None.
+        self.direct = DirectPass(self.text, self.decoder) if fits(self.text, embedding.dtype) else None
         self._captured: dict[int, Tensor] = {}
         for layer_id in self.target_layer_ids:
             module = self.layers[layer_id] if layer_id >= 0 else model.get_input_embeddings()
@@ -185,24 +188,31 @@ class Target:
     @torch.inference_mode()
     def extend(self, state: TargetState, tokens: Int[Tensor, "B S"]) -> Context:
         """States of S more tokens a row; they count only once the caller advances the state."""
-        cache, size = state.cache, tokens.shape[1]
         if self.recomputes:
             return self._recompute(state, tokens)
+        if self.direct is None:
+            taps, last = self._by_library(state.cache, tokens)
+        else:
+            taps, last = self.direct(state.cache, tokens, self.target_layer_ids)
+        return Context(taps, last, torch.full((len(tokens),), tokens.shape[1], device=self.device))
+
+    def _by_library(self, cache: KVCache, tokens: Int[Tensor, "B S"]) -> tuple[Tensor, Tensor]:
+        size = tokens.shape[1]
         position = cache.lengths[:, None] + torch.arange(size, device=self.device)
-        visible = cache.visible(size)
-        mask = {"full_attention": visible}
+        mask = {"full_attention": cache.visible(size)}
         if "sliding_attention" in self.kinds:
-            stored = torch.arange(visible.shape[-1], device=self.device)
-            mask["sliding_attention"] = visible & (position[:, None, :, None] - stored < self.window)
+            mask["sliding_attention"] = cache.visible(size, window=self.window)
+        if not self.text.get("layer_types"):
+            mask = mask["full_attention"]
+            mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=self.device) if mask is None else mask
         out = self.decoder(
             input_ids=tokens,
-            attention_mask=mask if self.text.get("layer_types") else visible,
+            attention_mask=mask,
             position_ids=position,
             past_key_values=_Bridge(cache),
             use_cache=True,
         )
-        counts = torch.full((len(tokens),), size, device=self.device)
-        return Context(self._taps(), out.last_hidden_state, counts)
+        return self._taps(), out.last_hidden_state
 
     def _recompute(self, state: TargetState, tokens: Int[Tensor, "B S"]) -> Context:
         cache, size = state.cache, tokens.shape[1]

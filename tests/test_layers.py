@@ -16,7 +16,7 @@ PACKAGES = ("specbench", "analysis", "experiments")
 # Every file of specbench/ by layer. A file imports from its own layer and from those before it, never in a circle.
 LAYERS = (
     "atomic provenance runfolder blocks attention sampling verification costs",
-    "backbone kvcache tables losses projection rowpass roundcounts slots metrics data.codec data.grouped data.codecs",
+    "backbone kvcache directpass tables losses projection rowpass roundcounts slots metrics data.codec data.grouped data.codecs",
     "methods.draft methods.parallel methods.recurrent methods.dflash methods.dspark methods.eagle3 methods.mtp",
     """targets objective chunks oracle
     data.jsonl data.hub data.overlap data.sources data.prompts data.templates data.chat data.servers data.engines

@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from specbench.attention import Visibility, attend, attend_flex, block_mask
+from specbench.attention import Visibility, attend, attend_flex, attend_stored, block_mask
 from specbench.backbone import Backbone, Layer, RotaryEmbedding
 from specbench.blocks import PADDING, Batch, Blocks, Context, assemble, take
 from specbench.methods.draft import Draft, Proposal, Sample, State
@@ -113,18 +113,15 @@ class ParallelDraft(Draft):
         return state
 
     def propose(self, state: State, anchor: Int[Tensor, " B"], sample: Sample, slots: int | None = None) -> Proposal:
-        x = self.block_inputs(anchor, self.inputs)
-        position = state.cache.lengths[:, None] + torch.arange(self.inputs, device=anchor.device)
-        rope = self.rope(position, x.dtype)
-        mask = state.cache.visible()
-        if self.backbone.window is not None:
-            stored = torch.arange(mask.shape[-1], device=anchor.device)
-            mask = mask & (position[:, None, :, None] - stored < self.backbone.window)
+        x, cache = self.block_inputs(anchor, self.inputs), state.cache
+        rope = self.rope(cache.lengths[:, None] + torch.arange(self.inputs, device=anchor.device), x.dtype)
+        mask = cache.visible(self.inputs, causal=False, window=self.backbone.window)
         for i, layer in enumerate(self.layers):
             y = layer.normed(x)
-            query, own = layer.self_attn.queries(y, rope), layer.self_attn.keys_values(y, rope)
-            query, own = query[:, None], (own[0][:, None], own[1][:, None])
-            x = layer.finish(x, attend(query, state.cache.read(i), own, mask, self.backbone.scale)[:, 0])
+            query = layer.self_attn.queries(y, rope)
+            # The block's own keys stand behind the context without counting; the next commit overwrites them.
+            stored = cache.write(i, *layer.self_attn.keys_values(y, rope))
+            x = layer.finish(x, attend_stored(query, stored, mask, self.backbone.scale))
         hidden = self.norm(x if self.sample_from_anchor else x[:, 1:])
         return self.draw(hidden[:, :slots], anchor, sample)
 

@@ -14,9 +14,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from specbench.attention import Visibility, attend, attend_flex, block_mask
-from specbench.backbone import Backbone, Layer, RotaryEmbedding
+from specbench.attention import Visibility, attend, attend_flex, attend_stored, block_mask
+from specbench.backbone import Backbone, Layer, Rope, RotaryEmbedding
 from specbench.blocks import PADDING, SUPERVISIONS, Batch, Blocks, Context, assemble, slot_positions, take
+from specbench.kvcache import KVCache
 from specbench.methods.draft import Draft, Proposal, Sample, State
 from specbench.tables import Tables
 
@@ -142,39 +143,43 @@ class RecurrentDraft(Draft):
         cache, new = state.cache, feature.shape[1]
         embedding = self.tables.embed(after)
         position = cache.lengths[:, None] + torch.arange(new, device=tokens.device)
-        x, rope, mask = self.enter(feature, embedding), self.rope(position, feature.dtype), None
+        x, rope = self.enter(feature, embedding), self.rope(position, feature.dtype)
+        mask = cache.visible(new, window=self.backbone.window)
         for i, layer in enumerate(self.layers):
             y = layer.normed(x, embedding)
             stored = cache.write(i, *layer.self_attn.keys_values(y, rope))
-            if i + 1 == len(self.layers):
-                break
-            mask = self._in_window(cache.visible(new), position[:, None]) if mask is None else mask
-            query = layer.self_attn.queries(y, rope)[:, None]
-            x = layer.finish(x, attend(query, stored, None, mask, self.backbone.scale)[:, 0])
+            if i + 1 < len(self.layers):
+                query = layer.self_attn.queries(y, rope)
+                x = layer.finish(x, attend_stored(query, stored, mask, self.backbone.scale))
         cache.advance(counts)
         return state
 
     def propose(self, state: State, anchor: Int[Tensor, " B"], sample: Sample, slots: int | None = None) -> Proposal:
-        feature, token = state.feature[:, None], anchor
-        context = [state.cache.read(i) for i in range(len(self.layers))]
-        own: list[Pairs] = [[] for _ in self.layers]
-        hidden, previous, probabilities = [], [anchor], []
-        for k in range(self.block_size if slots is None else min(slots, self.block_size)):
-            position = (state.cache.lengths + k)[:, None]
-            mask = self._in_window(state.cache.visible(), position[..., None])
-            feature = self.step(feature, token[:, None], position, context, own, mask, first=False)
+        steps = self.block_size if slots is None else min(slots, self.block_size)
+        feature, token, cache = state.feature[:, None], anchor[:, None], state.cache
+        position = cache.lengths[:, None] + torch.arange(steps, device=anchor.device)
+        ropes = zip(*(side.split(1, 1) for side in self.rope(position, feature.dtype)), strict=True)
+        hidden, previous, probabilities = [], [token], []
+        for k, rope in enumerate(ropes):
+            feature = self.step_stored(feature, token, rope, cache, k)
             hidden.append(self.norm(feature))
-            tokens, drawn = sample(self.project(self.features(hidden[-1], token[:, None])))
-            token = self.to_target(tokens[:, 0])
+            tokens, drawn = sample(self.project(self.features(hidden[-1], token)))
+            token = self.to_target(tokens)
             previous.append(token)
             probabilities.append(drawn)
-        tokens = torch.stack(previous, 1)
+        tokens = torch.cat(previous, 1)
         drawn = None if probabilities[0] is None else self.widen(torch.cat(probabilities, 1))
         return Proposal(tokens[:, 1:], drawn, self.confidence(torch.cat(hidden, 1), tokens[:, :-1]))
 
-    def _in_window(self, mask: Tensor, position: Int[Tensor, "B n q"]) -> Tensor:
-        """Hide stored keys beyond the sliding window; row t of the cache holds rope position t."""
-        if self.backbone.window is None:
-            return mask
-        stored = torch.arange(mask.shape[-1], device=mask.device)
-        return mask & (position[..., None] - stored < self.backbone.window)
+    def step_stored(
+        self, feature: Float[Tensor, "B 1 D"], token: Int[Tensor, "B 1"], rope: Rope, cache: KVCache, k: int
+    ) -> Float[Tensor, "B 1 D"]:
+        """`step` while decoding: the keys of step k stand behind the context without counting."""
+        embedding, mask = self.tables.embed(token), cache.visible(1, behind=k, window=self.backbone.window)
+        x = self.enter(feature, embedding)
+        for i, layer in enumerate(self.layers):
+            y = layer.normed(x, embedding)
+            query = layer.self_attn.queries(y, rope)
+            stored = cache.write(i, *layer.self_attn.keys_values(y, rope), behind=k)
+            x = layer.finish(x, attend_stored(query, stored, mask, self.backbone.scale))
+        return x
