@@ -1,0 +1,89 @@
+"""The key-value cache against plain lists, one a request, through writes, roll-backs, departures and arrivals."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+
+from specbench.kvcache import KVCache
+
+LAYERS, G, D = 2, 1, 2
+
+
+class Writer:
+    """A cache and, for each row, the list of what it should hold; every entry is a number of its own."""
+
+    def __init__(self, rows: int):
+        self.cache, self.rows, self.next = KVCache(rows), [[] for _ in range(rows)], 1.0
+
+    def entries(self, size: int) -> torch.Tensor:
+        count = len(self.rows) * size
+        numbers = torch.arange(count).view(-1, size) + self.next
+        self.next += count
+        return numbers[..., None, None].expand(-1, -1, G, D).clone()
+
+    def write(self, counts: list[int], size: int) -> None:
+        """Write `size` entries a row and keep the first `counts` of each."""
+        new, visible = self.entries(size), self.cache.visible(size)
+        for layer in range(LAYERS):
+            keys, values = self.cache.write(layer, new + 0.25 * layer, -new - 0.25 * layer)
+            for b, row in enumerate(self.rows):
+                for query in range(size):
+                    seen = torch.ones(keys.shape[1], dtype=torch.bool) if visible is None else visible[b, 0, query]
+                    expected = row + new[b, : query + 1, 0, 0].tolist()
+                    assert (keys[b, seen, 0, 0] - 0.25 * layer).tolist() == expected
+                    assert (-values[b, seen, 0, 1] - 0.25 * layer).tolist() == expected
+        self.cache.advance(torch.tensor(counts))
+        for b, count in enumerate(counts):
+            self.rows[b] = self.rows[b] + new[b, :count, 0, 0].tolist()
+        assert self.cache.lengths.tolist() == [len(row) for row in self.rows]
+        assert self.cache.longest == max(len(row) for row in self.rows)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_every_row_holds_what_it_kept(seed):
+    chance = random.Random(seed)
+    one = Writer(3)
+    one.write([chance.randint(1, 9) for _ in range(3)], 9)
+    for _ in range(25):
+        size = chance.randint(1, 5)
+        one.write([chance.randint(0, size) for _ in one.rows], size)
+        if chance.random() < 0.3 and len(one.rows) > 1:
+            kept = chance.sample(range(len(one.rows)), len(one.rows) - 1)
+            one.cache, one.rows = one.cache.select(torch.tensor(kept)), [one.rows[r] for r in kept]
+        if chance.random() < 0.4:
+            other = Writer(chance.randint(1, 2))
+            other.next = one.next + 1e5 * chance.randint(1, 9)
+            length = chance.randint(1, 80)
+            other.write([length] * len(other.rows), length)
+            one.cache, one.rows = one.cache.merge(other.cache), one.rows + other.rows
+            one.next = max(one.next, other.next)
+
+
+def test_rows_of_one_length_are_written_side_by_side_until_they_part():
+    writer = Writer(2)
+    writer.write([4, 4], 4)
+    assert writer.cache.even
+    writer.write([1, 3], 3)
+    assert not writer.cache.even
+    writer.write([2, 0], 2)
+    assert writer.cache.even and writer.cache.lengths.tolist() == [7, 7]
+    writer.write([1, 1], 1)
+
+
+def test_growing_keeps_what_was_there():
+    writer = Writer(2)
+    writer.write([60, 50], 60)
+    writer.write([30, 1], 30)
+    writer.write([300, 7], 300)
+    writer.write([1, 1], 1)
+
+
+def test_a_selection_shares_nothing_with_the_cache_it_came_from():
+    writer = Writer(2)
+    writer.write([5, 3], 5)
+    chosen = writer.cache.select(torch.tensor([1]))
+    chosen.write(0, *(torch.full((1, 2, G, D), 9e9) for _ in "kv"))
+    writer.write([2, 2], 2)
