@@ -12,24 +12,24 @@ from omegaconf import DictConfig, OmegaConf
 from experiments.import_draft import target_tables, vacant
 from experiments.stage import report
 from specbench.atomic import write_text
-from specbench.interchange import export_draft, fetch, push
+from specbench.interchange import export_draft, fetch, push, require_token
 from specbench.modelcard import model_card
 from specbench.runfolder import read_summary
-
-UNNAMED = "an unnamed target"
 
 
 def run(cfg: DictConfig) -> Path:
     """Write the folder and its README.md; returns the folder."""
     began = time.monotonic()
+    if cfg.push:
+        require_token(cfg.push)
     path = fetch(cfg.draft)
     source = path / "draft" if (path / "draft" / "config.json").is_file() else path
     training = record(path) if (path / "summary.json").is_file() else None
     folder = vacant(Path(cfg.folder or Path(cfg.root) / "export" / f"{path.name}-{cfg.format}"), cfg.force)
-    target = cfg.target or (training or {}).get("config", {}).get("target", {}).get("id")
-    export_draft(source, folder, cfg.format, target, target_tables(cfg.target))
+    target = cfg.target_id or (training or {}).get("config", {}).get("target", {}).get("id")
+    export_draft(source, folder, cfg.format, target, target_tables(cfg.target_id, source))
     found = evaluations(cfg, path)
-    card = model_card(cfg.push or folder.name, cfg.format, target or UNNAMED, cfg.licence, training, found)
+    card = model_card(cfg.push or folder.name, cfg.format, target, cfg.licence, training, found)
     write_text(folder / "README.md", card)
     facts: dict[str, Any] = {"format": cfg.format, "evaluations in the card": len(found)}
     if cfg.push:

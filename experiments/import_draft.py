@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 from omegaconf import DictConfig
 
 from experiments.stage import report, say
 from specbench.formats import read
-from specbench.interchange import assemble_draft, fetch, read_folder, save_draft
+from specbench.interchange import assemble_draft, fetch, read_folder, save_draft, ships_embedding
 from specbench.tables import Tables
 from specbench.targets import Target
 
 
 def run(cfg: DictConfig) -> Path:
     """Fetch, understand, build (which checks every tensor) and write; returns the folder."""
+    began = time.monotonic()
     folder = vacant(Path(cfg.folder or Path(cfg.root) / "import" / Path(cfg.draft).name), cfg.force)
     source = fetch(cfg.draft, cfg.revision)
     config, tensors = read_folder(source)
     reading = read(config, tensors, None if cfg.target_layer_ids is None else list(cfg.target_layer_ids))
-    draft = assemble_draft(reading, target_tables(cfg.target))
+    draft = assemble_draft(reading, target_tables(cfg.target_id, source))
     save_draft(draft, folder, reading.text, reading.settings)
     size = len(draft.tables.head)
     facts = {
@@ -30,7 +32,7 @@ def run(cfg: DictConfig) -> Path:
         "vocabulary": f"{size:,} of {draft.backbone.vocab_size:,} tokens",
         "parameters": sum(p.numel() for p in draft.parameters()),
     }
-    report("import", folder, 0.0, facts, f"specbench evaluate draft={folder} target=FOLDER_OR_ID")
+    report("import", folder, time.monotonic() - began, facts, f"specbench evaluate draft={folder} target=FOLDER_OR_ID")
     return folder
 
 
@@ -41,9 +43,9 @@ def vacant(folder: Path, force: bool) -> Path:
     return folder
 
 
-def target_tables(target: str | None) -> Tables | None:
-    """Embedding and head of a target by folder or hub id."""
-    if target is None:
+def target_tables(target: str | None, draft: Path) -> Tables | None:
+    """Embedding and head of a target by folder or hub id, for a draft that ships none; None where not needed."""
+    if target is None or ships_embedding(draft):
         return None
     say(f"reading the tables of {target}")
     return Target.load(target, []).tables

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from huggingface_hub import HfApi, get_token, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -78,6 +79,15 @@ def taps_of(folder: str | Path) -> list[int]:
     return list(describe(read_config(folder))[1]["target_layer_ids"])
 
 
+def ships_embedding(folder: str | Path) -> bool:
+    """Whether the checkpoint holds an embedding of its own, from the names of its tensors alone."""
+    found: set[str] = set()
+    for file in Path(folder).glob("*.safetensors"):
+        with safe_open(file, "pt") as opened:
+            found |= set(opened.keys())
+    return any(key.removeprefix("model.") == "embed_tokens.weight" for key in found)
+
+
 def load_draft(
     folder: str | Path,
     target_tables: Tables | None = None,
@@ -134,7 +144,10 @@ def _tables(reading: Reading, tensors: dict[str, Tensor], given: Tables | None) 
     tensors.pop("d2t", None)
     tensors.pop("t2d", None)
     if (embedding is None or (head is None and ids is not None)) and given is None:
-        raise FormatError("this draft ships no embedding and head; give target=FOLDER_OR_ID so that they can be shared")
+        raise FormatError(
+            "this draft ships no embedding and head: give target=FOLDER_OR_ID (import and export: target_id=...) so "
+            "that they can be shared"
+        )
     if embedding is None and head is None:
         return given.derive(ids=ids)
     if reading.scales_unknown and given is not None and (given.embedding_scale != 1.0 or given.soft_cap is not None):
@@ -200,10 +213,7 @@ def push(folder: str | Path, repository: str, private: bool = False) -> str:
 
     Errors: ValueError without a token, or with what the hub answered.
     """
-    if not HUB_ID.fullmatch(repository):
-        raise ValueError(f"push={repository}: give a hub id of the form OWNER/NAME")
-    if get_token() is None:
-        raise ValueError(f"push={repository}: no Hugging Face token here; set HF_TOKEN or run `hf auth login`")
+    require_token(repository)
     api = HfApi()
     try:
         address = str(api.create_repo(repository, private=private, exist_ok=True))
@@ -211,6 +221,14 @@ def push(folder: str | Path, repository: str, private: bool = False) -> str:
     except (OSError, HfHubHTTPError) as error:
         raise ValueError(f"push={repository}: the hub refused it ({first_line(error)})") from error
     return address
+
+
+def require_token(repository: str) -> None:
+    """Errors: ValueError when `repository` is no hub id or when there is no token to write to it."""
+    if not HUB_ID.fullmatch(repository):
+        raise ValueError(f"push={repository}: give a hub id of the form OWNER/NAME")
+    if get_token() is None:
+        raise ValueError(f"push={repository}: no Hugging Face token here; set HF_TOKEN or run `hf auth login`")
 
 
 def _write(folder: Path, config: Mapping[str, Any], tensors: dict[str, Tensor]) -> Path:

@@ -19,7 +19,7 @@ HOW_TO = {
 def model_card(
     repository: str,
     form: str,
-    target: str,
+    target: str | None,
     licence: str | None,
     training: Mapping[str, Any] | None = None,
     evaluations: Sequence[Mapping[str, Any]] = (),
@@ -27,19 +27,22 @@ def model_card(
     """README.md of a draft repository: front matter, use, training, measured numbers with intervals, licence.
 
     `training` is {"summary", "config", "provenance"} of the training run (None: a draft without one), `evaluations`
-    the summaries of its evaluation runs; `target` is the target's hub id.
+    the summaries of its evaluation runs; `target` is the target's hub id (None: not recorded).
     """
-    front = {"base_model": target, "library_name": "specbench", "tags": ["speculative-decoding", "draft-model", form]}
+    front: dict[str, Any] = {"library_name": "specbench", "tags": ["speculative-decoding", "draft-model", form]}
+    if target:
+        front["base_model"] = target
     if licence:
         front["license"] = licence
     summary = (training or {}).get("summary", {})
-    method = summary.get("method", "draft")
+    article = f"A {summary['method']} draft model" if "method" in summary else "A draft model"
+    partner = f"[{target}](https://huggingface.co/{target})" if target else "its target (which one is not recorded)"
     parts = [
         "---\n" + yaml.safe_dump(front, sort_keys=True) + "---",
         f"# {repository}",
-        f"A {method} draft model for speculative decoding with [{target}](https://huggingface.co/{target}), in the "
-        f"{form} format. It proposes tokens; the target verifies them, so the output has the target's own law.",
-        "## Use\n\n" + HOW_TO[form].format(repository=repository, target=target),
+        f"{article} for speculative decoding with {partner}, in the {form} format. It proposes "
+        "tokens; the target verifies them, so the output has the target's own law.",
+        "## Use\n\n" + HOW_TO[form].format(repository=repository, target=target or "TARGET"),
         "## Results\n\n" + _results(evaluations),
         "## Training\n\n" + _training(training),
         "## Licence\n\n" + (licence or "The author has named none; ask before you use it."),

@@ -62,3 +62,8 @@ def test_an_upload_without_a_token_is_one_sentence(tmp_path, monkeypatch: pytest
         push(tmp_path, "me/draft")
     with pytest.raises(ValueError, match="OWNER/NAME"):
         push(tmp_path, "draft")
+
+
+def test_a_card_of_an_unknown_target_names_none() -> None:
+    card = model_card("me/draft", "deepspec", None, None)
+    assert "base_model" not in card and "which one is not recorded" in card and "None" not in card
