@@ -180,8 +180,9 @@ def _axis_drawings(
         words = f"against {key}, with 95% intervals over prompts."
         length = figures.along(macro, key, log=log)
         drawings.append(Drawing(f"accepted_length_by_{name}", length, f"Accepted length (macro average) {words}"))
-        slope = figures.along(decay, key, "suffix_decay", panel="benchmark", log=log)
-        drawings.append(Drawing(f"suffix_decay_by_{name}", slope, f"Suffix decay {words}"))
+        if decay["suffix_decay"].notna().any():  # a draft that is never accepted has no curve
+            slope = figures.along(decay, key, "suffix_decay", panel="benchmark", log=log)
+            drawings.append(Drawing(f"suffix_decay_by_{name}", slope, f"Suffix decay {words}"))
     return drawings
 
 
