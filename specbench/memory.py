@@ -67,4 +67,5 @@ def footprint(draft: Draft, length: int, precision: str, memory: float | None = 
     context = length * (3 * facts.hidden_size + layers * 2 * 2 * facts.kv_heads * facts.head_dim)
     states = length * (len(draft.target_layer_ids) + 1) * facts.hidden_size
     per_sample = size * (queries * (per_query + 2 * facts.hidden_size) + context + states)
-    return Footprint(tables + sum(p.numel() for p in draft.parameters()), trainable, fixed, per_sample, memory)
+    parameters = tables + sum(p.numel() for p in draft.parameters())
+    return Footprint(parameters, trainable, float(fixed), float(per_sample), memory)
