@@ -87,3 +87,37 @@ def test_a_selection_shares_nothing_with_the_cache_it_came_from():
     chosen = writer.cache.select(torch.tensor([1]))
     chosen.write(0, *(torch.full((1, 2, G, D), 9e9) for _ in "kv"))
     writer.write([2, 2], 2)
+
+
+def pairs(mask: torch.Tensor | None, rows: int, queries: int, stored: int) -> list:
+    return (torch.ones(rows, queries, stored) if mask is None else mask[:, 0]).bool().tolist()
+
+
+@pytest.mark.parametrize("lengths", [[3, 6], [4, 4]])
+@pytest.mark.parametrize("window", [None, 3])
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize(("behind", "new"), [(0, 1), (0, 3), (2, 1), (2, 2)])
+def test_who_sees_whom(lengths, window, causal, behind, new):
+    cache = KVCache(2)
+    cache.advance(torch.tensor(lengths))
+    expected = []
+    for length in lengths:
+        place = [length + behind + q for q in range(new)]
+        near = [[window is None or p - t < window for t in range(cache.longest + behind + new)] for p in place]
+        last = [p if causal else place[-1] for p in place]
+        expected.append([[t <= last[q] and ok for t, ok in enumerate(row)] for q, row in enumerate(near)])
+    found = cache.visible(new, behind=behind, causal=causal, window=window)
+    assert pairs(found, 2, new, cache.longest + behind + new) == expected
+
+
+def test_entries_behind_the_rows_end_wait_until_they_count():
+    cache = KVCache(2)
+    cache.write(0, *(torch.arange(8.0).view(2, 4, 1, 1) for _ in "kv"))
+    cache.advance(torch.tensor([4, 2]))
+    for behind, number in enumerate((70.0, 80.0)):
+        keys, _ = cache.write(0, *(torch.full((2, 1, 1, 1), number) for _ in "kv"), behind=behind)
+    assert keys[:, :, 0, 0].tolist()[0] == [0, 1, 2, 3, 70, 80]
+    assert keys[:, :, 0, 0].tolist()[1][:4] == [4, 5, 70, 80]
+    keys, _ = cache.write(0, *(torch.full((2, 1, 1, 1), 9.0) for _ in "kv"))
+    assert [keys[0, 4, 0, 0].item(), keys[1, 2, 0, 0].item()] == [9.0, 9.0]
+    assert cache.lengths.tolist() == [4, 2]
