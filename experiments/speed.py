@@ -55,7 +55,17 @@ def run(cfg: DictConfig) -> Path:
             profile.save(folder / "profile.json")
             metrics = _predicted(rows, clock, draft.block_size, cfg.batch_size) | clock
             metrics["scheduler_seconds"] = _schedule(profile, max(cfg.batch_sizes), draft.block_size)
-            record.finish(method=about["method"], target=cfg.target.name, suite=cfg.suite.name, metrics=metrics)
+            record.finish(
+                method=about["method"],
+                target=cfg.target.name,
+                suite=cfg.suite.name,
+                metrics=metrics,
+                # Comparisons show these beside the draft's evaluations, which have the same parent.
+                speedup_measured=clock["speedup"],
+                speedup_predicted=metrics["predicted_speedup"],
+                lineage={"parents": about["parents"], "target": target.weights_hash},
+                training_seed=about["seed"],
+            )
         print(pd.DataFrame(rows).drop(columns="tokens").to_string(index=False, float_format="%.6f"))
         shown = ("speedup", "speedup_low", "speedup_high", "predicted_speedup", "accepted_length", "tokens_per_second")
         stage.finish(

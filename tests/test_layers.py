@@ -21,7 +21,7 @@ LAYERS = (
     """targets objective chunks oracle
     data.jsonl data.hub data.overlap data.sources data.prompts data.templates data.chat data.servers data.engines
     data.answers data.corpus data.arithmetic data.stdlib data.bytepairs data.rows data.storage data.shards""",
-    """decoding scheduling calibration rounds
+    """decoding baselines scheduling calibration rounds
     data.order data.layout data.manifest data.agreement data.writing data.online data.cache data.sizing data.reading
     data.remote data.steps data.stepdata data.datamodule data.benchmarks""",
     """training memory pretraining callbacks initialisation evaluation speed simulator serving formats exports interchange modelcard
