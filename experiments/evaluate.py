@@ -16,6 +16,7 @@ from analysis.headline import headline
 from experiments.assembly import load_target, rank_and_world
 from experiments.progress import Progress
 from experiments.stage import Stage, container
+from specbench.baselines import BASELINES, Baseline, baseline
 from specbench.data.benchmarks import Benchmarks
 from specbench.decoding import Limits
 from specbench.evaluation import Answered, DraftEvaluation, Protocol, merged, write_rounds
@@ -44,8 +45,8 @@ def run(cfg: DictConfig) -> Path:
 
 
 def source_of(draft: str) -> Path | None:
-    """The draft folder that `draft=` means: itself, or draft/ of a training run; None for plain decoding."""
-    if draft == PLAIN:
+    """The draft folder that `draft=` means: itself, or draft/ of a training run; None where there is no folder."""
+    if draft == PLAIN or draft in BASELINES:
         return None
     path = fetch(draft)
     if (path / "draft" / "config.json").is_file():
@@ -58,7 +59,7 @@ def source_of(draft: str) -> Path | None:
 def lineage_of(draft: str, source: Path | None, target: str) -> dict[str, Any]:
     """Method, training seed and parent of a draft, from its training run where it has one."""
     if source is None:
-        return {"method": PLAIN, "seed": 0, "parents": []}
+        return {"method": draft, "seed": 0, "parents": []}
     if (Path(draft) / "summary.json").is_file():
         summary = read_summary(draft)
         config = OmegaConf.load(Path(draft) / "config.yaml")
@@ -104,7 +105,7 @@ def protocol_of(cfg: DictConfig, target: Target) -> Protocol:
     return Protocol(sampling, limits, scheduler, cfg.slots, cfg.suite.turns, cfg.thinking, cfg.seed)
 
 
-def load_pair(cfg: DictConfig, source: Path | None) -> tuple[Target, Draft | None]:
+def load_pair(cfg: DictConfig, source: Path | None) -> tuple[Target, Draft | Baseline | None]:
     """The target with the taps that the draft reads, and the draft on its device."""
     about = cfg.target.copy()
     if cfg.get("stop_token_ids") is not None:
@@ -112,7 +113,8 @@ def load_pair(cfg: DictConfig, source: Path | None) -> tuple[Target, Draft | Non
     if source is None:
         with open_dict(about):
             about.target_layer_ids = []
-        return load_target(about, cfg.device), None
+        target = load_target(about, cfg.device)
+        return target, None if cfg.draft == PLAIN else baseline(cfg.draft, target)
     about.target_layer_ids = taps_of(source)
     target = load_target(about, cfg.device)
     draft = load_draft(source, target.tables, target.dtype).to(target.device)

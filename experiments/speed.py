@@ -37,7 +37,7 @@ def run(cfg: DictConfig) -> Path:
     """Write costs.csv (one row a measured point), profile.json (SPS(B) for `specbench serve`) and the summary."""
     source = source_of(cfg.draft)
     if source is None:
-        raise ValueError("draft=plain has no speedup to measure; name a draft folder or a training run")
+        raise ValueError(f"draft={cfg.draft} has no folder to measure; name a draft folder or a training run")
     about = lineage_of(cfg.draft, source, cfg.target.name)
     name = cfg.name or f"{about['method']}-{cfg.target.name}-s{about['seed']}"
     config = container(cfg)
