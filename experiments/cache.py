@@ -60,9 +60,7 @@ def run(cfg: DictConfig) -> Path | None:
                 bar.advance(done - before)
                 before = done
 
-            manifest = build(
-                target, conversations, place, kept, cfg.max_length, rank, world, progress, **options
-            )
+            manifest = build(target, conversations, place, kept, cfg.max_length, rank, world, progress, **options)
         if manifest is None:
             say(f"cache: rank {rank} is done; the last rank writes the manifest")
             return place

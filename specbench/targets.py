@@ -176,7 +176,7 @@ class Target:
         """Taps and final states of right-padded rows in one causal pass, without a cache."""
         tokens = tokens.to(self.device)
         last = self.decoder(input_ids=tokens, use_cache=False).last_hidden_state
-        return Context(self._taps(), last, lengths.to(self.device))
+        return Context(self._taps(last), last, lengths.to(self.device))
 
     def prefill(self, tokens: Int[Tensor, "B T"], lengths: Int[Tensor, " B"]) -> tuple[TargetState, Context]:
         """Start B requests from right-padded prompts."""
@@ -212,7 +212,7 @@ class Target:
             past_key_values=_Bridge(cache),
             use_cache=True,
         )
-        return self._taps(), out.last_hidden_state
+        return self._taps(out.last_hidden_state), out.last_hidden_state
 
     def _recompute(self, state: TargetState, tokens: Int[Tensor, "B S"]) -> Context:
         cache, size = state.cache, tokens.shape[1]
@@ -230,7 +230,9 @@ class Target:
 
         return hook
 
-    def _taps(self) -> Float[Tensor, "B T C D"]:
+    def _taps(self, last: Float[Tensor, "B T D"]) -> Float[Tensor, "B T C D"]:
+        if not self.target_layer_ids:
+            return last.new_empty(*last.shape[:2], 0, last.shape[2])
         taps = torch.stack([self._captured[i] for i in self.target_layer_ids], 2)
         self._captured.clear()
         return taps

@@ -16,17 +16,18 @@ PACKAGES = ("specbench", "analysis", "experiments")
 # Every file of specbench/ by layer. A file imports from its own layer and from those before it, never in a circle.
 LAYERS = (
     "atomic provenance runfolder blocks attention sampling verification costs",
-    "backbone kvcache directpass tables losses projection rowpass roundcounts slots metrics data.codec data.grouped data.codecs",
+    """backbone kvcache directpass tables losses projection rowpass roundcounts slots metrics stepspeed
+    data.memory data.codec data.grouped data.codecs""",
     "methods.draft methods.parallel methods.recurrent methods.dflash methods.dspark methods.eagle3 methods.mtp",
     """targets objective chunks oracle
     data.jsonl data.hub data.overlap data.sources data.prompts data.templates data.chat data.servers data.engines
     data.answers data.corpus data.arithmetic data.stdlib data.bytepairs data.rows data.storage data.shards""",
     """decoding baselines scheduling calibration rounds
     data.order data.layout data.manifest data.agreement data.writing data.online data.cache data.sizing data.reading
-    data.remote data.steps data.stepdata data.datamodule data.benchmarks""",
-    """training memory pretraining callbacks initialisation evaluation speed simulator serving formats exports interchange modelcard
-    folderlogger
-    tracking""",
+    data.remote data.steps data.stepdata data.datamodule data.benchmarks data.released_cache data.codec_quality
+    data.reading_speed headspeed""",
+    """training memory pretraining callbacks initialisation evaluation speed simulator serving formats exports
+    interchange modelcard folderlogger tracking""",
 )
 LAYER = {f"specbench.{name}": layer for layer, names in enumerate(LAYERS) for name in names.split()}
 METHODS = {"dflash", "dspark", "eagle3", "mtp"}

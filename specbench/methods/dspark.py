@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from specbench.methods.draft import Proposal, Sample
 from specbench.methods.parallel import ParallelDraft
+from specbench.projection import add_linear_
 
 MARKOV_HEADS = ("vanilla", "gated", "rnn")
 
@@ -101,7 +102,8 @@ class DSpark(ParallelDraft):
         if self.markov_head is None:
             return self.tables.logits(features)
         hidden, latent = features.split([self.backbone.hidden_size, self.markov_head.rank], -1)
-        return self.tables.logits(hidden) + self.markov_head.markov_w2(latent)
+        # In place, so that a chunk of the objective never holds a second tensor of vocabulary size.
+        return add_linear_(self.tables.logits(hidden), latent, self.markov_head.markov_w2.weight)
 
     def projection_parameters(self) -> list[nn.Parameter]:
         markov = [] if self.markov_head is None else [self.markov_head.markov_w2.weight]

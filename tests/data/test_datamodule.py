@@ -15,9 +15,7 @@ from specbench.blocks import pack
 from specbench.data.cache import build
 from specbench.data.datamodule import TargetCache
 from specbench.data.manifest import CacheMismatch
-from specbench.data.online import OnlineTarget, states_of
-from specbench.data.order import EpochPlan, epoch_order, permutation, split
-from specbench.data.reading import LocalFiles
+from specbench.data.order import split
 from specbench.data.shards import from_webdataset
 from specbench.data.storage import storage
 from tests.data.killing import in_child
@@ -47,70 +45,6 @@ def rows_of(batch):
 
 def epoch_rows(data, start=0):
     return [[rows_of(batch) for batch in step] for step in data.steps(start)]
-
-
-def test_a_permutation_is_fixed_by_its_key():
-    assert permutation(5, 1, 2).tolist() == [3, 4, 0, 1, 2]
-    assert sorted(permutation(1000, 3).tolist()) == list(range(1000))
-    assert permutation(1000, 3).tolist() != permutation(1000, 4).tolist()
-
-
-def test_windowed_order_keeps_to_a_few_shards_at_a_time():
-    shards = np.repeat(np.arange(10), 7)[permutation(70, 9)]
-    rows = np.arange(70)
-    order = epoch_order(rows, shards, seed=1, epoch=2, window=3)
-    assert sorted(order.tolist()) == rows.tolist()
-    read = shards[order]
-    for start in range(0, 70, 21):
-        assert len(set(read[start : start + 21])) <= 3
-    assert len(set(read[:6])) > 1  # mixed inside the window
-    assert order.tolist() != epoch_order(rows, shards, seed=1, epoch=3, window=3).tolist()
-
-
-@pytest.mark.parametrize("balance", [True, False])
-@pytest.mark.parametrize("count", [1, 17, 18, 19, 100])
-def test_a_plan_deals_every_row_once_and_every_rank_the_same_steps(count, balance):
-    lengths = np.random.default_rng(0).integers(5, 500, 100)
-    order = permutation(100, 0)[:count]
-    plan = EpochPlan(order, lengths, samples_per_micro=3, micro_batches=6, balance=balance)
-    assert plan.steps == -(-count // 18)
-    dealt = []
-    for step in range(plan.steps):
-        hands = plan.deal(step)
-        assert len(hands) == 6 and max(len(hand) for hand in hands) <= 3
-        assert sorted(np.concatenate(hands)) == sorted(plan.rows(step))
-        for world in (1, 2, 3, 6):
-            shares = [plan.share(step, rank, world) for rank in range(world)]
-            assert {len(share) for share in shares} == {6 // world}
-            assert sorted(r for share in shares for hand in share for r in hand) == sorted(plan.rows(step))
-        dealt += [row for hand in hands for row in hand]
-    assert sorted(dealt) == sorted(order)
-
-
-def test_balanced_hands_hold_nearly_the_same_number_of_tokens():
-    lengths = np.random.default_rng(0).integers(5, 500, 1200)
-    spread = {}
-    for balance in (True, False):
-        plan = EpochPlan(permutation(1200, 0), lengths, 8, 8, balance)
-        loads = [[lengths[hand].sum() for hand in plan.deal(step)] for step in range(plan.steps - 1)]
-        spread[balance] = np.mean([max(load) / np.mean(load) for load in loads])
-    assert spread[True] < 1.02 < spread[False]
-
-
-def test_split_is_by_hash_and_smaller_limits_are_nested():
-    ids = [f"talk-{n}" for n in range(200)]
-    train, held = split(ids, 0.1)
-    assert len(held) == 20 and sorted([*train, *held]) == list(range(200))
-    shuffled = [ids[n] for n in permutation(200, 5)]
-    assert {shuffled[row] for row in split(shuffled, 0.1)[1]} == {ids[row] for row in held}
-    small, large = (set(split(ids, 0.1, limit)[0].tolist()) for limit in (30, 90))
-    assert len(small) == 30 and small < large < set(train.tolist())
-    with pytest.raises(ValueError, match=r"limit_samples=181: there are 180"):
-        split(ids, 0.1, 181)
-    with pytest.raises(ValueError, match=r"validation_fraction=1\.0"):
-        split(ids, 1.0)
-    with pytest.raises(ValueError, match="leaves none"):
-        split(["one"], 0.1)
 
 
 @pytest.mark.parametrize("threads", [0, 1, 3])
@@ -346,38 +280,3 @@ def test_validation_may_be_a_cache_of_its_own(folder, tmp_path):
     assert len(ranks[0].rows[0]) == 46
     with pytest.raises(ValueError, match="choose one"):
         opened(folder, validation_folder=tmp_path, validation_fraction=0.1)
-
-
-@pytest.mark.parametrize("name", ["fp32", "bf16"])
-def test_online_steps_are_those_of_the_cache(folder, tmp_path, name):
-    """Same rows, same tensors: this target's states do not depend on batch mates, so they are equal bit by bit."""
-    build(TinyTarget(), TALKS, tmp_path / name, storage(name), 24)
-    dtype = {"fp32": "float32", "bf16": "bfloat16"}[name]
-    options = ORDER | {"validation_fraction": 0.1, "limit_samples": 30, "row_length": 60}
-    for rank in range(2):
-        cached = opened(tmp_path / name, rank=rank, world=2, **options)
-        online = OnlineTarget(TinyTarget(), TALKS, dtype=dtype, rank=rank, world=2, **options)
-        online.setup()
-        assert online.steps_per_epoch == cached.steps_per_epoch
-        for start in (0, online.steps_per_epoch + 1):
-            for ours, theirs in zip(online.steps(start), cached.steps(start), strict=True):
-                assert repr(ours) == repr(theirs)
-                for batch, stored in zip(ours, theirs, strict=True):
-                    for field in ("tokens", "loss_mask", "document", "position", "taps", "last"):
-                        assert torch.equal(getattr(batch, field), getattr(stored, field))
-    assert torch.equal(online.tables.head, cached.tables.head)
-
-
-def test_online_refuses_what_only_a_cache_has():
-    with pytest.raises(ValueError, match="no shards to shuffle"):
-        OnlineTarget(TinyTarget(), TALKS, shuffle_window=2)
-    with pytest.raises(ValueError, match="conversations is empty"):
-        OnlineTarget(TinyTarget(), [])
-
-
-def test_states_of_pads_to_the_right():
-    alone, together = states_of(TinyTarget(), TALKS[:1]), states_of(TinyTarget(), TALKS[:5])
-    length = len(TALKS[0].tokens)
-    assert torch.equal(alone.last[0], together.last[0, :length])
-    assert together.lengths.tolist() == [len(talk.tokens) for talk in TALKS[:5]]
-    assert LocalFiles("nowhere").size("x") is None
