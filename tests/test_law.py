@@ -8,6 +8,8 @@ probability 1e-4. The seeds are fixed, so a test that passes keeps passing.
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
 from scipy import stats
@@ -21,6 +23,7 @@ from specbench.verification import verify
 from tests import toys
 
 ALARM = 1e-4
+MANY = int(os.environ.get("SPECBENCH_LAW_DRAWS", "20000"))  # of the long tests; set 100000 for a sharper test
 LENGTH, PROMPT = 4, [0, 3, 1]
 PROFILE = CostProfile([1, 256, 512, 1100], [10.0, 9.0, 8.0, 2.0], "made up", "illustrative")
 SAMPLINGS = {
@@ -122,14 +125,14 @@ def test_a_scheduler_that_sees_the_token_it_judges_is_found_out(monkeypatch):
 @pytest.mark.parametrize("method", toys.METHODS)
 @pytest.mark.parametrize("sampling", SAMPLINGS)
 def test_the_law_with_many_draws(method, sampling):
-    written = write(method, SAMPLINGS[sampling], FixedLength(), draws=100_000, seed=1 << 20)
+    written = write(method, SAMPLINGS[sampling], FixedLength(), draws=MANY, seed=1 << 20)
     assert p_value(written, SAMPLINGS[sampling]) > ALARM
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("scheduler", SCHEDULERS)
 def test_the_law_under_every_scheduler_with_many_draws(scheduler):
-    written = write("dspark", SAMPLINGS["warm"], SCHEDULERS[scheduler], draws=100_000, seed=1 << 21)
+    written = write("dspark", SAMPLINGS["warm"], SCHEDULERS[scheduler], draws=MANY, seed=1 << 21)
     assert p_value(written, SAMPLINGS["warm"]) > ALARM
 
 
@@ -138,5 +141,5 @@ def test_the_law_under_every_scheduler_with_many_draws(scheduler):
     "settings", [{"markov_head": "gated"}, {"markov_head": "rnn"}, {"confidence_with_markov": False}], ids=str
 )
 def test_the_law_under_other_heads_with_many_draws(settings):
-    written = write("dspark", SAMPLINGS["all"], SCHEDULERS["threshold"], draws=100_000, **settings)
+    written = write("dspark", SAMPLINGS["all"], SCHEDULERS["threshold"], draws=MANY, **settings)
     assert p_value(written, SAMPLINGS["all"]) > ALARM
