@@ -14,13 +14,14 @@ import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from specbench.blocks import Context
-from specbench.methods.draft import Draft, Proposal, State
+from specbench.methods.draft import Proposal, Proposer
 from specbench.sampling import Sampler, Sampling, draw, warp
 from specbench.scheduling import FixedLength, Scheduler
 from specbench.targets import Target, TargetState
@@ -90,7 +91,7 @@ class _Lanes:
     requests: list[Decoded]
     anchor: Tensor
     target: TargetState
-    draft: State | None
+    draft: Any
     sampler: Sampler
 
     def select(self, rows: list[int]) -> _Lanes:
@@ -108,7 +109,7 @@ class _Lanes:
 
 def speculative_decode(
     target: Target,
-    draft: Draft,
+    draft: Proposer,
     prompts: Sequence[Sequence[int]],
     sampling: Sampling,
     limits: Limits,
@@ -191,7 +192,7 @@ def _admit(waiting: deque[Decoded], lanes: _Lanes | None, limits: Limits) -> lis
 
 
 @torch.inference_mode()
-def _begin(target: Target, draft: Draft | None, requests: list[Decoded], sampling: Sampling, seeds) -> _Lanes:
+def _begin(target: Target, draft: Proposer | None, requests: list[Decoded], sampling: Sampling, seeds) -> _Lanes:
     """Prefill: every request gets its first token, which belongs to no round."""
     started = time.perf_counter()
     lengths = torch.tensor([len(r.prompt_ids) for r in requests], device=target.device)
@@ -210,7 +211,7 @@ def _begin(target: Target, draft: Draft | None, requests: list[Decoded], samplin
 
 
 @torch.inference_mode()
-def _round(target: Target, draft: Draft | None, lanes: _Lanes, limits: Limits, scheduler: Scheduler, slots) -> None:
+def _round(target: Target, draft: Proposer | None, lanes: _Lanes, limits: Limits, scheduler: Scheduler, slots) -> None:
     """One forward of the target for the whole batch."""
     started = time.perf_counter()
     device, B = lanes.anchor.device, len(lanes.requests)
@@ -256,7 +257,7 @@ def _round(target: Target, draft: Draft | None, lanes: _Lanes, limits: Limits, s
         _book(request, row, int(lengths[b]), scores, times, limits, draft is not None)
 
 
-def _lengths(proposal: Proposal, draft: Draft, lanes: _Lanes, limits: Limits, scheduler: Scheduler) -> np.ndarray:
+def _lengths(proposal: Proposal, draft: Proposer, lanes: _Lanes, limits: Limits, scheduler: Scheduler) -> np.ndarray:
     confidence = None
     if proposal.confidence is not None:
         confidence = torch.sigmoid(proposal.confidence.float()).cpu().numpy()

@@ -23,7 +23,7 @@ from specbench.atomic import json_line, replacing
 from specbench.data.benchmarks import Prompt
 from specbench.data.chat import prompt_ids
 from specbench.decoding import Decoded, Limits, decode, speculative_decode
-from specbench.methods.draft import Draft
+from specbench.methods.draft import Proposer
 from specbench.metrics import DecodingMetrics
 from specbench.runfolder import drop_cut_line, read_lines
 from specbench.sampling import Sampling
@@ -76,7 +76,7 @@ def histogram(done: Decoded) -> list[list[int]]:
 
 def answer(
     target: Target,
-    draft: Draft | None,
+    draft: Proposer | None,
     prompts: Sequence[Prompt],
     protocol: Protocol,
     labels: Mapping[str, Any],
@@ -196,7 +196,7 @@ class DraftEvaluation(L.LightningModule):
     def __init__(
         self,
         target: Target,
-        draft: Draft | None,
+        draft: Proposer | None,
         protocol: Protocol,
         folder: Path,
         labels: Mapping[str, Any],

@@ -19,7 +19,7 @@ import torch
 from specbench.blocks import Context
 from specbench.costs import CostProfile
 from specbench.decoding import Decoded, Limits, decode, speculative_decode
-from specbench.methods.draft import Draft
+from specbench.methods.draft import Proposer
 from specbench.sampling import Sampler, Sampling
 from specbench.scheduling import FixedLength, Scheduler
 from specbench.targets import Target
@@ -95,7 +95,7 @@ def target_cost(
 @torch.inference_mode()
 def draft_cost(
     target: Target,
-    draft: Draft,
+    draft: Proposer,
     batch_sizes: Sequence[int],
     lengths: Sequence[int],
     context: int = 128,
@@ -137,7 +137,7 @@ def draft_cost(
 
 def step_cost(
     target: Target,
-    draft: Draft,
+    draft: Proposer,
     prompts: Sequence[Sequence[int]],
     batch_sizes: Sequence[int],
     lengths: Sequence[int],
@@ -210,7 +210,7 @@ def predicted_speedup(accepted_length: float, t_draft: float, t_verify: float, t
 
 def wall_clock(
     target: Target,
-    draft: Draft,
+    draft: Proposer,
     prompts: Sequence[Sequence[int]],
     sampling: Sampling,
     limits: Limits,

@@ -42,7 +42,7 @@ def test_lookup_proposes_what_followed():
 
 def test_a_repeating_target_makes_lookup_accept():
     state = NGram(3).begin(_context(4), torch.tensor([[1, 2, 3, 1]]))
-    proposal = NGram(3).propose(state, torch.tensor([2]), sample=None)
+    proposal = NGram(3).propose(state, torch.tensor([2]), lambda logits: (logits.argmax(-1), None))
     assert proposal.tokens.tolist() == [[3, 1, 2]] and proposal.probabilities is None
 
 

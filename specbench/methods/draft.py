@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
@@ -50,6 +51,20 @@ class State:
         """Both states' rows, as requests join."""
         feature = None if self.feature is None else torch.cat([self.feature, other.feature])
         return State(self.cache.merge(other.cache), feature)
+
+
+@runtime_checkable
+class Proposer(Protocol):
+    """What decoding asks of a draft; its state may be any object with `select(rows)` and `merge(other)`."""
+
+    block_size: int
+    halts_on_stop: bool
+
+    def begin(self, context: Context, tokens: Tensor) -> Any: ...
+
+    def propose(self, state: Any, anchor: Tensor, sample: Sample, slots: int | None = None) -> Proposal: ...
+
+    def commit(self, state: Any, context: Context, tokens: Tensor) -> Any: ...
 
 
 class Draft(nn.Module):
