@@ -57,7 +57,7 @@ def census() -> dict[str, dict[str, int]]:
     """Conversations a split and domain, and what of the standard library was left out, for reports."""
     counts = {d: {s: len(_library_pool(d)[s]) for s in SPLITS} for d in ("code", "prose")}
     repeated = {d: _library_pool(d)["repeated"] for d in ("code", "prose")}
-    left_out = stdlib.library()[1] | {f"{d} prompts repeated elsewhere": n for d, n in repeated.items()}
+    left_out = stdlib.parsed_modules()[1] | {f"{d} prompts repeated elsewhere": n for d, n in repeated.items()}
     return {**counts, "math": dict(MATH_POOL), "left out": left_out}
 
 

@@ -67,7 +67,7 @@ def _fits(text: str, low: int, high: int) -> bool:
 
 
 @lru_cache(maxsize=1)
-def library() -> tuple[tuple[tuple[str, ast.Module, str], ...], dict[str, int]]:
+def parsed_modules() -> tuple[tuple[tuple[str, ast.Module, str], ...], dict[str, int]]:
     """Every parsed file as (relative name, tree, text), and how many were left out and why."""
     root = Path(sysconfig.get_paths()["stdlib"])
     files, dropped = [], Counter()
@@ -89,7 +89,7 @@ def module_of(source: str) -> str:
 
 def functions() -> Iterator[Function]:
     """Functions of modules and methods of their classes, in file order."""
-    for source, tree, text in library()[0]:
+    for source, tree, text in parsed_modules()[0]:
         lines = text.splitlines()
         for node in tree.body:
             members = [(node.name, x) for x in node.body] if isinstance(node, ast.ClassDef) else [(None, node)]
@@ -187,7 +187,7 @@ def _sentences(paragraph: str) -> list[str]:
 
 def prose_tasks() -> Iterator[Task]:
     """Describe a function, shorten a paragraph, list its sentences, describe a module."""
-    for source, tree, _ in library()[0]:
+    for source, tree, _ in parsed_modules()[0]:
         about = _paragraph(ast.get_docstring(tree))
         public = [n.name for n in tree.body if isinstance(n, ast.ClassDef) and not n.name.startswith("_")][:6]
         if _fits(about, 20, PROSE_CHARACTERS) and public:
