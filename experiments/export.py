@@ -12,8 +12,9 @@ from omegaconf import DictConfig, OmegaConf
 from experiments.import_draft import target_tables, vacant
 from experiments.stage import report
 from specbench.atomic import write_text
-from specbench.interchange import export_draft, fetch, push, require_token
+from specbench.interchange import export_draft, fetch
 from specbench.modelcard import model_card
+from specbench.publishing import push, require_vacant
 from specbench.runfolder import read_summary
 
 
@@ -21,7 +22,7 @@ def run(cfg: DictConfig) -> Path:
     """Write the folder and its README.md; returns the folder."""
     began = time.monotonic()
     if cfg.push:
-        require_token(cfg.push)
+        require_vacant(cfg.push, cfg.force)  # before any work is done for nothing
     path = fetch(cfg.draft)
     source = path / "draft" if (path / "draft" / "config.json").is_file() else path
     training = record(path) if (path / "summary.json").is_file() else None
@@ -33,7 +34,10 @@ def run(cfg: DictConfig) -> Path:
     write_text(folder / "README.md", card)
     facts: dict[str, Any] = {"format": cfg.format, "evaluations in the card": len(found)}
     if cfg.push:
-        facts["address"] = push(folder, cfg.push, cfg.private)
+        try:
+            facts["address"] = push(folder, cfg.push, cfg.private, cfg.force)
+        except ValueError as error:
+            raise ValueError(f"{error}; the export lies in {folder}, force=true repeats it and the upload") from error
     report("export", folder, time.monotonic() - began, facts)
     return folder
 

@@ -1,4 +1,4 @@
-"""Draft folders in and out: config.json + *.safetensors, in a folder or on the Hugging Face hub.
+"""Draft folders in and out: config.json + *.safetensors, in a folder or (to read) on the Hugging Face hub.
 
 `load_draft` reads every format of formats.py, `save_draft` writes ours (DeepSpec's fields and names, and a `specbench`
 section that can build any method again), `export_draft` writes the formats of exports.py. Missing and unknown tensors
@@ -15,19 +15,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import HfApi, get_token, snapshot_download
-from huggingface_hub.errors import HfHubHTTPError
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HTTPError
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from specbench.data.hub import first_line
+from specbench.data.hub import answered
 from specbench.exports import FORMATS, deepspec_fields, obstacle, sglang, speculators, tensors_of, vocabulary_map
 from specbench.formats import FormatError, Reading, describe, draft_ids, read
 from specbench.methods.draft import Draft
 from specbench.tables import Tables
 
-__all__ = ["FormatError", "build_draft", "export_draft", "fetch", "load_draft", "push", "read_folder", "save_draft"]
+__all__ = ["FormatError", "build_draft", "export_draft", "fetch", "load_draft", "read_folder", "save_draft"]
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
@@ -40,10 +40,11 @@ def fetch(source: str | Path, revision: str | None = None) -> Path:
         raise FormatError(f"draft={source}: there is no such folder, and it is no hub id of the form OWNER/NAME")
     try:
         return Path(snapshot_download(str(source), revision=revision, allow_patterns=["*.json", "*.safetensors"]))
-    except (OSError, ValueError, HfHubHTTPError) as error:
+    except (OSError, ValueError, HTTPError) as error:
+        at = f" at revision {revision}" if revision else ""
         raise FormatError(
-            f"draft={source}: there is no such folder, and the hub does not give it ({first_line(error)}): check the "
-            "name and the network, or give a folder"
+            f"draft={source}: there is no such folder, and the hub does not give it{at} ({answered(error)}): check "
+            "the name and the network, or give a folder"
         ) from error
 
 
@@ -206,29 +207,6 @@ def export_draft(
         return _write(Path(folder), *sglang(draft))
     plain = {k: v for k, v in config.items() if k != "specbench"} if "specbench" in config else dict(reading.text)
     return _write(Path(folder), plain | deepspec_fields(draft, plain), tensors_of(draft))
-
-
-def push(folder: str | Path, repository: str, private: bool = False) -> str:
-    """Upload a folder to the hub's model `repository` (made if need be); returns its address.
-
-    Errors: ValueError without a token, or with what the hub answered.
-    """
-    require_token(repository)
-    api = HfApi()
-    try:
-        address = str(api.create_repo(repository, private=private, exist_ok=True))
-        api.upload_folder(repo_id=repository, folder_path=folder, commit_message="Upload a SpecBench draft")
-    except (OSError, HfHubHTTPError) as error:
-        raise ValueError(f"push={repository}: the hub refused it ({first_line(error)})") from error
-    return address
-
-
-def require_token(repository: str) -> None:
-    """Errors: ValueError when `repository` is no hub id or when there is no token to write to it."""
-    if not HUB_ID.fullmatch(repository):
-        raise ValueError(f"push={repository}: give a hub id of the form OWNER/NAME")
-    if get_token() is None:
-        raise ValueError(f"push={repository}: no Hugging Face token here; set HF_TOKEN or run `hf auth login`")
 
 
 def _write(folder: Path, config: Mapping[str, Any], tensors: dict[str, Tensor]) -> Path:

@@ -27,7 +27,7 @@ LAYERS = (
     data.remote data.steps data.stepdata data.datamodule data.benchmarks data.released_cache data.codec_quality
     data.reading_speed headspeed""",
     """training memory pretraining callbacks initialisation evaluation speed simulator serving formats exports
-    interchange modelcard folderlogger tracking""",
+    interchange publishing modelcard folderlogger tracking""",
 )
 LAYER = {f"specbench.{name}": layer for layer, names in enumerate(LAYERS) for name in names.split()}
 METHODS = {"dflash", "dspark", "eagle3", "mtp"}

@@ -1,11 +1,9 @@
-"""The model card says what the records say, and an upload without a token is one sentence."""
+"""The model card says what the records say."""
 
 from __future__ import annotations
 
-import pytest
 import yaml
 
-from specbench.interchange import push
 from specbench.modelcard import model_card
 
 TRAINING = {
@@ -54,14 +52,6 @@ def test_a_card_holds_what_the_records_hold() -> None:
 def test_a_card_without_records_says_so() -> None:
     card = model_card("me/draft", "deepspec", "Qwen/Qwen3-4B", None)
     assert "No evaluation is recorded." in card and "named none" in card and "license:" not in card
-
-
-def test_an_upload_without_a_token_is_one_sentence(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("specbench.interchange.get_token", lambda: None)
-    with pytest.raises(ValueError, match="no Hugging Face token here; set HF_TOKEN"):
-        push(tmp_path, "me/draft")
-    with pytest.raises(ValueError, match="OWNER/NAME"):
-        push(tmp_path, "draft")
 
 
 def test_a_card_of_an_unknown_target_names_none() -> None:

@@ -28,6 +28,12 @@ def first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
 
 
+def answered(error: BaseException) -> str:
+    """What the hub said, with its status, where it answered at all; else the first line of the error."""
+    response, said = getattr(error, "response", None), getattr(error, "server_message", None)
+    return f"{response.status_code}: {said}" if response is not None and said else first_line(error)
+
+
 @contextmanager
 def _without_network_at_once() -> Iterator[None]:
     """Where the hub's name does not even resolve, use the cache at once instead of retrying for half a minute."""
