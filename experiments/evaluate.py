@@ -16,7 +16,7 @@ from analysis.headline import headline
 from experiments.assembly import load_target, rank_and_world
 from experiments.progress import Progress
 from experiments.stage import Stage, container
-from specbench.baselines import BASELINES, Baseline, baseline
+from specbench.baselines import SLOTS, SMALL, Baseline, Small, baseline, is_baseline
 from specbench.data.benchmarks import Benchmarks
 from specbench.decoding import Limits
 from specbench.evaluation import Answered, DraftEvaluation, Protocol, merged, write_rounds
@@ -46,7 +46,7 @@ def run(cfg: DictConfig) -> Path:
 
 def source_of(draft: str) -> Path | None:
     """The draft folder that `draft=` means: itself, or draft/ of a training run; None where there is no folder."""
-    if draft == PLAIN or draft in BASELINES:
+    if draft == PLAIN or is_baseline(draft):
         return None
     path = fetch(draft)
     if (path / "draft" / "config.json").is_file():
@@ -59,7 +59,8 @@ def source_of(draft: str) -> Path | None:
 def lineage_of(draft: str, source: Path | None, target: str) -> dict[str, Any]:
     """Method, training seed and parent of a draft, from its training run where it has one."""
     if source is None:
-        return {"method": draft, "seed": 0, "parents": []}
+        method = f"small-{Path(draft.removeprefix(SMALL)).name}" if draft.startswith(SMALL) else draft
+        return {"method": method, "seed": 0, "parents": []}
     if (Path(draft) / "summary.json").is_file():
         summary = read_summary(draft)
         config = OmegaConf.load(Path(draft) / "config.yaml")
@@ -114,7 +115,7 @@ def load_pair(cfg: DictConfig, source: Path | None) -> tuple[Target, Draft | Bas
         with open_dict(about):
             about.target_layer_ids = []
         target = load_target(about, cfg.device)
-        return target, None if cfg.draft == PLAIN else baseline(cfg.draft, target)
+        return target, None if cfg.draft == PLAIN else baseline(cfg.draft, target, cfg.get("slots") or SLOTS)
     about.target_layer_ids = taps_of(source)
     target = load_target(about, cfg.device)
     draft = load_draft(source, target.tables, target.dtype).to(target.device)
@@ -134,8 +135,9 @@ def _evaluate(cfg: DictConfig, stage: Stage, name: str, source: Path | None, abo
         prompts = suite.load()
         target, draft = load_pair(cfg, source)
         protocol = protocol_of(cfg, target)
+        weights = draft.weights_hash if isinstance(draft, Baseline) else draft and digest(draft.state_dict().items())
         lineage = {
-            "draft": None if draft is None else digest(draft.state_dict().items()),
+            "draft": weights,
             "target": target.weights_hash,
             "parents": about["parents"],
         }
@@ -172,7 +174,8 @@ def _evaluate(cfg: DictConfig, stage: Stage, name: str, source: Path | None, abo
         write_rounds(run.path / "rounds.jsonl", done)
         numbers = headline([item.record for item in done]) if draft is not None else plain_headline(done)
         summary = {**labels, "temperature": cfg.temperature, "accounting": cfg.accounting, "prompts": suite.facts()}
-        summary |= {"metrics": numbers, "lineage": lineage, "training_seed": about["seed"], **about.get("costs", {})}
+        costs = {"draft_parameters": draft.parameters_count} if isinstance(draft, Small) else about.get("costs", {})
+        summary |= {"metrics": numbers, "lineage": lineage, "training_seed": about["seed"], **costs}
         tracking.table("slots", *slot_table(numbers))
         tracking.uses(f"draft-{Path(cfg.draft).name}", "draft", **lineage)
         run.finish(**summary)
