@@ -79,7 +79,8 @@ def compare(
     found = grouping.collect(read, group_by)
     progress("tables")
     frames = _frames(found, read, resamples, seed, minimum_shared, holm)
-    sheets = layout.main(found, frames["accepted_length"], frames["macro_average"], frames["differences"])
+    main = (frames["accepted_length"], frames["macro_average"], frames["differences"], frames["costs"])
+    sheets = layout.main(found, *main)
     more = _more_sheets(found, frames)
     drawings: list[Drawing] = []
     if draw:

@@ -22,6 +22,8 @@ STATED = {
     "cache_bytes": ("cache_bytes",),
     "speedup_measured": ("speedup_measured",),
     "speedup_predicted": ("speedup_predicted",),
+    "speedup_low": ("speedup_low",),
+    "speedup_high": ("speedup_high",),
 }
 
 
@@ -71,4 +73,7 @@ def _numbers(row: pd.Series, prefix: str, names: Sequence[str]) -> list[float]:
 def _speeds(row: pd.Series, every: pd.DataFrame) -> list[pd.Series]:
     own = {PurePath(parent).name for parent in folders.parents(row)}
     speeds = every[every["kind"] == "speed"]
-    return [other for _, other in speeds.iterrows() if own & {PurePath(p).name for p in folders.parents(other)}]
+    same = [other for _, other in speeds.iterrows() if own & {PurePath(p).name for p in folders.parents(other)}]
+    # A speedup holds for the temperature that it was measured at, where both runs state one.
+    ours = row.get("temperature")
+    return [r for r in same if pd.isna(ours) or pd.isna(r.get("temperature")) or r["temperature"] == ours]

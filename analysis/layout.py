@@ -43,8 +43,17 @@ class Sheet:
     notes: Sequence[str] = ()
 
 
-def main(found: Sequence[Group], lengths: pd.DataFrame, macros: pd.DataFrame, pairs: pd.DataFrame) -> list[Sheet]:
-    """One sheet a section: variants down, benchmarks across by domain, macro averages at the end of each domain."""
+def main(
+    found: Sequence[Group],
+    lengths: pd.DataFrame,
+    macros: pd.DataFrame,
+    pairs: pd.DataFrame,
+    costs: pd.DataFrame | None = None,
+) -> list[Sheet]:
+    """One sheet a section: variants down, benchmarks across by domain, macro averages at the end of each domain.
+
+    Where `costs` (analysis.costs) holds measured speedups, two columns at the end show them beside the predicted ones.
+    """
     sheets = []
     for section, part in grouping.sections(found):
         own_lengths, own_macros, own_pairs = (_only(frame, section) for frame in (lengths, macros, pairs))
@@ -61,10 +70,31 @@ def main(found: Sequence[Group], lengths: pd.DataFrame, macros: pd.DataFrame, pa
         table = {column: _column(column, labels, own_lengths, own_macros, own_pairs) for column in columns}
         rows = [[Cell(name), *(table[column][i] for column in columns)] for i, name in enumerate(labels)]
         names = [name if scope == "benchmark" else "macro" for scope, _, name in columns]
-        sheets.append(
-            Sheet("accepted_length", grouping.title(section), ["method", *names], rows, spans, _notes(part, own_macros))
-        )
+        notes = _notes(part, own_macros)
+        if costs is not None and len(timed := _speedups(_only(costs, section), labels)):
+            names += ["measured", "predicted"]
+            spans.append(("speedup", 2))
+            rows = [[*row, *more] for row, more in zip(rows, timed, strict=True)]
+            notes.append(
+                "Speedup: tokens a second over plain decoding of the same prompts, interleaved on one machine (median "
+                "and range of the repeats), and what the cost curves predict. Below 1 the draft slows decoding down."
+            )
+        sheets.append(Sheet("accepted_length", grouping.title(section), ["method", *names], rows, spans, notes))
     return sheets
+
+
+def _speedups(costs: pd.DataFrame, labels: Sequence[str]) -> list[list[Cell]]:
+    """Measured and predicted speedup by label; empty where nothing was measured."""
+    by_label = costs.set_index("variant")
+    if not by_label["speedup_measured"].notna().any():
+        return []
+    rows = []
+    for label in labels:
+        row = by_label.loc[label]
+        measured = bracket(row["speedup_measured"], row["speedup_low"], row["speedup_high"])
+        predicted = _number(row["speedup_predicted"], 2)
+        rows.append([Cell(measured, sort=row["speedup_measured"]), Cell(predicted, sort=row["speedup_predicted"])])
+    return rows
 
 
 def _notes(part: Sequence[Group], macros: pd.DataFrame) -> list[str]:

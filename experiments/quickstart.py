@@ -58,6 +58,23 @@ def run(cfg: DictConfig) -> Path:
                     ],
                 )
             )
+        if cfg.clock.prompts:
+            runs.append(
+                stage(
+                    "speed",
+                    [
+                        *(*root, *target),
+                        f"draft={trained}",
+                        f"name={method}-s{cfg.seed}",
+                        f"clock_prompts={cfg.clock.prompts}",
+                        f"clock_repeats={cfg.clock.repeats}",
+                        f"max_new_tokens={cfg.clock.max_new_tokens}",
+                        "batch_sizes=[1]",
+                        "lengths=[]",
+                        "step_tokens=16",
+                    ],
+                )
+            )
     listed = ",".join(map(str, runs))
     stage("compare", [f"root={cfg.root}", "name=quickstart", f"runs=[{listed}]"])
     output = Path(cfg.root) / "compare" / "quickstart"

@@ -63,6 +63,8 @@ def run(cfg: DictConfig) -> Path:
                 # Comparisons show these beside the draft's evaluations, which have the same parent.
                 speedup_measured=clock["speedup"],
                 speedup_predicted=metrics["predicted_speedup"],
+                speedup_low=clock["speedup_low"],
+                speedup_high=clock["speedup_high"],
                 lineage={"parents": about["parents"], "target": target.weights_hash},
                 training_seed=about["seed"],
             )
@@ -98,12 +100,17 @@ def measure(
             bar.advance()
         sampling = Sampling(cfg.temperature)
         limits = Limits(cfg.max_new_tokens, target.stop_token_ids, cfg.batch_size)
-        clock = wall_clock(target, draft, prompts[: cfg.clock_prompts], sampling, limits, cfg.clock_repeats)
+        clock = wall_clock(target, draft, _spread(prompts, cfg.clock_prompts), sampling, limits, cfg.clock_repeats)
         bar.advance()
     facts = hardware()
     machine = facts["gpus"][0] if target.device.type == "cuda" else f"{facts['processor']}, {facts['threads']} threads"
     label = f"{target.name} with {type(draft).__name__}, {K} slots, {machine}"
     return rows, clock, cost_profile(rows, label, part="step")
+
+
+def _spread(prompts: list[list[int]], count: int) -> list[list[int]]:
+    """`count` prompts at even distances, so that every benchmark of the suite is among them."""
+    return [prompts[i * len(prompts) // count] for i in range(count)]
 
 
 def _predicted(rows: list[dict], clock: dict[str, Any], K: int, batch: int) -> dict[str, Any]:

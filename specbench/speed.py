@@ -221,27 +221,29 @@ def wall_clock(
 ) -> dict:
     """The measured speedup: plain and speculative decoding of the same prompts, interleaved in this process.
 
-    Each repeat decodes all prompts both ways, in turns the one and the other first. Returns plain and speculative
-    tokens a second (medians), speedup with its smallest and largest repeat, accepted_length, and the mean draft,
-    verify and overhead seconds a round.
+    Before, `warmup` batches are decoded both ways untimed. Each repeat decodes all prompts both ways, in turns the one
+    and the other first. Returns plain and speculative tokens a second (medians), speedup with its smallest and largest
+    repeat, accepted_length, and the mean draft, verify and overhead seconds a round.
     """
-    seeds = list(range(len(prompts)))
+    first = list(prompts[: limits.batch_size])
     speeds: dict[str, list[float]] = {"plain": [], "speculative": []}
     rounds: list = []
 
-    def once(way: str) -> list[Decoded]:
+    def once(way: str, asked: Sequence[Sequence[int]] = prompts) -> list[Decoded]:
         if way == "plain":
-            return list(decode(target, prompts, sampling, limits, seeds))
-        return list(speculative_decode(target, draft, prompts, sampling, limits, seeds, scheduler, slots))
+            return list(decode(target, asked, sampling, limits))
+        return list(speculative_decode(target, draft, asked, sampling, limits, None, scheduler, slots))
 
-    for repeat in range(warmup + repeats):
+    for _ in range(warmup):
+        once("plain", first)
+        once("speculative", first)
+    for repeat in range(repeats):
         for way in ("plain", "speculative") if repeat % 2 else ("speculative", "plain"):
             started = clock(target.device)
             done = once(way)
             seconds = clock(target.device) - started
-            if repeat >= warmup:
-                speeds[way].append(sum(len(d.output_ids) for d in done) / seconds)
-                rounds += [r for d in done for r in d.rounds]
+            speeds[way].append(sum(len(d.output_ids) for d in done) / seconds)
+            rounds += [r for d in done for r in d.rounds]
     if not rounds:
         raise ValueError("no round was decoded; give prompts whose answers hold more than one token")
     ratios = np.divide(speeds["speculative"], speeds["plain"])

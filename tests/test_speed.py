@@ -45,7 +45,7 @@ def test_preparation_and_warm_up_are_not_timed():
 
 def test_a_sleep_is_as_long_as_it_is():
     timing = timed(lambda _: time.sleep(0.01), CPU, repeats=3, warmup=0)
-    assert 0.01 <= timing.seconds < 0.1
+    assert 0.01 <= timing.seconds < 5
 
 
 def test_cost_curves_leave_the_states_as_they_were_and_make_a_profile():
