@@ -85,6 +85,7 @@ class RunFolder:
         self._fresh = fresh
         self._summary: dict[str, Any] = {}
         self._not_finite = 0
+        self._finished = False
 
     def open(self) -> RunFolder:
         """Create or continue the folder: config.yaml is written and the status becomes `running`."""
@@ -110,7 +111,8 @@ class RunFolder:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
         if kind is None:
-            self.finish()
+            if not self._finished:  # once is enough: what was mirrored since must stay what lies here
+                self.finish()
         elif issubclass(kind, (KeyboardInterrupt, SystemExit, GeneratorExit)):
             self._settle("interrupted")
         else:
@@ -157,12 +159,14 @@ class RunFolder:
         for key, value in values.items():
             both = isinstance(value, Mapping) and isinstance(self._summary.get(key), dict)
             self._summary[key] = {**self._summary[key], **value} if both else value
+        self._finished = False
         self._settle("running", process=_process())
 
     def finish(self, **values: Any) -> None:
         """Merge `values` into summary.json and mark the run finished."""
         self.update(**values)
         self._settle("finished")
+        self._finished = True
 
     def _settle(self, status: str, **facts: Any) -> None:
         now = round(time.time(), 3)
