@@ -8,7 +8,8 @@ from omegaconf import DictConfig
 
 from experiments.progress import Progress
 from experiments.stage import say
-from specbench import tracking
+from specbench.syncing import offline_runs, sync
+from specbench.tracking import has_key
 
 
 def run(cfg: DictConfig) -> list[Path]:
@@ -19,7 +20,7 @@ def run(cfg: DictConfig) -> list[Path]:
     below = Path(cfg.run if cfg.run is not None else cfg.root)
     if not below.is_dir():
         raise ValueError(f"there is no folder {below} with runs to upload")
-    folders = tracking.offline_runs(below)
+    folders = offline_runs(below)
     if not folders:
         print(f"sync: nothing to upload below {below}")
         return []
@@ -28,9 +29,9 @@ def run(cfg: DictConfig) -> list[Path]:
     with Progress("sync", len(folders), "runs") as bar:
         for folder in folders:
             try:
-                missing = tracking.sync(folder)
+                missing = sync(folder)
             except ValueError as error:
-                if not tracking.has_key():
+                if not has_key():
                     raise
                 missing = [str(error)]
             faults += missing

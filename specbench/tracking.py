@@ -1,7 +1,7 @@
-"""W&B behind one door: runs through Lightning's logger, tables, images, artifacts, and the later upload.
+"""W&B behind one door: runs through Lightning's logger, tables, images, artifacts.
 
 The run folder is written first and whole; W&B mirrors it. Offline runs land in RUN/wandb/ together with the staging of
-their tables, so that the folder stays complete until `sync` uploads it. Lineage (cache, checkpoint, parent runs) is
+their tables, so that the folder stays complete until `syncing` uploads it. Lineage (cache, checkpoint, parent runs) is
 written into the config and the record as well, because W&B keeps none of it offline.
 """
 
@@ -12,7 +12,6 @@ import os
 import secrets
 import shutil
 import socket
-import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -233,52 +232,22 @@ def reachable(seconds: float = 5.0) -> bool:
     return True
 
 
-def offline_runs(folder: str | Path) -> list[Path]:
-    """Run folders at or below `folder` that hold W&B runs which no sync has uploaded."""
-    records = sorted(Path(folder).rglob("tracking.json"))
-    return [record.parent for record in records if unsynced(record.parent)]
+def uploaded(
+    entity: str | None, project: str, run: str, files: Sequence[str]
+) -> tuple[set[str], dict[str, str | None]]:
+    """What the server holds of a run: the digests of its artifacts, and the MD5 of those of `files` that are there.
 
-
-def unsynced(run: Path) -> list[Path]:
-    """The W&B directories of one run folder that were not uploaded: W&B leaves a mark beside those that were."""
-    logs = sorted(run.glob("wandb/offline-run-*/run-*.wandb"))
-    return [log.parent for log in logs if not log.with_name(f"{log.name}.synced").exists()]
-
-
-def sync(run: str | Path) -> list[str]:
-    """Upload one run folder's offline W&B runs and verify what arrived; returns what is wrong, one line each.
-
-    Raises ValueError without a key, when artifact files have gone or when the upload fails.
+    Raises ValueError when the server does not know the run or the key.
     """
     import wandb
 
-    run = Path(run)
-    record = read_json(run / "tracking.json", None)
-    if record is None:
-        raise ValueError(f"{run} was not tracked by W&B: it has no tracking.json")
-    if not has_key():
-        raise ValueError("there is no W&B key to upload with: run `wandb login` or set WANDB_API_KEY")
-    if not reachable():
-        raise ValueError(f"{os.environ.get('WANDB_BASE_URL', SERVER)} cannot be reached: sync where there is a network")
-    gone = [file for artifact in record["artifacts"] for file in artifact["files"] if not Path(file).exists()]
-    if gone:
-        raise ValueError(f"{gone[0]} is part of an artifact of {run} and is gone: W&B would leave it out in silence")
-    environment = {**os.environ, "WANDB_MODE": "online", "WANDB_DATA_DIR": str(run.resolve() / "wandb" / "data")}
-    for directory in unsynced(run):
-        done = subprocess.run(
-            [sys.executable, "-m", "wandb", "sync", "--yes", str(directory)],
-            env=environment,
-            capture_output=True,
-            text=True,
-        )
-        if done.returncode:
-            lines = (done.stderr + done.stdout).strip().splitlines()
-            raise ValueError(f"wandb sync of {directory} failed: {lines[-1] if lines else done.returncode}")
-    entity = record["entity"] or wandb.Api().default_entity
-    remote = wandb.Api().run(f"{entity}/{record['project']}/{record['id']}")
-    arrived = {artifact.digest for artifact in remote.logged_artifacts()}
-    missing = [item["name"] for item in record["artifacts"] if item["digest"] not in arrived]
-    return [f"{run}: artifact {name} did not arrive" for name in missing]
+    try:
+        api = wandb.Api()
+        found = api.run(f"{entity or api.default_entity}/{project}/{run}")
+        digests = {artifact.digest for artifact in found.logged_artifacts() if artifact.state == "COMMITTED"}
+        return digests, {file.name: file.md5 for file in found.files(names=list(files))} if files else {}
+    except Exception as error:  # its reader fails in ways that share no class
+        raise ValueError(f"W&B does not say what it holds of run {run} in {project}: {error}") from error
 
 
 def _leaves(tree: Mapping[str, Any], where: str = "") -> dict[str, Any]:

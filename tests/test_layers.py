@@ -21,13 +21,14 @@ LAYERS = (
     "methods.draft methods.parallel methods.recurrent methods.dflash methods.dspark methods.eagle3 methods.mtp",
     """targets objective chunks oracle
     data.jsonl data.hub data.overlap data.sources data.prompts data.templates data.chat data.servers data.engines
-    data.answers data.corpus data.arithmetic data.stdlib data.bytepairs data.rows data.storage data.shards""",
-    """decoding baselines scheduling calibration rounds
+    data.answers data.corpus data.arithmetic data.stdlib data.bytepairs data.rows data.storage data.shards
+    tokenclasses""",
+    """decoding audit baselines teacherforced scheduling calibration rounds
     data.order data.layout data.manifest data.agreement data.writing data.online data.cache data.sizing data.reading
     data.remote data.steps data.stepdata data.datamodule data.benchmarks data.released_cache data.codec_quality
     data.reading_speed headspeed""",
     """training memory pretraining callbacks initialisation evaluation speed simulator serving formats exports
-    interchange publishing modelcard folderlogger tracking""",
+    interchange publishing modelcard folderlogger tracking syncing""",
 )
 LAYER = {f"specbench.{name}": layer for layer, names in enumerate(LAYERS) for name in names.split()}
 METHODS = {"dflash", "dspark", "eagle3", "mtp"}

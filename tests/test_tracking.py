@@ -15,7 +15,8 @@ import torch
 import wandb
 
 from specbench.runfolder import RunFolder, read_lines
-from specbench.tracking import Tracking, has_key, offline_runs, sync
+from specbench.syncing import offline_runs, sync
+from specbench.tracking import Tracking, has_key
 
 
 @pytest.fixture(autouse=True)
