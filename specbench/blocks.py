@@ -70,13 +70,17 @@ class Batch:
 
 @dataclass(frozen=True)
 class Blocks:
-    """N blocks of K slots. `mask` says which are supervised: a prefix of every block (but see SUPERVISIONS)."""
+    """N blocks of K slots. `mask` says which are supervised: a prefix of every block (but see SUPERVISIONS).
+
+    Blocks overlap, so slots may share a target state: those with the same number in `source` do (None: not known).
+    """
 
     hidden: Float[Tensor, "B N K D"]
     target: Float[Tensor, "B N K D"]
     previous: Int[Tensor, "B N K"]
     labels: Int[Tensor, "B N K"]
     mask: Bool[Tensor, "B N K"]
+    source: Int[Tensor, "B N K"] | None = None
 
 
 def pack(samples: Sequence[Sample], length: int | None = None, zeros: Zeros = Tensor.new_zeros) -> Batch:
@@ -194,10 +198,12 @@ def assemble(batch: Batch, hidden: Float[Tensor, "B N K D"], supervision: str = 
     Under "unshifted" the last slot of a conversation has a target but no label; what stands there is not to be read.
     """
     index, before, mask = slot_positions(batch, hidden.shape[2])
+    first = torch.arange(len(before), device=before.device)[:, None, None] * batch.tokens.shape[1]
     return Blocks(
         hidden=hidden,
         target=take(batch.last, before),
         previous=take(batch.tokens, before),
         labels=take(batch.tokens, index),
         mask=unshifted_mask(batch, hidden.shape[2]) if supervision == "unshifted" else mask,
+        source=first + before,
     )

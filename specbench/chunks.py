@@ -42,6 +42,8 @@ class Chunks:
         self.target_linears = Linears()
         self.mask = blocks.mask.flatten(0, 1)
         self.target, self.labels = blocks.target[blocks.mask], blocks.labels[blocks.mask]
+        # Slots that share a target state share its logits too; on the CPU, because chunk by chunk would synchronise.
+        self.source = None if blocks.source is None else blocks.source[blocks.mask].cpu()
         slots = self.mask.shape[1]
         self.static = self.slot_weight.static(slots, self.mask.device).expand(self.mask.shape)[self.mask]
         rows = chunk_rows
@@ -62,21 +64,30 @@ class Chunks:
         features = self.features[rows].detach().requires_grad_(learning)
         with torch.set_grad_enabled(learning), linears:
             logits = self.draft.project(features)
+        states, of = self.distinct(rows)
         with self.target_linears:
-            target = self.tables.logits(self.target[rows])
+            target = self.tables.logits(states)
         if not learning:
-            return row_pass(logits, target, self.labels[rows]), self.features[:0]
+            return row_pass(logits, target, self.labels[rows], of=of), self.features[:0]
         # Written to in place: if something saved these logits for its backward, autograd refuses rather than errs.
         gradient = logits.detach().contiguous()
         if gradient.untyped_storage().data_ptr() == features.untyped_storage().data_ptr():
             gradient = gradient.clone()
         scale = torch.ones_like(self.static[rows]) if self.slot_weight.dynamic else self.static[rows]
-        results = row_pass(gradient, target, self.labels[rows], scale)
+        results = row_pass(gradient, target, self.labels[rows], scale, of)
         if self.slot_weight.dynamic:
             mask = self.mask[blocks]
             weight = self.slot_weight.weigh(mask, grid(results.probability, mask), grid(results.hit, mask))
             gradient.mul_(weight[mask][:, None])
         return results, linears.back(features, logits, gradient)
+
+    def distinct(self, rows: slice) -> tuple[Tensor, Tensor | None]:
+        """A copy of the distinct target states (u, D) of these rows, and which of them each row has."""
+        if self.source is None:
+            return self.target[rows].clone(), None
+        numbers, of = self.source[rows].unique(return_inverse=True)
+        first = torch.empty_like(numbers).scatter_(0, of, torch.arange(len(of)))
+        return self.target[rows][first.to(self.target.device)], of.to(self.target.device)
 
 
 def _spans(lengths: list[int], rows: int) -> Iterator[tuple[slice, slice]]:

@@ -11,7 +11,7 @@ Axes: r rows of a chunk, W draft vocabulary, V target vocabulary.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 
 import torch
@@ -48,6 +48,12 @@ class Rows:
         return cls(**joined, terms={term: torch.cat([part.terms[term] for part in parts]) for term in parts[0].terms})
 
 
+def _tiles(rows: int, like: Tensor) -> Iterator[slice]:
+    """Consecutive rows that are visited together (one empty tile if there are none)."""
+    height = max(1, TILE_BYTES // (4 * like.shape[1]) if like.device.type == "cpu" else rows)
+    return (slice(start, min(start + height, rows)) for start in range(0, max(1, rows), height))
+
+
 def _top(logits: Tensor, width: int = 512) -> tuple[Tensor, Tensor]:
     """Largest logit of each row and its first index, in two levels: torch's own search is some twenty times slower."""
     main = logits.shape[1] // width * width
@@ -62,10 +68,28 @@ def _top(logits: Tensor, width: int = 512) -> tuple[Tensor, Tensor]:
     return heads.gather(1, best)[:, 0], first[:, 0]
 
 
-def _softmax(logits: Tensor, out: Tensor) -> Tensor:
-    """Softmax into `out`, normalised again: torch sums a row of 151,936 exponentials in fp32 to 6e-6 only."""
-    torch.softmax(logits, -1, out=out)
-    return out.mul_(out.sum(-1, keepdim=True).reciprocal_())
+def _softmax(logits: Tensor, top: Tensor, out: Tensor) -> Tensor:
+    """Softmax into `out`; returns the log normaliser. torch's own sums 151,936 exponentials in fp32 to 6e-6 only."""
+    torch.sub(logits, top[:, None], out=out).exp_()
+    norm = out.sum(-1, keepdim=True)
+    out.mul_(norm.reciprocal())
+    return top + norm[:, 0].log()
+
+
+@dataclass
+class Verdict:
+    """What the target says of u rows: probabilities over the draft's vocabulary, and each row's first largest token.
+
+    `cross` is sum q log q over the draft's vocabulary (None unless a term reads it); `logits` are
+    kept for the terms that read the target's logarithms.
+    """
+
+    q: Float[Tensor, "u W"]
+    first: Int[Tensor, " u"]
+    outside: Float[Tensor, " u"]
+    log_norm: Float[Tensor, " u"]
+    cross: Float[Tensor, " u"] | None
+    logits: Float[Tensor, "u V"] | None
 
 
 class RowPass:
@@ -87,54 +111,88 @@ class RowPass:
     def __call__(
         self,
         draft_logits: Float[Tensor, "r W"],
-        target_logits: Float[Tensor, "r V"],
+        target_logits: Float[Tensor, "u V"],
         labels: Int[Tensor, " r"],
         scale: Float[Tensor, " r"] | None = None,
+        of: Int[Tensor, " r"] | None = None,
     ) -> Rows:
         """Results of the rows; given `scale`, a factor on each row's loss, the gradient replaces `draft_logits`.
 
-        Both logits may be of any floating dtype; they need not have the same.
+        `of` names the target row of every draft row (None: they stand side by side): what concerns the target alone
+        is computed once for each of its rows. `target_logits` is overwritten where its dtype allows. Both logits may be
+        of any floating dtype; they need not have the same.
         """
         columns, inside = draft_columns(labels, self.ids, target_logits.shape[1])
-        height = len(labels)
-        if draft_logits.device.type == "cpu":
-            height = max(1, TILE_BYTES // (4 * target_logits.shape[1]))
+        verdict = self._judge(target_logits)
         parts = []
-        for start in range(0, max(1, len(labels)), max(1, height)):
-            tile = slice(start, start + height)
-            rows = (draft_logits[tile], target_logits[tile], columns[tile], inside[tile])
+        for tile in _tiles(len(labels), target_logits):
+            picked = torch.arange(tile.start, tile.stop, device=labels.device) if of is None else of[tile]
+            rows = (draft_logits[tile], verdict, picked, columns[tile], inside[tile])
             parts.append(self._tile(*rows, None if scale is None else scale[tile]))
         return Rows.join(parts)
 
-    def _scratch(self, name: str, like: Tensor, width: int | None = None) -> Tensor:
-        """An uninitialised tensor of `like`'s rows and dtype that lives as long as the pass."""
-        shape = (len(like), width or like.shape[1])
+    def _judge(self, logits: Float[Tensor, "u V"]) -> Verdict:
+        """The target's side of the comparison, row by row in place where that is possible."""
+        wide, ids, wanted = torch.promote_types(logits.dtype, torch.float32), self.ids, self.coefficients
+        in_place = logits.dtype == wide and ids is None and not self._reads_target_logits
+        width = logits.shape[1] if ids is None else len(ids)
+        q = logits if in_place else self._scratch("verdict", (len(logits), width), logits.new_empty(0, dtype=wide))
+        parts = []
+        for tile in _tiles(len(logits), logits):
+            t = logits[tile].to(wide)
+            top, first = _top(t)
+            whole = q[tile] if ids is None else self._scratch("q whole", t.shape, t)
+            cross = top
+            if self.blend or "kl" in wanted:
+                # Relative to the largest logit, which keeps the sum's digits; `whole` may be t itself.
+                t = torch.sub(t, top[:, None], out=self._scratch("relative", t.shape, t))
+                log_norm = _softmax(t, torch.zeros_like(top), whole) + top
+            else:
+                log_norm = _softmax(t, top, whole)
+            if ids is not None:
+                torch.index_select(whole, 1, ids, out=q[tile])
+            outside = torch.zeros_like(top) if ids is None else 1 - q[tile].sum(-1)
+            if self.blend or "kl" in wanted:
+                t = (
+                    t
+                    if ids is None
+                    else torch.index_select(t, 1, ids, out=self._scratch("relative seen", q[tile].shape, t))
+                )
+                product = torch.mul(q[tile], t, out=self._scratch("product", t.shape, t))
+                cross = product.sum(-1) - (log_norm - top) * (1 - outside)
+            parts.append((first, outside, log_norm, cross))
+        first, outside, log_norm, cross = (torch.cat(part) for part in zip(*parts, strict=True))
+        return Verdict(q, first, outside, log_norm, cross, logits if self._reads_target_logits else None)
+
+    @property
+    def _reads_target_logits(self) -> bool:
+        return not self.coefficients.keys().isdisjoint(("reverse_kl", "js"))
+
+    def _scratch(self, name: str, shape: Sequence[int], like: Tensor) -> Tensor:
+        """An uninitialised tensor of `like`'s dtype that lives as long as the pass."""
         held = self._buffers.get(name)
         if held is None or len(held) < shape[0] or held.shape[1] != shape[1] or held.dtype != like.dtype:
-            held = self._buffers[name] = like.new_empty(shape)
+            held = self._buffers[name] = like.new_empty(tuple(shape))
         return held[: shape[0]]
 
     def _tile(
         self,
         raw: Tensor,
-        target: Tensor,
+        verdict: Verdict,
+        of: Tensor,
         columns: Tensor,
         inside: Tensor,
         scale: Tensor | None,
     ) -> Rows:
         wanted, blend = self.coefficients, self.blend
         z = raw.to(torch.promote_types(raw.dtype, torch.float32))
-        t = target.to(z.dtype)
-        (top, first), (target_top, target_first) = _top(z), _top(t)
-        p, q = _softmax(z, self._scratch("p", z)), _softmax(t, self._scratch("q", t))
-        log_norm = top - p.gather(1, first[:, None])[:, 0].log()
-        target_log_norm = target_top - q.gather(1, target_first[:, None])[:, 0].log()
+        top, first = _top(z)
+        p = self._scratch("p", z.shape, z)
+        log_norm = _softmax(z, top, p)
+        q = torch.index_select(verdict.q, 0, of, out=self._scratch("q", z.shape, verdict.q))
+        outside, target_log_norm = verdict.outside[of], verdict.log_norm[of]
         label = columns.clamp_min(0)[:, None]
-        outside = torch.zeros_like(top)
-        if self.ids is not None:
-            q = torch.index_select(q, 1, self.ids, out=self._scratch("q seen", z))
-            outside = 1 - q.sum(-1)
-        m, product = self._scratch("m", z), self._scratch("product", z)
+        m, product = self._scratch("m", z.shape, z), self._scratch("product", z.shape, z)
 
         def dot(a: Tensor, b: Tensor) -> Tensor:  # torch's own row-wise dot is slower and sums without care
             return torch.mul(a, b, out=product).sum(-1)
@@ -150,13 +208,15 @@ class RowPass:
         level = wanted.get("ce", 0.0) * inside.to(top.dtype)
         u = ratio = None
         if blend or not wanted.keys().isdisjoint(("kl", "soft_ce", "reverse_kl", "js")):
-            t = t if self.ids is None else torch.index_select(t, 1, self.ids, out=self._scratch("t seen", z))
             terms["soft_ce"] = log_norm * (1 - outside) - dot(q, z)
             if blend or "kl" in wanted:
-                terms["kl"] = terms["soft_ce"] - target_log_norm * (1 - outside) + dot(q, t)
+                terms["kl"] = terms["soft_ce"] + verdict.cross[of]
             slope_q -= wanted.get("kl", 0.0) + wanted.get("soft_ce", 0.0)
         if "reverse_kl" in wanted or "js" in wanted:
-            u = torch.sub(z, t, out=self._scratch("u", z)).add_((target_log_norm - log_norm)[:, None])  # log p/q
+            t = verdict.logits[of] if self.ids is None else verdict.logits[of[:, None], self.ids]
+            u = torch.sub(z, t, out=self._scratch("u", z.shape, z)).add_(
+                (target_log_norm - log_norm)[:, None]
+            )  # log p/q
             terms["reverse_kl"] = dot(p, u)
             level = level - wanted.get("reverse_kl", 0.0) * terms["reverse_kl"]
         if "js" in wanted:
@@ -176,7 +236,7 @@ class RowPass:
             probability=p.gather(1, label)[:, 0] * inside,
             tv=tv,
             alpha=alpha,
-            agreement=(first if self.ids is None else self.ids[first]) == target_first,
+            agreement=(first if self.ids is None else self.ids[first]) == verdict.first[of],
             hit=first == columns,
             label_outside=~inside,
             outside=outside,
@@ -186,21 +246,21 @@ class RowPass:
             return rows
         scale = scale.to(top.dtype)
         level = level - slope_q * (1 - outside)
-        gradient = raw if raw.dtype == z.dtype else p
+        gradient = raw if raw.dtype == z.dtype else m
         # From here on z, and with it raw, may be overwritten.
         if bool(blend) or "tv" in wanted or "accept" in wanted:
             m = torch.lt(p, q, out=m)
             level = level + 2 * slope_m * dot(p, m)
-            m.mul_((-2 * slope_m * scale)[:, None]).add_((level * scale)[:, None])
+            product.mul_((-2 * slope_m * scale)[:, None])  # of the dot above: p m
+            torch.addcmul(product, p, (level * scale)[:, None], out=gradient)
         else:
-            m = m.copy_((level * scale)[:, None].expand_as(m))
+            torch.mul(p, (level * scale)[:, None], out=gradient)
         if u is not None and "reverse_kl" in wanted:
-            m.add_(u.mul_((wanted["reverse_kl"] * scale)[:, None]))
+            gradient.addcmul_(p, u.mul_((wanted["reverse_kl"] * scale)[:, None]))
         if ratio is not None:
-            m.add_(ratio.mul_((wanted["js"] / 2 * scale)[:, None]))
-        torch.mul(p, m, out=gradient)
+            gradient.addcmul_(p, ratio.mul_((wanted["js"] / 2 * scale)[:, None]))
         if blend or "kl" in wanted or "soft_ce" in wanted:
-            gradient.add_(q.mul_((slope_q * scale)[:, None]))
+            gradient.addcmul_(q, (slope_q * scale)[:, None])
         if "ce" in wanted:
             spike = -wanted["ce"] * scale * inside
             gradient.scatter_add_(1, label, spike[:, None])

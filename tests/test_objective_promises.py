@@ -33,7 +33,7 @@ def test_sums_add_over_micro_batches():
     draft, tables, blocks = make()
     objective = Objective(ce=0.1, tv=0.9, slot_weight={"dpace": 0.5}, chunk_rows=4)
     whole = objective(draft, tables, blocks)
-    rows = [Blocks(*(value[b : b + 1] for value in vars(blocks).values())) for b in range(B)]
+    rows = [Blocks(*(None if value is None else value[b : b + 1] for value in vars(blocks).values())) for b in range(B)]
     parts = [objective(draft, tables, row) for row in rows]
     torch.testing.assert_close(sum(p.value for p in parts), whole.value)
     torch.testing.assert_close(sum(p.weight for p in parts), whole.weight)
@@ -201,7 +201,7 @@ def _rank(rank, path):
     objective(alone, tables, blocks).mean.backward()
     draft, tables, blocks = make()
     step = DistributedDataParallel(Step(draft, tables, objective))
-    loss = step(Blocks(*(value[rank : rank + 1] for value in vars(blocks).values())))
+    loss = step(Blocks(*(None if v is None else v[rank : rank + 1] for v in vars(blocks).values())))
     weight = loss.weight.clone()
     dist.all_reduce(weight)
     (2 * loss.value / weight).backward()
