@@ -63,6 +63,8 @@ def _main(words: list[str], verbs: Mapping[str, Verb], package: str) -> int:
 
             print(page(name, verb, overrides))
             return 0
+        if verb.filters:
+            overrides = composing.with_filters(verb.config, overrides)
         overrides = targeting.expand(overrides, composing.options("target"))
         composing.check(name, verb.config, overrides)
         cfg = composing.compose(verb.config, composing.first_job(overrides) if "multirun" in options else overrides)

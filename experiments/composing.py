@@ -58,6 +58,27 @@ def groups() -> list[str]:
     return [name for name in loader().list_groups("") if name != "hydra" and options(name)]
 
 
+def with_filters(config: str, overrides: Sequence[str]) -> list[str]:
+    """`KEY=VALUE` becomes `filters.KEY=VALUE` for the keys of `filters`, and several values become a list:
+    `target=qwen3_4b benchmark=gsm8k,math500` says which runs are meant where no target or suite is to be built.
+    `where=method.draft.layers=2` is put in quotes, without which Hydra's grammar ends at the second sign.
+    """
+    keys = compose(config, []).filters.keys()
+    found = []
+    for word in overrides:
+        key, sign, value = word.partition("=")
+        short = key.removeprefix("filters.")
+        if key == "where" and "=" in value and value[0] not in "[\"'":
+            found.append(f'where="{value}"')
+            continue
+        if not sign or short not in keys or key not in (short, f"filters.{short}"):
+            found.append(word)
+            continue
+        several = "," in value and value[:1] not in ("[", "'", '"')
+        found.append(f"filters.{short}=[{value}]" if several else f"filters.{short}={value}")
+    return found
+
+
 def check(verb: str, config: str, overrides: Sequence[str]) -> None:
     """Raise ValueError for an unknown group option, an unknown key (the nearest is named) or a value of a wrong type.
 

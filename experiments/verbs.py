@@ -13,10 +13,11 @@ class Verb:
     does: str
     module: str
     takes: str | None = None  # the setting that a word without "=" gives
+    filters: bool = False  # whether KEY=... is short for filters.KEY=...
 
 
-def _verb(config: str, does: str, module: str | None = None, takes: str | None = None) -> Verb:
-    return Verb(config, does, f"experiments.{module or config}", takes)
+def _verb(config: str, does: str, module: str | None = None, takes: str | None = None, filters: bool = False) -> Verb:
+    return Verb(config, does, f"experiments.{module or config}", takes, filters)
 
 
 VERBS = {
@@ -30,8 +31,8 @@ VERBS = {
     "speed": _verb("speed", "cost curves, and wall clock against plain decoding"),
     "calibrate": _verb("calibrate", "temperatures that make the confidence head honest"),
     "serve": _verb("serve", "throughput against interactivity under load"),
-    "compare": _verb("compare", "tables and figures over any runs"),
-    "report": _verb("report", "one HTML page, and a W&B report where there is a key"),
+    "compare": _verb("compare", "tables and figures over any runs", filters=True),
+    "report": _verb("report", "one HTML page, and a W&B report where there is a key", filters=True),
     "export": _verb("export", "write a draft in a published format"),
     "import": _verb("import", "read a draft from a published format", "import_draft"),
     "sync": _verb("sync", "upload offline W&B runs and verify that they arrived"),

@@ -16,6 +16,7 @@ from omegaconf import OmegaConf
 
 from analysis import curves, figures, report, style, tables
 from analysis.compare import compare
+from experiments import cli
 from tests.analysis.synthetic import simulate, write_run
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
@@ -177,6 +178,37 @@ def test_the_wandb_report_builds_without_a_login(made, monkeypatch):
     assert line["config"]["xAxis"] == "trainer/global_step" and line["config"]["metrics"] == ["train/loss"]
     assert slots["config"]["panelDefId"] == "wandb/line/v0"
     assert report.publish(blocks) is None
+
+
+@pytest.mark.parametrize(
+    ("words", "runs"),
+    [
+        (["target=qwen3_4b", "suite=paper", "method=dspark"], 2),
+        (["filters.target=qwen3_4b", "filters.method=dspark"], 2),
+        (["method=dspark,dflash", "where=draft.layers=2"], 2),
+        (["filters.method=[dspark,dflash]", "benchmark=gsm8k"], 4),
+    ],
+)
+def test_filters_are_typed_as_they_are_spoken(words, runs, root, tmp_path):
+    folder = tmp_path / "compare" / "all"
+    given = [f"runs={root}/runs/evaluate", f"root={tmp_path}", "figures=false", "resamples=20"]
+    assert cli.main(["compare", *given, "group_by=[draft.layers]", *words]) == 0
+    lengths = pd.read_csv(folder / "accepted_length.csv")
+    assert len(lengths[["method", "draft.layers"]].drop_duplicates()) == runs
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["target=qwen3_8b"], "no record is left after the filter target=qwen3_8b; target was one of qwen3_4b"),
+        (["temperature=0.7"], "no record is left after the filter temperature=0.7; temperature was one of 0"),
+        (["domian=math"], "compare has no setting 'domian'; did you mean 'filters.domain'?"),
+        (["where=draft.layer=2"], "no run has the key 'draft.layer'; did you mean 'draft.layers'?"),
+    ],
+)
+def test_a_filter_that_leaves_nothing_says_what_there_is(words, said, root, tmp_path, capsys):
+    assert cli.main(["compare", f"runs={root}", f"root={tmp_path}", *words]) == 2
+    assert said in capsys.readouterr().err
 
 
 def test_from_the_command_line_settings(root, tmp_path, capsys):
