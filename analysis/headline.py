@@ -10,23 +10,29 @@ import numpy as np
 
 from analysis.histograms import Counts, count
 from analysis.statistics import interval
+from analysis.teacherforced import Forced, paired
 
 QUANTITIES = ("accepted_length", "accepted_length_per_prompt", "acceptance_rate", "verified_per_round", "suffix_decay")
 
 
 def counts_of(records: Sequence[Mapping[str, Any]]) -> Counts:
     """Rounds by prompt; all turns of a prompt are one cluster."""
-    keys = np.array([f"{r['benchmark']}/{r['prompt_id']}" for r in records])
+    keys = _keys(records)
     cells = [(i, *cell) for i, record in enumerate(records) for cell in record["histogram"]]
     table = np.array(cells, dtype=np.int64).reshape(-1, 4)
     committed = np.array([r["committed"] for r in records], dtype=float)
     return count(keys, committed, *table.T)
 
 
+def _keys(records: Sequence[Mapping[str, Any]]) -> np.ndarray:
+    return np.array([f"{r['benchmark']}/{r['prompt_id']}" for r in records])
+
+
 def headline(records: Sequence[Mapping[str, Any]], resamples: int = 2000, seed: int = 0) -> dict[str, Any]:
     """Every headline metric as {value, low, high, count}, the slot curves, and the same by benchmark.
 
-    `count` is rounds; a quantity that has no value (no round, one prompt) is null.
+    `count` is rounds; a quantity that has no value (no round, one prompt) is null. Records with teacher-forced sums add
+    expected_length, length_gap and a curve `teacher_forced` (analysis.teacherforced); their counts are anchors.
     """
     whole = _numbers(records, resamples, seed)
     names = sorted({r["benchmark"] for r in records})
@@ -60,6 +66,30 @@ def _numbers(records: Sequence[Mapping[str, Any]], resamples: int, seed: int) ->
             "survival": _number(survival[k]),
         }
         for k in range(counts.slots)
+    ]
+    return found | _teacher_forced(records, counts, resamples, seed)
+
+
+def _teacher_forced(records: Sequence[Mapping[str, Any]], counts: Counts, resamples: int, seed: int) -> dict[str, Any]:
+    have = [r for r in records if r.get("teacher_forced")]
+    both = (
+        paired(counts, Forced.of(_keys(have), [r["teacher_forced"] for r in have]), resamples, seed) if have else None
+    )
+    if both is None:
+        return {}
+
+    def entry(triple: Sequence[Any], n: Any) -> dict[str, Any]:
+        return dict(zip(("value", "low", "high"), map(_number, triple), strict=True)) | {"count": int(n)}
+
+    found: dict[str, Any] = {
+        name: entry(both.length[name], both.anchors[0]) for name in ("expected_length", "length_gap")
+    }
+    found["teacher_forced"] = [
+        {"slot": k + 1, "anchors": int(both.anchors[k]), "n": int(both.rounds[k])}
+        | {name: _number(both.slots[name][0][k]) for name in ("acceptance", "conditional", "survival", "on_policy")}
+        | {"gap": _number(both.slots["gap"][0][k])}
+        | {"low": _number(both.slots["gap"][1][k]), "high": _number(both.slots["gap"][2][k])}
+        for k in range(len(both.anchors))
     ]
     return found
 

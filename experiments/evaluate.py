@@ -15,7 +15,8 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from analysis.headline import headline
 from experiments.assembly import load_target, rank_and_world
 from experiments.progress import Progress
-from experiments.stage import Stage, container
+from experiments.stage import Stage, container, say
+from specbench.audit import verdict
 from specbench.baselines import SLOTS, SMALL, Baseline, Small, baseline, is_baseline
 from specbench.data.benchmarks import Benchmarks
 from specbench.decoding import Limits
@@ -103,7 +104,11 @@ def protocol_of(cfg: DictConfig, target: Target) -> Protocol:
         scheduler = StaticThreshold(cfg.confidence_threshold)
     limits = Limits(cfg.max_new_tokens, target.stop_token_ids, cfg.batch_size, cfg.token_budget, cfg.accounting)
     sampling = Sampling(cfg.temperature, cfg.top_k, cfg.top_p, cfg.min_p)
-    return Protocol(sampling, limits, scheduler, cfg.slots, cfg.suite.turns, cfg.thinking, cfg.seed)
+    forced, audit = cfg.get("teacher_forced", False), cfg.get("audit", False)
+    for name, asked in (("teacher_forced", forced), ("audit", audit)):
+        if asked and cfg.draft == PLAIN:
+            raise ValueError(f"{name}=true examines what a draft proposes and draft={PLAIN} proposes nothing")
+    return Protocol(sampling, limits, scheduler, cfg.slots, cfg.suite.turns, cfg.thinking, cfg.seed, forced, audit)
 
 
 def load_pair(cfg: DictConfig, source: Path | None) -> tuple[Target, Draft | Baseline | None]:
@@ -178,9 +183,22 @@ def _evaluate(cfg: DictConfig, stage: Stage, name: str, source: Path | None, abo
         summary |= {"metrics": numbers, "lineage": lineage, "training_seed": about["seed"], **costs}
         tracking.table("slots", *slot_table(numbers))
         tracking.uses(f"draft-{Path(cfg.draft).name}", "draft", **lineage)
+        if protocol.audit:
+            summary["audit"] = verdict([item.record["audit"] for item in done], cfg.audit_spacings)
         run.finish(**summary)
         tracking.finish()
         shown = {k: numbers[k]["value"] for k in ("accepted_length", "tokens_per_second") if k in numbers}
+        if "expected_length" in numbers:
+            shown["expected_length"] = numbers["expected_length"]["value"]
+        if protocol.audit:
+            found = summary["audit"]
+            shown |= {f"audit {key}": found[key] for key in ("texts", "identical", "ties", "violations")}
+            if found["violations"]:
+                say(
+                    f"AUDIT: {found['violations']} of {found['texts']} texts leave the target's greedy text by more "
+                    f"than {cfg.audit_spacings:g} spacings of {target.dtype}: verification is not lossless here "
+                    "(records.parquet, column audit)"
+                )
         stage.finish(shown, next=f"specbench compare root={cfg.root}")
 
 

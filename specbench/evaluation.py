@@ -20,6 +20,7 @@ import lightning as L
 import numpy as np
 
 from specbench.atomic import json_line, replacing
+from specbench.audit import audit
 from specbench.data.benchmarks import Prompt
 from specbench.data.chat import prompt_ids
 from specbench.decoding import Decoded, Limits, decode, speculative_decode
@@ -29,13 +30,19 @@ from specbench.runfolder import drop_cut_line, read_lines
 from specbench.sampling import Sampling
 from specbench.scheduling import FixedLength, Scheduler
 from specbench.targets import Target
+from specbench.teacherforced import slot_acceptance
+from specbench.tokenclasses import token_classes
 
 TURNS = ("all", "first")
 
 
 @dataclass(frozen=True)
 class Protocol:
-    """How prompts are decoded: part of the identity of every number that comes out."""
+    """How prompts are decoded: part of the identity of every number that comes out.
+
+    `teacher_forced` adds each text's teacher-forced acceptance to its record, `audit` where it leaves the target's own
+    greedy text.
+    """
 
     sampling: Sampling = field(default_factory=Sampling)
     limits: Limits = field(default_factory=Limits)
@@ -44,10 +51,17 @@ class Protocol:
     turns: str = "all"
     thinking: bool | None = None
     seed: int = 0
+    teacher_forced: bool = False
+    audit: bool = False
 
     def __post_init__(self) -> None:
         if self.turns not in TURNS:
             raise ValueError(f"turns={self.turns!r}: choose one of {', '.join(TURNS)}")
+        if self.audit and not self.sampling.greedy:
+            raise ValueError(
+                f"audit=true compares greedy texts and temperature={self.sampling.temperature:g} draws them; set "
+                "temperature=0"
+            )
 
 
 @dataclass(frozen=True)
@@ -145,7 +159,10 @@ def _record(prompt: Prompt, turn: int, done: Decoded, protocol: Protocol, labels
         "accepted": sum(r.accepted for r in done.rounds),
         "seconds": done.seconds,
         "histogram": histogram(done),
+        "by_round": [[r.proposed, r.accepted, r.committed] for r in done.rounds],
     }
+    if target.tokenizer is not None:
+        record["token_classes"] = token_classes(target.tokenizer, done.output_ids)
     rounds: dict[str, Any] = {
         **where,
         "prompt_ids": done.prompt_ids,
@@ -223,7 +240,29 @@ class DraftEvaluation(L.LightningModule):
         before = {k: v for k, v in self.known.items() if k[:2] in wanted}
         for answered in before.values():
             self._count(answered)
+        group: list[Answered] = []
         for answered in answer(target, draft, prompts, self.protocol, self.labels, before):
+            group.append(answered)
+            # The audit decodes as many requests at once as the evaluation does.
+            if not self.protocol.audit or len(group) == self.protocol.limits.batch_size:
+                self._settle(group)
+                group = []
+        self._settle(group)
+
+    def _settle(self, group: list[Answered]) -> None:
+        """Examine finished texts as the protocol asks, then write and count them."""
+        (target, draft), protocol = self._models, self.protocol
+        if draft is not None and protocol.teacher_forced:
+            for answered in group:
+                ids = [answered.rounds[key] for key in ("prompt_ids", "output_ids")]
+                slots = protocol.slots or draft.block_size
+                found = slot_acceptance(target, draft, *ids, protocol.sampling, slots)
+                answered.record["teacher_forced"] = found.sums()
+        if draft is not None and protocol.audit and group:
+            texts = [[answered.rounds[key] for answered in group] for key in ("prompt_ids", "output_ids")]
+            for answered, found in zip(group, audit(target, *texts, protocol.limits), strict=True):
+                answered.record["audit"] = [] if found is None else found.row()
+        for answered in group:
             self.parts.append(answered)
             self._count(answered)
 

@@ -54,6 +54,15 @@ COLUMNS = pa.schema(
         ("histogram", pa.list_(pa.list_(pa.int64()))),  # [proposed, accepted, count]
     ]
 )
+# What a record may hold beside, where any row of its file does.
+OPTIONAL = pa.schema(
+    [
+        ("by_round", pa.list_(pa.list_(pa.int32()))),  # [proposed, accepted, committed], in order
+        ("token_classes", pa.string()),  # a letter an output token (tokenclasses.py)
+        ("teacher_forced", pa.list_(pa.list_(pa.float64()))),  # a slot: anchors, alpha, survived, reached
+        ("audit", pa.list_(pa.float64())),  # [] or position, gap, spacing of the first token that differs
+    ]
+)
 
 
 class RunFolder:
@@ -134,17 +143,19 @@ class RunFolder:
         self._append("rounds.jsonl", line)
 
     def write_records(self, rows: Iterable[Mapping[str, Any]]) -> None:
-        """Write records.parquet, one row a prompt and turn, with exactly the columns of COLUMNS."""
+        """Write records.parquet, one row a prompt and turn, with exactly the columns of COLUMNS and any of OPTIONAL."""
         rows = list(rows)
         for index, row in enumerate(rows):
-            missing, unknown = set(COLUMNS.names) - set(row), set(row) - set(COLUMNS.names)
+            missing, unknown = set(COLUMNS.names) - set(row), set(row) - {*COLUMNS.names, *OPTIONAL.names}
             if missing or unknown:
                 raise ValueError(f"record {index} lacks {sorted(missing)} and has unknown columns {sorted(unknown)}")
             if isinstance(row["thinking"], bool):
                 rows[index] = {**row, "thinking": str(row["thinking"]).lower()}
+        used = [field for field in OPTIONAL if any(field.name in row for row in rows)]
+        schema = pa.schema([*COLUMNS, *used])
         if self.writes:
             with replacing(self.path / "records.parquet") as temporary:
-                pq.write_table(pa.Table.from_pylist([plain(row) for row in rows], schema=COLUMNS), temporary)
+                pq.write_table(pa.Table.from_pylist([plain(row) for row in rows], schema=schema), temporary)
 
     def write_provenance(self, facts: Mapping[str, Any], diff: str | None = None) -> None:
         """Write provenance.json, and the uncommitted changes as dirty.diff. Facts written before are kept beside."""

@@ -87,6 +87,7 @@ DEFAULT = [
     ("dspark", "all", "hardware"),
     ("eagle3", "top-k", "fixed"),
     ("mtp", "min-p", "fixed-1"),
+    ("small", "warm", "fixed"),
 ]
 
 

@@ -8,6 +8,7 @@ from functools import cache
 import torch
 
 from specbench.backbone import backbone_of
+from specbench.baselines import Small
 from specbench.initialisation import from_target, randomise
 from specbench.methods.dflash import DFlash
 from specbench.methods.draft import Draft
@@ -41,9 +42,11 @@ def target() -> Target:
 
 
 @cache
-def draft(method: str, slots: int = 3, **settings) -> Draft:
+def draft(method: str, slots: int = 3, **settings) -> Draft | Small:
     """A draft that starts from the target's layers and never saw data: some proposals are accepted, some rejected."""
     owner = target()
+    if method == "small":
+        return Small(Target.from_config(CONFIG, [], seed=4, stop_token_ids=[]), VOCABULARY, slots)
     if method == "dspark":
         settings = {"markov_rank": 4, **settings}
     with torch.random.fork_rng():
