@@ -17,7 +17,7 @@ from experiments.progress import Progress
 from experiments.stage import Stage, say
 from specbench.atomic import plain
 from specbench.data import answers, prompts
-from specbench.data.chat import encode, render
+from specbench.data.chat import render
 from specbench.data.engines import Engine, InProcessEngine, Policy, ServerEngine
 from specbench.data.templates import ChatError, template_hash
 from specbench.decoding import Limits, decode
@@ -80,15 +80,7 @@ def show(rows: Iterator[dict[str, Any]], tokenizer: Any, thinking: bool | None) 
     console = Console()
     for row in rows:
         try:
-            coded = encode(
-                tokenizer,
-                row["messages"],
-                thinking=thinking,
-                answer_tokens=row["answer_tokens"],
-                cut=row["truncated"],
-                id=row["id"],
-                source=row.get("source", ""),
-            )
+            coded = answers.encoded(row, tokenizer, thinking)
         except ChatError as error:
             console.print(f"{row['id']}: {error}", style="red", markup=False)
             continue

@@ -14,7 +14,7 @@ from experiments.progress import Progress
 from experiments.stage import Stage, say
 from specbench.data import answers
 from specbench.data.cache import build
-from specbench.data.chat import Encoded, encode
+from specbench.data.chat import Encoded
 from specbench.data.manifest import Manifest, fingerprint, identity_of
 from specbench.data.sizing import plan
 from specbench.data.storage import storage
@@ -87,16 +87,7 @@ def encoded(folder: Path, tokenizer: Any, max_length: int, thinking: bool | None
     kept, causes = [], Counter()
     for row in answers.read(folder):
         try:
-            coded = encode(
-                tokenizer,
-                row["messages"],
-                max_length=max_length,
-                thinking=thinking,
-                answer_tokens=row["answer_tokens"],
-                cut=row["truncated"],
-                id=row["id"],
-                source=row.get("source", ""),
-            )
+            coded = answers.encoded(row, tokenizer, thinking, max_length)
         except ChatError as error:
             causes[type(error).__name__] += 1
             say(f"cache: conversation {row['id']} is left out: {error}")

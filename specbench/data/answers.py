@@ -7,13 +7,14 @@ header.json     the policy under which the answers were drawn; answers of anothe
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from specbench.atomic import changes, plain, read_json, write_json, write_text
 from specbench.data import jsonl
+from specbench.data.chat import Encoded, encode
 from specbench.data.engines import Conversation, Engine, Policy
 
 SCHEMA = "specbench.answers/1"
@@ -101,6 +102,20 @@ def answered(folder: Path | str) -> set[str]:
 def read(folder: Path | str) -> Iterator[dict[str, Any]]:
     """Rows of answers.jsonl in file order."""
     yield from jsonl.conversations(Path(folder) / "answers.jsonl")
+
+
+def encoded(row: Mapping[str, Any], tokenizer: Any, thinking: bool | None, max_length: int | None = None) -> Encoded:
+    """A line of answers.jsonl as tokens and loss mask; ChatError where it cannot be one."""
+    return encode(
+        tokenizer,
+        row["messages"],
+        max_length,
+        thinking,
+        row["answer_tokens"],
+        cut=row["truncated"],
+        id=row["id"],
+        source=row.get("source", ""),
+    )
 
 
 def _settle(path: Path, done: set[str]) -> None:

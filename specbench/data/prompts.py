@@ -108,7 +108,13 @@ def build(
         },
     }
     if not counts["train"]:
-        raise ValueError(f"no conversation of {source.name!r} is left for training; what was dropped: {report}")
+        dropped = {key.replace("_", " "): report[key] for key in ("contaminated", "equal_questions", "near_duplicates")}
+        dropped |= {"unfit": sum(report["unfit"].values()), "held out for validation": counts["validation"]}
+        told = ", ".join(f"{count} {cause}" for cause, count in dropped.items() if count)
+        raise ValueError(
+            f"no conversation of {source.name!r} is left for training; of {report['read']}, {told or 'none fitted'}"
+            + ("; decontaminate=null keeps those that overlap evaluation prompts" if counts["contaminated"] else "")
+        )
     write_json(folder / "report.json", report)
     return report
 

@@ -121,12 +121,11 @@ class DSpark(ParallelDraft):
         if self.markov_head is None:
             return self.draw_at_once(hidden, anchor, sample)
         base = self.tables.logits(hidden)
-        previous, probabilities, state = [anchor], [], None
-        for k in range(hidden.shape[1]):
+        state = None
+
+        def logits(k: int, previous: list[Tensor]) -> Tensor:
+            nonlocal state
             state, latent = self.markov_head.step(state, hidden[:, k], previous[-1])
-            tokens, drawn = sample((base[:, k] + self.markov_head.markov_w2(latent))[:, None])
-            previous.append(self.to_target(tokens[:, 0]))
-            probabilities.append(drawn)
-        tokens = torch.stack(previous, 1)
-        drawn = None if probabilities[0] is None else self.widen(torch.cat(probabilities, 1))
-        return Proposal(tokens[:, 1:], drawn, self.confidence(hidden, tokens[:, :-1]))
+            return (base[:, k] + self.markov_head.markov_w2(latent))[:, None]
+
+        return self.draw_each(hidden, anchor, sample, logits)

@@ -8,6 +8,7 @@ Axes: B batch, T tokens, N blocks, K slots, I inputs of a block, C taps, D hidde
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -127,10 +128,24 @@ class ParallelDraft(Draft):
 
     def draw(self, hidden: Float[Tensor, "B K D"], anchor: Int[Tensor, " B"], sample: Sample) -> Proposal:
         """Sample the slots left to right; a method whose slots do not depend on each other draws them at once."""
+
+        def logits(k: int, previous: list[Tensor]) -> Tensor:
+            seen = torch.stack(previous, 1)
+            return self.project(self.features(hidden[:, : k + 1], seen)[:, k : k + 1])
+
+        return self.draw_each(hidden, anchor, sample, logits)
+
+    def draw_each(
+        self,
+        hidden: Float[Tensor, "B K D"],
+        anchor: Int[Tensor, " B"],
+        sample: Sample,
+        logits: Callable[[int, list[Tensor]], Float[Tensor, "B 1 V"]],
+    ) -> Proposal:
+        """Sample slot k (from 0) from `logits(k, previous)`, `previous` being the anchor and the k tokens before it."""
         previous, probabilities = [anchor], []
         for k in range(hidden.shape[1]):
-            seen = torch.stack(previous, 1)
-            tokens, drawn = sample(self.project(self.features(hidden[:, : k + 1], seen)[:, k : k + 1]))
+            tokens, drawn = sample(logits(k, previous))
             previous.append(self.to_target(tokens[:, 0]))
             probabilities.append(drawn)
         tokens = torch.stack(previous, 1)
