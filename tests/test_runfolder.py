@@ -150,7 +150,7 @@ except OSError as error:
 """
     try:
         with script(code, str(tmp_path)) as process:
-            out, errors = process.communicate(timeout=60)
+            out, errors = process.communicate(timeout=300)
         assert out.strip() in ("28", "27"), errors  # ENOSPC, EFBIG
         folder = tmp_path / "runs" / "train" / "full"
         assert json.loads((folder / "facts.json").read_text()) == {"kept": 1}

@@ -52,7 +52,7 @@ def inspect(run: Path) -> str:
     wandb.teardown()  # finish() may return before the file is whole
     (log,) = run.glob("wandb/offline-run-*/run-*.wandb")
     command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(log)]
-    return subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout
+    return subprocess.run(command, capture_output=True, text=True, check=True, timeout=300).stdout
 
 
 def test_offline_run_mirrors_the_folder(tmp_path: Path) -> None:
