@@ -59,31 +59,40 @@ def read_table(file: Path) -> Table:
         if missing:
             raise ValueError(f"{file.name} lacks the column {', '.join(missing)}")
         table = parquet.read([*SCHEMA.names, "histogram"], use_threads=False)
-    columns = []
-    for field in SCHEMA:
-        column = table[field.name]
-        if pa.types.is_dictionary(column.type):
-            column = column.cast(column.type.value_type)
-        try:
-            columns.append(column.cast(field.type))
-        except pa.ArrowInvalid as error:
-            raise ValueError(f"{file.name}, column {field.name}: {error}") from error
     sizes, triples = _unpack(table["histogram"], file.name)
-    return Table(pa.table(columns, SCHEMA), sizes, triples)
+    return Table(pa.table([_cast(table[field.name], field, file.name) for field in SCHEMA], SCHEMA), sizes, triples)
+
+
+def _cast(column: pa.ChunkedArray, field: pa.Field, name: str) -> pa.ChunkedArray:
+    if column.type == field.type:  # nearly always, and a cast that changes nothing is not free
+        return column
+    if pa.types.is_dictionary(column.type):
+        column = column.cast(column.type.value_type)
+    try:
+        return column.cast(field.type)
+    except pa.ArrowInvalid as error:
+        raise ValueError(f"{name}, column {field.name}: {error}") from error
 
 
 def _unpack(column: pa.ChunkedArray, name: str) -> tuple[np.ndarray, np.ndarray]:
-    lists = column.combine_chunks()
-    sizes = pc.fill_null(pc.list_value_length(lists), 0).to_numpy(zero_copy_only=False).astype(np.int64)
+    lists = column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
+    sizes = _sizes(lists)
     inner = lists.flatten()
     if not len(inner):
         return sizes, np.zeros((0, 3), np.int64)
     if pa.types.is_struct(inner.type):
         fields = ("proposed", "accepted", "count")
         return sizes, np.stack([inner.field(field).to_numpy(zero_copy_only=False) for field in fields], 1)
-    if not pc.all(pc.equal(pc.list_value_length(inner), 3)).as_py():
+    if (_sizes(inner) != 3).any():
         raise ValueError(f"{name}: a histogram holds an entry that is not [proposed, accepted, count]")
     return sizes, inner.flatten().to_numpy(zero_copy_only=False).astype(np.int64).reshape(-1, 3)
+
+
+def _sizes(lists: pa.ListArray) -> np.ndarray:
+    """Length of every list; 0 for a missing one."""
+    if lists.null_count == 0 and pa.types.is_list(lists.type):
+        return np.diff(lists.offsets.to_numpy()).astype(np.int64)
+    return pc.fill_null(pc.list_value_length(lists), 0).to_numpy(zero_copy_only=False).astype(np.int64)
 
 
 def concatenate(tables: Sequence[tuple[int, Table]]) -> tuple[pd.DataFrame, pd.DataFrame]:
