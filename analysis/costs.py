@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import PurePath
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -25,6 +26,8 @@ STATED = {
     "speedup_low": ("speedup_low",),
     "speedup_high": ("speedup_high",),
 }
+COLUMNS = {name: column for column, names in STATED.items() for name in names}
+LINEAGE = f"{SUMMARY}lineage.parents"
 
 
 def costs(found: Sequence[Group], every: Runs) -> pd.DataFrame:
@@ -36,6 +39,8 @@ def costs(found: Sequence[Group], every: Runs) -> pd.DataFrame:
         every: all runs that were read: speed runs are looked up in it.
     """
     rows = []
+    known = [key for key in every.runs if str(key).rpartition(".")[2] in COLUMNS or key in (LINEAGE, "temperature")]
+    speeds = every.runs.loc[every.runs["kind"] == "speed", known].to_dict("records")
     for section, part in grouping.sections(found):
         for own in grouping.variants(part).values():
             records = pd.concat([group.runs.records for group in own])
@@ -46,34 +51,45 @@ def costs(found: Sequence[Group], every: Runs) -> pd.DataFrame:
                 "verified_per_round": (sums["proposed"] + rounds) / rounds if rounds else np.nan,
                 "acceptance_rate": sums["accepted"] / sums["proposed"] if sums["proposed"] else np.nan,
             }
-            runs = every.runs.loc[sorted(set(records["source"]))]
-            stated = {key: _stated(key, runs, every.runs) for key in STATED}
+            stated = _stated(every.runs.loc[sorted(set(records["source"])), known].to_dict("records"), speeds)
             means = {key: float(np.mean(values)) if values else np.nan for key, values in stated.items()}
             varies = ",".join(key for key, values in stated.items() if len(set(values)) > 1)
             rows.append({**section, **own[0].variant, **means, **rates, "varies": varies, "variant": own[0].label})
     return pd.DataFrame(rows)
 
 
-def _stated(column: str, runs: pd.DataFrame, every: pd.DataFrame) -> list[float]:
-    values = []
-    for _, row in runs.iterrows():
-        for place in (row, *_speeds(row, every)):
-            found = next((v for prefix in (SUMMARY, PARENT) for v in _numbers(place, prefix, STATED[column])), None)
-            if found is not None:
-                values.append(found)
-                break
-    return values
+def _stated(runs: Sequence[dict[str, Any]], speeds: Sequence[dict[str, Any]]) -> dict[str, list[float]]:
+    """Every column's numbers, one a run that states it: by itself, by its parent or by a speed run on its draft."""
+    beside: dict[str, list[dict[str, Any]]] = {}
+    for speed in speeds:
+        for name in _parents(speed):
+            beside.setdefault(name, []).append(speed)
+    stated: dict[str, list[float]] = {column: [] for column in STATED}
+    for run in runs:
+        found: dict[str, float] = {}
+        for place in (run, *(speed for name in _parents(run) for speed in beside.get(name, ()) if _alike(run, speed))):
+            found = _numbers(place) | found
+        for column, number in found.items():
+            stated[column].append(number)
+    return stated
 
 
-def _numbers(row: pd.Series, prefix: str, names: Sequence[str]) -> list[float]:
-    held = [v for k, v in row.items() if str(k).startswith(prefix) and str(k).rpartition(".")[2] in names]
-    return [float(v) for v in held if isinstance(v, (int, float, np.number)) and np.isfinite(v)]
+def _parents(row: dict[str, Any]) -> dict[str, None]:
+    return dict.fromkeys(PurePath(parent).name for parent in folders.parents(row))
 
 
-def _speeds(row: pd.Series, every: pd.DataFrame) -> list[pd.Series]:
-    own = {PurePath(parent).name for parent in folders.parents(row)}
-    speeds = every[every["kind"] == "speed"]
-    same = [other for _, other in speeds.iterrows() if own & {PurePath(p).name for p in folders.parents(other)}]
-    # A speedup holds for the temperature that it was measured at, where both runs state one.
-    ours = row.get("temperature")
-    return [r for r in same if pd.isna(ours) or pd.isna(r.get("temperature")) or r["temperature"] == ours]
+def _alike(run: dict[str, Any], speed: dict[str, Any]) -> bool:
+    """A speedup holds for the temperature that it was measured at, where both runs state one."""
+    ours, other = run.get("temperature"), speed.get("temperature")
+    return pd.isna(ours) or pd.isna(other) or ours == other
+
+
+def _numbers(row: dict[str, Any]) -> dict[str, float]:
+    """What a run's summary says of each column, or else its parent's."""
+    found: dict[str, float] = {}
+    for prefix in (SUMMARY, PARENT):
+        for key, value in row.items():
+            column = COLUMNS.get(key.rpartition(".")[2]) if key.startswith(prefix) else None
+            if column is not None and isinstance(value, (int, float, np.number)) and np.isfinite(value):
+                found.setdefault(column, float(value))
+    return found

@@ -54,7 +54,7 @@ def read_run(folder: Path) -> tuple[dict[str, Any], Table | None, str | None]:
     row: dict[str, Any] = {"run": folder.name, "kind": None, "path": str(folder), "status": "no summary.json"}
     try:
         summary = _json(folder / "summary.json")
-        config = _yaml(folder / "config.yaml")
+        config, settings = _yaml(folder / "config.yaml")
         provenance = _json(folder / "provenance.json")
         schema = summary.get("schema", SCHEMA)
         if schema != SCHEMA:
@@ -67,7 +67,7 @@ def read_run(folder: Path) -> tuple[dict[str, Any], Table | None, str | None]:
         for key in ("method", "target", "suite"):
             named = summary.get(key, config.get(key))
             row[key] = named if named is None or isinstance(named, str) else None
-        row |= {key: value for key, value in flatten(config) if key not in row}
+        row = settings | row
         row |= dict(flatten(summary, SUMMARY))
         row |= dict(flatten(provenance, PROVENANCE))
         if not records.exists():
@@ -157,34 +157,42 @@ def _hashable(value: Any) -> Any:
 
 def _json(file: Path) -> dict[str, Any]:
     try:
-        return _mapping(file, json.loads(file.read_text()) if file.exists() else {})
+        return _mapping(file, json.loads(file.read_text()))
+    except FileNotFoundError:
+        return {}
     except json.JSONDecodeError as error:
         raise ValueError(f"{file.name} is not JSON: {error}") from error
 
 
-def _yaml(file: Path) -> dict[str, Any]:
-    return _mapping(file, parse_yaml(file.read_text()) if file.exists() else {})
+def _yaml(file: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The top level of a YAML file, and all of it with dotted keys."""
+    try:
+        text = file.read_text()
+    except FileNotFoundError:
+        return {}, {}
+    top: dict[str, Any] = {}
+    flat: dict[str, Any] = {}
+    for part in _parts(text):
+        entry, leaves = _entry(part)
+        top |= _mapping(file, entry)
+        flat |= leaves
+    return top, flat
 
 
-def parse_yaml(text: str) -> Any:
-    """YAML, top-level entry by entry where the text allows: the runs of a sweep share nearly all of theirs, and
-    parsing is most of the time that reading a run takes."""
+def _parts(text: str) -> list[str]:
+    """Top-level entries of a YAML text where that allows to read them one by one: the runs of a sweep share nearly all
+    of theirs, and parsing is most of the time that reading a run takes."""
     starts = [at.start() for at in re.finditer(r"^[A-Za-z_]", text, re.M)]
-    simple = starts and starts[0] == 0 and not re.search(r"[&*]|^[^A-Za-z_\s-]|^---|^\.\.\.", text, re.M)
-    if not simple:
-        return yaml.load(text, YAML_LOADER) or {}
-    merged: dict[str, Any] = {}
-    for start, end in zip(starts, [*starts[1:], len(text)], strict=True):
-        entry = _entry(text[start:end])
-        if not isinstance(entry, dict):
-            return yaml.load(text, YAML_LOADER)
-        merged |= entry
-    return merged
+    if not starts or starts[0] != 0 or re.search(r"[&*]|^[^A-Za-z_\s-]|^---|^\.\.\.", text, re.M):
+        return [text]
+    parts = [text[start:end] for start, end in zip(starts, [*starts[1:], len(text)], strict=True)]
+    return parts if all(isinstance(_entry(part)[0], dict) for part in parts) else [text]
 
 
 @lru_cache(4096)
-def _entry(text: str) -> Any:
-    return yaml.load(text, YAML_LOADER)
+def _entry(text: str) -> tuple[Any, dict[str, Any]]:
+    found = yaml.load(text, YAML_LOADER) or {}
+    return found, dict(flatten(found)) if isinstance(found, dict) else {}
 
 
 def _mapping(file: Path, content: Any) -> dict[str, Any]:

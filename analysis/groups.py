@@ -54,7 +54,7 @@ class Group:
     def seeds(self) -> dict[Any, Counts]:
         """Counts by training seed; a draft trained twice with one seed is one."""
         seeds = self.runs.training_seeds().to_numpy()
-        return {s: self.runs.pick(np.flatnonzero(seeds == s)).counts() for s in sorted(set(seeds), key=str)}
+        return {s: self.runs.counts(np.flatnonzero(seeds == s)) for s in sorted(set(seeds), key=str)}
 
     @property
     def method(self) -> str:

@@ -107,12 +107,16 @@ class Runs:
 
     def _take(self, rows: np.ndarray, runs: np.ndarray) -> Runs:
         """The records at ascending positions `rows` and the runs where `runs` is true."""
+        places, sizes = self._places(rows)
+        cells = self.cells.iloc[places].assign(record=np.repeat(np.arange(len(rows)), sizes)).reset_index(drop=True)
+        return replace(self, records=self.records.iloc[rows].reset_index(drop=True), cells=cells, runs=self.runs[runs])
+
+    def _places(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Where the cells of the records at ascending positions `rows` stand, and how many each record has."""
         edges = np.searchsorted(self.cells["record"], np.arange(len(self.records) + 1))
         starts, sizes = edges[:-1][rows], np.diff(edges)[rows]
         ends = np.cumsum(sizes)
-        places = np.repeat(starts - (ends - sizes), sizes) + np.arange(sizes.sum())
-        cells = self.cells.iloc[places].assign(record=np.repeat(np.arange(len(rows)), sizes)).reset_index(drop=True)
-        return replace(self, records=self.records.iloc[rows].reset_index(drop=True), cells=cells, runs=self.runs[runs])
+        return np.repeat(starts - (ends - sizes), sizes) + np.arange(sizes.sum()), sizes
 
     def pick(self, rows: np.ndarray) -> Runs:
         """The records at ascending positions `rows`, and their runs."""
@@ -126,10 +130,16 @@ class Runs:
             named = {key: None if pd.isna(value) else value for key, value in zip(keys, values, strict=True)}
             yield named, self.pick(np.sort(rows))
 
-    def counts(self) -> Counts:
-        """Sums over prompts of all records here: the input of every statistic."""
-        cells = (self.cells[name].to_numpy() for name in ("record", "proposed", "accepted", "count"))
-        return count(self.records["prompt"].to_numpy(), self.records["committed"].to_numpy(), *cells)
+    def counts(self, rows: np.ndarray | None = None) -> Counts:
+        """Sums over prompts of all records here, or of those at ascending positions `rows`: the input of every
+        statistic."""
+        cells = [self.cells[name].to_numpy() for name in ("record", "proposed", "accepted", "count")]
+        prompts, committed = self.records["prompt"].to_numpy(), self.records["committed"].to_numpy()
+        if rows is not None:
+            places, sizes = self._places(rows)
+            cells = [np.repeat(np.arange(len(rows)), sizes), *(cell[places] for cell in cells[1:])]
+            prompts, committed = prompts[rows], committed[rows]
+        return count(prompts, committed, *cells)
 
 
 def load(

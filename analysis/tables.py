@@ -54,7 +54,11 @@ def accepted_length(found: Sequence[Group], resamples: int = RESAMPLES, seed: in
         value = statistics.accepted_length(counts, resamples, seed)
         per_prompt = float(counts.total().accepted_length_per_prompt)
         numbers = (value.value, value.low, value.high, per_prompt, len(counts.prompts), int(counts.rounds.sum()))
-        rows.append(keys(group) | dict(zip(MEASURES, (*numbers, len(group.seeds)), strict=True)) | extra(group))
+        rows.append(
+            keys(group)
+            | dict(zip(MEASURES, (*numbers, group.runs.training_seeds().nunique()), strict=True))
+            | extra(group)
+        )
     return pd.DataFrame(rows)
 
 
