@@ -46,6 +46,7 @@ def comparison(cfg: DictConfig, title: str | None = None) -> Comparison:
         width=shutil.get_terminal_size((120, 40)).columns,
         draw=cfg.figures,
         calibrations=settings["calibrations"],
+        published_curves=cfg.published,
         progress=lambda step: say(f"compare: {step}"),
     )
 
