@@ -16,6 +16,7 @@ from analysis import costs, curves, figures, folders, layout, page, published, s
 from analysis import groups as grouping
 from analysis.groups import Group
 from analysis.layout import Sheet
+from analysis.overlay import overlaid, wanted
 from analysis.report import Content, Drawing, Section, provenance
 from analysis.runs import Runs, load, shown
 from analysis.statistics import MINIMUM_SHARED, RESAMPLES
@@ -51,6 +52,7 @@ def compare(
     width: int = 120,
     draw: bool = True,
     calibrations: Sequence[str | os.PathLike[str]] = (),
+    published_curves: bool | None = None,
     progress: Callable[[str], None] = lambda step: None,
 ) -> Comparison:
     """Compare every finished run below `sources` and write tables, figures and report.html into `output`.
@@ -67,6 +69,7 @@ def compare(
         width: columns of the terminal that `text` is for.
         draw: false for tables alone, which takes a fraction of the time.
         calibrations: folders of `specbench calibrate`, each a reliability diagram.
+        published_curves: draw the paper's numbers into the figures that share their axes; None: for its target alone.
         progress: called with the name of each step.
 
     Raises:
@@ -87,6 +90,8 @@ def compare(
         progress("figures")
         drawings += _slot_drawings(found, resamples, seed)
         drawings += [*_axis_drawings(found, frames, group_by, resamples, seed), *_run_drawings(read, calibrations)]
+        if wanted(read.records["target"].unique(), published_curves):
+            drawings = overlaid(drawings)
     used = f"{len(read.runs)} runs, {len(read.records)} records, left out: {len(read.faults)}"
     how = command or f"python -c {shlex.quote(f'from analysis.compare import compare; compare({sources!r})')}"
     content = Content(
