@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from analysis import costs, curves, figures, folders, layout, page, published, style, tables, writers
+from analysis import costs, curves, figures, folders, gap, layout, page, positions, published, style, tables, writers
 from analysis import groups as grouping
 from analysis.groups import Group
 from analysis.layout import Sheet
@@ -88,7 +88,7 @@ def compare(
     drawings: list[Drawing] = []
     if draw:
         progress("figures")
-        drawings += _slot_drawings(found, resamples, seed)
+        drawings += [*_slot_drawings(found, resamples, seed), *_place_drawings(found, frames)]
         drawings += [*_axis_drawings(found, frames, group_by, resamples, seed), *_run_drawings(read, calibrations)]
         if wanted(read.records["target"].unique(), published_curves):
             drawings = overlaid(drawings)
@@ -124,25 +124,25 @@ def _frames(
         "seeds": tables.seeds(found),
         "costs": costs.costs(found, read),
         "published": published.gap(lengths),
+        "teacher_forced": gap.table(found, resamples, seed),
+        **positions.frames(found, resamples, seed),
     }
 
 
 def _more_sheets(found: Sequence[Group], frames: dict[str, pd.DataFrame]) -> list[list[Sheet]]:
-    gap = frames["published"]
+    reproduced = frames["published"]
     return [
+        gap.sheets(found, frames["teacher_forced"]),
         layout.differences(found, frames["differences"]),
         [layout.spread(frames["seeds"])],
         layout.costs(found, frames["costs"]),
-        [layout.published(gap)] if len(gap) else [],
+        [layout.published(reproduced)] if len(reproduced) else [],
     ]
 
 
 def _slot_drawings(found: Sequence[Group], resamples: int, seed: int) -> list[Drawing]:
     drawings = []
-    parts = grouping.sections(found)
-    telling = [key for key in parts[0][0] if len({section[key] for section, _ in parts}) > 1]
-    for section, part in parts:
-        tail = "".join(f"_{'t' if key == 'temperature' else ''}{_word(section[key])}" for key in telling)
+    for section, part, tail in _tails(found):
         where = grouping.title(section)
         frame = tables.conditional_by_domain(part, resamples, seed)
         for quantity, name in (("conditional", "conditional_acceptance"), ("survival", "survival")):
@@ -155,6 +155,37 @@ def _slot_drawings(found: Sequence[Group], resamples: int, seed: int) -> list[Dr
         decay = tables.suffix_decay(part, resamples, seed)
         caption = f"Suffix decay: slope of log conditional acceptance a slot, weighted by rounds ({where})."
         drawings.append(Drawing(f"suffix_decay{tail}", figures.bars(decay, "suffix_decay"), caption))
+    return drawings
+
+
+def _tails(found: Sequence[Group]) -> list[tuple[dict[str, object], list[Group], str]]:
+    """Every section with what its file names end in: the keys in which sections differ."""
+    parts = grouping.sections(found)
+    telling = [key for key in parts[0][0] if len({section[key] for section, _ in parts}) > 1]
+    return [
+        (section, part, "".join(f"_{'t' if key == 'temperature' else ''}{_word(section[key])}" for key in telling))
+        for section, part in parts
+    ]
+
+
+def _place_drawings(found: Sequence[Group], frames: dict[str, pd.DataFrame]) -> list[Drawing]:
+    """Accepted length against position and context, its histogram and token classes; where records hold rounds."""
+    drawings = []
+    for section, part, tail in _tails(found):
+        domains = list(grouping.domains(part))
+        chosen = {"domain": tables.ALL if len(domains) > 1 else domains[0]} | section
+        names = ("by_position", "by_context", "accepted_histogram", "token_classes")
+        position, context, accepted, classes = (layout.only(frames[name], chosen) for name in names)
+        where = f"{grouping.title(section)}; bands and bars: 95% intervals over prompts"
+        if len(position):
+            caption = f"Accepted length against generated tokens and against context ({where})."
+            drawings.append(Drawing(f"accepted_length_by_place{tail}", figures.by_place(position, context), caption))
+            caption = f"Share of rounds by accepted draft tokens ({where})."
+            drawings.append(Drawing(f"accepted_histogram{tail}", figures.histogram(accepted), caption))
+        if len(classes):
+            caption = f"Conditional acceptance by class of the text's token ({where})."
+            drawn = figures.bars(classes, "conditional", "token_class")
+            drawings.append(Drawing(f"token_classes{tail}", drawn, caption))
     return drawings
 
 
@@ -224,7 +255,9 @@ def _write(
         "accepted_length": (*tables.KEYS, *tables.MEASURES),
         "conditional_acceptance": (*tables.KEYS, *tables.SLOT_MEASURES),
     }
-    files = [writers.csv(frame, output / f"{name}.csv", exact.get(name)) for name, frame in frames.items()]
+    # What no record holds has no columns and no file.
+    kept = {name: frame for name, frame in frames.items() if len(frame.columns)}
+    files = [writers.csv(frame, output / f"{name}.csv", exact.get(name)) for name, frame in kept.items()]
     texts = {"accepted_length.md": writers.markdown(sheets), "accepted_length.tex": writers.latex(sheets)}
     texts["report.html"] = page.render(content)
     for name, text in texts.items():

@@ -152,9 +152,54 @@ def bars(frame: pd.DataFrame, value: str = "accepted_length", place: str = "benc
             **style,
         )
     ax.set_xticks(range(len(places)), places, rotation=30 if max(map(len, places)) * len(places) > 45 else 0)
-    ax.set_ylabel(value.replace("_", " "))
+    ax.set_ylabel("conditional acceptance" if value == "conditional" else value.replace("_", " "))
     ax.grid(axis="x", visible=False)
     if value == "suffix_decay":
         ax.axhline(0, color="0.3", linewidth=0.6)
+    legend(figure, shown)
+    return figure
+
+
+@styled
+def by_place(positions: pd.DataFrame, contexts: pd.DataFrame) -> Figure:
+    """Accepted length against the generated tokens before a round, and against its context, a line a variant.
+
+    Args:
+        positions, contexts: by_position and by_context of `analysis.positions.frames`, one domain of one section. A bin
+            that fewer than FEW rounds fell into has a hollow marker; one of a single prompt has no band.
+    """
+    shown = looks([*positions["variant"], *contexts["variant"]])
+    figure = Figure(figsize=(COLUMN, 0.35 + PANEL))
+    axes = figure.subplots(1, 2, sharey=True)
+    words = {"position": "generated tokens", "context": "context tokens"}
+    for ax, (axis, label), frame in zip(axes, words.items(), (positions, contexts), strict=True):
+        bins = frame.drop_duplicates(f"{axis}_from").sort_values(f"{axis}_from")
+        places = {start: x for x, start in enumerate(bins[f"{axis}_from"])}
+        for variant, line in frame.groupby("variant", sort=False):
+            x, look = line[f"{axis}_from"].map(places), shown[variant]
+            _band(ax, x, line["accepted_length"], line["low"], line["high"], look, variant)
+            few = line["rounds"] < FEW
+            ax.plot(x[few], line["accepted_length"][few], look.marker, mfc="white", mec=look.color, zorder=4)
+        ends = ["more" if pd.isna(end) else f"{end:g}" for end in bins[f"{axis}_to"]]
+        every = -(-len(ends) // 6)
+        ax.set_xticks(range(0, len(ends), every), ends[::every])
+        ax.set_xlabel(f"{label}, up to")
+    axes[0].set_ylabel("accepted length")
+    legend(figure, shown)
+    return figure
+
+
+@styled
+def histogram(frame: pd.DataFrame) -> Figure:
+    """Share of rounds by accepted draft tokens, a line a variant: `analysis.positions.frames`, one domain."""
+    shown = looks(frame["variant"])
+    figure = Figure(figsize=(COLUMN, 2.1))
+    ax = figure.subplots()
+    for variant, line in frame.groupby("variant", sort=False):
+        _band(ax, line["accepted"], line["share"], line["low"], line["high"], shown[variant], variant)
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+    ax.set_ylim(bottom=0)
+    ax.set_xlabel("draft tokens accepted in a round")
+    ax.set_ylabel("share of rounds")
     legend(figure, shown)
     return figure

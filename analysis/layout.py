@@ -56,7 +56,7 @@ def main(
     """
     sheets = []
     for section, part in grouping.sections(found):
-        own_lengths, own_macros, own_pairs = (_only(frame, section) for frame in (lengths, macros, pairs))
+        own_lengths, own_macros, own_pairs = (only(frame, section) for frame in (lengths, macros, pairs))
         places = grouping.domains(part)
         columns, spans = [], [("", 1)]
         for domain, names in places.items():
@@ -71,7 +71,7 @@ def main(
         rows = [[Cell(name), *(table[column][i] for column in columns)] for i, name in enumerate(labels)]
         names = [name if scope == "benchmark" else "macro" for scope, _, name in columns]
         notes = _notes(part, own_macros)
-        if costs is not None and len(timed := _speedups(_only(costs, section), labels)):
+        if costs is not None and len(timed := _speedups(only(costs, section), labels)):
             names += ["measured", "predicted"]
             spans.append(("speedup", 2))
             rows = [[*row, *more] for row, more in zip(rows, timed, strict=True)]
@@ -112,7 +112,7 @@ def _notes(part: Sequence[Group], macros: pd.DataFrame) -> list[str]:
     return notes
 
 
-def _only(frame: pd.DataFrame, section: dict) -> pd.DataFrame:
+def only(frame: pd.DataFrame, section: dict) -> pd.DataFrame:
     """The rows of one section, by whichever of its keys the frame carries."""
     keep = np.ones(len(frame), bool)
     for key, value in section.items():
@@ -160,7 +160,7 @@ def differences(found: Sequence[Group], pairs: pd.DataFrame) -> list[Sheet]:
     columns = ["pair", "macro", "difference [95%]", "p (Holm)" if p == "p_holm" else "p", "prompts", "verdict"]
     note = "Paired cluster bootstrap over the prompts that both saw; an interval that holds zero is not resolved."
     for section, _ in grouping.sections(found):
-        own = _only(pairs, section)
+        own = only(pairs, section)
         rows = []
         for _, row in own[own["scope"] == "macro"].iterrows():
             text = bracket(row["difference"], row["low"], row["high"], sign=True)
@@ -201,7 +201,7 @@ def costs(found: Sequence[Group], frame: pd.DataFrame) -> list[Sheet]:
     }
     sheets = []
     for section, _ in grouping.sections(found):
-        own = _only(frame, section)
+        own = only(frame, section)
         rows = []
         for _, row in own.iterrows():
             varies = str(row["varies"]).split(",")

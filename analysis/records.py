@@ -100,13 +100,14 @@ def concatenate(tables: Sequence[tuple[int, Table]]) -> tuple[pd.DataFrame, pd.D
     if not tables:
         records = SCHEMA.empty_table().to_pandas()
         cells = np.zeros((0, 3), np.int64)
-        return records.assign(source=np.zeros(0, np.int64), prompt=np.zeros(0, np.int64)), _cells(
-            np.zeros(0, np.int64), cells
-        )
+        nothing = {name: np.zeros(0, np.int64) for name in ("source", "row", "prompt")}
+        return records.assign(**nothing), _cells(np.zeros(0, np.int64), cells)
     joined = pa.concat_tables([table.columns for _, table in tables])
     # Text repeats a lot: categories keep a million records in memory and make grouping cheap.
     records = joined.to_pandas(categories=list(TEXT))
     records["source"] = np.repeat([source for source, _ in tables], [len(table.columns) for _, table in tables])
+    # Where the record stands in its own file, for what is read later (analysis.details).
+    records["row"] = np.concatenate([np.arange(len(table.columns)) for _, table in tables])
     # One number a prompt, the same in every run: what statistics cluster and pair by.
     records["prompt"] = records.groupby(list(CLUSTER), observed=True, dropna=False, sort=False).ngroup()
     sizes = np.concatenate([table.sizes for _, table in tables])
