@@ -102,10 +102,12 @@ def along(
     frame = frame.assign(line=[", ".join(map(str, values)) for values in frame[others].itertuples(index=False)])
     panels = list(dict.fromkeys(frame[panel])) if panel else [None]
     shown = looks(frame["line"])
+    rows = -(-len(panels) // 5)  # more in a row than these and their ticks run into each other
+    columns = -(-len(panels) // rows)
     width = COLUMN if len(panels) <= 2 else PAGE
-    figure = Figure(figsize=(width, 0.35 + PANEL + 0.25))
-    grid = figure.subplots(1, len(panels), squeeze=False, sharey=value != "accepted_length")
-    for ax, name in zip(grid.flat, panels, strict=True):
+    figure = Figure(figsize=(width, 0.35 + rows * (PANEL + 0.25)))
+    grid = figure.subplots(rows, columns, squeeze=False, sharey=value != "accepted_length")
+    for place, (ax, name) in enumerate(zip(grid.flat, panels, strict=False)):
         part = frame if name is None else frame[frame[panel] == name]
         for line, points in part.sort_values(axis).groupby("line", sort=False):
             _band(ax, points[axis], points[value], points["low"], points["high"], shown[line], line)
@@ -115,7 +117,10 @@ def along(
             ax.set_xscale("log")
         elif len(ticks := sorted(set(part[axis]))) <= 8:
             ax.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
-    grid.flat[0].set_ylabel(value.replace("_", " ") + (" (log per slot)" if value == "suffix_decay" else ""))
+        if place % columns == 0:
+            ax.set_ylabel(value.replace("_", " ") + (" (log per slot)" if value == "suffix_decay" else ""))
+    for ax in list(grid.flat)[len(panels) :]:
+        ax.set_axis_off()
     legend(figure, shown)
     return figure
 
