@@ -64,7 +64,9 @@ def reliability(rows: Sequence[dict], slots: Sequence[int] | None = None) -> Fig
         raise ValueError("no slot has a reliability diagram; calibrate on rounds with confidences")
     few = known if len(known) <= 4 else [known[round(i * (len(known) - 1) / 3)] for i in range(4)]
     slots = few if slots is None else list(slots)
-    figure = Figure(figsize=(COLUMN if len(slots) <= 2 else PAGE, 2.2))
+    width = COLUMN if len(slots) <= 2 else PAGE
+    # Panels are square: their width decides the height, and above and below stand legend, title and label.
+    figure = Figure(figsize=(width, (width - 0.45) / max(2, len(slots)) + 0.95))
     grid = figure.subplots(1, len(slots), squeeze=False, sharey=True)
     looked = {False: ("#D55E00", "s", "--", "before"), True: ("#0072B2", "o", "-", "after")}
     for ax, slot in zip(grid.flat, slots, strict=True):

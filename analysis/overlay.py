@@ -74,7 +74,8 @@ def threshold(figure: Figure) -> str | None:
             drawn[name] = look
     if not drawn:
         return None
-    rate.set_ylim(top=max(rate.get_ylim()[1], 1.25))
+    rate.set_ylim(top=1.3)  # room for the key; what is above 100% is no rate
+    rate.set_yticks((0, 0.25, 0.5, 0.75, 1))
     _key(rate, drawn, columns=2)
     return f"Thin: {LABEL}, figure 5."
 
