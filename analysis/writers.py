@@ -25,6 +25,9 @@ LATEX = str.maketrans(
     }
 )
 
+# A table of more columns than these is wider than a page as it is.
+WIDE = 8
+
 
 def markdown(sheets: Sequence[Sheet]) -> str:
     """GitHub tables; the domain stands before the benchmark, as Markdown has one header line."""
@@ -55,10 +58,18 @@ def _joined(sheet: Sheet) -> list[str]:
 
 
 def latex(sheets: Sequence[Sheet]) -> str:
-    """One table environment a sheet, with booktabs rules: needs \\usepackage{booktabs}."""
+    """One table environment a sheet, with booktabs rules; one of more than WIDE columns is fitted to both columns of a
+    page. Needs \\usepackage{booktabs}, and graphicx for wide ones."""
     parts = []
     for sheet in sheets:
-        lines = [r"\begin{table}", r"\centering", rf"\caption{{{_tex(sheet.title)}. {_tex(' '.join(sheet.notes))}}}"]
+        wide = len(sheet.columns) > WIDE
+        kind = "table*" if wide else "table"
+        lines = [
+            rf"\begin{{{kind}}}",
+            r"\centering",
+            rf"\caption{{{_tex(sheet.title)}. {_tex(' '.join(sheet.notes))}}}",
+        ]
+        lines += [r"\resizebox{\textwidth}{!}{%"] if wide else []
         lines += [rf"\begin{{tabular}}{{l{'r' * (len(sheet.columns) - 1)}}}", r"\toprule"]
         if sheet.spans:
             first, cells, rules = 1, [], []
@@ -70,9 +81,10 @@ def latex(sheets: Sequence[Sheet]) -> str:
         lines += [" & ".join(_tex(name) for name in sheet.columns) + r" \\", r"\midrule"]
         for row in sheet.rows:
             lines.append(" & ".join(_bold_tex(cell) for cell in row) + r" \\")
-        lines += [r"\bottomrule", r"\end{tabular}", r"\end{table}"]
+        lines += [r"\bottomrule", r"\end{tabular}" + ("}" if wide else ""), rf"\end{{{kind}}}"]
         parts.append("\n".join(lines))
-    return "% needs \\usepackage{booktabs}\n" + "\n\n".join(parts) + "\n"
+    packages = "booktabs,graphicx" if any(len(sheet.columns) > WIDE for sheet in sheets) else "booktabs"
+    return f"% needs \\usepackage{{{packages}}}\n" + "\n\n".join(parts) + "\n"
 
 
 def _tex(text: str) -> str:

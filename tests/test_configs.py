@@ -111,6 +111,22 @@ def test_axes_pass_the_command_lines_check(words: list[str]) -> None:
         check("train", "train", words)
 
 
+@pytest.mark.parametrize(
+    "file", sorted((FOLDER.parent / "experiments" / "sweeps").glob("*.yaml")), ids=lambda f: f.stem
+)
+def test_a_sweep_for_wandb_agents_sets_what_there_is(file: Path) -> None:
+    """Every corner of its grid, as an agent would type it, and a metric that training logs."""
+    sweep = yaml.safe_load(file.read_text())
+    program, verb, *words = [word for word in sweep["command"] if not word.startswith("$")]
+    assert (program, verb, sweep["metric"]["name"]) == ("specbench", "train", "probe/accepted_length")
+    for pick in (min, max):
+        chosen = {
+            key: pick(found.get("values") or (found["min"], found["max"])) for key, found in sweep["parameters"].items()
+        }
+        with configs("configs"):
+            check("train", "train", [*words, *(f"{key}={value}" for key, value in chosen.items())])
+
+
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     return prepare(tmp_path_factory.mktemp("outputs"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -235,6 +236,15 @@ def test_latex_is_balanced_and_escaped():
     for environment in ("table", "tabular"):
         assert text.count(rf"\begin{{{environment}}}") == text.count(rf"\end{{{environment}}}") == 1
     assert all(line.count("&") - line.count(r"\&") == 1 for line in text.splitlines() if line.endswith(r"\\"))
+
+
+def test_a_wide_latex_table_is_fitted_to_the_page():
+    columns = ["method", *(f"b{i}" for i in range(writers.WIDE))]
+    wide = replace(SHEET, columns=columns, rows=[[SHEET.rows[0][0], *[SHEET.rows[0][1]] * writers.WIDE]], spans=[])
+    text = writers.latex([wide])
+    assert text.startswith("% needs \\usepackage{booktabs,graphicx}") and text.count("{") == text.count("}")
+    body = text[text.index("\\resizebox") :]
+    assert body.index("\\begin{tabular}") < body.index("\\end{tabular}}") < body.index("\\end{table*}")
 
 
 def test_html_is_escaped_and_sortable():
