@@ -6,13 +6,14 @@ import logging
 import os
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch  # noqa: F401
 import torch
 from hydra.core.global_hydra import GlobalHydra
-from hydra.utils import instantiate
+from hydra.utils import get_class, instantiate
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
@@ -20,6 +21,7 @@ import specbench
 from experiments.composing import compose, configs, without_hydra
 from specbench.backbone import backbone_of
 from specbench.methods.draft import Draft
+from specbench.methods.parallel import ParallelDraft
 from specbench.objective import Objective
 from specbench.tables import Tables
 from specbench.targets import Target
@@ -89,6 +91,7 @@ def build_draft(
     `vocabulary` (W,) are the token ids of a reduced draft vocabulary (None: the target's whole one).
     """
     backbone = backbone_of(config, method.backbone, method.window)
+    _fits(method)
     # Partial, because Hydra would turn the backbone's dataclass into a mapping and wrap the class's own errors.
     build = instantiate(method.draft, _partial_=True, _convert_="all")
     return build(
@@ -98,6 +101,21 @@ def build_draft(
         mask_token_id=target.mask_token_id,
         draft_vocabulary=vocabulary,
     )
+
+
+def _fits(method: DictConfig) -> None:
+    """Refuse settings that the method's class does not take, with the reason where it is known."""
+    kind = get_class(method.draft._target_)
+    takes = {name for part in kind.__mro__ if "__init__" in vars(part) for name in signature(part.__init__).parameters}
+    for name in method.draft.keys() - takes - {"_target_"}:
+        if name.startswith(("markov", "confidence")):
+            raise ValueError(
+                f"method={method.name} has no {name}: these heads tie the slots of DSpark's blocks, while "
+                f"{kind.__name__}'s slots {'are independent' if issubclass(kind, ParallelDraft) else 'see each other'} "
+                "by definition; use method=dspark, or leave head= out"
+            )
+        known = ", ".join(sorted(takes - {"self", "args", "kwargs", "backbone", "tables", "draft_vocabulary"}))
+        raise ValueError(f"method={method.name} has no setting draft.{name}; it takes {known}")
 
 
 def draft_settings(method: DictConfig, target: DictConfig) -> dict[str, Any]:

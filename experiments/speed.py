@@ -10,6 +10,7 @@ import pandas as pd
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 
+from experiments import trainspeed
 from experiments.evaluate import first_prompt, lineage_of, load_pair, source_of
 from experiments.progress import Progress
 from experiments.stage import Stage, container
@@ -21,6 +22,7 @@ from specbench.provenance import hardware, provenance
 from specbench.runfolder import RunFolder
 from specbench.sampling import Sampling
 from specbench.scheduling import HardwareAware
+from specbench.simulationcheck import check
 from specbench.speed import (
     cost_profile,
     draft_cost,
@@ -35,6 +37,12 @@ from specbench.targets import Target
 
 def run(cfg: DictConfig) -> Path:
     """Write costs.csv (one row a measured point), profile.json (SPS(B) for `specbench serve`) and the summary."""
+    if cfg.what == "train":
+        return trainspeed.run(cfg)
+    if cfg.what != "decode":
+        raise ValueError(f"what={cfg.what}: choose decode or train")
+    if cfg.draft is None:
+        raise ValueError("speed needs draft=... (a draft folder or a training run), or what=train")
     source = source_of(cfg.draft)
     if source is None:
         raise ValueError(f"draft={cfg.draft} has no folder to measure; name a draft folder or a training run")
@@ -53,7 +61,10 @@ def run(cfg: DictConfig) -> Path:
             rows, clock, profile = measure(cfg, target, draft, tokens)
             pd.DataFrame(rows).to_csv(folder / "costs.csv", index=False)
             profile.save(folder / "profile.json")
+            held = _held(cfg, target, draft, tokens)
+            pd.DataFrame(held).to_csv(folder / "simulation_check.csv", index=False)
             metrics = _predicted(rows, clock, draft.block_size, cfg.batch_size) | clock
+            metrics["simulation_ratio"] = {str(row["requests"]): row["ratio"] for row in held}
             metrics["scheduler_seconds"] = _schedule(profile, max(cfg.batch_sizes), draft.block_size)
             record.finish(
                 method=about["method"],
@@ -69,6 +80,8 @@ def run(cfg: DictConfig) -> Path:
                 training_seed=about["seed"],
             )
         print(pd.DataFrame(rows).drop(columns="tokens").to_string(index=False, float_format="%.6f"))
+        if held:
+            print(pd.DataFrame(held).to_string(index=False, float_format="%.3f"))
         shown = ("speedup", "speedup_low", "speedup_high", "predicted_speedup", "accepted_length", "tokens_per_second")
         stage.finish(
             {key: metrics[key] for key in shown},
@@ -106,6 +119,16 @@ def measure(
     machine = facts["gpus"][0] if target.device.type == "cuda" else f"{facts['processor']}, {facts['threads']} threads"
     label = f"{target.name} with {type(draft).__name__}, {K} slots, {machine}"
     return rows, clock, cost_profile(rows, label, part="step")
+
+
+def _held(cfg: DictConfig, target: Target, draft: Draft, prompts: list[list[int]]) -> list[dict]:
+    """Simulated throughput against the engine's, the whole block verified."""
+    if not cfg.check:
+        return []
+    with Progress("simulation check", 1, "comparisons") as bar:
+        rows = check(target, draft, prompts, list(cfg.check), draft.block_size, cfg.step_tokens, cfg.clock_repeats)
+        bar.advance()
+    return rows
 
 
 def _spread(prompts: list[list[int]], count: int) -> list[list[int]]:

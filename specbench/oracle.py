@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
 from specbench.blocks import Blocks
 from specbench.losses import slot_terms
@@ -52,3 +53,25 @@ def reference_objective(
     )
     shared = [*draft.projection_parameters(), *leaves(features)]
     return total(objective, blocks, rows, confidence, shared, positions)
+
+
+def unrolled_objective(objective: Objective, draft: Draft, tables: Tables, blocks: Blocks) -> Tensor:
+    """Mean soft cross-entropy of a draft unrolled from every position, as its trainers usually compute it.
+
+    The target's distribution of all positions is made once; each step's whole logits live until the backward pass.
+    `blocks` must start one at every position of the batch. For objectives of soft_ce alone with static slot weights.
+    """
+    assert objective.coefficients.keys() == {"soft_ce"} and not objective.slot_weight.dynamic
+    with torch.no_grad():
+        judged = tables.logits(blocks.target[:, :, 0].flatten(0, 1)).float().softmax(-1)
+        best = judged.argmax(-1)
+    weights = objective.slot_weight.static(blocks.mask.shape[-1], blocks.mask.device).float()
+    features = draft.features(blocks.hidden, blocks.previous)
+    value, hits = judged.new_zeros(()), []
+    for k, weight in enumerate(weights):
+        logits = draft.project(features[:, :, k].flatten(0, 1))
+        seen, kept = blocks.source[..., k].flatten(), blocks.mask[..., k].flatten()
+        losses = -(judged[seen] * logits.float().log_softmax(-1)).sum(-1)
+        hits.append((logits.detach().argmax(-1) == best[seen])[kept].sum())
+        value = value + weight * (losses * kept).sum()
+    return objective.coefficients["soft_ce"] * value / (weights * blocks.mask.flatten(0, 1).sum(0)).sum()

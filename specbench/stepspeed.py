@@ -43,15 +43,15 @@ def measure(variants: Mapping[str, Build], repeats: int = 5, warmup: int = 1, th
     """Cost of every variant's step. Builds must be importable (they are sent to fresh processes)."""
     if repeats < 1:
         raise ValueError(f"repeats={repeats}: time at least one step")
-    costs = _fresh(partial(_times, dict(variants), repeats, warmup, threads))
+    costs = fresh(partial(_times, dict(variants), repeats, warmup, threads))
     for name, build in variants.items():
-        resident, peak = _fresh(partial(_memory, build, threads))
+        resident, peak = fresh(partial(_memory, build, threads))
         costs[name] = replace(costs[name], peak_bytes=peak - resident, resident_bytes=resident)
     return costs
 
 
-def _fresh(task: Callable[[], Any]) -> Any:
-    """The result of `task` in a new interpreter."""
+def fresh(task: Callable[[], Any]) -> Any:
+    """The result of `task`, which must be importable, in a new interpreter."""
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         return pool.apply(task)
 

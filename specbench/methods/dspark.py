@@ -40,7 +40,10 @@ class MarkovHead(nn.Module):
 
     def step(self, state: Tensor | None, hidden: Float[Tensor, "*b D"], previous: Int[Tensor, "*b"]):
         """One slot: (state, hidden, previous token) -> (state, latent)."""
-        embedded = self.markov_w1(previous)
+        return self.mix(state, hidden, self.markov_w1(previous))
+
+    def mix(self, state: Tensor | None, hidden: Float[Tensor, "*b D"], embedded: Float[Tensor, "*b R"]):
+        """`step` from the previous token's embedding."""
         if self.kind == "vanilla":
             return None, embedded
         if self.kind == "gated":
@@ -51,11 +54,13 @@ class MarkovHead(nn.Module):
         return gate * state + (1 - gate) * torch.tanh(candidate), torch.tanh(out)
 
     def forward(self, hidden: Float[Tensor, "*b K D"], previous: Int[Tensor, "*b K"]) -> Float[Tensor, "*b K R"]:
+        # One lookup of all slots: each would make a gradient of its own as large as the whole embedding.
+        embedded = self.markov_w1(previous)
         if self.kind != "rnn":
-            return self.step(None, hidden, previous)[1]
+            return self.mix(None, hidden, embedded)[1]
         state, latents = None, []
         for k in range(hidden.shape[-2]):
-            state, latent = self.step(state, hidden[..., k, :], previous[..., k])
+            state, latent = self.mix(state, hidden[..., k, :], embedded[..., k, :])
             latents.append(latent)
         return torch.stack(latents, -2)
 
