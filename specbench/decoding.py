@@ -51,7 +51,8 @@ class Round:
 
 @dataclass
 class Decoded:
-    """One finished request; `output_ids` are the generated tokens, cut at the stop token or at max_new_tokens."""
+    """One finished request. `output_ids`: the generated tokens, cut at the stop token or at max_new_tokens. `seconds`:
+    of everything that it took part in. `prefill_seconds`: its share of the prefill that it joined with."""
 
     index: int
     prompt_ids: list[int]
@@ -59,6 +60,7 @@ class Decoded:
     rounds: list[Round] = field(default_factory=list)
     truncated: bool = False
     seconds: float = 0.0
+    prefill_seconds: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -206,7 +208,8 @@ def _begin(target: Target, draft: Proposer | None, requests: list[Decoded], samp
     drafted = None if draft is None else draft.begin(context, tokens)
     for request, token in zip(requests, anchor.tolist(), strict=True):
         request.output_ids.append(token)
-        request.seconds += time.perf_counter() - started
+        request.seconds += clock(target.device) - started
+        request.prefill_seconds = (time.perf_counter() - started) / len(requests)
     return _Lanes(requests, anchor, state, drafted, sampler)
 
 
@@ -224,7 +227,7 @@ def _round(target: Target, draft: Proposer | None, lanes: _Lanes, limits: Limits
     longest = int(lengths.max(initial=0))
     proposed = proposal.tokens[:, :longest]
     counts = torch.from_numpy(lengths).to(device)
-    drafted = _clock(device)
+    drafted = clock(device)
     block = torch.cat([lanes.anchor[:, None], proposed], 1)
     context = target.extend(lanes.target, block)
     logits = target.logits(context.last)
@@ -248,7 +251,7 @@ def _round(target: Target, draft: Proposer | None, lanes: _Lanes, limits: Limits
         committed = Context(context.taps[:, :keep], context.last[:, :keep], accepted + 1)
         lanes.draft = draft.commit(lanes.draft, committed, block[:, :keep])
     lanes.anchor = following
-    ended = _clock(device)
+    ended = clock(device)
     times = (drafted - started, verified - drafted, ended - started)
     confidence = None if proposal.confidence is None else proposal.confidence.tolist()
     for b, (request, row) in enumerate(zip(lanes.requests, host, strict=True)):
@@ -289,7 +292,8 @@ def _finish(request: Decoded, limits: Limits) -> Decoded:
     return request
 
 
-def _clock(device: torch.device) -> float:
+def clock(device: torch.device) -> float:
+    """Seconds, once the device has done what it was asked for."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()

@@ -8,7 +8,6 @@ Axes: B requests, S tokens a request in one forward pass, K slots.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,7 +17,7 @@ import torch
 
 from specbench.blocks import Context
 from specbench.costs import CostProfile
-from specbench.decoding import Decoded, Limits, decode, speculative_decode
+from specbench.decoding import Decoded, Limits, clock, decode, speculative_decode
 from specbench.methods.draft import Proposer
 from specbench.sampling import Sampler, Sampling
 from specbench.scheduling import FixedLength, Scheduler
@@ -54,13 +53,6 @@ def timed(
             taken.append(clock(device) - started)
     low, median, high = np.quantile(taken, [0.25, 0.5, 0.75])
     return Timing(float(median), float(low), float(high), repeats)
-
-
-def clock(device: torch.device) -> float:
-    """Seconds, once the device has done what it was asked for."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
 
 
 @torch.inference_mode()

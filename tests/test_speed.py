@@ -2,6 +2,7 @@
 
 import json
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -16,6 +17,7 @@ from specbench.decoding import Limits
 from specbench.interchange import save_draft
 from specbench.sampling import Sampling
 from specbench.scheduling import FixedLength, HardwareAware
+from specbench.simulationcheck import check
 from specbench.speed import (
     cost_profile,
     draft_cost,
@@ -92,9 +94,10 @@ def test_the_stage_measures_and_leaves_a_profile_to_serve_from(tmp_path):
             "clock_prompts=2",
             "clock_repeats=1",
             "max_new_tokens=6",
+            "check=[1]",
         ]
         cfg = compose("speed", overrides=[*overrides, f"prompts={tmp_path / 'own.jsonl'}", "device=cpu"])
-    lines = [json.dumps({"id": str(i), "prompt_ids": [7, 8 + i, 9]}) + "\n" for i in range(2)]
+    lines = [json.dumps({"id": str(i), "prompt_ids": [7, 8 + i, 9]}) + "\n" for i in range(4)]
     (tmp_path / "own.jsonl").write_text("".join(lines))
     owner = load_target(cfg.target, "cpu")
     draft = build_draft(method, cfg.target, owner.config, owner.tables)
@@ -106,6 +109,8 @@ def test_the_stage_measures_and_leaves_a_profile_to_serve_from(tmp_path):
     assert profile.tokens == (1, 2, 4, 8) and profile.source == "measured" and "3 slots" in profile.label
     summary = json.loads((folder / "summary.json").read_text())
     metrics = summary["metrics"]
+    held = pd.read_csv(folder / "simulation_check.csv")
+    assert held.requests.tolist() == [1] and metrics["simulation_ratio"] == {"1": pytest.approx(held.ratio[0])}
     assert summary["status"] == "finished" and metrics["predicted_at_batch"] == 1
     row = {(r.part, r.requests, r.length): r.seconds for r in costs.itertuples()}
     drafting = row["propose", 1, 3] + row["commit", 1, 3]
@@ -126,6 +131,32 @@ def test_wall_clock_interleaves_and_splits_a_round():
     assert result["speedup_low"] <= result["speedup"] <= result["speedup_high"]
     assert 1 <= result["accepted_length"] <= 5 and result["repeats"] == 2
     assert min(result["draft_seconds"], result["verify_seconds"], result["overhead_seconds"]) > 0
+
+
+def test_the_simulation_is_held_against_the_engine(monkeypatch):
+    """By a clock on which a step takes 50 ms, a prefill 300 ms and all else nothing, the two are equal."""
+    owner, draft = tiny.target("qwen3"), tiny.draft("dflash", "qwen3")
+    now, extend, prefill = [0.0], owner.extend, owner.prefill
+    monkeypatch.setattr("specbench.decoding.time", SimpleNamespace(perf_counter=lambda: now[0]))
+
+    def taking(seconds, action):
+        def timed(*inputs):
+            now[0] += seconds
+            return action(*inputs)
+
+        return timed
+
+    monkeypatch.setattr(owner, "extend", taking(0.05, extend))
+    monkeypatch.setattr(owner, "prefill", taking(0.3, prefill))
+    prompts = [[5 + i, 6, 7, 9 + i][: 2 + i % 3] for i in range(9)]
+    rows = check(owner, draft, prompts, [1, 2], 2, max_new_tokens=12, repeats=2)
+    assert [(row["requests"], row["length"], row["repeats"]) for row in rows] == [(1, 2, 2), (2, 2, 2)]
+    for row in rows:
+        assert row["ratio"] == pytest.approx(row["simulated"] / row["measured"])
+        assert row["low"] == pytest.approx(1) and row["high"] == pytest.approx(1)
+    assert rows[0]["measured"] > 19.9 and 1.3 < rows[1]["measured"] / rows[0]["measured"] < 2.01
+    with pytest.raises(ValueError, match="at least 16"):
+        check(owner, draft, prompts, [4], 2)
 
 
 def test_scheduler_cost_counts_the_schedule():
