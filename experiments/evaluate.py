@@ -14,6 +14,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 from analysis.headline import headline
 from experiments.assembly import load_target, rank_and_world
+from experiments.mirror import mirror
 from experiments.progress import Progress
 from experiments.stage import Stage, container, say
 from specbench.audit import verdict
@@ -181,7 +182,7 @@ def _evaluate(cfg: DictConfig, stage: Stage, name: str, source: Path | None, abo
         summary = {**labels, "temperature": cfg.temperature, "accounting": cfg.accounting, "prompts": suite.facts()}
         costs = {"draft_parameters": draft.parameters_count} if isinstance(draft, Small) else about.get("costs", {})
         summary |= {"metrics": numbers, "lineage": lineage, "training_seed": about["seed"], **costs}
-        tracking.table("slots", *slot_table(numbers))
+        mirror(tracking, run, about["method"], numbers)
         tracking.uses(f"draft-{Path(cfg.draft).name}", "draft", **lineage)
         if protocol.audit:
             summary["audit"] = verdict([item.record["audit"] for item in done], cfg.audit_spacings)
@@ -212,10 +213,3 @@ def plain_headline(done: list[Answered]) -> dict[str, Any]:
     seconds = sum(item.record["seconds"] for item in done)
     tokens = sum(item.record["output_tokens"] for item in done)
     return {"tokens_per_second": {"value": tokens / seconds if seconds else None, "count": tokens}}
-
-
-def slot_table(numbers: dict[str, Any]) -> tuple[list[str], list[list[Any]]]:
-    """The per-slot curves as a table for W&B."""
-    columns = ["slot", "conditional", "low", "high", "n", "survival"]
-    rows = [[row.get(name) for name in columns] for row in numbers.get("slots", [])]
-    return columns, rows

@@ -1,0 +1,48 @@
+"""What an evaluation shows on W&B beside its record: headline numbers, the curves by slot, reliability diagrams."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import pandas as pd
+
+from specbench.calibration import by_slot, probabilities
+from specbench.rounds import flatten, read_rounds
+from specbench.runfolder import RunFolder
+from specbench.tracking import Tracking
+
+COLUMNS = ("slot", "conditional", "low", "high", "n", "survival")
+
+
+def mirror(tracking: Tracking, run: RunFolder, method: str, numbers: Mapping[str, Any]) -> None:
+    """Log `numbers` (analysis.headline) of an evaluation whose rounds.jsonl is written; figures go to RUN/figures too.
+
+    Nothing is drawn, and no library for it imported, where tracking is disabled.
+    """
+    if tracking.wandb is None:
+        return
+    tracking.summary({key: value for key, value in numbers.items() if isinstance(value, Mapping) and "value" in value})
+    slots = numbers.get("slots", [])
+    tracking.table("slots", COLUMNS, [[row.get(name) for name in COLUMNS] for row in slots])
+    from analysis import curves, figures, style
+
+    drawn = {}
+    if any(row["n"] for row in slots):
+        frame = pd.DataFrame(slots).assign(domain="all benchmarks", variant=method)
+        drawn["conditional_acceptance"] = figures.by_slot(frame)
+    if rows := reliability(run):
+        drawn["reliability"] = curves.reliability(rows)
+    for name, figure in drawn.items():
+        for file in style.save(figure, run.path / "figures", name, ("png",)):
+            tracking.image(f"figures/{name}", file)
+
+
+def reliability(run: RunFolder) -> list[dict[str, Any]]:
+    """Reliability by slot of the confidences as the draft gave them; nothing for a draft without a confidence head."""
+    prompts = read_rounds(run.path)
+    if not prompts or any(prompt.logits is None for prompt in prompts):
+        return []
+    rounds = flatten(prompts)
+    rows = by_slot(probabilities(rounds.logits), rounds.accepted, rounds.proposed)
+    return [{"calibrated": False, **row} for row in rows]
