@@ -108,7 +108,7 @@ class Objective:
             row_pass = RowPass(self.coefficients, self.blend, draft.draft_vocabulary, mean_alpha)
             rows, outer = visit(row_pass, linears, learning)
             gradients = [outer, *linears.totals()] if learning else []
-            del visit, linears
+            del visit, linears, row_pass
 
         def attach(value: Tensor) -> Tensor:
             return Known.apply(value, gradients, features, *learn) if learning else value
