@@ -99,7 +99,7 @@ def _files(runs: Runs) -> Iterator[tuple[np.ndarray, dict[str, pa.Array]]]:
         yield np.flatnonzero(source == run), _read(str(file), state.st_mtime_ns, state.st_size)
 
 
-@lru_cache(maxsize=256)
+@lru_cache(maxsize=4096)
 def _read(file: str, changed: int, size: int) -> dict[str, Any]:
     present = [name for name in NAMES if name in pq.read_schema(file).names]
     table = pq.read_table(file, columns=[*present, "turn"], use_threads=False)

@@ -7,7 +7,7 @@ from itertools import islice
 
 import pytest
 
-from specbench.data import stdlib
+from specbench.data import corpus, stdlib
 from specbench.data.arithmetic import STORIES, problems
 from specbench.data.corpus import DOMAINS, SHARES, SPLITS, census, conversations, split_of
 
@@ -159,3 +159,24 @@ def test_what_is_left_out_is_counted():
 def test_what_does_not_exist_is_refused(arguments, said):
     with pytest.raises(ValueError, match=re.escape(said)):
         next(conversations(*arguments))
+
+
+def test_the_kept_corpus_is_the_parsed_one_and_outlives_no_change(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    corpus._library_pool.cache_clear()
+    made = corpus._library_pool("prose")
+    (file,) = tmp_path.glob("specbench/prose-*.json")
+    corpus._library_pool.cache_clear()
+    assert corpus._library_pool("prose") == made and made == corpus._made_pool("prose")
+    file.write_text('{"train": ')  # cut by a kill
+    corpus._library_pool.cache_clear()
+    assert corpus._library_pool("prose") == made
+    monkeypatch.setattr(stdlib, "fingerprint", lambda: "another library")
+    monkeypatch.setattr(stdlib, "prose_tasks", lambda: iter([stdlib.Task("a.py", "a", "module", ("What?", "This."))]))
+    corpus._library_pool.cache_clear()
+    assert sum(len(corpus._library_pool("prose")[split]) for split in corpus.SPLITS) == 1
+    monkeypatch.setenv("XDG_CACHE_HOME", "/proc/nowhere")  # nothing can be kept there
+    corpus._library_pool.cache_clear()
+    assert sum(len(corpus._library_pool("prose")[split]) for split in corpus.SPLITS) == 1
+    monkeypatch.undo()
+    corpus._library_pool.cache_clear()

@@ -11,12 +11,17 @@ occurs in several splits (files copy from each other) stays in the training spli
 from __future__ import annotations
 
 import hashlib
+import json
+import os
 import random
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from functools import lru_cache
 from itertools import islice
+from pathlib import Path
 
+from specbench.atomic import write_text
 from specbench.data import arithmetic, stdlib
 
 DOMAINS = ("code", "prose", "math")
@@ -65,7 +70,7 @@ def _messages(turns: tuple[str, ...]) -> list[dict[str, str]]:
     return [{"role": "assistant" if i % 2 else "user", "content": turn} for i, turn in enumerate(turns)]
 
 
-def _shuffled(pool: tuple[Conversation, ...], seed: int) -> Iterator[Conversation]:
+def _shuffled(pool: Sequence[Conversation], seed: int) -> Iterator[Conversation]:
     order = list(range(len(pool)))
     random.Random(seed).shuffle(order)
     return (pool[i] for i in order)
@@ -73,7 +78,23 @@ def _shuffled(pool: tuple[Conversation, ...], seed: int) -> Iterator[Conversatio
 
 @lru_cache(maxsize=2)
 def _library_pool(domain: str) -> dict:
-    """{split: conversations, "repeated": count}: training prompts are collected first and win over the others."""
+    """{split: conversations, "repeated": count}, kept in the user's cache folder: parsing a library takes seconds."""
+    own = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:16]
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "specbench"
+    file = cache / f"{domain}-{stdlib.fingerprint()}-{own}.json"
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        pool = _made_pool(domain)
+    # A home that cannot be written to costs the seconds again, nothing else.
+    with suppress(OSError):
+        cache.mkdir(parents=True, exist_ok=True)
+        write_text(file, json.dumps(pool))
+    return pool
+
+
+def _made_pool(domain: str) -> dict:
+    """Training prompts are collected first and win over the other splits'."""
     tasks = list({"code": stdlib.code_tasks, "prose": stdlib.prose_tasks}[domain]())
     seen: set[str] = set()
     names: Counter[str] = Counter()
@@ -95,7 +116,7 @@ def _library_pool(domain: str) -> dict:
                 "source": task.source,
                 "domain": domain,
             })  # fmt: skip
-        pool[split] = tuple(kept)
+        pool[split] = kept
     return pool
 
 

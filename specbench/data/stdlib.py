@@ -8,8 +8,10 @@ a target of a million parameters is predictable on them, and only where a target
 from __future__ import annotations
 
 import ast
+import hashlib
 import os
 import re
+import sys
 import sysconfig
 from collections import Counter
 from collections.abc import Iterator
@@ -66,20 +68,35 @@ def _fits(text: str, low: int, high: int) -> bool:
     return low <= len(text) <= high and text.isascii() and "\t" not in text and "```" not in text
 
 
-@lru_cache(maxsize=1)
-def parsed_modules() -> tuple[tuple[tuple[str, ast.Module, str], ...], dict[str, int]]:
-    """Every parsed file as (relative name, tree, text), and how many were left out and why."""
+def _sources(dropped: Counter[str]) -> Iterator[tuple[str, Path]]:
+    """Relative name and path of every file; what is left out is counted in `dropped`."""
     root = Path(sysconfig.get_paths()["stdlib"])
-    files, dropped = [], Counter()
     for folder, folders, names in os.walk(root):
         dropped["folders left out"] += len(LEFT_OUT & set(folders))
         folders[:] = sorted(set(folders) - LEFT_OUT)
         for path in sorted(Path(folder, name) for name in names if name.endswith(".py")):
-            try:
-                text = path.read_text(encoding="utf-8")
-                files.append((path.relative_to(root).as_posix(), ast.parse(text), text))
-            except (SyntaxError, UnicodeDecodeError):
-                dropped["files that do not parse as UTF-8 Python"] += 1
+            yield path.relative_to(root).as_posix(), path
+
+
+def fingerprint() -> str:
+    """Changes with any file of the library, with the Python version, and with this module."""
+    found = hashlib.sha256(f"{sys.version}\n{Path(__file__).read_text(encoding='utf-8')}".encode())
+    for name, path in sorted(_sources(Counter())):
+        facts = path.stat()
+        found.update(f"{name} {facts.st_size} {facts.st_mtime_ns}\n".encode())
+    return found.hexdigest()[:16]
+
+
+@lru_cache(maxsize=1)
+def parsed_modules() -> tuple[tuple[tuple[str, ast.Module, str], ...], dict[str, int]]:
+    """Every parsed file as (relative name, tree, text), and how many were left out and why."""
+    files, dropped = [], Counter()
+    for name, path in _sources(dropped):
+        try:
+            text = path.read_text(encoding="utf-8")
+            files.append((name, ast.parse(text), text))
+        except (SyntaxError, UnicodeDecodeError):
+            dropped["files that do not parse as UTF-8 Python"] += 1
     return tuple(sorted(files, key=lambda file: file[0])), dict(dropped)
 
 
