@@ -1,9 +1,9 @@
-"""Attention of blocks over a shared context and over themselves: one definition of the mask, two ways to compute it.
+"""Attention of blocks over a shared context and over themselves: one definition of the mask, three ways to compute it.
 
 Every draft asks the same question: Q queries in each of N blocks look at T context keys (those of their own
 conversation before the anchor, and inside the sliding window if there is one) and at S keys of their own block.
-`sees_context` and `sees_own` say who sees whom; `attend` evaluates them densely, `attend_flex` compiles them into a
-FlexAttention block mask on CUDA.
+`sees_context` and `sees_own` say who sees whom; `attend` evaluates them densely, `attend_spans` conversation by
+conversation, and `attend_flex` compiles them into a FlexAttention block mask on CUDA.
 
 Axes: B batch, N blocks, Q queries of a block, T context keys, S own keys, H query and G key-value heads, d head size.
 """
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import no_type_check
 
 import torch
@@ -99,6 +100,58 @@ def attend(
     seen = (outer.reshape(B, G, r * N * Q, -1) @ values).view(B, G, r, N, Q, d)
     seen = seen + (inner.transpose(2, 3).reshape(B, G, N, r * Q, S) @ own_values).view(B, G, N, r, Q, d).transpose(2, 3)
     return seen.permute(0, 3, 4, 1, 2, 5).reshape(B, N, Q, H, d)
+
+
+@dataclass(frozen=True)
+class Span:
+    """Consecutive blocks `first_block:last_block` of one conversation, and the context `first:last` of its `row` that
+    the furthest of them sees; `mask` as attend's, for one row."""
+
+    row: int
+    first_block: int
+    last_block: int
+    first: int
+    last: int
+    mask: Bool[Tensor, "1 n q t"]
+
+
+def spans(visible: Visibility, rows: Int[Tensor, " M"], places: Int[Tensor, " M"], queries: int) -> list[Span]:
+    """The M blocks at (rows, places) of `visible`, row by row, cut where the conversation changes."""
+    limit = visible.limit[rows, places]
+    owner = rows if visible.owner is None else visible.owner[rows, places]
+    changes = (rows[1:] != rows[:-1]) | (owner[1:] != owner[:-1])
+    edges = [0, *(changes.nonzero()[:, 0] + 1).tolist(), len(rows)]
+    found = []
+    for first_block, last_block in pairwise(edges):
+        row, first = int(rows[first_block]), 0
+        if visible.document is not None:
+            first = int((visible.document[row] == owner[first_block]).int().argmax())
+        last = max(first, int(limit[first_block:last_block].max()))
+        keys = torch.arange(first, last, device=limit.device)
+        mask = (keys < limit[first_block:last_block, None])[:, None]
+        if visible.window is not None:
+            asked = visible.query_position[row, places[first_block:last_block]]
+            mask = mask & (asked[..., None] - visible.key_position[row, first:last] < visible.window)
+        found.append(Span(row, first_block, last_block, first, last, mask[None]))
+    return found
+
+
+def attend_spans(
+    query: Float[Tensor, "1 M Q H d"],
+    context: tuple[Float[Tensor, "B T G d"], Float[Tensor, "B T G d"]],
+    own: tuple[Float[Tensor, "1 M S G d"], Float[Tensor, "1 M S G d"]],
+    mask: list[Span],
+    scale: float,
+) -> Float[Tensor, "1 M Q H d"]:
+    """`attend` of blocks that lie end to end, each over its own conversation alone: no block and no key of padding or
+    of a neighbour in a packed row is computed. `mask` is what `spans` gives."""
+    seen = []
+    for span in mask:
+        blocks = slice(span.first_block, span.last_block)
+        keys, values = (x[span.row : span.row + 1, span.first : span.last] for x in context)
+        inner = own[0][:, blocks], own[1][:, blocks]
+        seen.append(attend(query[:, blocks], (keys, values), inner, span.mask, scale))
+    return torch.cat(seen, 1)
 
 
 def attend_stored(

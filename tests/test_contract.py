@@ -117,6 +117,25 @@ def test_greedy_output_is_the_targets_own_and_the_batch_changes_nothing(method, 
     assert rounds == {i: [(r.proposed, r.accepted) for r in d.rounds] for i, d in alone.items()}
 
 
+@pytest.mark.parametrize("window", [None, 5])
+@pytest.mark.parametrize("length", [None, 40])
+@pytest.mark.parametrize(("method", "settings"), [("dspark", {}), ("dflash", {"sample_from_anchor": False})])
+def test_conversation_by_conversation_is_the_dense_computation(method, settings, length, window):
+    """Hidden states of every real block and all gradients, in padded rows and in packed ones."""
+    draft = tiny.draft(method, "qwen3", window=window, **settings)
+    conversations = tiny.samples("qwen3", lengths=(12, 25, 9, 17))
+    batch = with_anchors(tiny.pack(conversations, length=length), 12, (7,))
+    real = batch.anchors >= 0
+    assert real.any() and not real.all()
+    found = {}
+    for draft.by_span in (True, False):
+        draft.zero_grad()
+        hidden = draft(batch).hidden[real]
+        hidden.pow(2).mean().backward()
+        found[draft.by_span] = hidden.detach(), [p.grad for p in draft.parameters() if p.grad is not None]
+    torch.testing.assert_close(found[True], found[False], rtol=1e-4, atol=1e-5)
+
+
 @every
 def test_packed_rows_give_the_blocks_of_padded_ones(method, family):
     draft = tiny.draft(method, family)

@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from specbench.attention import Visibility, attend, attend_flex, attend_stored, block_mask
+from specbench.attention import Visibility, attend, attend_flex, attend_spans, attend_stored, block_mask, spans
 from specbench.backbone import Backbone, Layer, RotaryEmbedding
 from specbench.blocks import PADDING, Batch, Blocks, Context, assemble, take
 from specbench.methods.draft import Draft, Proposal, Sample, State
@@ -27,7 +27,11 @@ class ParallelDraft(Draft):
 
     `sample_from_anchor`: the anchor's own output predicts slot 1 (K inputs); otherwise the block is the anchor and K
     masks and only masks predict (the original DFlash). `checkpointing` recomputes layers in the backward pass.
+    `by_span` false computes every block of the batch in one dense piece where there is no CUDA: the oracle of the
+    other way, and what padding costs.
     """
+
+    by_span = True
 
     def __init__(
         self,
@@ -73,10 +77,9 @@ class ParallelDraft(Draft):
         return self.tables.embed(tokens)
 
     def forward(self, batch: Batch) -> Blocks:
-        anchors = batch.anchors.clamp_min(0)
+        anchors, real = batch.anchors.clamp_min(0), batch.anchors != PADDING
         position = take(batch.position, anchors)[..., None] + torch.arange(self.inputs, device=anchors.device)
-        x = self.block_inputs(take(batch.tokens, anchors), self.inputs)
-        context = self.context(batch.taps.to(x.dtype))
+        first = take(batch.tokens, anchors)
         visible = Visibility(
             limit=torch.where(batch.anchors == PADDING, 0, batch.anchors),
             document=batch.document,
@@ -85,16 +88,25 @@ class ParallelDraft(Draft):
             key_position=batch.position,
             window=self.backbone.window,
         )
-        (B, N, Q, _), T = x.shape, context.shape[1]
-        fast = x.is_cuda
-        mask = block_mask(visible, (B, N, Q, T, Q)) if fast else visible.context_mask(T, Q)
+        (B, N), T, Q = anchors.shape, batch.tokens.shape[1], self.inputs
+        # One row of the real blocks, conversation by conversation, where no kernel skips what is masked.
+        flat = self.by_span and not first.is_cuda and bool(real.any())
+        if flat:
+            attention, mask = attend_spans, spans(visible, *real.nonzero(as_tuple=True), Q)
+            first, position = first[real][None], position[real][None]
+        elif first.is_cuda:
+            attention, mask = attend_flex, block_mask(visible, (B, N, Q, T, Q))
+        else:
+            attention, mask = attend, visible.context_mask(T, Q)
+        x = self.block_inputs(first, Q)
+        context = self.context(batch.taps.to(x.dtype))
         block_rope, context_rope = self.rope(position, x.dtype), self.rope(batch.position, x.dtype)
 
         def run(layer: Layer, x: Tensor) -> Tensor:
             y = layer.normed(x)
             query, own = layer.self_attn.queries(y, block_rope), layer.self_attn.keys_values(y, block_rope)
             keys = layer.self_attn.keys_values(context, context_rope)
-            return layer.finish(x, (attend_flex if fast else attend)(query, keys, own, mask, self.backbone.scale))
+            return layer.finish(x, attention(query, keys, own, mask, self.backbone.scale))
 
         for layer in self.layers:
             if self.checkpointing and self.training:
@@ -102,6 +114,8 @@ class ParallelDraft(Draft):
             else:
                 x = run(layer, x)
         hidden = self.norm(x)
+        if flat:
+            hidden = hidden.new_zeros(B, N, Q, hidden.shape[-1]).masked_scatter(real[..., None, None], hidden)
         return assemble(batch, hidden if self.sample_from_anchor else hidden[:, :, 1:])
 
     def commit(self, state: State, context: Context, tokens: Int[Tensor, "B S"]) -> State:
