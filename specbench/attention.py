@@ -80,11 +80,11 @@ def attend(
     """
     (B, N, Q, H, d), G = query.shape, context[0].shape[2]
     r = H // G
-    q = query.view(B, N, Q, G, r, d).permute(0, 3, 4, 1, 2, 5)  # B G r N Q d
+    q = query.mul(scale).view(B, N, Q, G, r, d).permute(0, 3, 4, 1, 2, 5)  # B G r N Q d
     keys, values = (x.transpose(1, 2) for x in context)  # B G T d
     scores = (q.reshape(B, G, r * N * Q, d) @ keys.transpose(-1, -2)).view(B, G, r, N, Q, -1)
     lowest = torch.finfo(scores.dtype).min
-    scores = scores.mul(scale).masked_fill(~mask[:, None, None], lowest)
+    scores = scores.masked_fill_(~mask[:, None, None], lowest)  # nobody saved them, and they are large
     if own is None:
         weights = scores.softmax(-1, dtype=torch.float32).to(query.dtype)
         seen = weights.reshape(B, G, r * N * Q, -1) @ values
@@ -92,7 +92,7 @@ def attend(
     own_keys, own_values = (x.permute(0, 3, 1, 2, 4) for x in own)  # B G N S d
     by_block = q.transpose(2, 3)  # B G N r Q d
     S = own_keys.shape[3]
-    inner = (by_block.reshape(B, G, N, r * Q, d) @ own_keys.transpose(-1, -2)).view(B, G, N, r, Q, S).mul(scale)
+    inner = (by_block.reshape(B, G, N, r * Q, d) @ own_keys.transpose(-1, -2)).view(B, G, N, r, Q, S)
     if own_mask is not None:
         inner = inner.masked_fill(~own_mask, lowest)
     weights = torch.cat([scores, inner.transpose(2, 3)], -1).softmax(-1, dtype=torch.float32).to(query.dtype)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -73,6 +74,7 @@ class Blocks:
     """N blocks of K slots. `mask` says which are supervised: a prefix of every block (but see SUPERVISIONS).
 
     Blocks overlap, so slots may share a target state: those with the same number in `source` do (None: not known).
+    `lookups` (projection.SharedLookups) holds embeddings of `previous` that the draft looked up already.
     """
 
     hidden: Float[Tensor, "B N K D"]
@@ -81,6 +83,7 @@ class Blocks:
     labels: Int[Tensor, "B N K"]
     mask: Bool[Tensor, "B N K"]
     source: Int[Tensor, "B N K"] | None = None
+    lookups: Any = None
 
 
 def pack(samples: Sequence[Sample], length: int | None = None, zeros: Zeros = Tensor.new_zeros) -> Batch:

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 # Bytes of one [chunk x vocabulary] fp32 tensor; two or three are alive at once. Smaller chunks cost matrix products
 # their efficiency: on a CPU core 448 rows of 151,936 took 3.9 s in chunks of 49, 3.2 s in chunks of 112, 2.6 s at once.
-CHUNK_BYTES = {"cpu": 68 * 2**20, "cuda": 512 * 2**20}
+CHUNK_BYTES = {"cpu": 60 * 2**20, "cuda": 512 * 2**20}
 
 
 class Chunks:
@@ -40,20 +40,22 @@ class Chunks:
     ):
         self.draft, self.tables, self.features, self.slot_weight = draft, tables, features, slot_weight
         self.target_linears = Linears()
+        self.rows = chunk_rows
         self.mask = blocks.mask.flatten(0, 1)
         self.target, self.labels = blocks.target[blocks.mask], blocks.labels[blocks.mask]
         # Slots that share a target state share its logits too; on the CPU, because chunk by chunk would synchronise.
         self.source = None if blocks.source is None else blocks.source[blocks.mask].cpu()
         slots = self.mask.shape[1]
         self.static = self.slot_weight.static(slots, self.mask.device).expand(self.mask.shape)[self.mask]
-        rows = chunk_rows
-        if rows is None:
+        if self.rows is None:
             vocabulary = tables.logits(self.target[:0]).shape[-1]
-            rows = CHUNK_BYTES.get(self.mask.device.type, CHUNK_BYTES["cuda"]) // (4 * vocabulary)
-        self.spans = list(_spans(self.mask.sum(-1).tolist(), rows))
+            self.rows = CHUNK_BYTES.get(self.mask.device.type, CHUNK_BYTES["cuda"]) // (4 * vocabulary)
+        self.spans = list(_spans(self.mask.sum(-1).tolist(), self.rows))
+        self.target_linears.room = min(self.rows, len(self.target))
 
     def __call__(self, row_pass: RowPass, linears: Linears, learning: bool = False) -> tuple[Rows, Tensor]:
         """Results of all rows, and if `learning` the gradient of the features (else empty)."""
+        linears.room = self.target_linears.room
         parts = [self.chunk(row_pass, linears, learning, rows, blocks) for rows, blocks in self.spans]
         return Rows.join([rows for rows, _ in parts]), torch.cat([outer for _, outer in parts])
 

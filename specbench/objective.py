@@ -94,7 +94,7 @@ class Objective:
 
     def __call__(self, draft: Draft, tables: Tables, blocks: Blocks, positions: int | None = None) -> Loss:
         """The loss of `blocks` (sums). `tables` is the target's head; `positions` is read by normalise="positions"."""
-        with SharedLookups():
+        with blocks.lookups or SharedLookups():
             features = draft.features(blocks.hidden, blocks.previous)[blocks.mask]
             confidence = self.predict(draft, blocks)
         learn = [parameter for parameter in draft.projection_parameters() if parameter.requires_grad]

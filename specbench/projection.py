@@ -62,13 +62,18 @@ def add_linear_(base: Float[Tensor, "*r W"], x: Float[Tensor, "*r F"], weight: F
 
 
 class Linears(TorchFunctionMode):
-    """Catches the linear layers of one projection; `parameters` are those to differentiate, summed in at least fp32."""
+    """Catches the linear layers of one projection; `parameters` are those to differentiate, summed in at least fp32.
+
+    `room` is the most rows that a chunk will have. Memory for them is asked for at once, because what is not written to
+    costs nothing, while the pieces of a growing buffer stay with the process.
+    """
 
     def __init__(self, parameters: Sequence[nn.Parameter] = ()):
         super().__init__()
         self.parameters = [parameter for parameter in parameters if parameter.requires_grad]
         self.sums: list[Tensor | None] = [None] * len(self.parameters)
         self.memory: list[Tensor] = []
+        self.room = 0
         self.calls = 0
 
     def __enter__(self) -> Linears:
@@ -107,7 +112,7 @@ class Linears(TorchFunctionMode):
         if call == len(self.memory):
             self.memory.append(x.new_empty(0))
         if self.memory[call].numel() < size or self.memory[call].dtype != x.dtype:
-            self.memory[call] = x.new_empty(size)
+            self.memory[call] = x.new_empty(max(size, self.room * len(weight)))
         # A tensor of its own over that memory: a view could not be written to in place under autograd.
         out = x.new_empty(0).set_(self.memory[call].untyped_storage(), 0, (len(x), len(weight)))
         return torch.mm(x, weight.t(), out=out)

@@ -13,13 +13,16 @@ Deviations from the paper: none in the forward pass. The Markov bias is added af
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from specbench.blocks import Batch, Blocks, slot_positions, take
 from specbench.methods.draft import Proposal, Sample
 from specbench.methods.parallel import ParallelDraft
-from specbench.projection import add_linear_
+from specbench.projection import SharedLookups, add_linear_
 
 MARKOV_HEADS = ("vanilla", "gated", "rnn")
 
@@ -98,6 +101,16 @@ class DSpark(ParallelDraft):
         self.confidence_with_markov = confidence_with_markov
         size = D + (markov_rank if confidence_with_markov else 0)
         self.confidence_head = ConfidenceHead(size) if confidence_head else None
+
+    def forward(self, batch: Batch) -> Blocks:
+        """The Markov embeddings are looked up first. Backward goes the other way round: their gradient, as large as the
+        vocabulary, is then made when the activations of the layers are gone."""
+        if self.markov_head is None or torch.compiler.is_compiling():
+            return super().forward(batch)
+        previous = take(batch.tokens, slot_positions(batch, self.block_size)[1])
+        with SharedLookups() as lookups:
+            self.markov_head.markov_w1(previous)
+        return replace(super().forward(batch), previous=previous, lookups=lookups)
 
     def features(self, hidden: Float[Tensor, "*b K D"], previous: Int[Tensor, "*b K"]) -> Float[Tensor, "*b K F"]:
         """[hidden ; Markov latent]: the vocabulary-sized work is left to `project`."""
