@@ -42,7 +42,7 @@ def run(cfg: DictConfig) -> Path:
     if cfg.what != "decode":
         raise ValueError(f"what={cfg.what}: choose decode or train")
     if cfg.draft is None:
-        raise ValueError("speed needs draft=... (a draft folder or a training run), or what=train")
+        raise ValueError("speed needs draft=... (a draft folder or a training run), or `specbench speed train`")
     source = source_of(cfg.draft)
     if source is None:
         raise ValueError(f"draft={cfg.draft} has no folder to measure; name a draft folder or a training run")

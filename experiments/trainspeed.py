@@ -1,4 +1,4 @@
-"""specbench speed what=train: a training step against the straightforward one, in time and memory."""
+"""specbench speed train: a training step against the straightforward one, in time and memory."""
 
 from __future__ import annotations
 

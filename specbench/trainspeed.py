@@ -23,6 +23,7 @@ from specbench.blocks import Batch, Sample, pack, with_anchors
 from specbench.methods.draft import Draft
 from specbench.methods.dspark import DSpark
 from specbench.methods.eagle3 import Eagle3
+from specbench.methods.parallel import ParallelDraft
 from specbench.objective import Objective
 from specbench.oracle import reference_objective, unrolled_objective
 from specbench.stepspeed import Build
@@ -203,9 +204,14 @@ def mixed_lengths() -> list[tuple[int, int]]:
     return [(PROMPT_TOKENS[i], PROMPT_TOKENS[j]) for i, j in zip(order, [*order[1:], order[0]], strict=True)]
 
 
-def batch_step(shape: StepShape, row_length: int | None) -> Callable[[], Tensor]:
-    """A step over `mixed_lengths`, packed into rows of `row_length` tokens or padded (None)."""
+def batch_step(shape: StepShape, row_length: int | None, dense: bool = False) -> Callable[[], Tensor]:
+    """A step over `mixed_lengths`, packed into rows of `row_length` tokens or padded (None).
+
+    `dense`: a block-parallel draft computes its padded blocks too, as one dense piece.
+    """
     draft, tables = draft_of(shape)
+    if isinstance(draft, ParallelDraft):
+        draft.by_span = not dense
     batch: Batch = with_anchors(pack(conversations(shape, mixed_lengths()), row_length), shape.anchors)
     batch, objective = batch.to(shape.device), Objective(**shape.objective)
 
@@ -234,5 +240,8 @@ def one_more_term(shape: StepShape) -> dict[str, Build]:
 
 
 def packing(shape: StepShape, row_length: int) -> dict[str, Build]:
-    """Packed rows against padded ones."""
-    return {"packed": partial(batch_step, shape, row_length), "padded": partial(batch_step, shape, None)}
+    """Packed rows against padded ones, which the product computes conversation by conversation where it can."""
+    steps = {"packed": partial(batch_step, shape, row_length), "padded": partial(batch_step, shape, None, True)}
+    if issubclass(CLASSES[shape.method], ParallelDraft):
+        steps["padded, by conversation"] = partial(batch_step, shape, None)
+    return steps

@@ -121,7 +121,7 @@ def test_the_verb_writes_one_row_a_variant(monkeypatch, tmp_path, capsys):
         ("dspark", 2),
         ("eagle3", 2),
         ("terms", 4),
-        ("packing", 4),
+        ("packing", 5),
     ]
     assert table["time_ratio"][0] == pytest.approx(2 / 3)
     stored = json.loads((folder / "steps.json").read_text())
