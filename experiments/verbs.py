@@ -28,7 +28,7 @@ VERBS = {
     "cache": _verb("cache", "store the target's hidden states; plan=true only says size and time"),
     "train": _verb("train", "train a draft, then evaluate it"),
     "evaluate": _verb("evaluate", "decode the benchmarks speculatively and keep every prompt's record"),
-    "speed": _verb("speed", "cost curves and wall clock of decoding, or `speed train`: what a step costs", takes="what"),
+    "speed": _verb("speed", "cost curves and wall clock of decoding; `speed train`: a training step", takes="what"),
     "calibrate": _verb("calibrate", "temperatures that make the confidence head honest"),
     "serve": _verb("serve", "throughput against interactivity under load"),
     "compare": _verb("compare", "tables and figures over any runs", filters=True),
