@@ -122,9 +122,10 @@ def measure(
 
 
 def _held(cfg: DictConfig, target: Target, draft: Draft, prompts: list[list[int]]) -> list[dict]:
-    """Simulated throughput against the engine's, the whole block verified."""
+    """Simulated throughput against the engine's, the whole block verified: half of the prompts make the profile."""
     if not cfg.check:
         return []
+    prompts = _spread(prompts, min(len(prompts), max(2 * cfg.clock_prompts, 4 * max(cfg.check))))
     with Progress("simulation check", 1, "comparisons") as bar:
         rows = check(target, draft, prompts, list(cfg.check), draft.block_size, cfg.step_tokens, cfg.clock_repeats)
         bar.advance()
