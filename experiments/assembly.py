@@ -65,6 +65,8 @@ def rank_and_world() -> tuple[int, int]:
 def load_target(cfg: DictConfig, device: str | None = None) -> Target:
     """The target of a `target` group: a hub id, a folder, or random weights from a configuration."""
     where = device_of(device if device is not None else cfg.device)
+    if where.type == "cpu" and cfg.get("threads"):
+        torch.set_num_threads(cfg.threads)
     stops = None if cfg.stop_token_ids is None else list(cfg.stop_token_ids)
     taps = list(cfg.target_layer_ids or [])
     if cfg.get("config") is not None:

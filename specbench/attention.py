@@ -117,6 +117,8 @@ class Span:
 
 def spans(visible: Visibility, rows: Int[Tensor, " M"], places: Int[Tensor, " M"], queries: int) -> list[Span]:
     """The M blocks at (rows, places) of `visible`, row by row, cut where the conversation changes."""
+    if not len(rows):
+        return []
     limit = visible.limit[rows, places]
     owner = rows if visible.owner is None else visible.owner[rows, places]
     changes = (rows[1:] != rows[:-1]) | (owner[1:] != owner[:-1])
