@@ -20,6 +20,7 @@ STYLE = Path(__file__).parent / "specbench.mplstyle"
 COLUMN = 3.3
 PAGE = 6.9
 GREY = "0.45"
+LINE = 0.13
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,10 @@ def legend(figure: Figure, names: Iterable[str], title: str | None = None) -> Le
         handles |= {text: handle for handle, text in zip(*ax.get_legend_handles_labels(), strict=True)}
     handles = {name: handles[name] for name in names if name in handles}
     columns = max(1, min(len(handles), fit))
-    columns = -(-len(handles) // -(-len(handles) // columns))  # rows of equal length
+    rows = -(-len(handles) // columns)
+    columns = -(-len(handles) // rows)  # rows of equal length
+    # Two rows fit above the panels; more would squeeze them, so the figure grows by a line of text each.
+    figure.set_figheight(figure.get_figheight() + LINE * max(0, rows - 2))
     return figure.legend(handles.values(), handles, loc="outside upper center", ncols=columns, title=title)
 
 

@@ -26,7 +26,9 @@ def run(cfg: DictConfig) -> Path:
         target.append(f"target.id={cfg.root}/runs/target/embedded")
     counts = f"data.source.counts={{train: {cfg.prompts}, validation: {cfg.held_out}}}"
     stage("prompts", [*root, counts])
-    stage("answers", [*root, *target, f"max_new_tokens={cfg.max_new_tokens}", "batch_size=64"])
+    # Sixty-four requests at once are work enough for every core; the stages after this one are not.
+    answers = [f"max_new_tokens={cfg.max_new_tokens}", "batch_size=64", "target.threads=null"]
+    stage("answers", [*root, *target, *answers])
     folder = stage("cache", [*root, *target, f"codec={cfg.codec}"])
     tracking = [f"tracking.{key}={cfg.tracking[key] or 'null'}" for key in ("mode", "project", "entity")]
     tracking.append(f"tracking.group={cfg.tracking.group or 'quickstart'}")
