@@ -74,6 +74,7 @@ def run(cfg: DictConfig) -> Path:
                         "batch_sizes=[1]",
                         "lengths=[]",
                         "step_tokens=16",
+                        "repeats=60",
                         "check=[]",
                     ],
                 )

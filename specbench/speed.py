@@ -51,8 +51,12 @@ def timed(
         action(ready)
         if call >= warmup:
             taken.append(clock(device) - started)
+    return _timing(taken)
+
+
+def _timing(taken: Sequence[float]) -> Timing:
     low, median, high = np.quantile(taken, [0.25, 0.5, 0.75])
-    return Timing(float(median), float(low), float(high), repeats)
+    return Timing(float(median), float(low), float(high), len(taken))
 
 
 @torch.inference_mode()
@@ -72,15 +76,16 @@ def target_cost(
     rows = []
     for B in batch_sizes:
         state, _ = target.prefill(*_prompts(target, B, context))
-        for S in lengths:
-            block = _tokens(target, B, S)
-            timing = timed(
-                lambda _, state=state, block=block: target.logits(target.extend(state, block).last),
-                target.device,
-                repeats,
-                warmup,
-            )
-            rows.append(_row("target", B, S, context, timing))
+        blocks = [_tokens(target, B, S) for S in lengths]
+        taken: list[list[float]] = [[] for _ in lengths]
+        for call in range(warmup + repeats):
+            # In turns, because the curve is a matter of ratios and a machine's clock wanders.
+            for seconds, block in zip(taken, blocks, strict=True):
+                started = clock(target.device)
+                target.logits(target.extend(state, block).last)
+                if call >= warmup:
+                    seconds.append(clock(target.device) - started)
+        rows += [_row("target", B, S, context, _timing(found)) for S, found in zip(lengths, taken, strict=True)]
     return rows
 
 
