@@ -211,4 +211,4 @@ def _rank(rank, path):
 
 
 def test_two_ranks_give_the_gradient_of_one(tmp_path):
-    mp.start_processes(_rank, (tmp_path / "rendezvous",), nprocs=2, start_method="fork")
+    mp.start_processes(_rank, (tmp_path / "rendezvous",), nprocs=2, start_method="spawn")

@@ -105,7 +105,7 @@ class DSpark(ParallelDraft):
     def forward(self, batch: Batch) -> Blocks:
         """The Markov embeddings are looked up first. Backward goes the other way round: their gradient, as large as the
         vocabulary, is then made when the activations of the layers are gone."""
-        if self.markov_head is None or torch.compiler.is_compiling():
+        if self.markov_head is None or torch.compiler.is_compiling() or not torch.is_grad_enabled():
             return super().forward(batch)
         previous = take(batch.tokens, slot_positions(batch, self.block_size)[1])
         with SharedLookups() as lookups:
