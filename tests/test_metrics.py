@@ -229,4 +229,4 @@ def _rank(rank, path):
 
 
 def test_two_ranks_report_what_one_would(tmp_path):
-    mp.start_processes(_rank, (tmp_path / "rendezvous",), nprocs=2, start_method="fork")
+    mp.start_processes(_rank, (tmp_path / "rendezvous",), nprocs=2, start_method="spawn")
