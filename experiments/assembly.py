@@ -45,6 +45,9 @@ def location(id: str) -> str:
     return str(id)
 
 
+THREADS = torch.get_num_threads()
+
+
 def device_of(setting: str | None) -> torch.device:
     """`auto` is CUDA where there is one."""
     if setting in (None, "auto"):
@@ -65,8 +68,9 @@ def rank_and_world() -> tuple[int, int]:
 def load_target(cfg: DictConfig, device: str | None = None) -> Target:
     """The target of a `target` group: a hub id, a folder, or random weights from a configuration."""
     where = device_of(device if device is not None else cfg.device)
-    if where.type == "cpu" and cfg.get("threads"):
-        torch.set_num_threads(cfg.threads)
+    if where.type == "cpu":
+        # Set back for a target without a number of its own, which may follow another one in this process.
+        torch.set_num_threads(cfg.get("threads") or THREADS)
     stops = None if cfg.stop_token_ids is None else list(cfg.stop_token_ids)
     taps = list(cfg.target_layer_ids or [])
     if cfg.get("config") is not None:

@@ -115,7 +115,7 @@ class Span:
     mask: Bool[Tensor, "1 n q t"]
 
 
-def spans(visible: Visibility, rows: Int[Tensor, " M"], places: Int[Tensor, " M"], queries: int) -> list[Span]:
+def spans(visible: Visibility, rows: Int[Tensor, " M"], places: Int[Tensor, " M"]) -> list[Span]:
     """The M blocks at (rows, places) of `visible`, row by row, cut where the conversation changes."""
     if not len(rows):
         return []

@@ -26,7 +26,7 @@ LAYERS = (
     """decoding audit baselines teacherforced scheduling calibration rounds
     data.order data.layout data.manifest data.agreement data.writing data.online data.cache data.sizing data.reading
     data.remote data.steps data.stepdata data.datamodule data.benchmarks data.released_cache data.codec_quality
-    data.reading_speed headspeed trainspeed""",
+    data.reading_speed trainspeed""",
     """training memory pretraining callbacks initialisation evaluation speed simulator serving simulationcheck formats
     exports interchange publishing modelcard folderlogger tracking syncing""",
 )

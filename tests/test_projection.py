@@ -1,4 +1,4 @@
-"""The chunk's linear layers against plain autograd, and the step benchmark on a small head."""
+"""The chunk's linear layers against plain autograd, and the step benchmark on a small draft."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from specbench.headspeed import Shape, build
 from specbench.projection import Known, Linears, SharedLookups, add_linear_, without
 from specbench.stepspeed import _memory, _times, measure
+from specbench.trainspeed import StepShape, whole_step
 
 W, R = 13, 4
 
@@ -82,15 +82,11 @@ def test_known_gradients_are_handed_over_scaled():
     assert torch.equal(x.grad, torch.tensor([4.0, 8.0]))
 
 
-SMALL = Shape(anchors=3, slots=4, hidden=8, vocabulary=700, rank=4)
-
-
-def test_the_two_head_steps_compute_the_same_loss():
-    torch.testing.assert_close(build(SMALL, True)(), build(SMALL, False)())
+SMALL = StepShape(hidden=8, vocabulary=700, tokens=30, prompt=8, anchors=3, slots=4, layers=1, taps=1, heads=2, rank=4)
 
 
 def test_costs_are_positive_and_complete():
-    variants = {"chunked": partial(build, SMALL, True), "straightforward": partial(build, SMALL, False)}
+    variants = {"chunked": partial(whole_step, SMALL), "straightforward": partial(whole_step, SMALL, True)}
     threads = torch.get_num_threads()
     costs = _times(variants, 3, 1, threads)
     for name, build_step in variants.items():

@@ -98,7 +98,7 @@ class ParallelDraft(Draft):
         )
         (B, N), T, Q = anchors.shape, batch.tokens.shape[1], self.inputs
         # One row of the real blocks, conversation by conversation, where no kernel skips what is masked.
-        pieces = None if first.is_cuda or self.by_span is False else spans(visible, *real.nonzero(as_tuple=True), Q)
+        pieces = None if first.is_cuda or self.by_span is False else spans(visible, *real.nonzero(as_tuple=True))
         flat = bool(pieces) and (self.by_span or 2 * sum(map(_work, pieces)) < B * N * (T + LAYER_KEYS))
         if flat:
             attention, mask = attend_spans, pieces
