@@ -1,4 +1,4 @@
-"""Tests run offline, one thread a worker process (two without workers), and W&B never asks for anything."""
+"""Tests run offline and on one thread each, and W&B never asks for anything."""
 
 import os
 
@@ -9,10 +9,20 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import signal
 
+import pytest
 import torch
 from transformers.utils import logging
 
-torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else min(2, os.cpu_count() or 1))
+torch.set_num_threads(1)
 logging.disable_progress_bar()
 # A shell that starts the tests in the background ignores Ctrl-C for them, and some tests are about Ctrl-C.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Tensors this small only wait for each other on two, forked processes must not inherit a pool of threads, and a
+    test that asks for more does not ask for the next one."""
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(1)

@@ -27,15 +27,6 @@ from tests.data.tiny_target import talks
 STEPS = 5  # of 3 to an epoch; the third of an epoch has a micro-batch on the first rank alone
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Forked processes must not inherit a pool of threads."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def ranks(work, *args) -> None:
     """Run work(rank, *args) in two processes as a launcher like torchrun would start them."""
     with socket.socket() as probe:

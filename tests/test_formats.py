@@ -20,15 +20,6 @@ from tests import tiny
 from tests.test_interchange import CASES, GOLDEN, made, same
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Tensors this small only wait for each other on two."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def speculator(**changes) -> tuple[dict, dict]:
     """An Eagle3 in speculators' form, with what its library leaves out left out."""
     layer = {"model_type": "llama", "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4}

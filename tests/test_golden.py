@@ -35,15 +35,6 @@ recurrent = pytest.mark.parametrize("case", RECURRENT)
 every = pytest.mark.parametrize("case", PARALLEL + RECURRENT)
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """These models are too small to share between threads."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @cache
 def tensors(case: str, name: str) -> dict[str, torch.Tensor]:
     return load_file(GOLDEN / case / f"{name}.safetensors")

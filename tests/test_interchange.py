@@ -33,15 +33,6 @@ CASES = sorted(path.parent.name for path in GOLDEN.glob("*/draft"))
 IDS = torch.tensor([1, 2, 3, 5, 8, 13, 21, 34, 55, 89])
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Tensors this small only wait for each other on two."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def made(method: str, family: str = "qwen3", ids: torch.Tensor | None = None, **settings):
     """A random draft, its settings, and the target's raw configuration."""
     cfg = OmegaConf.load(tiny.CONFIGS / "method" / f"{method}.yaml")

@@ -43,15 +43,6 @@ SCHEDULERS = {
 }
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """These models are too small to share between threads."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def write(
     method: str, sampling: Sampling, scheduler: Scheduler, draws: int, seed: int = 0, **settings
 ) -> list[Decoded]:

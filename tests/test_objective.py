@@ -19,15 +19,6 @@ from tests.heads import IDS, TERM_SETTINGS, WEIGHTS, D, K, assert_same, make
 FIXTURE = Path(__file__).parent / "fixtures" / "dspark_losses.safetensors"
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """These tensors are too small to share between threads."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.mark.parametrize("terms", TERM_SETTINGS.values(), ids=TERM_SETTINGS)
 @pytest.mark.parametrize("slot_weight", WEIGHTS, ids=str)
 def test_chunks_equal_the_whole(terms, slot_weight):

@@ -20,15 +20,6 @@ from specbench.rowpass import RowPass, _top
 from tests.heads import IDS, TERM_SETTINGS, B, gradients, make
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """These tensors are too small to share between threads."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def test_sums_add_over_micro_batches():
     draft, tables, blocks = make()
     objective = Objective(ce=0.1, tv=0.9, slot_weight={"dpace": 0.5}, chunk_rows=4)

@@ -11,6 +11,7 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
+from experiments import assembly
 from experiments.assembly import build_draft, composed
 from experiments.composing import configs
 from experiments.planning import print_plan, shapes
@@ -23,15 +24,6 @@ TARGETS = sorted(file.stem for file in (CONFIGS / "target").glob("*.yaml") if fi
 REAL = [name for name in TARGETS if not name.startswith("tiny") and name != "embedded"]
 GOLDEN = Path(__file__).parent / "fixtures" / "golden"
 REPOSITORY = CONFIGS.parent
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Tensors this small only wait for each other on two."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def option(name: str):
@@ -174,3 +166,10 @@ def test_the_bare_command_line_reproduces_the_released_decoding(case, target, th
         assert line["committed"] == run["acceptance_lengths"]
         assert line["accepted"] == run["accepted_draft_lengths"]
         assert line["proposed"] == run["proposal_lengths"]
+
+
+def test_the_threads_of_a_target_do_not_outlive_it(monkeypatch):
+    monkeypatch.setattr(assembly, "THREADS", 2)
+    for name, threads in (("embedded", 1), ("tiny_qwen3", 2), ("embedded", 1)):
+        assembly.load_target(composed("answers", [f"target={name}"]).target, "cpu")
+        assert torch.get_num_threads() == threads

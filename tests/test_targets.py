@@ -26,15 +26,6 @@ CONFIGS = Path(__file__).parents[1] / "configs"
 TINY = ("tiny_qwen3", "tiny_gemma4", "tiny_deepseek_v4")
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Tensors this small only wait for each other on two."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @cache
 def option(name: str) -> DictConfig:
     return OmegaConf.load(CONFIGS / "target" / f"{name}.yaml")

@@ -25,15 +25,6 @@ from tests.data.tiny_target import talks
 STEPS, PROMPTS = 6, [[0, 3, 1], [2, 2], [4], [1, 1, 1]]
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """These models are too small to share between threads, and forked processes must not inherit a pool."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def train(until: int = STEPS, callbacks=(), resume: Path | None = None, lr: float = 1e-2, **settings) -> DraftTraining:
     """Up to optimiser step `until` of a schedule of STEPS, over epochs of three steps."""
     owner = toys.target()

@@ -33,15 +33,6 @@ from tests.test_layers import REPOSITORY
 TINY = {"hidden": 16, "vocabulary": 311, "tokens": 40, "prompt": 10, "rank": 8}
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """These tensors are too small to share between threads."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.mark.parametrize("anchors", [6, None])
 @pytest.mark.parametrize("method", SMALL)
 def test_both_sides_compute_the_same_step(method, anchors):
