@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterable, Iterator
 from types import TracebackType
 from typing import Any, TypeVar
 
@@ -73,12 +72,3 @@ class Progress:
             self._bars.stop()
         elif self._shown:
             print(self.line(), file=sys.stderr, flush=True)
-
-
-def track(items: Iterable[Item], what: str, total: int | None = None, unit: str = "it") -> Iterator[Item]:
-    """Iterate over `items` with a progress display; `total` defaults to their length where they have one."""
-    total = len(items) if total is None and hasattr(items, "__len__") else total  # type: ignore[arg-type]
-    with Progress(what, total, unit) as bar:
-        for item in items:
-            yield item
-            bar.advance()

@@ -29,7 +29,7 @@ from experiments.stage import Stage, container, say
 from experiments.trainingdata import frequent_tokens, open_data, probe_prompts
 from specbench.callbacks import DecodeProbe, GracefulStop, KeepLast
 from specbench.initialisation import STARTS, from_target, randomise
-from specbench.interchange import load_draft, read_folder, save_draft
+from specbench.interchange import read_folder, save_draft
 from specbench.methods.draft import Draft
 from specbench.provenance import provenance
 from specbench.runfolder import RunFolder
@@ -188,9 +188,3 @@ def evaluation_of(cfg: DictConfig, folder: Path, overrides: Sequence[str]) -> Di
     if cfg.limit is not None:
         child.suite.limit = cfg.limit
     return child
-
-
-def trained_draft(path: str | Path, tables: Any = None) -> Draft:
-    """The draft of a draft folder or of a training run."""
-    path = Path(path)
-    return load_draft(path / "draft" if (path / "draft").is_dir() else path, tables)

@@ -126,9 +126,11 @@ class CostProfile:
 
     @classmethod
     def load(cls, path: str | Path) -> CostProfile:
-        """Read what save() wrote."""
+        """Read what save() wrote, or a table that ends in .csv (see from_csv), which its file's name then labels."""
         if not Path(path).is_file():
             raise ValueError(f"there is no cost profile at {path}; measure one with `specbench speed` or name another")
+        if Path(path).suffix == ".csv":
+            return cls.from_csv(path, Path(path).name)
         content = json.loads(Path(path).read_text())
         if content.pop("schema", None) != SCHEMA:
             raise ValueError(f"{path} is not a cost profile of schema {SCHEMA}; write it with CostProfile.save")

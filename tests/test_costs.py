@@ -30,6 +30,7 @@ class TestCostProfile:
         (tmp_path / "seconds.csv").write_text("tokens,seconds\n1,0.1\n4,0.5\n")
         for name in ("rates", "seconds"):
             read = CostProfile.from_csv(tmp_path / f"{name}.csv", "m")
+            assert CostProfile.load(tmp_path / f"{name}.csv").tokens == read.tokens
             assert (read.tokens, read.steps_per_second, read.source) == ((1, 4), (10.0, 2.0), "measured")
 
     def test_monotone_never_lowers_a_cost(self):
