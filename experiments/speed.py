@@ -113,7 +113,8 @@ def measure(
             bar.advance()
         sampling = Sampling(cfg.temperature)
         limits = Limits(cfg.max_new_tokens, target.stop_token_ids, cfg.batch_size)
-        clock = wall_clock(target, draft, _spread(prompts, cfg.clock_prompts), sampling, limits, cfg.clock_repeats)
+        asked = _spread(prompts, cfg.clock_prompts)
+        clock = wall_clock(target, draft, asked, sampling, limits, cfg.clock_repeats, library=cfg.clock_library)
         bar.advance()
     facts = hardware()
     machine = facts["gpus"][0] if target.device.type == "cuda" else f"{facts['processor']}, {facts['threads']} threads"

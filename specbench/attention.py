@@ -166,14 +166,9 @@ def attend_stored(
 
     `mask` None means that every query sees every entry.
     """
-    keys, values = stored
+    keys, values = (x.transpose(1, 2) for x in stored)
     out = scaled_dot_product_attention(
-        query.transpose(1, 2),
-        keys.transpose(1, 2),
-        values.transpose(1, 2),
-        attn_mask=mask,
-        scale=scale,
-        enable_gqa=keys.shape[2] != query.shape[2],
+        query.transpose(1, 2), keys, values, attn_mask=mask, scale=scale, enable_gqa=keys.shape[1] != query.shape[2]
     )
     return out.transpose(1, 2)
 

@@ -20,6 +20,8 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from specbench.kvcache import KVCache
+
 Rope = tuple[Tensor, Tensor]
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
@@ -162,23 +164,38 @@ def backbone_of(config: Mapping[str, Any], family: str | None = None, window: in
 
 
 def rotate(x: Float[Tensor, "... h d"], rope: Rope) -> Float[Tensor, "... h d"]:
-    """Rotary embedding of every head; `rope` is (cos, sin) of shape (..., d)."""
-    cos, sin = rope[0].unsqueeze(-2), rope[1].unsqueeze(-2)
-    a, b = x.chunk(2, -1)
-    return x * cos + torch.cat([-b, a], -1) * sin
+    """Rotary embedding of every head; `rope` is what RotaryEmbedding gives."""
+    cos, sin = rope
+    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
 
 
 class RotaryEmbedding(nn.Module):
-    """Positions -> (cos, sin), computed in fp32 whatever the dtype of the model."""
+    """Positions -> (cos, sin) of shape (..., 1, d), computed in fp32 whatever the dtype of the model.
+
+    The first half of sin is negated: rotating the halves (a, b) of a head is (a, b) cos + (b, a) (-sin, sin).
+    """
 
     def __init__(self, backbone: Backbone):
         super().__init__()
         self.register_buffer("frequencies", backbone.inverse_frequencies(), persistent=False)
+        self._table: Rope | None = None
 
     def forward(self, positions: Int[Tensor, "*shape"], dtype: torch.dtype) -> Rope:
-        angles = positions[..., None].float() * self.frequencies.float()
-        angles = torch.cat([angles, angles], -1)
-        return angles.cos().to(dtype), angles.sin().to(dtype)
+        angles = positions[..., None, None].float() * self.frequencies.float()
+        cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
+        return torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)
+
+    def behind(self, cache: KVCache, size: int, dtype: torch.dtype) -> Rope:
+        """Of the `size` positions behind each row of a cache, from a table that grows with need."""
+        end, device = cache.longest + size, self.frequencies.device
+        table = self._table
+        if table is None or len(table[0]) < end or (table[0].dtype, table[0].device) != (dtype, device):
+            with torch.inference_mode(False), torch.no_grad():
+                table = self._table = self(torch.arange(max(256, 2 * end), device=device), dtype)
+        if cache.even:
+            return table[0][None, end - size : end], table[1][None, end - size : end]
+        at = cache.lengths[:, None] + torch.arange(size, device=device)
+        return table[0][at], table[1][at]
 
 
 class Attention(nn.Module):

@@ -13,12 +13,13 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from specbench.attention import attend_stored
 from specbench.backbone import ACTIVATIONS, Layer, RotaryEmbedding, qwen3
 from specbench.kvcache import KVCache
+from specbench.stack import Stack
 
 
 def fits(text: Mapping[str, Any], dtype: torch.dtype) -> bool:
@@ -39,28 +40,25 @@ class DirectPass:
 
     def __init__(self, text: Mapping[str, Any], decoder: nn.Module):
         facts = qwen3(text)
-        self.scale, self.norm, self.embedding = facts.scale, decoder.norm, decoder.embed_tokens
+        self.norm, self.embedding, self.eps = decoder.norm, decoder.embed_tokens, facts.norm_eps
         self.rope = RotaryEmbedding(facts).to(decoder.embed_tokens.weight.device)
-        self.layers: list[Layer] = []
+        layers: list[Layer] = []
         for theirs in decoder.layers:
             with torch.device("meta"):
                 own = Layer(facts)
             own.load_state_dict(theirs.state_dict(), assign=True)
-            self.layers.append(own.eval().requires_grad_(False))
+            layers.append(own.eval().requires_grad_(False))
+        self.stack = Stack(layers, facts)
 
     def __call__(
         self, cache: KVCache, tokens: Int[Tensor, "B S"], taps: tuple[int, ...]
     ) -> tuple[Float[Tensor, "B S C D"], Float[Tensor, "B S D"]]:
         """Outputs of the layers in `taps` (-1: the embedding) and the final states of S tokens written to `cache`."""
         size = tokens.shape[1]
-        position = cache.lengths[:, None] + torch.arange(size, device=tokens.device)
-        mask, x = cache.visible(size), self.embedding(tokens)
-        rope = self.rope(position, x.dtype)
+        mask, x = cache.visible(size), F.embedding(tokens, self.embedding.weight)
+        rope = self.rope.behind(cache, size, x.dtype)
         found = {-1: x}
-        for i, layer in enumerate(self.layers):
-            y = layer.normed(x)
-            query = layer.self_attn.queries(y, rope)
-            stored = cache.write(i, *layer.self_attn.keys_values(y, rope))
-            found[i] = x = layer.finish(x, attend_stored(query, stored, mask, self.scale))
+        for i in range(len(self.stack.layers)):
+            found[i] = x = self.stack.extend(i, x, rope, cache, mask)
         chosen = torch.stack([found[i] for i in taps], 2) if taps else x.new_empty(*x.shape[:2], 0, x.shape[2])
-        return chosen, self.norm(x)
+        return chosen, F.rms_norm(x, x.shape[-1:], self.norm.weight, self.eps)

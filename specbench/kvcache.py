@@ -15,7 +15,8 @@ class KVCache:
     """Keys and values (B, T, G, d) of several layers with one length a row.
 
     `write` puts new entries behind each row's length and returns everything up to the longest row; `advance` says how
-    many of them count. What lies beyond a row's length is overwritten later and must be masked by the reader.
+    many of them count. What lies beyond a row's length is overwritten later and must be masked by the reader. Stored
+    as (B, G, T, d), so that a product over all rows and heads needs no copy.
     """
 
     def __init__(self, rows: int, device: torch.device | str = "cpu"):
@@ -24,6 +25,7 @@ class KVCache:
         self.even = True
         self.keys: dict[int, Tensor] = {}
         self.values: dict[int, Tensor] = {}
+        self._at: dict[tuple[int, int], Tensor] = {}
 
     def write(self, layer: int, keys: Tensor, values: Tensor, behind: int = 0) -> tuple[Tensor, Tensor]:
         """Store S new entries of every row, `behind` entries after its length; returns views (B, longest + behind + S,
@@ -31,23 +33,24 @@ class KVCache:
         """
         start, size = self.longest + behind, keys.shape[1]
         end = start + size
-        if layer not in self.keys or self.keys[layer].shape[1] < end:
+        if layer not in self.keys or self.keys[layer].shape[2] < end:
             self._grow(layer, keys, values, end)
-        stored_keys, stored_values = self.keys[layer], self.values[layer]
+        pair = (self.keys[layer], keys), (self.values[layer], values)
         if self.even:
-            stored_keys[:, start:end] = keys
-            stored_values[:, start:end] = values
+            for stored, new in pair:
+                stored.narrow(2, start, size).copy_(new.transpose(1, 2))
         else:
-            rows = torch.arange(len(self.lengths), device=self.lengths.device)[:, None]
-            at = self.lengths[:, None] + torch.arange(behind, behind + size, device=self.lengths.device)
-            stored_keys[rows, at], stored_values[rows, at] = keys, values
-        return stored_keys[:, :end], stored_values[:, :end]
+            at = self._places(behind, size)
+            for stored, new in pair:
+                stored.scatter_(2, at.expand(-1, new.shape[2], -1, new.shape[3]), new.transpose(1, 2))
+        return tuple(stored.narrow(2, 0, end).transpose(1, 2) for stored, _ in pair)
 
     def advance(self, counts: Int[Tensor, " B"] | int) -> None:
         """Count `counts` of the entries written last as part of each row."""
         self.lengths = self.lengths + counts
-        low, high = torch.aminmax(self.lengths)
-        self.longest, self.even = int(high), bool(low == high)
+        low, high = torch.stack(torch.aminmax(self.lengths)).tolist()
+        self.longest, self.even = high, low == high
+        self._at.clear()
 
     def visible(
         self, new: int, behind: int = 0, causal: bool = True, window: int | None = None
@@ -79,19 +82,27 @@ class KVCache:
         """Both caches' rows, this one's first."""
         both = KVCache(0, self.lengths.device)
         for layer in self.keys:
-            width = max(self.keys[layer].shape[1], other.keys[layer].shape[1])
+            width = max(self.keys[layer].shape[2], other.keys[layer].shape[2])
             for name in ("keys", "values"):
                 pair = [getattr(c, name)[layer] for c in (self, other)]
-                padded = [F.pad(x, (0, 0, 0, 0, 0, width - x.shape[1])) for x in pair]
+                padded = [F.pad(x, (0, 0, 0, width - x.shape[2])) for x in pair]
                 getattr(both, name)[layer] = torch.cat(padded)
         both.lengths = torch.cat([self.lengths, other.lengths])
         both.advance(0)
         return both
 
+    def _places(self, behind: int, size: int) -> Int[Tensor, "B 1 S 1"]:
+        """Where each row's new entries go: the same for every layer until the lengths change."""
+        if (behind, size) not in self._at:
+            steps = torch.arange(behind, behind + size, device=self.lengths.device)
+            self._at[behind, size] = (self.lengths[:, None] + steps)[:, None, :, None]
+        return self._at[behind, size]
+
     def _grow(self, layer: int, keys: Tensor, values: Tensor, end: int) -> None:
         capacity = max(64, 2 * end)
         for store, new in ((self.keys, keys), (self.values, values)):
-            fresh = new.new_zeros(new.shape[0], capacity, *new.shape[2:])
+            B, _, G, d = new.shape
+            fresh = new.new_zeros(B, G, capacity, d)
             if layer in store:
-                fresh[:, : store[layer].shape[1]] = store[layer]
+                fresh[:, :, : store[layer].shape[2]] = store[layer]
             store[layer] = fresh

@@ -215,27 +215,36 @@ def wall_clock(
     warmup: int = 1,
     scheduler: Scheduler | None = None,
     slots: int | None = None,
+    library: bool = False,
 ) -> dict:
     """The measured speedup: plain and speculative decoding of the same prompts, interleaved in this process.
 
-    Before, `warmup` batches are decoded both ways untimed. Each repeat decodes all prompts both ways, in turns the one
+    Before, `warmup` batches are decoded every way untimed. Each repeat decodes all prompts every way, in turns the one
     and the other first. Returns plain and speculative tokens a second (medians), speedup with its smallest and largest
-    repeat, accepted_length, and the mean draft, verify and overhead seconds a round.
+    repeat, accepted_length, and the mean draft, verify and overhead seconds a round. With `library` (batch 1 and
+    temperature 0 only) the library's own generation of the same prompts takes its turn: library_tokens_per_second, and
+    what either loop reaches of it as loop_plain and loop_speculative.
     """
+    if library and (limits.batch_size != 1 or not sampling.greedy):
+        raise ValueError("the library's generation is timed at batch_size=1 and temperature=0 only")
     first = list(prompts[: limits.batch_size])
-    speeds: dict[str, list[float]] = {"plain": [], "speculative": []}
+    ways = ["plain", "speculative", *(["library"] if library else [])]
+    speeds: dict[str, list[float]] = {way: [] for way in ways}
     rounds: list = []
 
     def once(way: str, asked: Sequence[Sequence[int]] = prompts) -> list[Decoded]:
         if way == "plain":
             return list(decode(target, asked, sampling, limits))
+        if way == "library":
+            generated = (target.generate(p, limits.max_new_tokens, limits.stop_token_ids) for p in asked)
+            return [Decoded(i, list(p), ids) for i, (p, ids) in enumerate(zip(asked, generated, strict=True))]
         return list(speculative_decode(target, draft, asked, sampling, limits, None, scheduler, slots))
 
     for _ in range(warmup):
-        once("plain", first)
-        once("speculative", first)
+        for way in ways:
+            once(way, first)
     for repeat in range(repeats):
-        for way in ("plain", "speculative") if repeat % 2 else ("speculative", "plain"):
+        for way in ways if repeat % 2 else reversed(ways):
             started = clock(target.device)
             done = once(way)
             seconds = clock(target.device) - started
@@ -245,7 +254,12 @@ def wall_clock(
         raise ValueError("no round was decoded; give prompts whose answers hold more than one token")
     ratios = np.divide(speeds["speculative"], speeds["plain"])
     split = np.array([(r.draft_seconds, r.verify_seconds, r.seconds) for r in rounds]).mean(0)
-    return {
+    against = {
+        f"loop_{way}": float(np.median(np.divide(speeds[way], speeds["library"]))) for way in ways[:2] if library
+    }
+    if library:
+        against["library_tokens_per_second"] = float(np.median(speeds["library"]))
+    return against | {
         "plain_tokens_per_second": float(np.median(speeds["plain"])),
         "tokens_per_second": float(np.median(speeds["speculative"])),
         "speedup": float(np.median(ratios)),

@@ -180,6 +180,8 @@ class Target:
 
     def prefill(self, tokens: Int[Tensor, "B T"], lengths: Int[Tensor, " B"]) -> tuple[TargetState, Context]:
         """Start B requests from right-padded prompts."""
+        if self.direct is not None:
+            self.direct.stack.renew()
         state = TargetState(KVCache(len(tokens), self.device))
         context = self.extend(state, tokens)
         state.advance(lengths.to(self.device))
@@ -195,6 +197,20 @@ class Target:
         else:
             taps, last = self.direct(state.cache, tokens, self.target_layer_ids)
         return Context(taps, last, torch.full((len(tokens),), tokens.shape[1], device=self.device))
+
+    @torch.inference_mode()
+    def generate(self, prompt: Sequence[int], max_new_tokens: int, stop_token_ids: Sequence[int] = ()) -> list[int]:
+        """The library's own greedy generation for one prompt, its stop token included; the yardstick of our loop."""
+        tokens = torch.tensor([list(prompt)], device=self.device)
+        out = self.model.generate(
+            tokens,
+            attention_mask=torch.ones_like(tokens),
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            eos_token_id=list(stop_token_ids) or None,
+            pad_token_id=0,
+        )
+        return out[0, len(prompt) :].tolist()
 
     def _by_library(self, cache: KVCache, tokens: Int[Tensor, "B S"]) -> tuple[Tensor, Tensor]:
         size = tokens.shape[1]

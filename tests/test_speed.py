@@ -1,5 +1,6 @@
 """Cost curves on a tiny target: what is timed, and how rows become a profile."""
 
+import itertools
 import json
 import time
 from types import SimpleNamespace
@@ -13,7 +14,7 @@ from hydra import compose, initialize_config_dir
 from experiments import speed
 from experiments.assembly import build_draft, draft_settings, load_target
 from specbench.costs import CostProfile
-from specbench.decoding import Limits
+from specbench.decoding import Limits, decode
 from specbench.interchange import save_draft
 from specbench.sampling import Sampling
 from specbench.scheduling import FixedLength, HardwareAware
@@ -131,6 +132,21 @@ def test_wall_clock_interleaves_and_splits_a_round():
     assert result["speedup_low"] <= result["speedup"] <= result["speedup_high"]
     assert 1 <= result["accepted_length"] <= 5 and result["repeats"] == 2
     assert min(result["draft_seconds"], result["verify_seconds"], result["overhead_seconds"]) > 0
+
+
+def test_the_librarys_generation_takes_its_turn_with_the_same_texts(monkeypatch):
+    owner, draft, asked = tiny.target("qwen3"), tiny.draft("dflash", "qwen3"), [[5, 6, 7], [8, 9]]
+    plain = {d.index: d.output_ids for d in decode(owner, asked, Sampling(), Limits(8, (1,)))}
+    assert [owner.generate(p, 8, (1,)) for p in asked] == [plain[0], plain[1]]
+    # By a clock that any way takes a second of, a speed is a count of tokens and equal texts are equally fast.
+    ticks = itertools.count()
+    monkeypatch.setattr("specbench.speed.clock", lambda device: float(next(ticks)))
+    result = wall_clock(owner, draft, asked, Sampling(), Limits(8), repeats=3, warmup=1, library=True)
+    speeds = [result[f"{way}tokens_per_second"] for way in ("", "plain_", "library_")]
+    assert speeds == [16, 16, 16] and result["loop_plain"] == result["loop_speculative"] == 1
+    for limits, sampling in ((Limits(8, batch_size=2), Sampling()), (Limits(8), Sampling(1.0))):
+        with pytest.raises(ValueError, match="batch_size=1 and temperature=0"):
+            wall_clock(owner, draft, asked, sampling, limits, library=True)
 
 
 def test_the_simulation_is_held_against_the_engine(monkeypatch):

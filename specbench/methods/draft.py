@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from specbench.backbone import Backbone
 from specbench.blocks import Batch, Blocks, Context
 from specbench.kvcache import KVCache
+from specbench.stack import Stack
 from specbench.tables import Tables
 
 # logits (B, S, V) of S consecutive slots -> tokens (B, S) and, when drawn, the probabilities (B, S, V) they came from
@@ -81,6 +82,8 @@ class Draft(nn.Module):
     halts_on_stop = False
     # Which slots training supervises: one of blocks.SUPERVISIONS.
     supervision = "predicted"
+    # The layers as decoding runs them, if the draft has layers; a request sees the weights of its beginning.
+    stack: Stack | None = None
 
     def __init__(
         self,
@@ -113,6 +116,8 @@ class Draft(nn.Module):
 
     def begin(self, context: Context, tokens: Int[Tensor, "B T"]) -> State:
         """Decoding view after the target's prefill of `tokens`: commit them to an empty state."""
+        if self.stack is not None:
+            self.stack.renew()
         return self.commit(State(KVCache(len(tokens), tokens.device)), context, tokens)
 
     def propose(self, state: State, anchor: Int[Tensor, " B"], sample: Sample, slots: int | None = None) -> Proposal:

@@ -16,6 +16,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
@@ -43,7 +44,7 @@ class MarkovHead(nn.Module):
 
     def step(self, state: Tensor | None, hidden: Float[Tensor, "*b D"], previous: Int[Tensor, "*b"]):
         """One slot: (state, hidden, previous token) -> (state, latent)."""
-        return self.mix(state, hidden, self.markov_w1(previous))
+        return self.mix(state, hidden, F.embedding(previous, self.markov_w1.weight))
 
     def mix(self, state: Tensor | None, hidden: Float[Tensor, "*b D"], embedded: Float[Tensor, "*b R"]):
         """`step` from the previous token's embedding."""
@@ -138,12 +139,12 @@ class DSpark(ParallelDraft):
         """Base logits of all slots at once, then one low-rank bias a slot, left to right."""
         if self.markov_head is None:
             return self.draw_at_once(hidden, anchor, sample)
-        base = self.tables.logits(hidden)
-        state = None
+        base, slots = self.tables.logits(hidden).unbind(1), hidden.unbind(1)
+        bias, state = self.markov_head.markov_w2.weight.t(), None
 
         def logits(k: int, previous: list[Tensor]) -> Tensor:
             nonlocal state
-            state, latent = self.markov_head.step(state, hidden[:, k], previous[-1])
-            return (base[:, k] + self.markov_head.markov_w2(latent))[:, None]
+            state, latent = self.markov_head.step(state, slots[k], previous[-1])
+            return torch.addmm(base[k], latent, bias)[:, None]
 
         return self.draw_each(hidden, anchor, sample, logits)

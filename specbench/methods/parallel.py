@@ -15,10 +15,11 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from specbench.attention import Span, Visibility, attend, attend_flex, attend_spans, attend_stored, block_mask, spans
+from specbench.attention import Span, Visibility, attend, attend_flex, attend_spans, block_mask, spans
 from specbench.backbone import Backbone, Layer, RotaryEmbedding
 from specbench.blocks import PADDING, Batch, Blocks, Context, assemble, take
 from specbench.methods.draft import Draft, Proposal, Sample, State
+from specbench.stack import Stack
 from specbench.tables import Tables
 
 # What a block costs in a layer beside its context, counted in context keys; many small pieces cost more than one large
@@ -68,6 +69,7 @@ class ParallelDraft(Draft):
         self.hidden_norm, self.norm = nn.RMSNorm(D, eps=eps), nn.RMSNorm(D, eps=eps)
         self.layers = nn.ModuleList(Layer(backbone) for _ in range(layers))
         self.rope = RotaryEmbedding(backbone)
+        self.stack = Stack(self.layers, backbone, reads_context=True)
 
     @property
     def inputs(self) -> int:
@@ -129,23 +131,18 @@ class ParallelDraft(Draft):
 
     def commit(self, state: State, context: Context, tokens: Int[Tensor, "B S"]) -> State:
         features = self.context(context.taps)
-        steps = torch.arange(features.shape[1], device=features.device)
-        rope = self.rope(state.cache.lengths[:, None] + steps, features.dtype)
-        for i, layer in enumerate(self.layers):
-            state.cache.write(i, *layer.self_attn.keys_values(features, rope))
+        rope = self.rope.behind(state.cache, features.shape[1], features.dtype)
+        self.stack.store_context(features, rope, state.cache)
         state.cache.advance(context.lengths)
         return state
 
     def propose(self, state: State, anchor: Int[Tensor, " B"], sample: Sample, slots: int | None = None) -> Proposal:
         x, cache = self.block_inputs(anchor, self.inputs), state.cache
-        rope = self.rope(cache.lengths[:, None] + torch.arange(self.inputs, device=anchor.device), x.dtype)
+        rope = self.rope.behind(cache, self.inputs, x.dtype)
         mask = cache.visible(self.inputs, causal=False, window=self.backbone.window)
-        for i, layer in enumerate(self.layers):
-            y = layer.normed(x)
-            query = layer.self_attn.queries(y, rope)
+        for i in range(len(self.layers)):
             # The block's own keys stand behind the context without counting; the next commit overwrites them.
-            stored = cache.write(i, *layer.self_attn.keys_values(y, rope))
-            x = layer.finish(x, attend_stored(query, stored, mask, self.backbone.scale))
+            x = self.stack.extend(i, x, rope, cache, mask)
         hidden = self.norm(x if self.sample_from_anchor else x[:, 1:])
         return self.draw(hidden[:, :slots], anchor, sample)
 

@@ -14,11 +14,12 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from specbench.attention import Visibility, attend, attend_flex, attend_stored, block_mask
+from specbench.attention import Visibility, attend, attend_flex, block_mask
 from specbench.backbone import Backbone, Layer, Rope, RotaryEmbedding
 from specbench.blocks import PADDING, SUPERVISIONS, Batch, Blocks, Context, assemble, slot_positions, take
 from specbench.kvcache import KVCache
 from specbench.methods.draft import Draft, Proposal, Sample, State
+from specbench.stack import Stack
 from specbench.tables import Tables
 
 Pairs = list[tuple[Tensor, Tensor]]
@@ -52,6 +53,7 @@ class RecurrentDraft(Draft):
         self.layers = nn.ModuleList(Layer(backbone, paired=self.paired) for _ in range(layers))
         self.norm = nn.RMSNorm(backbone.hidden_size, eps=backbone.norm_eps)
         self.rope = RotaryEmbedding(backbone)
+        self.stack = Stack(self.layers, backbone)
 
     def source(self, taps: Float[Tensor, "B T C D"], last: Float[Tensor, "B T D"]) -> Float[Tensor, "B T D"]:
         """The feature that a chain starts from, at every position."""
@@ -142,23 +144,19 @@ class RecurrentDraft(Draft):
         state.feature = last
         cache, new = state.cache, feature.shape[1]
         embedding = self.tables.embed(after)
-        position = cache.lengths[:, None] + torch.arange(new, device=tokens.device)
-        x, rope = self.enter(feature, embedding), self.rope(position, feature.dtype)
-        mask = cache.visible(new, window=self.backbone.window)
-        for i, layer in enumerate(self.layers):
-            y = layer.normed(x, embedding)
-            stored = cache.write(i, *layer.self_attn.keys_values(y, rope))
-            if i + 1 < len(self.layers):
-                query = layer.self_attn.queries(y, rope)
-                x = layer.finish(x, attend_stored(query, stored, mask, self.backbone.scale))
+        x, rope = self.enter(feature, embedding), self.rope.behind(cache, new, feature.dtype)
+        *inner, last_layer = range(len(self.layers))
+        mask = cache.visible(new, window=self.backbone.window) if inner else None
+        for i in inner:
+            x = self.stack.extend(i, x, rope, cache, mask, embedding)
+        self.stack.store(last_layer, x, rope, cache, embedding)
         cache.advance(counts)
         return state
 
     def propose(self, state: State, anchor: Int[Tensor, " B"], sample: Sample, slots: int | None = None) -> Proposal:
         steps = self.block_size if slots is None else min(slots, self.block_size)
         feature, token, cache = state.feature[:, None], anchor[:, None], state.cache
-        position = cache.lengths[:, None] + torch.arange(steps, device=anchor.device)
-        ropes = zip(*(side.split(1, 1) for side in self.rope(position, feature.dtype)), strict=True)
+        ropes = zip(*(side.split(1, 1) for side in self.rope.behind(cache, steps, feature.dtype)), strict=True)
         hidden, previous, probabilities = [], [token], []
         for k, rope in enumerate(ropes):
             feature = self.step_stored(feature, token, rope, cache, k)
@@ -177,9 +175,6 @@ class RecurrentDraft(Draft):
         """`step` while decoding: the keys of step k stand behind the context without counting."""
         embedding, mask = self.tables.embed(token), cache.visible(1, behind=k, window=self.backbone.window)
         x = self.enter(feature, embedding)
-        for i, layer in enumerate(self.layers):
-            y = layer.normed(x, embedding)
-            query = layer.self_attn.queries(y, rope)
-            stored = cache.write(i, *layer.self_attn.keys_values(y, rope), behind=k)
-            x = layer.finish(x, attend_stored(query, stored, mask, self.backbone.scale))
+        for i in range(len(self.layers)):
+            x = self.stack.extend(i, x, rope, cache, mask, embedding, behind=k)
         return x
