@@ -58,10 +58,14 @@ def device_of(setting: str | None) -> torch.device:
 
 
 def rank_and_world() -> tuple[int, int]:
-    """This process's place under torchrun or Slurm; (0, 1) outside."""
+    """This process's place under torchrun, Slurm or Lightning's own launcher; (0, 1) outside."""
     for rank, world in (("RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_NTASKS")):
         if rank in os.environ and world in os.environ:
             return int(os.environ[rank]), int(os.environ[world])
+    if "LOCAL_RANK" in os.environ and "WORLD_SIZE" in os.environ:
+        if int(os.environ.get("NODE_RANK", 0)):
+            raise ValueError("several nodes need a launcher that numbers their processes: use torchrun or Slurm")
+        return int(os.environ["LOCAL_RANK"]), int(os.environ["WORLD_SIZE"])
     return 0, 1
 
 

@@ -25,7 +25,9 @@ def print_plan(cfg: DictConfig) -> Footprint:
     memory = None if cfg.memory is None else float(cfg.memory)
     if memory is None and torch.cuda.is_available():
         memory = torch.cuda.get_device_properties(0).total_memory / 2**30
-    found = footprint(draft, cfg.target.max_length, cfg.trainer.lightning.precision, memory)
+    lightning = cfg.trainer.lightning
+    shards = 1 if isinstance(lightning.strategy, str) else lightning.strategy.get("data_parallel_size", 1)
+    found = footprint(draft, cfg.target.max_length, lightning.precision, memory, shards)
     say(found.text())
     return found
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import lightning as L
 import torch
+import torch.distributed as dist
 from hydra.utils import instantiate
 from lightning.pytorch.callbacks import Callback, TQDMProgressBar
 from omegaconf import DictConfig, OmegaConf
@@ -25,7 +26,7 @@ from experiments.assembly import (
 )
 from experiments.evaluate import run as evaluate
 from experiments.planning import print_plan
-from experiments.stage import Stage, container, say
+from experiments.stage import Stage, container, first_rank, say
 from experiments.trainingdata import frequent_tokens, open_data, probe_prompts
 from specbench.callbacks import DecodeProbe, GracefulStop, KeepLast
 from specbench.initialisation import STARTS, from_target, randomise
@@ -49,7 +50,8 @@ def run(cfg: DictConfig) -> Path:
     with Stage("train", folder, cfg, force=cfg.force, ignore=("name", *WITHOUT_EFFECT)) as stage:
         if not stage.done:
             _train(cfg, stage, name)
-    if cfg.evaluate:
+    # The other ranks of a training are done; an evaluation over several devices is a command of its own.
+    if cfg.evaluate and first_rank():
         for temperature in cfg.temperatures:
             evaluate(evaluation_of(cfg, folder, [f"temperature={temperature}"]))
     return folder
@@ -119,16 +121,19 @@ def _train(cfg: DictConfig, stage: Stage, name: str) -> None:
             enable_checkpointing=False,
             enable_model_summary=False,
             use_distributed_sampler=False,
-            **OmegaConf.to_container(cfg.trainer.lightning, resolve=True),
+            **instantiate(cfg.trainer.lightning, _convert_="all"),
         )
         last = keep / "last.ckpt"
         trainer.fit(module, datamodule=data, ckpt_path=str(last) if stage.resumes and last.exists() else None)
         if stop.received:
             raise KeyboardInterrupt
         best = keep / ("best.ckpt" if probe is not None else "last.ckpt")
-        step = load_weights(module, best)
+        # From the checkpoint, so that what is written is the same whether the weights are whole or sharded here.
+        written = build_draft(cfg.method, cfg.target, config, data.tables, vocabulary)
+        trainer.strategy.barrier()
+        step = load_published(written, best)
         if rank == 0:
-            save_draft(module.published, run.path / "draft", config, draft_settings(cfg.method, cfg.target))
+            save_draft(written, run.path / "draft", config, draft_settings(cfg.method, cfg.target))
         summary = {
             "method": cfg.method.name,
             "target": cfg.target.name,
@@ -136,15 +141,18 @@ def _train(cfg: DictConfig, stage: Stage, name: str) -> None:
             "probes": [] if probe is None else probe.history,
             "best_step": step,
             "steps": trainer.global_step,
-            "parameters": trainable_parameters(draft),
+            "parameters": trainable_parameters(written),
             "trained_tokens": module.supervised,
-            "lineage": lineage | {"checkpoint": digest(module.published.state_dict().items())},
+            "lineage": lineage | {"checkpoint": digest(written.state_dict().items())},
             "damage": len(getattr(data, "damage", [])),
         }
         tracking.artifact(f"draft-{name}", "draft", run.path / "draft", **summary["lineage"])
         tracking.summary({k: v for k, v in summary.items() if isinstance(v, (int, float))})
         run.finish(**summary)
         tracking.finish()
+        if dist.is_initialized():
+            dist.barrier()
+            dist.destroy_process_group()
         shown = {k: summary[k] for k in ("probe_accepted_length", "best_step", "steps", "parameters")}
         stage.finish(shown, next=f"specbench evaluate draft={run.path}")
 
@@ -172,10 +180,12 @@ def initialise(draft: Draft, start: str, target: Any) -> list[str]:
     return sorted(fitting)
 
 
-def load_weights(module: DraftTraining, checkpoint: Path) -> int:
-    """Take over the draft's weights of a checkpoint; returns its optimiser step."""
-    found = torch.load(checkpoint, map_location=module.device, weights_only=False)
-    module.load_state_dict(found["state_dict"], strict=False)
+def load_published(draft: Draft, checkpoint: Path) -> int:
+    """Take over a checkpoint's published weights, the moving average where there is one; returns its optimiser step."""
+    found = torch.load(checkpoint, map_location="cpu", weights_only=False)
+    held = found["state_dict"]
+    prefix = "average." if any(name.startswith("average.") for name in held) else "draft."
+    draft.load_state_dict({k.removeprefix(prefix): v for k, v in held.items() if k.startswith(prefix)})
     return found["global_step"]
 
 

@@ -86,6 +86,10 @@ class Blocks:
     lookups: Any = None
 
 
+# Sharding strategies look for the tensors among a module's outputs, to know when their gradients arrive.
+torch.utils._pytree.register_dataclass(Blocks)
+
+
 def pack(samples: Sequence[Sample], length: int | None = None, zeros: Zeros = Tensor.new_zeros) -> Batch:
     """Lay conversations end to end into rows of at most `length` tokens (None: one conversation a row, padded).
 

@@ -58,13 +58,14 @@ class DecodeProbe(Callback):
         """Run the probe now and log accepted length and rounds."""
         rank, world = trainer.global_rank, trainer.world_size
         mine = list(range(rank, len(self.prompts), world))
-        draft, training = module.published, module.published.training
-        draft.eval()
         counts = torch.zeros(2, dtype=torch.float64, device=module.device)
         prompts = [self.prompts[i] for i in mine]
-        for done in speculative_decode(self.target, draft, prompts, self.sampling, self.limits, seeds=mine):
-            counts += torch.tensor([sum(r.committed for r in done.rounds), len(done.rounds)], device=module.device)
-        draft.train(training)
+        with module.whole() as draft:
+            training = draft.training
+            draft.eval()
+            for done in speculative_decode(self.target, draft, prompts, self.sampling, self.limits, seeds=mine):
+                counts += torch.tensor([sum(r.committed for r in done.rounds), len(done.rounds)], device=module.device)
+            draft.train(training)
         if world > 1:
             dist.all_reduce(counts)
         length = float(counts[0] / counts[1].clamp_min(1))

@@ -2,6 +2,7 @@
 
 Counted: fp32 master weights, gradients and Adam moments of the trained parameters, the frozen tables in bf16 (or fp32),
 saved activations of the block queries and the context, the batch's target states, and one vocabulary-sized chunk.
+Sharded over n ranks (FSDP2), all but the whole weights and gradients of a micro-batch's backward pass is divided by n.
 Not counted: allocator fragmentation, compiler workspaces, communication buffers. FlexAttention saves no score matrix.
 
 Axes: T tokens, N anchors, K slots, D hidden, M feed-forward, C taps.
@@ -49,14 +50,16 @@ class Footprint:
         return "\n".join(lines)
 
 
-def footprint(draft: Draft, length: int, precision: str, memory: float | None = None) -> Footprint:
-    """The footprint of training `draft` on conversations of `length` tokens under Lightning's `precision`."""
+def footprint(draft: Draft, length: int, precision: str, memory: float | None = None, shards: int = 1) -> Footprint:
+    """The footprint, on one of `shards` ranks, of training `draft` on conversations of `length` tokens under
+    Lightning's `precision`."""
     size = 2 if "16" in precision else 4
     trainable = sum(p.numel() for p in draft.parameters() if p.requires_grad)
     tables = draft.tables.embedding.numel() + draft.tables.head.numel()
     frozen = 0 if draft.tables.trainable else tables
     facts, layers = draft.backbone, len(draft.layers)
-    fixed = 16 * trainable + size * frozen + 3 * 4 * CHUNK_ROWS * facts.vocab_size
+    states_of_weights = 16 if shards == 1 else 8 + 16 / shards
+    fixed = states_of_weights * trainable + size * frozen + 3 * 4 * CHUNK_ROWS * facts.vocab_size
     anchors = min(length, draft.anchors_per_sample or length)
     queries = anchors * draft.block_size
     attention = (2 * facts.heads + 2 * facts.kv_heads) * facts.head_dim

@@ -9,6 +9,7 @@ Axes: r rows of a chunk, F features, W vocabulary.
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Sequence
 
 import torch
@@ -197,6 +198,15 @@ class SharedLookups(TorchFunctionMode):
             result = func(*args, **kwargs)
             self.known[key] = result, result._version, *args
         return self.known[key][0]
+
+
+def return_memory(gradient: Tensor) -> None:
+    """A hook that gives freed memory back to the system, where the C library can be asked to, before something large is
+    made: what a CPU's backward pass has freed by then stays with the process in pieces too small for it."""
+    if gradient.device.type == "cpu":
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+        if trim is not None:
+            trim(0)
 
 
 def without(term: Tensor, shared: Sequence[Tensor]) -> Tensor:

@@ -50,6 +50,10 @@ class Stack:
         else:
             self._steps = Plain(self.layers, self.backbone)
 
+    def forget(self) -> None:
+        """Take the weights anew at the next `renew`, whatever they look like."""
+        self._seen = None
+
     def extend(
         self,
         layer: int,

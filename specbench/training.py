@@ -11,13 +11,16 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import lightning as L
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 
 from specbench.blocks import Batch, with_anchors
 from specbench.data.datamodule import Step
@@ -86,6 +89,8 @@ class DraftTraining(L.LightningModule):
             # The tables are shared, not copied: they are as large as everything else together.
             shared = {} if draft.tables.trainable else {id(draft.tables): draft.tables}
             self.average = copy.deepcopy(draft, shared).requires_grad_(False)
+        self.sharded = False
+        self.compiles = compile
         if compile:
             self.draft.compile()
 
@@ -93,6 +98,47 @@ class DraftTraining(L.LightningModule):
     def published(self) -> Draft:
         """The weights that are validated, probed and written: the moving average where there is one."""
         return self.draft if self.average is None else self.average
+
+    def configure_model(self) -> None:
+        """Shard weights, gradients and optimiser state over the ranks where the strategy is ModelParallel (FSDP2).
+
+        A draft is one unit: the objective reads its parameters beside its forward pass, so they are whole from the
+        forward pass to the end of the backward pass of a micro-batch, and shards of 1/ranks in between.
+        """
+        mesh = self.device_mesh
+        if mesh is None or self.sharded:
+            return
+        if mesh["tensor_parallel"].size() > 1:
+            raise ValueError(
+                f"tensor_parallel_size={mesh['tensor_parallel'].size()}: a draft's matrices are not split; give the "
+                "strategy tensor_parallel_size=1 and data_parallel_size the number of ranks"
+            )
+        if self.compiles:
+            raise ValueError(
+                "recipe.compile=true does not go with a sharded draft; set it to false or use strategy=ddp"
+            )
+        for module in [m for m in (self.draft, self.average) if m is not None]:
+            fully_shard(module, mesh=mesh["data_parallel"], reshard_after_forward=False)
+            # Sums, as everywhere here; and ranks without a supervised slot take part in them.
+            module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)
+            module.set_reduce_scatter_unused_params(True)
+        self.sharded = True
+
+    @contextmanager
+    def whole(self) -> Iterator[Draft]:
+        """The published draft with all of its weights on every rank, to decode with. Every rank must enter."""
+        draft = self.published
+        if self.sharded:
+            draft.unshard()
+            # Gathered weights lie where the last ones lay, so nothing else tells that they changed.
+            if draft.stack is not None:
+                draft.stack.forget()
+        try:
+            yield draft
+        finally:
+            if self.sharded:
+                draft.reshard()
 
     @property
     def target_tables(self) -> Tables:
@@ -146,15 +192,16 @@ class DraftTraining(L.LightningModule):
             )
         parameters = [p for p in self.draft.parameters() if p.grad is not None]
         for parameter in parameters:
-            parameter.grad.div_(total.to(parameter.grad.dtype))
+            _local(parameter.grad).div_(total.to(parameter.grad.dtype))
         norm = torch.nn.utils.clip_grad_norm_(parameters, self.gradient_clip or torch.inf)
+        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
         optimizer.step()
         self.lr_schedulers().step()
         if self.average is not None:
             with torch.no_grad():
                 pairs = zip(self.average.parameters(), self.draft.parameters(), strict=True)
                 for mean_weight, weight in pairs:
-                    mean_weight.lerp_(weight, 1 - self.ema)
+                    _local(mean_weight).lerp_(_local(weight), 1 - self.ema)
         mean = value / total
         if not torch.isfinite(mean):
             raise ValueError(f"the loss is {float(mean)} at step {step.number}; lower trainer.lr or check the cache")
@@ -167,13 +214,15 @@ class DraftTraining(L.LightningModule):
             self.train_slots.reset()
 
     def _reduce(self, *sums: Tensor) -> None:
-        """Add up these numbers and the gradients over ranks, in place."""
+        """Add up these numbers over ranks, in place, and the gradients unless sharding did so already."""
         if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
             return
         scalars = torch.stack(sums)
         dist.all_reduce(scalars)
         for one, everywhere in zip(sums, scalars, strict=True):
             one.copy_(everywhere)
+        if self.sharded:
+            return
         for parameter in self.draft.parameters():
             if parameter.requires_grad and parameter.grad is None:
                 # A rank whose share holds no supervised slot still takes part in the sum.
@@ -187,6 +236,8 @@ class DraftTraining(L.LightningModule):
     def validation_step(self, step: Step, index: int) -> None:
         for batch in step.micro:
             self.val_slots.update(self.loss(self.published, batch, 0).slots)
+        if self.sharded:
+            self.published.reshard()
 
     def on_validation_epoch_end(self) -> None:
         self.log_dict({f"val/{k}": v for k, v in self.val_slots.compute().items()})
@@ -202,6 +253,11 @@ class DraftTraining(L.LightningModule):
 
     def on_load_checkpoint(self, checkpoint: Mapping[str, Any]) -> None:
         self.supervised = checkpoint["supervised"]
+
+
+def _local(tensor: Tensor) -> Tensor:
+    """This rank's part of a sharded tensor, the tensor itself otherwise."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def trainable_parameters(draft: Draft) -> int:

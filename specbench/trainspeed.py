@@ -142,7 +142,8 @@ def _loss(shape: StepShape, straightforward: bool, compiled: bool = False) -> tu
 
 
 def agreement(shape: StepShape) -> dict[str, float]:
-    """Relative differences of the two steps: of the loss, and the largest one of any parameter's gradient (norms)."""
+    """Relative differences of the two steps: of the loss, of the whole gradient, and the largest one of any parameter's
+    (norms)."""
     values, gradients = [], []
     for straightforward in (False, True):
         loss, draft = _loss(shape, straightforward)
@@ -151,8 +152,13 @@ def agreement(shape: StepShape) -> dict[str, float]:
         values.append(float(value.detach()))
         gradients.append({name: p.grad for name, p in draft.named_parameters() if p.requires_grad})
     product, oracle = gradients
-    worst = max(float((product[k] - oracle[k]).double().norm() / oracle[k].double().norm()) for k in oracle)
-    return {"loss": abs(values[0] - values[1]) / abs(values[1]), "gradient": worst}
+    apart = torch.stack([(product[k] - oracle[k]).double().norm() for k in oracle])
+    sizes = torch.stack([gradient.double().norm() for gradient in oracle.values()])
+    return {
+        "loss": abs(values[0] - values[1]) / abs(values[1]),
+        "gradient": float(apart.norm() / sizes.norm()),
+        "parameter": float((apart / sizes).max()),
+    }
 
 
 def flops(shape: StepShape) -> int:

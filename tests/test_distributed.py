@@ -6,12 +6,17 @@ import copy
 import json
 import os
 import socket
+import subprocess
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import lightning as L
 import pytest
 import torch
 import torch.multiprocessing as mp
+from lightning.pytorch.strategies import ModelParallelStrategy
+from safetensors.torch import load_file
 
 from specbench.callbacks import DecodeProbe
 from specbench.data.benchmarks import Benchmark, Benchmarks
@@ -23,7 +28,9 @@ from specbench.sampling import Sampling
 from specbench.training import DraftTraining
 from tests import toys
 from tests.data.tiny_target import talks
+from tests.pipeline import prepare
 
+REPOSITORY = Path(__file__).resolve().parents[1]
 STEPS = 5  # of 3 to an epoch; the third of an epoch has a micro-batch on the first rank alone
 
 
@@ -42,11 +49,13 @@ def _rank(rank: int, work, port: int, *args) -> None:
     work(rank, *args)
 
 
-def trainer(world: int, **settings) -> L.Trainer:
+def trainer(world: int, strategy: str = "ddp", **settings) -> L.Trainer:
+    if strategy == "sharded":
+        strategy = ModelParallelStrategy(world, 1, save_distributed_checkpoint=False)
     return L.Trainer(
         accelerator="cpu",
         devices=world,
-        strategy="ddp" if world > 1 else "auto",
+        strategy=strategy if world > 1 else "auto",
         max_epochs=-1,
         logger=False,
         enable_checkpointing=False,
@@ -73,7 +82,10 @@ def fresh(method: str):
     return copy.deepcopy(toys.draft(method, **settings)).train()
 
 
-def train(rank: int, world: int, folder: Path, method: str) -> None:
+def train(
+    rank: int, world: int, folder: Path, method: str, strategy: str = "ddp", until: int = STEPS, **recipe
+) -> None:
+    """To optimiser step `until`, from last.ckpt of `folder` if an earlier call left one there."""
     owner = toys.target()
     data = OnlineTarget(
         owner, talks(11, toys.VOCABULARY), samples_per_micro=2, micro_batches_per_step=2, threads=0, balance=False
@@ -81,25 +93,39 @@ def train(rank: int, world: int, folder: Path, method: str) -> None:
     draft = fresh(method)
     terms = {"ce": 0.1, "tv": 0.9, "confidence": 1.0} if method == "dspark" else {"kl": 1.0}
     objective = Objective(**terms, slot_weight={"exp": 4.0})
-    module = DraftTraining(draft, owner.tables, objective, max_steps=STEPS, lr=1e-2, log_every=1)
-    probe = DecodeProbe(owner, [[0, 3, 1], [2, 2], [4]], every=STEPS, max_new_tokens=6)
+    module = DraftTraining(draft, owner.tables, objective, max_steps=STEPS, lr=1e-2, log_every=1, **recipe)
+    kept = folder / f"{world}-{strategy}"
+    probe = DecodeProbe(owner, [[0, 3, 1], [2, 2], [4]], every=2, max_new_tokens=6, folder=kept)
     numbers = Numbers()
-    trainer(world, max_steps=STEPS, callbacks=[probe, numbers]).fit(module, datamodule=data)
-    found = {"weights": draft.state_dict(), "numbers": numbers.seen, "supervised": module.supervised}
+    one = trainer(world, strategy, max_steps=until, callbacks=[probe, numbers])
+    last = kept / "last.ckpt"
+    one.fit(module, datamodule=data, ckpt_path=str(last) if last.exists() else None, weights_only=False)
+    one.strategy.barrier()
+    weights = torch.load(last, weights_only=False)["state_dict"]
+    found = {"weights": weights, "numbers": numbers.seen, "supervised": module.supervised}
     torch.save(found | {"probe": probe.history}, folder / f"{world}-{rank}.pt")
 
 
-def _train(rank: int, folder: Path, method: str) -> None:
-    train(rank, 2, folder, method)
+def _train(rank: int, folder: Path, method: str, strategy: str, recipe: dict) -> None:
+    train(rank, 2, folder, method, strategy, **recipe)
 
 
-@pytest.mark.parametrize("method", ["dspark", pytest.param("eagle3", marks=pytest.mark.long)])
-def test_two_ranks_train_to_the_weights_of_one(method, tmp_path):
+@pytest.mark.parametrize(
+    "method, strategy, recipe",
+    [
+        ("dspark", "ddp", {}),
+        ("dspark", "sharded", {"ema": 0.5}),
+        pytest.param("eagle3", "ddp", {}, marks=pytest.mark.long),
+        pytest.param("eagle3", "sharded", {}, marks=pytest.mark.long),
+    ],
+)
+def test_two_ranks_train_to_the_weights_of_one(method, strategy, recipe, tmp_path):
     before = fresh(method).state_dict()
-    train(0, 1, tmp_path, method)
-    ranks(_train, tmp_path, method)
+    train(0, 1, tmp_path, method, **recipe)
+    ranks(_train, tmp_path, method, strategy, recipe)
     one, *two = (torch.load(tmp_path / f"{name}.pt") for name in ("1-0", "2-0", "2-1"))
-    assert max((one["weights"][k] - before[k]).abs().max() for k in before) > 1e-2, "training moved nothing"
+    moved = max((one["weights"][f"draft.{k}"] - before[k]).abs().max() for k in before)
+    assert moved > 1e-2, "training moved nothing"
     for other in two:
         for name, weight in one["weights"].items():
             torch.testing.assert_close(other["weights"][name], weight, atol=1e-6, rtol=1e-6, msg=name)
@@ -108,6 +134,30 @@ def test_two_ranks_train_to_the_weights_of_one(method, tmp_path):
         assert other["numbers"].keys() == one["numbers"].keys()
         for name, value in one["numbers"].items():
             assert other["numbers"][name] == pytest.approx(value, rel=1e-5, nan_ok=True), name
+
+
+def test_a_sharded_run_continues_from_its_checkpoint(tmp_path):
+    recipe = {"ema": 0.5}
+    train(0, 1, tmp_path, "dspark", **recipe)
+    for until in (2, STEPS):
+        ranks(_train, tmp_path, "dspark", "sharded", recipe | {"until": until})
+    one, two = (torch.load(tmp_path / f"{name}.pt") for name in ("1-0", "2-0"))
+    for name, weight in one["weights"].items():
+        torch.testing.assert_close(two["weights"][name], weight, atol=1e-6, rtol=1e-6, msg=name)
+    assert two["probe"] == one["probe"] and two["supervised"] == one["supervised"]
+
+
+@pytest.mark.parametrize(
+    "tensor_parallel, compile, said",
+    [(2, False, "tensor_parallel_size=2"), (1, True, "recipe.compile=true")],
+)
+def test_what_a_sharded_draft_cannot_do_is_refused(tensor_parallel, compile, said):
+    owner = toys.target()
+    module = DraftTraining(fresh("dspark"), owner.tables, Objective(ce=1.0), max_steps=1, compile=compile)
+    sizes = {"tensor_parallel": SimpleNamespace(size=lambda: tensor_parallel)}
+    module._device_mesh = sizes
+    with pytest.raises(ValueError, match=said):
+        module.configure_model()
 
 
 def evaluate(rank: int, world: int, folder: Path) -> None:
@@ -145,3 +195,27 @@ def test_two_ranks_evaluate_to_the_records_of_one(tmp_path):
     expected = json.loads((tmp_path / "1-0.json").read_text())
     for rank in (0, 1):
         assert json.loads((tmp_path / f"2-{rank}.json").read_text()) == pytest.approx(expected, nan_ok=True)
+
+
+SHARDED = (
+    "trainer.lightning.strategy={_target_: lightning.pytorch.strategies.ModelParallelStrategy, data_parallel_size: 2, "
+    "tensor_parallel_size: 1, save_distributed_checkpoint: false}"
+)
+
+
+@pytest.mark.long
+def test_the_command_line_trains_on_two_devices_to_the_draft_of_one(tmp_path):
+    prepared = [word for word in prepare(tmp_path) if not word.startswith("tracking=")]
+    command = [sys.executable, "-m", "experiments.cli", "train", *prepared, "trainer.data.micro_batches_per_step=2"]
+    command += ["tracking=offline", "trainer.probe.every=1", "evaluate=false", "target=embedded", "method=dspark"]
+    drafts, probes = {}, {}
+    for name, words in {"one": [], "ddp": ["trainer.lightning.strategy=ddp"], "sharded": [SHARDED]}.items():
+        devices = [f"trainer.lightning.devices={1 if name == 'one' else 2}", "trainer.lightning.accelerator=cpu"]
+        subprocess.run([*command, f"name={name}", *devices, *words], check=True, timeout=300, cwd=REPOSITORY)
+        folder = tmp_path / "runs" / "train" / name
+        drafts[name] = load_file(folder / "draft" / "model.safetensors")
+        probes[name] = json.loads((folder / "summary.json").read_text())["probes"]
+    for name in ("ddp", "sharded"):
+        assert probes[name] == probes["one"]
+        for key, weight in drafts["one"].items():
+            torch.testing.assert_close(drafts[name][key], weight, atol=1e-5, rtol=1e-5, msg=f"{name} {key}")

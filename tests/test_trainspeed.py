@@ -37,7 +37,7 @@ TINY = {"hidden": 16, "vocabulary": 311, "tokens": 40, "prompt": 10, "rank": 8}
 @pytest.mark.parametrize("method", SMALL)
 def test_both_sides_compute_the_same_step(method, anchors):
     differences = agreement(replace(SMALL[method], **TINY, anchors=anchors))
-    assert differences["loss"] < 1e-5 and differences["gradient"] < 1e-5
+    assert differences["loss"] < 1e-5 and differences["gradient"] <= differences["parameter"] < 1e-5
 
 
 @pytest.mark.parametrize("method", SMALL)

@@ -23,9 +23,11 @@ from torch import Tensor, nn
 from specbench.blocks import Batch, Blocks, slot_positions, take
 from specbench.methods.draft import Proposal, Sample
 from specbench.methods.parallel import ParallelDraft
-from specbench.projection import SharedLookups, add_linear_
+from specbench.projection import SharedLookups, add_linear_, return_memory
 
 MARKOV_HEADS = ("vanilla", "gated", "rnn")
+# Bytes of an embedding's gradient from which the memory freed before it is worth asking back (a few milliseconds).
+LARGE_GRADIENT = 64 * 2**20
 
 
 class MarkovHead(nn.Module):
@@ -110,7 +112,9 @@ class DSpark(ParallelDraft):
             return super().forward(batch)
         previous = take(batch.tokens, slot_positions(batch, self.block_size)[1])
         with SharedLookups() as lookups:
-            self.markov_head.markov_w1(previous)
+            embedded, table = self.markov_head.markov_w1(previous), self.markov_head.markov_w1.weight
+        if embedded.requires_grad and table.nbytes >= LARGE_GRADIENT:
+            embedded.register_hook(return_memory)
         return replace(super().forward(batch), previous=previous, lookups=lookups)
 
     def features(self, hidden: Float[Tensor, "*b K D"], previous: Int[Tensor, "*b K"]) -> Float[Tensor, "*b K F"]:
