@@ -11,7 +11,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig
 
 from experiments import trainspeed
-from experiments.evaluate import first_prompt, lineage_of, load_pair, source_of
+from experiments.evaluate import PLAIN, first_prompt, lineage_of, load_pair, source_of
 from experiments.progress import Progress
 from experiments.stage import Stage, container
 from specbench.costs import CostProfile
@@ -42,10 +42,12 @@ def run(cfg: DictConfig) -> Path:
     if cfg.what != "decode":
         raise ValueError(f"what={cfg.what}: choose decode or train")
     if cfg.draft is None:
-        raise ValueError("speed needs draft=... (a draft folder or a training run), or `specbench speed train`")
+        raise ValueError(
+            "speed needs draft=... (a draft folder, a training run or a baseline), or `specbench speed train`"
+        )
+    if cfg.draft == PLAIN:
+        raise ValueError(f"draft={PLAIN} is what every draft is timed against; name another one")
     source = source_of(cfg.draft)
-    if source is None:
-        raise ValueError(f"draft={cfg.draft} has no folder to measure; name a draft folder or a training run")
     about = lineage_of(cfg.draft, source, cfg.target.name)
     name = cfg.name or f"{about['method']}-{cfg.target.name}-s{about['seed']}"
     config = container(cfg)
@@ -84,7 +86,7 @@ def run(cfg: DictConfig) -> Path:
             print(pd.DataFrame(held).to_string(index=False, float_format="%.3f"))
         shown = ("speedup", "speedup_low", "speedup_high", "predicted_speedup", "accepted_length", "tokens_per_second")
         stage.finish(
-            {key: metrics[key] for key in shown},
+            {key: metrics[key] for key in (*shown, "loop_plain", "loop_speculative") if key in metrics},
             next=f"specbench serve rounds=RUN profile=file profile.path={folder / 'profile.json'}",
         )
     return folder

@@ -217,11 +217,11 @@ class Small(Baseline):
 
 
 def small(folder: str | Path, target: Target, block_size: int = SLOTS) -> Small:
-    """The language model of a folder or hub id as draft of `target`, on its device and in its dtype.
-
-    Errors: ValueError for a model of another vocabulary.
+    """The language model of a folder or hub id (ID@REVISION pins it) as draft of `target`, on its device and in its
+    dtype. Errors: ValueError for a model of another vocabulary.
     """
-    model = Target.load(folder, [], dtype=target.dtype, device=target.device)
+    id, revision = pinned(str(folder))
+    model = Target.load(id, [], revision, target.dtype, target.device)
     own, theirs = (len(t.tables.head) for t in (target, model))
     if target.tokenizer is None or model.tokenizer is None:
         if own != theirs:
@@ -242,13 +242,23 @@ def small(folder: str | Path, target: Target, block_size: int = SLOTS) -> Small:
     return Small(model, own, block_size)
 
 
+def pinned(name: str) -> tuple[str, str | None]:
+    """ID@REVISION as its two parts; a folder is itself, whatever its name.
+
+    >>> pinned("Qwen/Qwen3-0.6B@c1899de")
+    ('Qwen/Qwen3-0.6B', 'c1899de')
+    """
+    id, at, revision = name.rpartition("@")
+    return (id, revision) if at and revision and not Path(name).exists() else (name, None)
+
+
 def is_baseline(name: str) -> bool:
     """Whether `draft=` names a baseline and not a draft folder."""
     return name in BASELINES or str(name).startswith(SMALL)
 
 
 def baseline(name: str, target: Target, block_size: int = SLOTS) -> Baseline:
-    """The baseline of a name in BASELINES, or small:FOLDER_OR_ID."""
+    """The baseline of a name in BASELINES, or small:FOLDER_OR_ID[@REVISION]."""
     if name.startswith(SMALL):
         return small(name.removeprefix(SMALL), target, block_size)
     if name not in BASELINES:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from specbench.costs import CostProfile
-from specbench.decoding import Limits, clock, speculative_decode
+from specbench.decoding import Decoded, Limits, clock, speculative_decode
 from specbench.methods.draft import Proposer
 from specbench.rounds import PromptRounds
 from specbench.sampling import Sampling
@@ -19,6 +19,9 @@ from specbench.serving import workload
 from specbench.simulator import Engine
 from specbench.speed import step_cost
 from specbench.targets import Target
+
+# Groups of prompts that a step of one size is timed on.
+GROUPS = 4
 
 
 def check(
@@ -32,27 +35,40 @@ def check(
 ) -> list[dict]:
     """Simulated against measured committed tokens a second at each concurrency, `length` slots verified a round.
 
-    In every repeat the steps of 1 ... max(concurrency) requests are timed on every other prompt (the profile), and the
-    rest is decoded at each concurrency, as requests join and leave; the simulation replays those very rounds against
-    the profile. Prefill, which the simulator leaves out, is taken off the engine's time.
+    In every repeat and at each concurrency the steps of 1 ... B requests are timed on every other prompt, before and
+    after the rest is decoded with requests joining and leaving; the simulation replays those very rounds against the
+    profile of both, so that a machine whose clock drifts does so for either side. Prefill, which the simulator leaves
+    out, is taken off the engine's time.
 
     One row a concurrency: requests, length, measured, simulated (medians of the repeats), ratio (median of the repeats'
     own ratios) with its smallest and largest.
     """
     known, asked = prompts[::2], prompts[1::2]
-    sizes = range(1, max(concurrency) + 1)
     if len(known) < max(concurrency) or len(asked) < 2 * max(concurrency):
         raise ValueError(
             f"{len(prompts)} prompts are too few to check a concurrency of {max(concurrency)}: give at least "
             f"{4 * max(concurrency)}, or lower it"
         )
-    step_cost(target, draft, known, list(sizes), [length], 8)  # first calls are slow, and belong to neither side
+
+    def steps(most: int, tokens: int = max_new_tokens) -> dict[int, float]:
+        """Mean seconds of a step by its tokens, over several groups of prompts, because contexts differ."""
+        found: dict[int, list[float]] = {}
+        for size in range(1, most + 1):
+            groups = min(GROUPS, len(known) // size)
+            for group in range(groups):
+                (row,) = step_cost(target, draft, known[group::groups], [size], [length], tokens)
+                found.setdefault(row["tokens"], []).append(row["seconds"])
+        return {tokens: float(np.mean(seconds)) for tokens, seconds in found.items()}
+
+    steps(max(concurrency), 8)  # first calls are slow, and belong to neither side
     found: dict[int, list[tuple[float, float]]] = {B: [] for B in concurrency}
     for _ in range(repeats):
-        steps = step_cost(target, draft, known, list(sizes), [length], max_new_tokens)
-        profile = CostProfile.from_pairs([(row["tokens"], 1 / row["seconds"]) for row in steps], "one run")
         for B in concurrency:
-            found[B].append(_both(target, draft, asked, B, length, max_new_tokens, profile))
+            before = steps(B)
+            done, seconds = _decode(target, draft, asked, B, length, max_new_tokens)
+            after = steps(B)
+            profile = CostProfile.from_pairs([(n, 2 / (before[n] + after[n])) for n in before], "one run")
+            found[B].append(_throughputs(done, seconds, B, length, profile))
     rows = []
     for B, pairs in found.items():
         measured, simulated = np.array(pairs).T
@@ -63,15 +79,16 @@ def check(
     return rows
 
 
-def _both(
-    target, draft, prompts, B: int, length: int, max_new_tokens: int, profile: CostProfile
-) -> tuple[float, float]:
-    """Tokens a second of the engine's rounds, and of their replay."""
-    limits = Limits(max_new_tokens, batch_size=B)  # no stop tokens: every request runs to the end
+def _decode(target, draft, prompts, B: int, length: int, max_new_tokens: int) -> tuple[list[Decoded], float]:
+    """Finished requests, and the engine's seconds without prefill. No stop tokens: every request runs to the end."""
+    limits = Limits(max_new_tokens, batch_size=B)
     began = clock(target.device)
     done = list(speculative_decode(target, draft, prompts, Sampling(), limits, scheduler=FixedLength(length)))
-    seconds = clock(target.device) - began - sum(request.prefill_seconds for request in done)
-    done.sort(key=lambda request: request.index)
+    return done, clock(target.device) - began - sum(request.prefill_seconds for request in done)
+
+
+def _throughputs(done: list[Decoded], seconds: float, B: int, length: int, profile: CostProfile) -> tuple[float, float]:
+    """Tokens a second of the engine's rounds, and of their replay."""
     rounds = [
         PromptRounds(
             str(request.index),
@@ -80,7 +97,7 @@ def _both(
             np.array([r.seconds for r in request.rounds]),
             sum(r.committed for r in request.rounds),
         )
-        for request in done
+        for request in sorted(done, key=lambda request: request.index)
     ]
     engine = Engine(workload(rounds), profile, FixedLength(length), B, range(len(rounds)), limit=len(rounds))
     steps = list(engine.steps())

@@ -8,7 +8,7 @@ import torch
 from scipy.stats import chisquare
 
 from experiments.cli import main
-from specbench.baselines import BASELINES, NGram, Small, baseline, lookup, small
+from specbench.baselines import BASELINES, NGram, Small, baseline, lookup, pinned, small
 from specbench.blocks import Context
 from specbench.decoding import Limits, decode, speculative_decode
 from specbench.runfolder import read_lines, read_summary
@@ -192,6 +192,31 @@ def test_every_baseline_from_the_command_line(tmp_path, capsys):
     assert found["small"][0]["method"] == "small-twin"
     assert found["small"][0]["lineage"]["draft"] == found["small"][0]["lineage"]["target"]
     assert found["small"][0]["draft_parameters"] == sum(p.numel() for p in tiny.target("qwen3").model.parameters())
+
+
+def test_a_baseline_is_timed_like_a_draft(tmp_path, capsys):
+    prompts = tmp_path / "asked.jsonl"
+    prompts.write_text("".join(json.dumps({"id": str(i), "prompt_ids": [5, 6, 7 + i]}) + "\n" for i in range(4)))
+    common = [f"root={tmp_path}", "target=tiny_qwen3", f"prompts={prompts}", "repeats=1", "warmup=0", "step_tokens=6"]
+    common += ["batch_sizes=[1]", "lengths=[1]", "clock_prompts=2", "clock_repeats=1", "max_new_tokens=9", "check=[]"]
+    common += ["stop_token_ids=[]", "clock_library=true"]
+    assert main(["speed", *common, "draft=oracle", "slots=3"]) == 0, capsys.readouterr().err
+    summary = read_summary(tmp_path / "runs" / "speed" / "oracle-tiny_qwen3-s0")
+    metrics = summary["metrics"]
+    assert summary["method"] == "oracle" and metrics["accepted_length"] == 4.0
+    assert metrics["loop_plain"] == pytest.approx(
+        metrics["plain_tokens_per_second"] / metrics["library_tokens_per_second"]
+    )
+    assert main(["speed", *common, "draft=plain"]) == 2
+    assert "draft=plain is what every draft is timed against" in capsys.readouterr().err
+
+
+def test_a_revision_stands_behind_an_at_unless_a_folder_is_called_so(tmp_path):
+    assert pinned("Qwen/Qwen3-0.6B@c1899de") == ("Qwen/Qwen3-0.6B", "c1899de")
+    assert pinned("Qwen/Qwen3-0.6B") == ("Qwen/Qwen3-0.6B", None)
+    folder = tmp_path / "model@home"
+    folder.mkdir()
+    assert pinned(str(folder)) == (str(folder), None)
 
 
 def _context(length):
