@@ -100,6 +100,38 @@ def test_a_given_setting_replaces_its_axis() -> None:
     ]
 
 
+# What each choice changes, and the default of its method in all else.
+CHOICES = {
+    "dspark_exponent_7": {"method.objective.slot_weight.exp": 7.0},
+    "dspark_confidence_detached": {"method.objective.detach_confidence": True},
+    "dspark_random_start": {"start": "random"},
+    "dflash_masks_predict": {"method.draft.sample_from_anchor": False},
+    "eagle3_all_positions": {"method.objective.normalise": "positions"},
+    "eagle3_unshifted": {"method.draft.supervision": "unshifted"},
+    "eagle3_random_start": {"start": "random"},
+}
+
+
+def test_a_choice_changes_what_it_says_and_nothing_else() -> None:
+    names = {file.stem for file in (FOLDER / "choice").glob("*.yaml")}
+    assert {name for name in names if not name.endswith("_default")} == set(CHOICES)
+
+    def flat(tree: dict, where: str = "") -> dict:
+        found = {}
+        for key, value in tree.items():
+            path = f"{where}.{key}" if where else key
+            found |= flat(value, path) if isinstance(value, dict) else {path: value}
+        return found
+
+    def chosen(name: str) -> dict:
+        return flat(OmegaConf.to_container(composed("train", [f"choice={name}"]), resolve=True))
+
+    for name, expected in CHOICES.items():
+        default, other = chosen(f"{name.split('_')[0]}_default"), chosen(name)
+        changed = {key: other.get(key) for key in default | other if default.get(key) != other.get(key)}
+        assert changed == expected | {"choice": name}, name
+
+
 def test_an_unknown_experiment_is_refused() -> None:
     with pytest.raises(ValueError, match=r"no experiment 'fig9'.*fig3_depth"):
         study_of("fig9")
