@@ -52,7 +52,7 @@ class Round:
 @dataclass
 class Decoded:
     """One finished request. `output_ids`: the generated tokens, cut at the stop token or at max_new_tokens. `seconds`:
-    of everything that it took part in. `prefill_seconds`: its share of the prefill that it joined with."""
+    of everything that it took part in. `prefill_seconds`: its share of joining, prefill and the copy into the batch."""
 
     index: int
     prompt_ids: list[int]
@@ -152,8 +152,12 @@ def _run(target, draft, prompts, sampling, limits, seeds, scheduler, slots) -> I
     while waiting or lanes is not None:
         joining = _admit(waiting, lanes, limits)
         if joining:
+            started = clock(target.device)
             fresh = _begin(target, draft, joining, sampling, [seeds[r.index] for r in joining])
             lanes = fresh if lanes is None else lanes.merge(fresh)
+            joined = (clock(target.device) - started) / len(joining)
+            for request in joining:
+                request.prefill_seconds = joined
         done = _done(lanes, limits)
         if not done:
             _round(target, draft, lanes, limits, scheduler, slots)
@@ -209,7 +213,6 @@ def _begin(target: Target, draft: Proposer | None, requests: list[Decoded], samp
     for request, token in zip(requests, anchor.tolist(), strict=True):
         request.output_ids.append(token)
         request.seconds += clock(target.device) - started
-        request.prefill_seconds = (time.perf_counter() - started) / len(requests)
     return _Lanes(requests, anchor, state, drafted, sampler)
 
 
