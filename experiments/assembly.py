@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from inspect import signature
@@ -55,18 +54,6 @@ def device_of(setting: str | None) -> torch.device:
     if str(setting).startswith("cuda") and not torch.cuda.is_available():
         raise ValueError(f"device={setting}: this machine has no CUDA device; use device=cpu or device=auto")
     return torch.device(setting)
-
-
-def rank_and_world() -> tuple[int, int]:
-    """This process's place under torchrun, Slurm or Lightning's own launcher; (0, 1) outside."""
-    for rank, world in (("RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_NTASKS")):
-        if rank in os.environ and world in os.environ:
-            return int(os.environ[rank]), int(os.environ[world])
-    if "LOCAL_RANK" in os.environ and "WORLD_SIZE" in os.environ:
-        if int(os.environ.get("NODE_RANK", 0)):
-            raise ValueError("several nodes need a launcher that numbers their processes: use torchrun or Slurm")
-        return int(os.environ["LOCAL_RANK"]), int(os.environ["WORLD_SIZE"])
-    return 0, 1
 
 
 def load_target(cfg: DictConfig, device: str | None = None) -> Target:

@@ -9,7 +9,8 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from experiments.assembly import load_target, rank_and_world
+from experiments.assembly import load_target
+from experiments.launching import rank_and_world
 from experiments.progress import Progress
 from experiments.stage import Stage, say
 from specbench.data import answers

@@ -13,12 +13,13 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from analysis.headline import headline
-from experiments.assembly import load_target, rank_and_world
+from experiments.assembly import load_target
+from experiments.launching import rank_and_world
 from experiments.mirror import mirror
 from experiments.progress import Progress
 from experiments.stage import Stage, container, say
 from specbench.audit import verdict
-from specbench.baselines import SLOTS, SMALL, Baseline, Small, baseline, is_baseline
+from specbench.baselines import SLOTS, SMALL, Baseline, Small, baseline, is_baseline, short_name
 from specbench.data.benchmarks import Benchmarks
 from specbench.decoding import Limits
 from specbench.evaluation import Answered, DraftEvaluation, Protocol, merged, write_rounds
@@ -61,7 +62,7 @@ def source_of(draft: str) -> Path | None:
 def lineage_of(draft: str, source: Path | None, target: str) -> dict[str, Any]:
     """Method, training seed and parent of a draft, from its training run where it has one."""
     if source is None:
-        method = f"small-{Path(draft.removeprefix(SMALL)).name}" if draft.startswith(SMALL) else draft
+        method = f"small-{short_name(draft.removeprefix(SMALL))}" if draft.startswith(SMALL) else draft
         return {"method": method, "seed": 0, "parents": []}
     if (Path(draft) / "summary.json").is_file():
         summary = read_summary(draft)
@@ -183,7 +184,7 @@ def _evaluate(cfg: DictConfig, stage: Stage, name: str, source: Path | None, abo
         costs = {"draft_parameters": draft.parameters_count} if isinstance(draft, Small) else about.get("costs", {})
         summary |= {"metrics": numbers, "lineage": lineage, "training_seed": about["seed"], **costs}
         mirror(tracking, run, about["method"], numbers)
-        tracking.uses(f"draft-{Path(cfg.draft).name}", "draft", **lineage)
+        tracking.uses(f"draft-{short_name(cfg.draft)}", "draft", **lineage)
         if protocol.audit:
             summary["audit"] = verdict([item.record["audit"] for item in done], cfg.audit_spacings)
         run.finish(**summary)

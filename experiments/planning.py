@@ -8,6 +8,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 
 from experiments.assembly import build_draft, location
+from experiments.launching import shards_of
 from experiments.stage import say
 from specbench.backbone import backbone_of
 from specbench.memory import Footprint, footprint
@@ -26,8 +27,7 @@ def print_plan(cfg: DictConfig) -> Footprint:
     if memory is None and torch.cuda.is_available():
         memory = torch.cuda.get_device_properties(0).total_memory / 2**30
     lightning = cfg.trainer.lightning
-    shards = 1 if isinstance(lightning.strategy, str) else lightning.strategy.get("data_parallel_size", 1)
-    found = footprint(draft, cfg.target.max_length, lightning.precision, memory, shards)
+    found = footprint(draft, cfg.target.max_length, lightning.precision, memory, shards_of(lightning))
     say(found.text())
     return found
 

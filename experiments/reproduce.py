@@ -21,6 +21,7 @@ from omegaconf import DictConfig
 
 from experiments import calibrate, compare, evaluate, report, serve, train
 from experiments.assembly import composed
+from experiments.launching import as_command
 from experiments.quickstart import stage
 from experiments.stage import MARKER, duration, say
 from experiments.studies import Study, study_of, with_values
@@ -50,9 +51,10 @@ def run(cfg: DictConfig, given: Sequence[str] | None = None) -> Path:
     for codec in study.caches or [cfg.codec]:
         stage("cache", [*everywhere, *for_data, f"codec={codec}", *cfg.stages.cache])
     trained, decoded, calibrated = [], [], []
-    for number, job in enumerate(jobs, 1):
+    for number, (job, words) in enumerate(zip(jobs, study.trainings, strict=True), 1):
         say(f"reproduce {cfg.name}: run {number} of {len(jobs)}")
-        folder, own = train.run(with_values(job, evaluate=False)), []
+        with as_command(["train", *everywhere, *words, "evaluate=false"]):
+            folder, own = train.run(with_values(job, evaluate=False)), []
         for overrides in study.evaluations or [[f"temperature={t}"] for t in job.temperatures]:
             own.append(evaluate.run(train.evaluation_of(job, folder, overrides)))
         trained.append(folder)

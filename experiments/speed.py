@@ -47,7 +47,14 @@ def run(cfg: DictConfig) -> Path:
         )
     if cfg.draft == PLAIN:
         raise ValueError(f"draft={PLAIN} is what every draft is timed against; name another one")
+    if cfg.clock_library and (cfg.batch_size != 1 or cfg.temperature != 0):
+        raise ValueError(
+            f"clock_library=true with batch_size={cfg.batch_size} and temperature={cfg.temperature}: the library's "
+            "generation is timed at batch_size=1 and temperature=0 only"
+        )
     source = source_of(cfg.draft)
+    if cfg.slots is not None and source is not None:
+        raise ValueError(f"slots={cfg.slots} is for baselines; lengths=[...] measures shorter proposals of this draft")
     about = lineage_of(cfg.draft, source, cfg.target.name)
     name = cfg.name or f"{about['method']}-{cfg.target.name}-s{about['seed']}"
     config = container(cfg)

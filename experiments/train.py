@@ -11,7 +11,6 @@ from typing import Any
 
 import lightning as L
 import torch
-import torch.distributed as dist
 from hydra.utils import instantiate
 from lightning.pytorch.callbacks import Callback, TQDMProgressBar
 from omegaconf import DictConfig, OmegaConf
@@ -22,9 +21,9 @@ from experiments.assembly import (
     composed,
     draft_settings,
     load_target,
-    rank_and_world,
 )
 from experiments.evaluate import run as evaluate
+from experiments.launching import rank_and_world, ranks, repeats_the_command, shards_of
 from experiments.planning import print_plan
 from experiments.stage import Stage, container, first_rank, say
 from experiments.trainingdata import frequent_tokens, open_data, probe_prompts
@@ -49,7 +48,10 @@ def run(cfg: DictConfig) -> Path:
     folder = Path(cfg.root) / "runs" / "train" / name
     with Stage("train", folder, cfg, force=cfg.force, ignore=("name", *WITHOUT_EFFECT)) as stage:
         if not stage.done:
-            _train(cfg, stage, name)
+            with ranks():
+                _train(cfg, stage, name)
+    if repeats_the_command():
+        raise SystemExit(0)  # what the first rank does next, an evaluation or another training, is its own
     # The other ranks of a training are done; an evaluation over several devices is a command of its own.
     if cfg.evaluate and first_rank():
         for temperature in cfg.temperatures:
@@ -71,6 +73,7 @@ def run_name(cfg: DictConfig) -> str:
 
 def _train(cfg: DictConfig, stage: Stage, name: str) -> None:
     rank, _ = rank_and_world()
+    shards_of(cfg.trainer.lightning)
     fresh = stage.state in ("changed", "forced")
     with RunFolder(cfg.root, "train", name, container(cfg), fresh=fresh, writes=rank == 0) as run:
         target = load_target(cfg.target) if needs_target(cfg) else None
@@ -121,10 +124,13 @@ def _train(cfg: DictConfig, stage: Stage, name: str) -> None:
             enable_checkpointing=False,
             enable_model_summary=False,
             use_distributed_sampler=False,
+            # Inference tensors would outlive a validation: a sharded draft gathers its weights into the same memory.
+            inference_mode=False,
             **instantiate(cfg.trainer.lightning, _convert_="all"),
         )
         last = keep / "last.ckpt"
-        trainer.fit(module, datamodule=data, ckpt_path=str(last) if stage.resumes and last.exists() else None)
+        resumed = str(last) if stage.resumes and last.exists() else None
+        trainer.fit(module, datamodule=data, ckpt_path=resumed, weights_only=False)
         if stop.received:
             raise KeyboardInterrupt
         best = keep / ("best.ckpt" if probe is not None else "last.ckpt")
@@ -150,9 +156,6 @@ def _train(cfg: DictConfig, stage: Stage, name: str) -> None:
         tracking.summary({k: v for k, v in summary.items() if isinstance(v, (int, float))})
         run.finish(**summary)
         tracking.finish()
-        if dist.is_initialized():
-            dist.barrier()
-            dist.destroy_process_group()
         shown = {k: summary[k] for k in ("probe_accepted_length", "best_step", "steps", "parameters")}
         stage.finish(shown, next=f"specbench evaluate draft={run.path}")
 
@@ -182,7 +185,7 @@ def initialise(draft: Draft, start: str, target: Any) -> list[str]:
 
 def load_published(draft: Draft, checkpoint: Path) -> int:
     """Take over a checkpoint's published weights, the moving average where there is one; returns its optimiser step."""
-    found = torch.load(checkpoint, map_location="cpu", weights_only=False)
+    found = torch.load(checkpoint, map_location="cpu", weights_only=False, mmap=True)
     held = found["state_dict"]
     prefix = "average." if any(name.startswith("average.") for name in held) else "draft."
     draft.load_state_dict({k.removeprefix(prefix): v for k, v in held.items() if k.startswith(prefix)})

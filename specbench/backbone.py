@@ -215,7 +215,9 @@ class Attention(nn.Module):
         self.value_eps = backbone.norm_eps if backbone.value_norm else None
 
     def queries(self, x: Float[Tensor, "*b D"], rope: Rope) -> Float[Tensor, "*b H d"]:
-        return rotate(self.q_norm(self.q_proj(x).unflatten(-1, (self.heads, self.head_dim))), rope)
+        queries = self.q_proj(x).unflatten(-1, (self.heads, self.head_dim))
+        # Under autocast a norm of fp32 weights gives fp32; attention kernels want what the values have.
+        return rotate(self.q_norm(queries), rope).to(queries.dtype)
 
     def keys_values(self, x: Float[Tensor, "*b D"], rope: Rope) -> tuple[Tensor, Tensor]:
         """Keys and values (..., G, d); values come from the key projection when the family shares it."""
@@ -223,7 +225,7 @@ class Attention(nn.Module):
         values = keys if self.v_proj is None else self.v_proj(x).unflatten(-1, (self.kv_heads, self.head_dim))
         if self.value_eps is not None:
             values = F.rms_norm(values, (self.head_dim,), eps=self.value_eps)
-        return rotate(self.k_norm(keys), rope), values
+        return rotate(self.k_norm(keys), rope).to(keys.dtype), values.to(keys.dtype)
 
 
 class MLP(nn.Module):

@@ -252,6 +252,12 @@ def pinned(name: str) -> tuple[str, str | None]:
     return (id, revision) if at and revision and not Path(name).exists() else (name, None)
 
 
+def short_name(name: str) -> str:
+    """The last part of a folder or hub id, with its revision: what runs and tables call a draft by."""
+    id, revision = pinned(name)
+    return Path(id).name + ("" if revision is None else f"-{revision.replace('/', '-')}")
+
+
 def is_baseline(name: str) -> bool:
     """Whether `draft=` names a baseline and not a draft folder."""
     return name in BASELINES or str(name).startswith(SMALL)

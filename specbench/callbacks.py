@@ -60,7 +60,8 @@ class DecodeProbe(Callback):
         mine = list(range(rank, len(self.prompts), world))
         counts = torch.zeros(2, dtype=torch.float64, device=module.device)
         prompts = [self.prompts[i] for i in mine]
-        with module.whole() as draft:
+        # Lightning casts within its own steps only, and under mixed precision draft and target differ in dtype.
+        with module.whole() as draft, trainer.precision_plugin.forward_context():
             training = draft.training
             draft.eval()
             for done in speculative_decode(self.target, draft, prompts, self.sampling, self.limits, seeds=mine):

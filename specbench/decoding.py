@@ -171,11 +171,8 @@ def _run(target, draft, prompts, sampling, limits, seeds, scheduler, slots) -> I
 
 def _done(lanes: _Lanes, limits: Limits) -> list[int]:
     """Rows whose text ended at a stop token or is long enough."""
-
-    def ended(ids: list[int]) -> bool:
-        return ids[-1] in limits.stop_token_ids or len(ids) >= limits.last_round_at
-
-    return [r for r, request in enumerate(lanes.requests) if ended(request.output_ids)]
+    texts = [request.output_ids for request in lanes.requests]
+    return [r for r, ids in enumerate(texts) if ids[-1] in limits.stop_token_ids or len(ids) >= limits.last_round_at]
 
 
 def _admit(waiting: deque[Decoded], lanes: _Lanes | None, limits: Limits) -> list[Decoded]:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 
 class KVCache:
-    """Keys and values (B, T, G, d) of several layers with one length a row.
+    """Keys and values of several layers with one length a row, given and taken as (B, T, G, d).
 
     `write` puts new entries behind each row's length and returns everything up to the longest row; `advance` says how
     many of them count. What lies beyond a row's length is overwritten later and must be masked by the reader. Stored

@@ -2,7 +2,8 @@
 
 Counted: fp32 master weights, gradients and Adam moments of the trained parameters, the frozen tables in bf16 (or fp32),
 saved activations of the block queries and the context, the batch's target states, and one vocabulary-sized chunk.
-Sharded over n ranks (FSDP2), all but the whole weights and gradients of a micro-batch's backward pass is divided by n.
+Sharded over n ranks (FSDP2), master weights, gradients and moments are divided by n; the whole weights and gradients of
+a micro-batch's backward pass come on top.
 Not counted: allocator fragmentation, compiler workspaces, communication buffers. FlexAttention saves no score matrix.
 
 Axes: T tokens, N anchors, K slots, D hidden, M feed-forward, C taps.

@@ -27,8 +27,9 @@ FOLDED_BYTES = 256 * 2**20
 
 class Stack:
     """Layers of one backbone that extend a KVCache. `renew` before a request begins: it folds them anew if they were
-    changed since, so that a request sees the weights of its beginning. Changes through `Tensor.data`, which autograd
-    does not count, go unseen. `reads_context`: `store_context` will be asked for. `folds` False keeps to the modules.
+    changed since; until the next one, folded layers keep the weights that it saw. Changes through `Tensor.data`, which
+    autograd does not count, go unseen. `reads_context`: `store_context` will be asked for. `folds` False keeps to the
+    modules, and so does autocast, which would cast the folded norms too.
     """
 
     def __init__(self, layers: Iterable[Layer], backbone: Backbone, reads_context: bool = False):
@@ -40,11 +41,12 @@ class Stack:
     def renew(self) -> None:
         """Take the layers' present weights."""
         parameters = [p for layer in self.layers for p in layer.parameters()]
-        seen = (self.folds, *((p.data_ptr(), p.device, _version(p)) for p in parameters))
+        folds = self.folds and not torch.is_autocast_enabled(parameters[0].device.type)
+        seen = (folds, *((p.data_ptr(), p.device, _version(p)) for p in parameters))
         if seen == self._seen:
             return
         self._seen = seen
-        if self.folds and foldable(self.backbone, parameters):
+        if folds and foldable(self.backbone, parameters):
             with torch.inference_mode(False), torch.no_grad():
                 self._steps = Folded(self.layers, self.backbone, self.reads_context)
         else:

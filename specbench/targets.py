@@ -207,6 +207,7 @@ class Target:
             attention_mask=torch.ones_like(tokens),
             max_new_tokens=max_new_tokens,
             do_sample=False,
+            repetition_penalty=1.0,  # a model's own generation settings stay in force otherwise
             eos_token_id=list(stop_token_ids) or None,
             pad_token_id=0,
         )

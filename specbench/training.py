@@ -19,7 +19,7 @@ import lightning as L
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 
 from specbench.blocks import Batch, with_anchors
@@ -117,6 +117,8 @@ class DraftTraining(L.LightningModule):
             raise ValueError(
                 "recipe.compile=true does not go with a sharded draft; set it to false or use strategy=ddp"
             )
+        if not hasattr(FSDPModule, "set_reduce_scatter_unused_params"):
+            raise ValueError(f"torch {torch.__version__} is too old to shard a draft: use 2.13, or strategy=ddp")
         for module in [m for m in (self.draft, self.average) if m is not None]:
             fully_shard(module, mesh=mesh["data_parallel"], reshard_after_forward=False)
             # Sums, as everywhere here; and ranks without a supervised slot take part in them.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from specbench.attention import Visibility, attend
+from specbench.attention import Visibility, attend, attend_flex, block_mask
 from specbench.backbone import Backbone, Layer, RotaryEmbedding, backbone_of, rotate
 from specbench.targets import Target
 from tests import tiny
@@ -46,6 +46,24 @@ def test_a_layer_equals_the_librarys_own(family):
     torch.testing.assert_close(found, context.taps[:, :, 1], atol=1e-5, rtol=1e-5)
     # A layer that ignores the past, or one layer's worth of anything else, is far from it.
     assert (context.taps[:, :, 0] - context.taps[:, :, 1]).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_queries_keys_and_values_have_one_dtype_under_autocast(family):
+    """FlexAttention takes no mixture, and the norms of fp32 weights would make one."""
+    backbone = backbone_of(tiny.FAMILIES[family])
+    layer, rope = Layer(backbone).requires_grad_(False), RotaryEmbedding(backbone)
+    x, position = torch.randn(1, 6, backbone.hidden_size), torch.arange(6)[None]
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        turned = rope(position, x.dtype)
+        query, (keys, values) = layer.self_attn.queries(x, turned), layer.self_attn.keys_values(x, turned)
+        visible = Visibility(torch.full((1, 3), 4))
+        blocks = [one.unflatten(1, (3, 2)) for one in (query, keys, values)]
+        mask = block_mask(visible, (1, 3, 2, 6, 2))
+        found = attend_flex(blocks[0], (keys, values), tuple(blocks[1:]), mask, backbone.scale)
+        dense = attend(blocks[0], (keys, values), tuple(blocks[1:]), visible.context_mask(6, 2), backbone.scale)
+    assert {query.dtype, keys.dtype, values.dtype} == {torch.bfloat16}
+    torch.testing.assert_close(found.float(), dense.float(), atol=3e-2, rtol=3e-2)
 
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)

@@ -136,11 +136,12 @@ def test_two_ranks_train_to_the_weights_of_one(method, strategy, recipe, tmp_pat
             assert other["numbers"][name] == pytest.approx(value, rel=1e-5, nan_ok=True), name
 
 
-def test_a_sharded_run_continues_from_its_checkpoint(tmp_path):
+@pytest.mark.parametrize("strategy", [pytest.param("ddp", marks=pytest.mark.long), "sharded"])
+def test_an_interrupted_run_continues_from_its_checkpoint(strategy, tmp_path):
     recipe = {"ema": 0.5}
     train(0, 1, tmp_path, "dspark", **recipe)
     for until in (2, STEPS):
-        ranks(_train, tmp_path, "dspark", "sharded", recipe | {"until": until})
+        ranks(_train, tmp_path, "dspark", strategy, recipe | {"until": until})
     one, two = (torch.load(tmp_path / f"{name}.pt") for name in ("1-0", "2-0"))
     for name, weight in one["weights"].items():
         torch.testing.assert_close(two["weights"][name], weight, atol=1e-6, rtol=1e-6, msg=name)
@@ -205,17 +206,31 @@ SHARDED = (
 
 @pytest.mark.long
 def test_the_command_line_trains_on_two_devices_to_the_draft_of_one(tmp_path):
+    """A sweep of two trainings starts ranks twice and leaves one evaluation a training."""
     prepared = [word for word in prepare(tmp_path) if not word.startswith("tracking=")]
     command = [sys.executable, "-m", "experiments.cli", "train", *prepared, "trainer.data.micro_batches_per_step=2"]
-    command += ["tracking=offline", "trainer.probe.every=1", "evaluate=false", "target=embedded", "method=dspark"]
+    command += ["tracking=offline", "trainer.probe.every=1", "limit=1", "target=embedded", "method=dspark"]
+    command += ["trainer.lightning.accelerator=cpu"]
+    two = "trainer.lightning.devices=2"
+    ways = {
+        "one": ["evaluate=false"],
+        "ddp": ["--multirun", "seed.init=0,1", two, "trainer.lightning.strategy=ddp"],
+        "sharded": [two, SHARDED, "evaluate=false"],
+    }
     drafts, probes = {}, {}
-    for name, words in {"one": [], "ddp": ["trainer.lightning.strategy=ddp"], "sharded": [SHARDED]}.items():
-        devices = [f"trainer.lightning.devices={1 if name == 'one' else 2}", "trainer.lightning.accelerator=cpu"]
-        subprocess.run([*command, f"name={name}", *devices, *words], check=True, timeout=300, cwd=REPOSITORY)
-        folder = tmp_path / "runs" / "train" / name
-        drafts[name] = load_file(folder / "draft" / "model.safetensors")
-        probes[name] = json.loads((folder / "summary.json").read_text())["probes"]
+    for name, words in ways.items():
+        known = set((tmp_path / "runs").glob("train/*"))
+        subprocess.run([*command, *words], check=True, timeout=300, cwd=REPOSITORY)
+        for folder in set((tmp_path / "runs").glob("train/*")) - known:
+            summary, key = json.loads((folder / "summary.json").read_text()), (name, "-s1-" in folder.name)
+            drafts[key], probes[key] = load_file(folder / "draft" / "model.safetensors"), summary["probes"]
+    assert set(drafts) == {("one", False), ("ddp", False), ("ddp", True), ("sharded", False)}
+    expected = drafts["one", False]
     for name in ("ddp", "sharded"):
-        assert probes[name] == probes["one"]
-        for key, weight in drafts["one"].items():
-            torch.testing.assert_close(drafts[name][key], weight, atol=1e-5, rtol=1e-5, msg=f"{name} {key}")
+        assert probes[name, False] == probes["one", False]
+        for key, weight in expected.items():
+            torch.testing.assert_close(drafts[name, False][key], weight, atol=1e-5, rtol=1e-5, msg=f"{name} {key}")
+    assert any((drafts["ddp", True][key] - weight).abs().max() > 1e-2 for key, weight in expected.items())
+    evaluations = [json.loads(path.read_text()) for path in (tmp_path / "runs").glob("evaluate/*/summary.json")]
+    assert sorted(e["training_seed"] for e in evaluations) == [0, 1]
+    assert all(e["status"] == "finished" and e["metrics"]["prompts"] == 1 for e in evaluations)

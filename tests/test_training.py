@@ -18,6 +18,7 @@ from specbench.data.online import OnlineTarget
 from specbench.decoding import Limits, speculative_decode
 from specbench.objective import Objective
 from specbench.sampling import Sampling
+from specbench.targets import Target, new_causal_lm
 from specbench.training import DraftTraining, warmup_cosine
 from tests import toys
 from tests.data.tiny_target import talks
@@ -129,6 +130,55 @@ def test_a_signal_ends_training_with_a_checkpoint_that_continues(number, tmp_pat
     mp.start_processes(_stopped, (tmp_path, number), nprocs=1, start_method="fork")
     assert torch.load(tmp_path / "last.ckpt", weights_only=False)["global_step"] == 2
     assert_same_weights(train(resume=tmp_path / "last.ckpt"), train())
+
+
+def trained_under(precision: str, method: str) -> tuple[DraftTraining, DecodeProbe]:
+    """Four steps on a bf16 target with probes, as a GPU trains."""
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        model = new_causal_lm(toys.CONFIG).bfloat16()
+    owner = Target(model, toys.CONFIG, toys.TAPS, name="toy", stop_token_ids=[])
+    data = OnlineTarget(owner, talks(11, toys.VOCABULARY), samples_per_micro=2, micro_batches_per_step=2, threads=0)
+    draft = copy.deepcopy(toys.draft(method)).train()
+    draft.tables = owner.tables if precision == "bf16-mixed" else copy.deepcopy(owner.tables).float()
+    tables = draft.tables
+    module = DraftTraining(draft, tables, Objective(kl=1.0), max_steps=4, lr=1e-2, warmup=0.0)
+    probed = (
+        owner
+        if precision == "bf16-mixed"
+        else Target(copy.deepcopy(model).float(), toys.CONFIG, toys.TAPS, name="toy", stop_token_ids=[])
+    )
+    probe = DecodeProbe(probed, PROMPTS, every=2, max_new_tokens=8)
+    L.Trainer(
+        accelerator="cpu",
+        precision=precision,
+        max_steps=4,
+        max_epochs=-1,
+        callbacks=[probe],
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+    ).fit(module, datamodule=data)
+    return module, probe
+
+
+@pytest.mark.parametrize("method", toys.METHODS)
+def test_mixed_precision_trains_and_probes_a_bf16_target(method):
+    before = {k: p.detach().clone() for k, p in toys.draft(method).named_parameters()}
+    mixed, probe = trained_under("bf16-mixed", method)
+    exact, other = trained_under("32-true", method)
+    moves = []
+    for module in (mixed, exact):
+        now = dict(module.draft.named_parameters())
+        assert all(p.dtype == torch.float32 for p in now.values())
+        moves.append(torch.cat([(now[k].detach() - before[k]).flatten() for k in before]))
+    assert moves[1].norm() > 1e-2, "training moved nothing"
+    # Rounding to bf16 turns few steps by a little; a gradient that is lost or counted twice turns them by far more.
+    assert torch.cosine_similarity(*moves, 0) > 0.9
+    assert [step for step, _ in probe.history] == [step for step, _ in other.history] == [2, 4]
+    assert probe.best == pytest.approx(other.best, rel=0.3)
 
 
 def test_learning_rate_warms_up_and_falls_to_zero():

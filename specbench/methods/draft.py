@@ -82,7 +82,7 @@ class Draft(nn.Module):
     halts_on_stop = False
     # Which slots training supervises: one of blocks.SUPERVISIONS.
     supervision = "predicted"
-    # The layers as decoding runs them, if the draft has layers; a request sees the weights of its beginning.
+    # The layers as decoding runs them, if the draft has layers; renewed as requests begin.
     stack: Stack | None = None
 
     def __init__(
