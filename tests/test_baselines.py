@@ -8,7 +8,7 @@ import torch
 from scipy.stats import chisquare
 
 from experiments.cli import main
-from specbench.baselines import BASELINES, NGram, Small, baseline, lookup, pinned, small
+from specbench.baselines import BASELINES, NGram, Small, baseline, lookup, pinned, short_name, small
 from specbench.blocks import Context
 from specbench.decoding import Limits, decode, speculative_decode
 from specbench.runfolder import read_lines, read_summary
@@ -209,6 +209,9 @@ def test_a_baseline_is_timed_like_a_draft(tmp_path, capsys):
     )
     assert main(["speed", *common, "draft=plain"]) == 2
     assert "draft=plain is what every draft is timed against" in capsys.readouterr().err
+    assert main(["speed", *common, "draft=oracle", "batch_size=2", "name=two"]) == 2
+    assert "clock_library=true with batch_size=2" in capsys.readouterr().err
+    assert not (tmp_path / "runs" / "speed" / "two").exists()
 
 
 def test_a_revision_stands_behind_an_at_unless_a_folder_is_called_so(tmp_path):
@@ -217,6 +220,11 @@ def test_a_revision_stands_behind_an_at_unless_a_folder_is_called_so(tmp_path):
     folder = tmp_path / "model@home"
     folder.mkdir()
     assert pinned(str(folder)) == (str(folder), None)
+    assert [short_name(n) for n in ("Qwen/Qwen3-0.6B@refs/pr/5", "Qwen/Qwen3-0.6B", str(folder))] == [
+        "Qwen3-0.6B-refs-pr-5",
+        "Qwen3-0.6B",
+        "model@home",
+    ]
 
 
 def _context(length):

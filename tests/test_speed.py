@@ -10,6 +10,7 @@ import pandas as pd
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
 
 from experiments import speed
 from experiments.assembly import build_draft, draft_settings, load_target
@@ -103,6 +104,8 @@ def test_the_stage_measures_and_leaves_a_profile_to_serve_from(tmp_path):
     owner = load_target(cfg.target, "cpu")
     draft = build_draft(method, cfg.target, owner.config, owner.tables)
     save_draft(draft, tmp_path / "draft", owner.config, draft_settings(method, cfg.target))
+    with pytest.raises(ValueError, match=r"slots=2 is for baselines; lengths="):
+        speed.run(OmegaConf.merge(cfg, {"slots": 2}))
     folder = speed.run(cfg)
     costs = pd.read_csv(folder / "costs.csv")
     assert set(costs.part) == {"target", "propose", "commit", "step"} and (costs.seconds > 0).all()
