@@ -231,6 +231,9 @@ def test_the_command_line_trains_on_two_devices_to_the_draft_of_one(tmp_path):
         for key, weight in expected.items():
             torch.testing.assert_close(drafts[name, False][key], weight, atol=1e-5, rtol=1e-5, msg=f"{name} {key}")
     assert any((drafts["ddp", True][key] - weight).abs().max() > 1e-2 for key, weight in expected.items())
-    evaluations = [json.loads(path.read_text()) for path in (tmp_path / "runs").glob("evaluate/*/summary.json")]
-    assert sorted(e["training_seed"] for e in evaluations) == [0, 1]
-    assert all(e["status"] == "finished" and e["metrics"]["prompts"] == 1 for e in evaluations)
+    evaluated = sorted((tmp_path / "runs" / "evaluate").iterdir())
+    summaries = [json.loads((folder / "summary.json").read_text()) for folder in evaluated]
+    assert sorted(summary["training_seed"] for summary in summaries) == [0, 1]
+    for folder, summary in zip(evaluated, summaries, strict=True):
+        asked = [(r["benchmark"], r["prompt_id"]) for r in map(json.loads, (folder / "rounds.jsonl").open())]
+        assert summary["status"] == "finished" and 0 < len(set(asked)) == len(asked) == summary["metrics"]["prompts"]
