@@ -51,6 +51,7 @@ class Backbone:
     sandwich: bool = False
     embedding_scale: float = 1.0
     soft_cap: float | None = None
+    logit_scale: float = 1.0  # on the head's output, before the soft-cap
     window: int | None = None
     head_norms: bool = True
     norm_before_residual: bool = False  # a paired layer adds to its normed feature (a variant of published Eagle3s)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 
 class Tables(nn.Module):
-    """Embedding (V, D) and head (V', D) with the family's embedding scale and logit soft-cap.
+    """Embedding (V, D) and head (V', D) with the family's embedding scale, logit scale and logit soft-cap.
 
     Frozen tables are buffers outside the state dict, so they cost a checkpoint nothing and get no gradient; trainable
     ones are parameters. With a reduced draft vocabulary the head has V' < V rows and `ids` (V',) names them.
@@ -23,6 +23,7 @@ class Tables(nn.Module):
         soft_cap: float | None = None,
         trainable: bool = False,
         ids: Int[Tensor, " W"] | None = None,
+        logit_scale: float = 1.0,
     ):
         super().__init__()
         if trainable:
@@ -32,6 +33,7 @@ class Tables(nn.Module):
             self.register_buffer("head", head, persistent=False)
         self.register_buffer("ids", ids, persistent=False)
         self.embedding_scale, self.soft_cap, self.trainable = embedding_scale, soft_cap, trainable
+        self.logit_scale = logit_scale
 
     def embed(self, tokens: Int[Tensor, "*b"]) -> Float[Tensor, "*b D"]:
         """Scaled token embeddings."""
@@ -42,8 +44,10 @@ class Tables(nn.Module):
         return rows * torch.tensor(self.embedding_scale, dtype=rows.dtype, device=rows.device)
 
     def logits(self, hidden: Float[Tensor, "*b D"]) -> Float[Tensor, "*b W"]:
-        """Vocabulary logits, soft-capped where the family does so."""
+        """Vocabulary logits, scaled and then soft-capped where the family does so."""
         logits = F.linear(hidden, self.head)
+        if self.logit_scale != 1.0:
+            logits = logits * self.logit_scale
         return logits if self.soft_cap is None else torch.tanh(logits / self.soft_cap) * self.soft_cap
 
     def derive(self, trainable: bool = False, ids: Int[Tensor, " W"] | None = None) -> Tables:
@@ -52,4 +56,5 @@ class Tables(nn.Module):
             return self
         head = self.head if ids is None else self.head[ids]
         kept = self.ids if ids is None else ids
-        return Tables(self.embedding.detach(), head.detach(), self.embedding_scale, self.soft_cap, trainable, kept)
+        scales = self.embedding_scale, self.soft_cap
+        return Tables(self.embedding.detach(), head.detach(), *scales, trainable, kept, self.logit_scale)

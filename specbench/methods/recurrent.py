@@ -32,6 +32,8 @@ class RecurrentDraft(Draft):
     """
 
     paired = False
+    # Whether a step reads the normed output of the one before it, or its output as it is.
+    feeds_normed_output = False
 
     def __init__(
         self,
@@ -88,8 +90,11 @@ class RecurrentDraft(Draft):
                 shape = (*anchors.shape, 1, T, k)
                 masks = {key: block_mask(visible, shape) if source.is_cuda else visible.context_mask(T, 1)}
             feature = self.step(feature, tokens[..., k], position, context, own, masks[key], first=k == 0)
+            if self.feeds_normed_output:
+                feature = self.norm(feature)
             outputs.append(feature)
-        return assemble(batch, self.norm(torch.stack(outputs, 2)), self.supervision)
+        hidden = torch.stack(outputs, 2)
+        return assemble(batch, hidden if self.feeds_normed_output else self.norm(hidden), self.supervision)
 
     def context(self, source: Tensor, after: Int[Tensor, "B T"], batch: Batch) -> Pairs:
         """Step-1 keys and values of every position and layer: a causal pass (the last layer needs no queries)."""
@@ -161,6 +166,8 @@ class RecurrentDraft(Draft):
         for k, rope in enumerate(ropes):
             feature = self.step_stored(feature, token, rope, cache, k)
             hidden.append(self.norm(feature))
+            if self.feeds_normed_output:
+                feature = hidden[-1]
             tokens, drawn = sample(self.project(self.features(hidden[-1], token)))
             token = self.to_target(tokens)
             previous.append(token)
