@@ -5,6 +5,11 @@ conversation before the anchor, and inside the sliding window if there is one) a
 `sees_context` and `sees_own` say who sees whom; `attend` evaluates them densely, `attend_spans` conversation by
 conversation, and `attend_flex` compiles them into a FlexAttention block mask on CUDA.
 
+THE WINDOW. With a window w, a query at position p sees keys at positions above p - w and no others: in the context and
+in its own block alike, so that with w below the block's size a late slot sees neither the anchor nor any context. It
+bounds how far back a query sees; what a block shows of the slots behind a query is not bounded. `KVCache.visible`
+applies the same rule while decoding.
+
 Axes: B batch, N blocks, Q queries of a block, T context keys, S own keys, H query and G key-value heads, d head size.
 """
 
@@ -29,7 +34,8 @@ class Visibility:
 
     `limit` (B, N): context keys with a row index below it may be seen. `document` (B, T) and `owner` (B, N): a key is
     seen by blocks of its own conversation only (None: one conversation a row). `query_position` (B, N, Q) and
-    `key_position` (B, T) with `window`: a key further back than `window` - 1 positions is out of sight.
+    `key_position` (B, T) with `window`: a key further back than `window` - 1 positions is out of sight. Own keys stand
+    at consecutive positions, as queries do; query 0 stands `ahead` positions after own key 0.
     """
 
     limit: Int[Tensor, "B N"]
@@ -39,6 +45,7 @@ class Visibility:
     key_position: Int[Tensor, "B T"] | None = None
     window: int | None = None
     causal_own: bool = False
+    ahead: int = 0
 
     # FlexAttention traces the predicates, and a type checker's wrapper around them cannot be traced.
     @no_type_check
@@ -53,8 +60,17 @@ class Visibility:
 
     @no_type_check
     def sees_own(self, q: Tensor, s: Tensor) -> Tensor:
-        """Whether query q sees own key s: always, or only those up to itself when `causal_own`."""
-        return s <= q if self.causal_own else torch.ones_like(q + s, dtype=torch.bool)
+        """Whether query q sees own key s: those inside the window, and only those up to itself when `causal_own`."""
+        back = q + self.ahead - s
+        seen = back >= 0 if self.causal_own else torch.ones_like(back, dtype=torch.bool)
+        return seen if self.window is None else seen & (back < self.window)
+
+    def own_mask(self, queries: int, keys: int) -> Bool[Tensor, "q s"] | None:
+        """`sees_own` as a tensor; None where every query sees every own key."""
+        if not self.causal_own and (self.window is None or queries - 1 + self.ahead < self.window):
+            return None
+        device = self.limit.device
+        return self.sees_own(torch.arange(queries, device=device)[:, None], torch.arange(keys, device=device))
 
     def context_mask(self, keys: int, queries: int) -> Bool[Tensor, "B N q T"]:
         """The context mask as a tensor; q is 1 where it does not depend on the query."""
@@ -72,11 +88,12 @@ def attend(
     mask: Bool[Tensor, "B N q T"],
     scale: float,
     own_mask: Bool[Tensor, "Q S"] | None = None,
+    soft_cap: float | None = None,
 ) -> Float[Tensor, "B N Q H d"]:
     """Dense attention over context and own keys under one softmax (in fp32).
 
     Own keys are scored block by block, so the cost is N*Q*(T + S), never N*Q*(T + N*S). A query that sees nothing
-    gets a finite, meaningless row.
+    gets a finite, meaningless row. `soft_cap` c turns every score s into c tanh(s / c).
     """
     (B, N, Q, H, d), G = query.shape, context[0].shape[2]
     r = H // G
@@ -84,6 +101,7 @@ def attend(
     keys, values = (x.transpose(1, 2) for x in context)  # B G T d
     scores = (q.reshape(B, G, r * N * Q, d) @ keys.transpose(-1, -2)).view(B, G, r, N, Q, -1)
     lowest = torch.finfo(scores.dtype).min
+    scores = capped(scores, soft_cap)
     scores = scores.masked_fill_(~mask[:, None, None], lowest)  # nobody saved them, and they are large
     if own is None:
         weights = scores.softmax(-1, dtype=torch.float32).to(query.dtype)
@@ -93,6 +111,7 @@ def attend(
     by_block = q.transpose(2, 3)  # B G N r Q d
     S = own_keys.shape[3]
     inner = (by_block.reshape(B, G, N, r * Q, d) @ own_keys.transpose(-1, -2)).view(B, G, N, r, Q, S)
+    inner = capped(inner, soft_cap)
     if own_mask is not None:
         inner = inner.masked_fill(~own_mask, lowest)
     weights = torch.cat([scores, inner.transpose(2, 3)], -1).softmax(-1, dtype=torch.float32).to(query.dtype)
@@ -100,6 +119,11 @@ def attend(
     seen = (outer.reshape(B, G, r * N * Q, -1) @ values).view(B, G, r, N, Q, d)
     seen = seen + (inner.transpose(2, 3).reshape(B, G, N, r * Q, S) @ own_values).view(B, G, N, r, Q, d).transpose(2, 3)
     return seen.permute(0, 3, 4, 1, 2, 5).reshape(B, N, Q, H, d)
+
+
+def capped(scores: Float[Tensor, "*b"], soft_cap: float | None) -> Float[Tensor, "*b"]:
+    """Scores s as c tanh(s / c), or as they are."""
+    return scores if soft_cap is None else torch.tanh(scores / soft_cap) * soft_cap
 
 
 @dataclass(frozen=True)
@@ -144,6 +168,8 @@ def attend_spans(
     own: tuple[Float[Tensor, "1 M S G d"], Float[Tensor, "1 M S G d"]],
     mask: list[Span],
     scale: float,
+    own_mask: Bool[Tensor, "Q S"] | None = None,
+    soft_cap: float | None = None,
 ) -> Float[Tensor, "1 M Q H d"]:
     """`attend` of blocks that lie end to end, each over its own conversation alone: no block and no key of padding or
     of a neighbour in a packed row is computed. `mask` is what `spans` gives."""
@@ -152,7 +178,7 @@ def attend_spans(
         blocks = slice(span.first_block, span.last_block)
         keys, values = (x[span.row : span.row + 1, span.first : span.last] for x in context)
         inner = own[0][:, blocks], own[1][:, blocks]
-        seen.append(attend(query[:, blocks], (keys, values), inner, span.mask, scale))
+        seen.append(attend(query[:, blocks], (keys, values), inner, span.mask, scale, own_mask, soft_cap))
     return torch.cat(seen, 1)
 
 
@@ -161,12 +187,17 @@ def attend_stored(
     stored: tuple[Float[Tensor, "B T G d"], Float[Tensor, "B T G d"]],
     mask: Bool[Tensor, "B 1 Q T"] | None,
     scale: float,
+    soft_cap: float | None = None,
 ) -> Float[Tensor, "B Q H d"]:
     """Attention of the tokens being decoded to everything in a key-value cache, their own entries included.
 
     `mask` None means that every query sees every entry.
     """
     keys, values = (x.transpose(1, 2) for x in stored)
+    if soft_cap is not None:
+        if mask is None:
+            mask = query.new_ones(len(query), 1, 1, keys.shape[2], dtype=torch.bool)
+        return attend(query[:, None], stored, None, mask, scale, None, soft_cap)[:, 0]
     out = scaled_dot_product_attention(
         query.transpose(1, 2), keys, values, attn_mask=mask, scale=scale, enable_gqa=keys.shape[1] != query.shape[2]
     )
@@ -197,9 +228,18 @@ def attend_flex(
     own: tuple[Float[Tensor, "B N S G d"], Float[Tensor, "B N S G d"]] | None,
     mask,
     scale: float,
+    own_mask: None = None,
+    soft_cap: float | None = None,
 ) -> Float[Tensor, "B N Q H d"]:
-    """The same attention through FlexAttention (compiled on CUDA; forward only on CPU). `mask` is a `block_mask`."""
+    """The same attention through FlexAttention (compiled on CUDA; forward only on CPU).
+
+    `mask` is a `block_mask`, which holds the rule of own keys too: `own_mask` is None.
+    """
     from torch.nn.attention.flex_attention import flex_attention
+
+    @no_type_check
+    def cap(score: Tensor, b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tensor:
+        return soft_cap * torch.tanh(score / soft_cap)
 
     B, N, Q, H, d = query.shape
     keys, values = context
@@ -211,6 +251,7 @@ def attend_flex(
         query.flatten(1, 2).transpose(1, 2),
         keys.transpose(1, 2),
         values.transpose(1, 2),
+        score_mod=None if soft_cap is None else cap,
         block_mask=mask,
         scale=scale,
         enable_gqa=keys.shape[2] != H,

@@ -45,6 +45,7 @@ class Backbone:
     norm_eps: float = 1e-6
     activation: str = "silu"
     attention_scale: float | None = None
+    attention_soft_cap: float | None = None
     attention_bias: bool = False
     values_from_keys: bool = False
     value_norm: bool = False

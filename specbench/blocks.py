@@ -35,6 +35,11 @@ class Sample:
     last: Float[Tensor, "T D"]
     ordinal: int = 0
 
+    def clone(self) -> Sample:
+        """The same in memory of its own."""
+        states = {name: getattr(self, name).clone() for name in ("tokens", "loss_mask", "taps", "last")}
+        return replace(self, **states)
+
 
 @dataclass(frozen=True)
 class Context:

@@ -14,9 +14,14 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 
+# Below it a logit divided by the temperature may leave fp32.
+TINY_TEMPERATURE = 1e-20
+
+
 @dataclass(frozen=True)
 class Sampling:
-    """How a distribution is warped. temperature 0 is greedy; top_k 0, top_p 1 and min_p 0 are off."""
+    """How a distribution is warped. temperature 0 is greedy, and any other has the law of its softmax, however small:
+    all mass on the largest logit, shared between equal ones. top_k 0, top_p 1 and min_p 0 are off."""
 
     temperature: float | int = 0.0
     top_k: int = 0
@@ -43,7 +48,10 @@ def warp(logits: Float[Tensor, "*b V"], sampling: Sampling) -> Float[Tensor, "*b
     logits = logits.float()
     if sampling.greedy:
         return torch.nn.functional.one_hot(logits.argmax(-1), logits.shape[-1]).float()
-    logits = logits / sampling.temperature
+    if sampling.temperature < TINY_TEMPERATURE:
+        # Relative to the largest logit the quotients stay 0 or run to -inf. fp32 has no smaller normal divisor.
+        logits = logits - logits.amax(-1, keepdim=True)
+    logits = logits / max(sampling.temperature, torch.finfo(torch.float32).tiny)
     if 0 < sampling.top_k < logits.shape[-1]:
         kept = logits.topk(sampling.top_k, -1).indices
         logits = torch.full_like(logits, -torch.inf).scatter_(-1, kept, logits.gather(-1, kept))

@@ -101,14 +101,14 @@ class Plain:
     """The steps as the modules compute them."""
 
     def __init__(self, layers: list[Layer], backbone: Backbone):
-        self.layers, self.scale = layers, backbone.scale
+        self.layers, self.scale, self.soft_cap = layers, backbone.scale, backbone.attention_soft_cap
 
     def extend(self, layer, x, rope, cache, mask, embedding, behind) -> Tensor:
         module = self.layers[layer]
         y = module.normed(x, embedding)
         query = module.self_attn.queries(y, rope)
         stored = cache.write(layer, *module.self_attn.keys_values(y, rope), behind)
-        return module.finish(x, attend_stored(query, stored, mask, self.scale))
+        return module.finish(x, attend_stored(query, stored, mask, self.scale, self.soft_cap))
 
     def store(self, layer, x, rope, cache, embedding) -> None:
         module = self.layers[layer]

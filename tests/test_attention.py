@@ -17,10 +17,14 @@ SETTINGS = {
     "packed": {"packed": True},
     "packed window": {"packed": True, "window": 4},
     "causal inside": {"causal_own": True},
+    "window of one": {"window": 1},
+    "window below the block": {"packed": True, "window": 2},
+    "causal inside a window": {"causal_own": True, "window": 2},
+    "own keys behind": {"window": 3, "ahead": 1},
 }
 
 
-def visibility(packed: bool = False, window: int | None = None, causal_own: bool = False) -> Visibility:
+def visibility(packed: bool = False, window: int | None = None, causal_own: bool = False, ahead: int = 0) -> Visibility:
     limit = torch.tensor([[2, 5, 9], [1, 7, 11]])
     document = torch.tensor([[0] * 6 + [1] * 5, [2] * 3 + [3] * 8]) if packed else None
     owner = torch.tensor([[0, 0, 1], [2, 3, 3]]) if packed else None
@@ -30,14 +34,16 @@ def visibility(packed: bool = False, window: int | None = None, causal_own: bool
         key_position = torch.stack([key_position[b] - start[b][(document[b] - document[b, 0])] for b in range(B)])
     place = (limit - 1).clamp_min(0)
     query_position = key_position.gather(1, place)[..., None] + 1 + torch.arange(Q)
-    return Visibility(limit, document, owner, query_position, key_position, window, causal_own)
+    return Visibility(limit, document, owner, query_position, key_position, window, causal_own, ahead)
 
 
 def sees(v: Visibility, b: int, n: int, q: int, key: int) -> bool:
-    """The rule for one pair, in words: keys before the limit, of the own conversation, within the window; own keys."""
+    """The rule for one pair, in words: keys before the limit, of the own conversation; own keys; within the window."""
     if key >= T:
         block, slot = divmod(key - T, S)
-        return block == n and (slot <= q or not v.causal_own)
+        position = int(v.query_position[b, n, 0]) - v.ahead + slot
+        back = int(v.query_position[b, n, q]) - position
+        return block == n and (back >= 0 or not v.causal_own) and (v.window is None or back < v.window)
     inside = key < v.limit[b, n]
     if v.document is not None:
         inside = inside and v.document[b, key] == v.owner[b, n]
@@ -72,10 +78,7 @@ def whole(v: Visibility, query, context, own) -> torch.Tensor:
 @pytest.mark.parametrize("heads", [G, 3 * G])
 def test_attend_equals_plain_attention_under_the_mask_written_out(name, heads):
     v, (query, context, own) = visibility(**SETTINGS[name]), tensors(heads)
-    mask = v.context_mask(T, Q)
-    slots = torch.arange(Q)
-    own_mask = v.sees_own(slots[:, None], torch.arange(S)) if v.causal_own else None
-    found = attend(query, context, own, mask, SCALE, own_mask)
+    found = attend(query, context, own, v.context_mask(T, Q), SCALE, v.own_mask(Q, S))
     torch.testing.assert_close(found, whole(v, query, context, own), atol=1e-5, rtol=1e-5)
 
 
@@ -89,14 +92,33 @@ def test_attend_without_own_keys(name):
     torch.testing.assert_close(found[seen], expected[seen], atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("soft_cap", [None, 0.5])
 @pytest.mark.parametrize("name", SETTINGS)
-def test_flex_attention_equals_attend(name):
+def test_flex_attention_equals_attend(name, soft_cap):
     v, (query, context, own) = visibility(**SETTINGS[name]), tensors(2 * G)
-    slots = torch.arange(Q)
-    own_mask = v.sees_own(slots[:, None], torch.arange(S)) if v.causal_own else None
-    expected = attend(query, context, own, v.context_mask(T, Q), SCALE, own_mask)
-    found = attend_flex(query, context, own, block_mask(v, (B, N, Q, T, S)), SCALE)
+    expected = attend(query, context, own, v.context_mask(T, Q), SCALE, v.own_mask(Q, S), soft_cap)
+    found = attend_flex(query, context, own, block_mask(v, (B, N, Q, T, S)), SCALE, soft_cap=soft_cap)
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_no_mask_of_own_keys_is_made_where_all_are_seen():
+    assert visibility().own_mask(Q, S) is None and visibility(window=Q).own_mask(Q, S) is None
+    assert visibility(window=Q - 1).own_mask(Q, S).tolist() == [[True] * S] * (Q - 1) + [[False] + [True] * (S - 1)]
+
+
+@pytest.mark.parametrize("masked", [True, False])
+def test_capped_scores_by_hand(masked):
+    """One head a group, a row at a time: softmax(c tanh(s / c)) over what the mask shows."""
+    query, context, _ = tensors(G, own=False)
+    cap, mask = 0.4, torch.arange(T) <= torch.tensor([[4, 5, 6, 7], [0, 1, 2, 3]])[:, None, :, None]
+    found = attend_stored(query[:, 0], context, mask if masked else None, SCALE, cap)
+    for b in range(B):
+        for q in range(Q):
+            last = int(mask[b, 0, q].sum()) if masked else T
+            for g in range(G):
+                scores = cap * torch.tanh(SCALE * context[0][b, :last, g] @ query[b, 0, q, g] / cap)
+                expected = scores.softmax(0) @ context[1][b, :last, g]
+                torch.testing.assert_close(found[b, q, g], expected, atol=1e-5, rtol=1e-5)
 
 
 def test_flex_attention_without_own_keys():

@@ -7,6 +7,7 @@ import torch
 
 from specbench.blocks import Context, take, with_anchors
 from specbench.decoding import Limits, decode, speculative_decode
+from specbench.methods.parallel import ParallelDraft
 from specbench.objective import Objective
 from specbench.sampling import Sampling
 from tests import tiny
@@ -22,7 +23,9 @@ variants = pytest.mark.parametrize(
         ("eagle3", "qwen3", {"fc_norm": True, "norm_output": True}),
         ("eagle3", "gemma4", {"norm_output": True, "layers": 1}),
         ("eagle3", "qwen3", {"norm_before_fc": True, "backbone": "llama"}),
-        *((m, "qwen3", {"window": 5}) for m in tiny.METHODS),
+        # Blocks hold 4 slots and up to 5 inputs: windows below, at and beyond the block.
+        *((m, "qwen3", {"window": w}) for m in tiny.METHODS for w in range(1, 7)),
+        *(("dflash", "qwen3", {"sample_from_anchor": False, "window": w}) for w in range(1, 7)),
         ("dspark", "qwen3", {"backbone": "gemma4"}),
         ("eagle3", "gemma4", {"backbone": "qwen3"}),
     ],
@@ -120,7 +123,7 @@ def test_greedy_output_is_the_targets_own_and_the_batch_changes_nothing(method, 
     assert rounds == {i: [(r.proposed, r.accepted) for r in d.rounds] for i, d in alone.items()}
 
 
-@pytest.mark.parametrize("window", [None, 5])
+@pytest.mark.parametrize("window", [None, 5, 2])
 @pytest.mark.parametrize("length", [None, 40])
 @pytest.mark.parametrize(("method", "settings"), [("dspark", {}), ("dflash", {"sample_from_anchor": False})])
 def test_conversation_by_conversation_is_the_dense_computation(method, settings, length, window):
@@ -137,6 +140,33 @@ def test_conversation_by_conversation_is_the_dense_computation(method, settings,
         hidden.pow(2).mean().backward()
         found[draft.by_span] = hidden.detach(), [p.grad for p in draft.parameters() if p.grad is not None]
     torch.testing.assert_close(found[True], found[False], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("window", range(1, 7))
+@pytest.mark.parametrize("method", tiny.METHODS)
+def test_a_window_shows_the_positions_inside_it_and_no_others(method, window):
+    """Of one layer, so that nothing is passed on: the states before a position are replaced, and slots must notice
+    exactly where their window reaches them. A chain carries on what its first step saw, so only that step is asked."""
+    draft = tiny.draft(method, "qwen3", window=window, layers=1)
+    batch = with_anchors(tiny.pack([tiny.samples("qwen3")[0]]), None)
+    n, parallel = 8, isinstance(draft, ParallelDraft)
+    anchor = int(batch.anchors[0, n])
+    noise = torch.randn(batch.taps.shape, generator=torch.Generator().manual_seed(1))
+
+    def hidden(replaced: int) -> torch.Tensor:
+        early = torch.arange(batch.tokens.shape[1]) < replaced
+        taps = torch.where(early[:, None, None], noise, batch.taps)
+        last = torch.where(early[:, None], noise[:, :, 0], batch.last)
+        with torch.no_grad():
+            return draft(dataclasses.replace(batch, taps=taps, last=last)).hidden[0, n]
+
+    asked = range(draft.block_size) if parallel else range(1)
+    changes = [(hidden(replaced) - hidden(0)).abs().amax(-1) for replaced in range(anchor + 1)]
+    for slot in asked:
+        position = anchor + slot if parallel else anchor - 1
+        for replaced, change in enumerate(changes):
+            seen = replaced - 1 > position - window  # the last replaced position is the nearest one
+            assert (change[slot] > 1e-5) == (seen and replaced > 0), (slot, replaced)
 
 
 @every

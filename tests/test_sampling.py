@@ -95,9 +95,36 @@ def test_rows_are_warped_apart_and_in_fp32():
             torch.testing.assert_close(together[b, s], warp(logits[b, s], sampling), atol=0, rtol=1e-6)
 
 
+@pytest.mark.parametrize("temperature", [5e-324, 1e-320, 1e-45, 1e-40, 1e-38, 1e-30, 1e-20, 1e-12])
+@pytest.mark.parametrize("settings", [{}, {"top_k": 3}, {"top_p": 0.5}, {"min_p": 0.2}])
+def test_tiny_temperatures_take_the_largest_logit(temperature, settings):
+    logits = 20 * torch.randn(50, 3, 40, generator=torch.Generator().manual_seed(5))
+    logits[:, :, 7] = -torch.inf
+    found = warp(logits, Sampling(temperature, **settings))
+    assert torch.equal(found, warp(logits, Sampling(0.0)))
+    tokens, _ = Sampler(Sampling(temperature, **settings), range(50))(logits)
+    assert torch.equal(tokens, logits.argmax(-1))
+    tied = warp(torch.tensor([[2.0, 5.0, 5.0, -1.0]]), Sampling(temperature))
+    torch.testing.assert_close(tied, torch.tensor([[0.0, 0.5, 0.5, 0.0]]))
+
+
+@pytest.mark.parametrize("temperature", [1e5, 1e6])
+def test_huge_temperatures_flatten_the_distribution(temperature):
+    logits = torch.randn(20, 40, generator=torch.Generator().manual_seed(5))
+    torch.testing.assert_close(warp(logits, Sampling(temperature)), torch.full((20, 40), 1 / 40), atol=1e-5, rtol=0)
+
+
 @pytest.mark.parametrize(
     "settings",
-    [{"temperature": -1}, {"top_k": -1}, {"top_p": 0}, {"top_p": 1.1}, {"min_p": 2}, {"temperature": math.nan}],
+    [
+        {"temperature": -1},
+        {"top_k": -1},
+        {"top_p": 0},
+        {"top_p": 1.1},
+        {"min_p": 2},
+        {"temperature": math.nan},
+        {"temperature": math.inf},
+    ],
 )
 def test_settings_out_of_range_are_refused(settings):
     with pytest.raises(ValueError, match=next(iter(settings))):

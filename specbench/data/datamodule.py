@@ -138,6 +138,9 @@ class TargetCache(StepData):
         return self.reader.damage
 
     def samples(self, rows: ROWS) -> list[Sample]:
+        return [sample.clone() for sample in self.borrowed(rows)]
+
+    def borrowed(self, rows: ROWS) -> list[Sample]:
         return self.reader.decode(self.reader.read(rows))
 
     def empty(self) -> Batch:

@@ -85,7 +85,11 @@ class StepData(L.LightningDataModule):
 
     @abstractmethod
     def samples(self, rows: ROWS) -> list[Sample]:
-        """Conversations with their states; called from reader threads."""
+        """Conversations with their states, in memory of their own; called from any thread."""
+
+    def borrowed(self, rows: ROWS) -> list[Sample]:
+        """The same, where they may share memory that this thread's next call uses again; called from reader threads."""
+        return self.samples(rows)
 
     @abstractmethod
     def empty(self) -> Batch:
@@ -147,7 +151,7 @@ class StepData(L.LightningDataModule):
 
     def batch(self, rows: ROWS) -> Batch:
         """One micro-batch from its rows."""
-        samples = self.samples(rows) if len(rows) else []
+        samples = self.borrowed(rows) if len(rows) else []
         return pack(samples, self.row_length, self._memory.zeros) if samples else self.empty()
 
     def train_dataloader(self) -> _FromGlobalStep:

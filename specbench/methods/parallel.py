@@ -109,6 +109,8 @@ class ParallelDraft(Draft):
             attention, mask = attend_flex, block_mask(visible, (B, N, Q, T, Q))
         else:
             attention, mask = attend, visible.context_mask(T, Q)
+        # A block mask holds the rule of own keys itself.
+        own_mask = None if first.is_cuda else visible.own_mask(Q, Q)
         x = self.block_inputs(first, Q)
         context = self.context(batch.taps.to(x.dtype))
         block_rope, context_rope = self.rope(position, x.dtype), self.rope(batch.position, x.dtype)
@@ -117,7 +119,8 @@ class ParallelDraft(Draft):
             y = layer.normed(x)
             query, own = layer.self_attn.queries(y, block_rope), layer.self_attn.keys_values(y, block_rope)
             keys = layer.self_attn.keys_values(context, context_rope)
-            return layer.finish(x, attention(query, keys, own, mask, self.backbone.scale))
+            seen = attention(query, keys, own, mask, self.backbone.scale, own_mask, self.backbone.attention_soft_cap)
+            return layer.finish(x, seen)
 
         for layer in self.layers:
             if self.checkpointing and self.training:

@@ -11,7 +11,7 @@ Axes: B batch, T tokens, N chains, K steps, C taps, D hidden.
 from __future__ import annotations
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from specbench.attention import Visibility, attend, attend_flex, block_mask
@@ -78,18 +78,18 @@ class RecurrentDraft(Draft):
         feature = take(source, before)
         tokens = take(batch.tokens, slot_positions(batch, self.block_size)[1])
         own: list[Pairs] = [[] for _ in self.layers]
-        outputs, masks = [], {}
+        outputs, masks, window = [], {}, self.backbone.window
         for k in range(self.block_size):
             position = start + k
-            visible = Visibility(
-                limit, batch.document, owner, position[..., None], batch.position, self.backbone.window
-            )
+            # Own key 0 is step 2's, one position after the chain's start.
+            visible = Visibility(limit, batch.document, owner, position[..., None], batch.position, window, ahead=k - 1)
             # Without a window the context mask is the same at every step.
-            key = k if self.backbone.window is not None or source.is_cuda else 0
+            key = k if window is not None or source.is_cuda else 0
             if key not in masks:
                 shape = (*anchors.shape, 1, T, k)
                 masks = {key: block_mask(visible, shape) if source.is_cuda else visible.context_mask(T, 1)}
-            feature = self.step(feature, tokens[..., k], position, context, own, masks[key], first=k == 0)
+            own_mask = None if source.is_cuda else visible.own_mask(1, k)
+            feature = self.step(feature, tokens[..., k], position, context, own, masks[key], own_mask, first=k == 0)
             if self.feeds_normed_output:
                 feature = self.norm(feature)
             outputs.append(feature)
@@ -112,7 +112,8 @@ class RecurrentDraft(Draft):
                 seen = Visibility(rows + 1, batch.document, batch.document, position[..., None], position, window)
                 mask = seen.context_mask(y.shape[1], 1)
             query = layer.self_attn.queries(y, rope)[:, :, None]
-            x = layer.finish(x, attend(query, pairs[-1], None, mask, self.backbone.scale)[:, :, 0])
+            seen = attend(query, pairs[-1], None, mask, self.backbone.scale, None, self.backbone.attention_soft_cap)
+            x = layer.finish(x, seen[:, :, 0])
         return pairs
 
     def step(
@@ -123,6 +124,7 @@ class RecurrentDraft(Draft):
         context: Pairs,
         own: list[Pairs],
         mask,
+        own_mask: Bool[Tensor, "1 S"] | None,
         first: bool,
     ) -> Float[Tensor, "B N D"]:
         """One step of every chain; appends its keys to `own` unless they are already among the context's."""
@@ -135,7 +137,8 @@ class RecurrentDraft(Draft):
                 own[i].append(layer.self_attn.keys_values(y, rope))
             mine = tuple(torch.stack(side, 2) for side in zip(*own[i], strict=True)) or None
             run = attend if isinstance(mask, Tensor) else attend_flex
-            x = layer.finish(x, run(query, context[i], mine, mask, self.backbone.scale)[:, :, 0])
+            seen = run(query, context[i], mine, mask, self.backbone.scale, own_mask, self.backbone.attention_soft_cap)
+            x = layer.finish(x, seen[:, :, 0])
         return x
 
     def commit(self, state: State, context: Context, tokens: Int[Tensor, "B S"]) -> State:

@@ -69,6 +69,21 @@ def test_batches_hold_what_stock_webdataset_reads(folder):
                 assert torch.equal(getattr(batch, name), getattr(again, name))
 
 
+@pytest.mark.parametrize("codec", ["fp32", "bf16", "int8"])
+@pytest.mark.parametrize("taps", [None, ()])
+def test_samples_keep_what_they_hold_while_others_are_read(tmp_path, codec, taps):
+    """A reader's buffer is used again by its next call; what `samples` gave before must not change with it."""
+    build(TinyTarget(), TALKS[:12], tmp_path / "cache", storage(codec), 24, shard_bytes=12_000, batch_tokens=48)
+    data = opened(tmp_path / "cache", taps=taps)
+    kept = data.samples(np.arange(3))
+    before = [{name: getattr(s, name).tolist() for name in ("tokens", "loss_mask", "taps", "last")} for s in kept]
+    for rows in (np.arange(3, 6), np.arange(6, 12)):
+        data.samples(rows)
+        next(iter(next(iter(data.steps()))))
+    assert [{name: getattr(s, name).tolist() for name in before[0]} for s in kept] == before
+    assert [s.ordinal for s in kept] == [0, 1, 2]
+
+
 def stock(urls):
     return wds.WebDataset(urls, shardshuffle=False)
 
