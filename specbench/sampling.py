@@ -13,7 +13,6 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-
 # Below it a logit divided by the temperature may leave fp32.
 TINY_TEMPERATURE = 1e-20
 
