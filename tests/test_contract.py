@@ -20,6 +20,9 @@ variants = pytest.mark.parametrize(
         *(("dspark", "qwen3", {"markov_head": kind}) for kind in ("gated", "rnn")),
         ("dspark", "gemma4", {"markov_head": "rnn", "confidence_with_markov": False}),
         ("dflash", "qwen3", {"sample_from_anchor": False}),
+        ("dflash", "qwen3", {"causal_block": True}),
+        ("dflash", "qwen3", {"causal_block": True, "window": 5, "sample_from_anchor": False}),
+        ("dspark", "gemma4", {"causal_block": True}),
         ("eagle3", "qwen3", {"fc_norm": True, "norm_output": True}),
         ("eagle3", "gemma4", {"norm_output": True, "layers": 1}),
         ("eagle3", "qwen3", {"norm_before_fc": True, "backbone": "llama"}),
@@ -125,7 +128,10 @@ def test_greedy_output_is_the_targets_own_and_the_batch_changes_nothing(method, 
 
 @pytest.mark.parametrize("window", [None, 5, 2])
 @pytest.mark.parametrize("length", [None, 40])
-@pytest.mark.parametrize(("method", "settings"), [("dspark", {}), ("dflash", {"sample_from_anchor": False})])
+@pytest.mark.parametrize(
+    ("method", "settings"),
+    [("dspark", {}), ("dflash", {"sample_from_anchor": False}), ("dflash", {"causal_block": True})],
+)
 def test_conversation_by_conversation_is_the_dense_computation(method, settings, length, window):
     """Hidden states of every real block and all gradients, in padded rows and in packed ones."""
     draft = tiny.draft(method, "qwen3", window=window, **settings)

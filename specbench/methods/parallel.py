@@ -1,7 +1,8 @@
 """ParallelDraft: anchor in, one forward of K slots out (DFlash, DSpark).
 
 Shared equations: ctx = RMSNorm(W_c taps) (DSpark eq. 2); keys and values of context and block come from the same
-projections (eq. 3); every slot sees the context strictly before the anchor and its whole own block, both ways.
+projections (eq. 3); every slot sees the context strictly before the anchor and its whole own block, both ways, or
+with a causal block (JetSpec; z-lab's sliding layers) its own block up to itself.
 
 Axes: B batch, T tokens, N blocks, K slots, I inputs of a block, C taps, D hidden.
 """
@@ -35,7 +36,8 @@ class ParallelDraft(Draft):
     """A block-parallel draft.
 
     `sample_from_anchor`: the anchor's own output predicts slot 1 (K inputs); otherwise the block is the anchor and K
-    masks and only masks predict (the original DFlash). `checkpointing` recomputes layers in the backward pass.
+    masks and only masks predict (the original DFlash). `causal_block`: slot j attends to the slots i <= j of its block
+    only. `checkpointing` recomputes layers in the backward pass.
     `by_span` says whether blocks are computed conversation by conversation where there is no CUDA, or all of the batch
     in one dense piece, padding included (None: as there is less to do). Both give the same; dense is the oracle.
     """
@@ -52,6 +54,7 @@ class ParallelDraft(Draft):
         block_size: int = 7,
         anchors: int | None = 512,
         sample_from_anchor: bool = True,
+        causal_block: bool = False,
         checkpointing: bool = False,
         train_tables: bool = False,
         draft_vocabulary: Int[Tensor, " W"] | None = None,
@@ -60,11 +63,8 @@ class ParallelDraft(Draft):
         if not 0 <= mask_token_id < backbone.vocab_size:
             raise ValueError(f"mask_token_id={mask_token_id} is outside the vocabulary of {backbone.vocab_size}")
         D, eps = backbone.hidden_size, backbone.norm_eps
-        self.mask_token_id, self.sample_from_anchor, self.checkpointing = (
-            mask_token_id,
-            sample_from_anchor,
-            checkpointing,
-        )
+        self.mask_token_id, self.sample_from_anchor = mask_token_id, sample_from_anchor
+        self.causal_block, self.checkpointing = causal_block, checkpointing
         self.fc = nn.Linear(len(self.target_layer_ids) * D, D, bias=False)
         self.hidden_norm, self.norm = nn.RMSNorm(D, eps=eps), nn.RMSNorm(D, eps=eps)
         self.layers = nn.ModuleList(Layer(backbone) for _ in range(layers))
@@ -97,6 +97,7 @@ class ParallelDraft(Draft):
             query_position=position,
             key_position=batch.position,
             window=self.backbone.window,
+            causal_own=self.causal_block,
         )
         (B, N), T, Q = anchors.shape, batch.tokens.shape[1], self.inputs
         # One row of the real blocks, conversation by conversation, where no kernel skips what is masked.
@@ -142,7 +143,7 @@ class ParallelDraft(Draft):
     def propose(self, state: State, anchor: Int[Tensor, " B"], sample: Sample, slots: int | None = None) -> Proposal:
         x, cache = self.block_inputs(anchor, self.inputs), state.cache
         rope = self.rope.behind(cache, self.inputs, x.dtype)
-        mask = cache.visible(self.inputs, causal=False, window=self.backbone.window)
+        mask = cache.visible(self.inputs, causal=self.causal_block, window=self.backbone.window)
         for i in range(len(self.layers)):
             # The block's own keys stand behind the context without counting; the next commit overwrites them.
             x = self.stack.extend(i, x, rope, cache, mask)
