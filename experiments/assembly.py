@@ -88,7 +88,7 @@ def build_draft(
     `vocabulary` (W,) are the token ids of a reduced draft vocabulary (None: the target's whole one).
     """
     backbone = backbone_of(config, method.backbone, method.window)
-    _fits(method)
+    fits(method)
     # Partial, because Hydra would turn the backbone's dataclass into a mapping and wrap the class's own errors.
     build = instantiate(method.draft, _partial_=True, _convert_="all")
     return build(
@@ -100,19 +100,20 @@ def build_draft(
     )
 
 
-def _fits(method: DictConfig) -> None:
+def fits(method: Mapping[str, Any]) -> None:
     """Refuse settings that the method's class does not take, with the reason where it is known."""
-    kind = get_class(method.draft._target_)
+    draft = method["draft"]
+    kind = get_class(draft["_target_"])
     takes = {name for part in kind.__mro__ if "__init__" in vars(part) for name in signature(part.__init__).parameters}
-    for name in method.draft.keys() - takes - {"_target_"}:
+    for name in draft.keys() - takes - {"_target_"}:
         if name.startswith(("markov", "confidence")):
             raise ValueError(
-                f"method={method.name} has no {name}: these heads tie the slots of DSpark's blocks, while "
+                f"method={method['name']} has no {name}: these heads tie the slots of DSpark's blocks, while "
                 f"{kind.__name__}'s slots {'are independent' if issubclass(kind, ParallelDraft) else 'see each other'} "
                 "by definition; use method=dspark, or leave head= out"
             )
         known = ", ".join(sorted(takes - {"self", "args", "kwargs", "backbone", "tables", "draft_vocabulary"}))
-        raise ValueError(f"method={method.name} has no setting draft.{name}; it takes {known}")
+        raise ValueError(f"method={method['name']} has no setting draft.{name}; it takes {known}")
 
 
 def draft_settings(method: DictConfig, target: DictConfig) -> dict[str, Any]:

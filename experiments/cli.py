@@ -73,9 +73,12 @@ def _main(words: list[str], verbs: Mapping[str, Verb], package: str) -> int:
             print(composing.as_yaml(cfg, options["cfg"]), end="")
             return 0
         if not sweep:
-            composing.require(name, verb.config, cfg)
+            composing.check_values(name, verb.config, cfg)
             Job(name, verb)(composing.without_hydra(cfg))
             return 0
+        for job in composing.jobs(cfg, overrides):
+            composing.check_values(name, verb.config, composing.compose(verb.config, job))
+        overrides = composing.texts(verb.config, overrides)
         sys.argv = [sys.argv[0], "--multirun", *overrides, *composing.sweep_defaults(name, cfg, overrides)]
     import hydra
 

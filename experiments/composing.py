@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,10 @@ from hydra.core.override_parser.types import Override, Transformer
 from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
 
 from experiments.mistakes import nearest
+from experiments.schema import takes_text
+from experiments.settings import SCHEMAS, check_settings, takes
+
+MANY_JOBS = 256
 
 # The name of a target that is given by its folder or hub id alone.
 OmegaConf.register_new_resolver("basename", lambda path: Path(str(path)).name, replace=True)
@@ -35,7 +41,7 @@ def loader() -> Any:
 
 def compose(config: str, overrides: Sequence[str]) -> DictConfig:
     """The configuration with Hydra's own settings under `hydra`; `${hydra:...}` resolves as it does in a sweep."""
-    cfg = hydra.compose(config, list(overrides), return_hydra_config=True)
+    cfg = hydra.compose(config, texts(config, overrides), return_hydra_config=True)
     HydraConfig.instance().set_config(cfg)
     return cfg
 
@@ -51,6 +57,12 @@ def without_hydra(cfg: DictConfig) -> DictConfig:
 def options(group: str, search: Sequence[str] = ()) -> list[str]:
     """The options of a group, or nothing when there is no such group; `search` are overrides of hydra.searchpath."""
     return loader().get_group_options(group, ObjectType.CONFIG, None, list(search))
+
+
+def known_options(group: str) -> list[str]:
+    """The same outside of the command line, too, where Hydra is not at work yet."""
+    with nullcontext() if GlobalHydra.instance().is_initialized() else configs("configs"):
+        return options(group)
 
 
 def groups() -> list[str]:
@@ -100,7 +112,67 @@ def check(verb: str, config: str, overrides: Sequence[str]) -> None:
     base = without_hydra(compose(config, [*search, *(_first(override) for override in choices)]))
     for override in named:
         if override not in choices and not override.is_delete():
-            _check_key(verb, base, override)
+            _check_key(verb, config, base, override)
+
+
+def texts(config: str, overrides: Sequence[str]) -> list[str]:
+    """The overrides with quotes around values that look like a number and are a text: name=20260101, name=nan."""
+    model = SCHEMAS.get(config)
+    if model is None:
+        return list(overrides)
+    found = []
+    for word, override in zip(overrides, parse(overrides), strict=True):
+        given, path = values(override), override.key_or_group.split(".")
+        plain = [value for value in given if isinstance(value, (bool, int, float))]
+        if not plain or override.is_delete() or not takes_text(model, path):
+            found.append(word)
+            continue
+        key, _, raw = word.partition("=")
+        parts = raw.split(",") if override.is_sweep_override() else [raw]
+        if len(parts) == len(given):
+            parts = [f"'{part}'" if value in plain else part for part, value in zip(parts, given, strict=True)]
+        found.append(f"{key}={','.join(parts)}")
+    return found
+
+
+def jobs(cfg: DictConfig, overrides: Sequence[str]) -> list[list[str]]:
+    """The overrides of every job of a sweep, axes of the configuration included.
+
+    Of sweeps beyond MANY_JOBS, and of those of other sweepers than Hydra's own, every value of every axis, one at a
+    time; a glob or an interval cannot be listed and stays at its default.
+    """
+    named = {override.key_or_group for override in parse(overrides)}
+    own = str(cfg.hydra.sweeper.get("_target_", "")).endswith("BasicSweeper")
+    axes = (cfg.hydra.sweeper.get("params") or {}) if own else {}
+    words = [*overrides, *(f"{key}={value}" for key, value in axes.items() if key.lstrip("+") not in named)]
+    listed = []
+    for override in parse(texts(cfg.hydra.job.config_name, words)):
+        if not override.is_sweep_override():
+            listed.append([str(override.input_line)])
+        elif override.is_discrete_sweep():
+            key = str(override.input_line).partition("=")[0]
+            listed.append([f"{key}={value}" for value in override.sweep_string_iterator()])
+    if own and math.prod(map(len, listed)) <= MANY_JOBS:
+        return [list(job) for job in product(*listed)]
+    first = [axis[0] for axis in listed]
+    return [[*first[:at], value, *first[at + 1 :]] for at, axis in enumerate(listed) for value in axis]
+
+
+def check_choice(cfg: DictConfig) -> None:
+    """Raise ValueError for a choice of another method than the one that is trained: its label would be wrong."""
+    chosen = cfg.hydra.runtime.choices
+    name = chosen.get("choice")
+    if name is None:
+        return
+    for default in loader().repository.load_config(f"choice/{name}").defaults_list or ():
+        group = getattr(default, "group", None)
+        if group is not None and default.is_override():
+            key = group.lstrip("/")
+            if chosen.get(key) != default.value:
+                raise ValueError(
+                    f"choice={name} is a choice of {key}={default.value}, and {key}={chosen.get(key)} was asked for: "
+                    f"leave out {key}=, or choose another choice"
+                )
 
 
 def values(override: Override) -> list[Any]:
@@ -137,7 +209,7 @@ def _check_option(group: str, value: Any, search: Sequence[str]) -> None:
             raise ValueError(f"{group} has no option '{name}'{nearest(name, known)} (there are {', '.join(known)})")
 
 
-def _check_key(verb: str, base: DictConfig, override: Override) -> None:
+def _check_key(verb: str, config: str, base: DictConfig, override: Override) -> None:
     key = override.key_or_group
     known = list(leaves(base))
     parent, _, _ = key.rpartition(".")
@@ -146,7 +218,8 @@ def _check_key(verb: str, base: DictConfig, override: Override) -> None:
     if not exists and not (added and parent and OmegaConf.is_dict(OmegaConf.select(base, parent))):
         suggestion = nearest(key, [*known, *groups()])
         raise ValueError(f"{verb} has no setting '{key}'{suggestion}; `specbench {verb} --help` lists them")
-    if exists:
+    # The schema says more, and says it when the configuration is whole.
+    if exists and not takes(config, key, OmegaConf.to_container(base, resolve=False)):
         default = OmegaConf.select(base, key, throw_on_missing=False)
         for value in values(override):
             if wrong := mismatch(default, value):
@@ -208,6 +281,13 @@ def require(verb: str, config: str, cfg: DictConfig) -> None:
 
         said = comments(config, []).get(missing[0], "")
         raise ValueError(f"{verb} needs {missing[0]}=...{f' ({said})' if said else ''}")
+
+
+def check_values(verb: str, config: str, cfg: DictConfig) -> None:
+    """Raise ValueError for what is missing, and for the first value that is not what the verb's settings may be."""
+    require(verb, config, cfg)
+    check_choice(cfg)
+    check_settings(config, without_hydra(cfg))
 
 
 def is_sweep(verb: str, cfg: DictConfig, overrides: Sequence[str]) -> bool:

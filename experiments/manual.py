@@ -1,4 +1,5 @@
-"""What `--help` prints: the verbs, and for each verb its groups and every key with its default and its comment."""
+"""What `--help` prints: the verbs, and for each verb its groups and every key with its default, its comment and
+what it takes."""
 
 from __future__ import annotations
 
@@ -33,7 +34,10 @@ def overview(verbs: Mapping[str, Verb]) -> str:
 
 def page(name: str, verb: Verb, overrides: Sequence[str]) -> str:
     """The page of `specbench VERB --help`, for the groups that the overrides choose."""
+    from omegaconf import OmegaConf
+
     from experiments import composing
+    from experiments.settings import takes
 
     cfg = composing.compose(verb.config, overrides)
     chosen = cfg.hydra.runtime.choices
@@ -46,13 +50,16 @@ def page(name: str, verb: Verb, overrides: Sequence[str]) -> str:
         rows += [(f"+{group}=...", "one of " + ", ".join(composing.options(group))) for group in extra]
         lines += [*_columns(rows), ""]
     said = comments(verb.config, overrides)
+    tree = OmegaConf.to_container(composing.without_hydra(cfg), resolve=False)
     lines.append("Settings")
     rows = []
     for key, value in composing.leaves(composing.without_hydra(cfg)).items():
         shown = not isinstance(value, dict) or not value
         if shown and not key.endswith("_target_"):
             text = "(must be given)" if value == "???" else _show(value)
-            rows.append((f"{key}={text}", said.get(key, "")))
+            range_of = takes(verb.config, key, tree)
+            comment = said.get(key, "")
+            rows.append((f"{key}={text}", f"{comment} [{range_of}]".strip() if range_of else comment))
     return "\n".join([*lines, *_columns(rows)])
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from omegaconf import DictConfig
 
 from experiments.assembly import composed
+from experiments.settings import check_settings
 from experiments.stage import report, say
 from experiments.verbs import VERBS
 
@@ -100,4 +101,6 @@ def publish(output: Path, folder: Path) -> None:
 def stage(verb: str, overrides: list[str]) -> Path | None:
     """Compose and run one stage."""
     known = VERBS[verb]
-    return importlib.import_module(known.module).run(composed(known.config, overrides))
+    cfg = composed(known.config, overrides)
+    check_settings(verb, cfg)
+    return importlib.import_module(known.module).run(cfg)

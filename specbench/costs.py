@@ -16,9 +16,12 @@ from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 from jaxtyping import Float
+
+from specbench.ranges import Among
 
 SCHEMA = "specbench.profile/1"
 SOURCES = ("measured", "illustrative")
@@ -41,7 +44,7 @@ class CostProfile:
     steps_per_second: Sequence[float | int] | np.ndarray
     label: str
     source: str
-    interpolation: str = "linear"
+    interpolation: Annotated[str, Among(INTERPOLATIONS)] = "linear"
     draft_requests: Sequence[int] | np.ndarray = ()
     draft_seconds: Sequence[float | int] | np.ndarray = ()
 

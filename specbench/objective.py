@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +22,7 @@ from specbench.blocks import Blocks
 from specbench.chunks import Chunks, grid
 from specbench.losses import Blend, SlotWeight
 from specbench.projection import Known, Linears, SharedLookups, leaves, without
+from specbench.ranges import Among, AtLeastZero, Count
 from specbench.rowpass import RowPass, Rows
 from specbench.slots import SlotStatistics
 
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from specbench.tables import Tables
 
 Number = float | int
+NORMALISATIONS = ("weights", "positions")
 ROW_STATISTICS = ("ce", "tv", "alpha", "agreement", "hit", "label_outside", "outside")
 
 
@@ -63,19 +65,19 @@ class Objective:
 
     def __init__(
         self,
-        ce: Number = 0.0,
-        soft_ce: Number = 0.0,
-        kl: Number = 0.0,
-        reverse_kl: Number = 0.0,
-        js: Number = 0.0,
-        tv: Number = 0.0,
-        accept: Number = 0.0,
+        ce: AtLeastZero = 0.0,
+        soft_ce: AtLeastZero = 0.0,
+        kl: AtLeastZero = 0.0,
+        reverse_kl: AtLeastZero = 0.0,
+        js: AtLeastZero = 0.0,
+        tv: AtLeastZero = 0.0,
+        accept: AtLeastZero = 0.0,
         blend: Mapping[str, Number | str] | None = None,
-        confidence: Number = 0.0,
+        confidence: AtLeastZero = 0.0,
         detach_confidence: bool = False,
         slot_weight: str | Mapping[str, Number] = "uniform",
-        normalise: str = "weights",
-        chunk_rows: int | None = None,
+        normalise: Annotated[str, Among(NORMALISATIONS)] = "weights",
+        chunk_rows: Count | None = None,
     ):
         terms = {"ce": ce, "soft_ce": soft_ce, "kl": kl, "reverse_kl": reverse_kl, "js": js, "tv": tv, "accept": accept}
         for name, value in {**terms, "confidence": confidence}.items():
@@ -85,7 +87,7 @@ class Objective:
         self.blend = None if blend is None else Blend.of(blend)
         if not self.coefficients and self.blend is None and not confidence:
             raise ValueError(f"the objective has no term; set one of {', '.join(terms)}, blend or confidence above 0")
-        if normalise not in ("weights", "positions"):
+        if normalise not in NORMALISATIONS:
             raise ValueError(f"normalise={normalise!r} is unknown; choose 'weights' or 'positions'")
         if chunk_rows is not None and chunk_rows < 1:
             raise ValueError(f"chunk_rows={chunk_rows}: give at least 1, or null to choose by vocabulary")

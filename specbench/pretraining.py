@@ -23,6 +23,7 @@ from torchmetrics import MeanMetric
 
 from specbench.data.corpus import DOMAINS, conversations
 from specbench.data.rows import Encoded, Rows, batches
+from specbench.ranges import AboveZero, AtLeastZero, Count, LearningRate, Natural, Seconds, Seed, Share, Tokens
 
 
 def token_losses(logits: Float[Tensor, "B T V"], tokens: Int[Tensor, "B T"]) -> Float[Tensor, "B T-1"]:
@@ -57,13 +58,13 @@ class CorpusBatches(lightning.LightningDataModule):
     def __init__(
         self,
         tokenizer,
-        batch_tokens: int = 2048,
-        prompt_weight: float = 0.1,
-        repeats: dict[str, int] | None = None,
-        limit: int | None = None,
-        validation: int = 100,
-        length: int = 1024,
-        seed: int = 0,
+        batch_tokens: Tokens = 2048,
+        prompt_weight: Share = 0.1,
+        repeats: dict[str, Natural] | None = None,
+        limit: Count | None = None,
+        validation: Count = 100,
+        length: Tokens = 1024,
+        seed: Seed = 0,
     ) -> None:
         super().__init__()
         self.tokenizer, self.batch_tokens, self.prompt_weight = tokenizer, batch_tokens, prompt_weight
@@ -112,13 +113,13 @@ class LanguageModeling(lightning.LightningModule):
     def __init__(
         self,
         model: nn.Module,
-        steps: int | None = None,
-        seconds: float | None = None,
-        matrix_rate: float = 5e-3,
-        vector_rate: float = 4e-3,
-        weight_decay: float = 0.01,
-        warmup: int = 50,
-        clip: float = 1.0,
+        steps: Count | None = None,
+        seconds: Seconds | None = None,
+        matrix_rate: LearningRate = 5e-3,
+        vector_rate: LearningRate = 4e-3,
+        weight_decay: AtLeastZero = 0.01,
+        warmup: Natural = 50,
+        clip: AboveZero = 1.0,
     ) -> None:
         super().__init__()
         if steps is None and seconds is None:

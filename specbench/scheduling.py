@@ -23,6 +23,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from specbench.costs import CostProfile
+from specbench.ranges import Count, Natural, Share
 
 Confidence = Float[np.ndarray, "R K"]
 Lengths = Int[np.ndarray, " R"]
@@ -152,7 +153,7 @@ class Scheduler(ABC):
 class FixedLength(Scheduler):
     """The first `length` slots of every proposal; `length: null` verifies everything proposed."""
 
-    length: int | None = None
+    length: Natural | None = None
     needs_confidence: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
@@ -171,7 +172,7 @@ class FixedLength(Scheduler):
 class StaticThreshold(Scheduler):
     """Cuts at the first slot whose own confidence, or with `cumulative` the running product, is below `threshold`."""
 
-    threshold: float | int
+    threshold: Share
     cumulative: bool = False
 
     def __post_init__(self) -> None:
@@ -210,7 +211,7 @@ class DelayedGlobal(Scheduler):
     """
 
     profile: CostProfile
-    delay: int = 2
+    delay: Count = 2
     _history: dict[Hashable, deque] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:

@@ -16,13 +16,14 @@ import sys
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 from urllib.parse import urlparse
 
 from lightning.pytorch.loggers import Logger, WandbLogger
 
 from specbench.atomic import plain, read_json, replacing, write_json
 from specbench.folderlogger import FolderLogger
+from specbench.ranges import Among
 from specbench.runfolder import RunFolder
 
 SERVER = "https://api.wandb.ai"
@@ -43,7 +44,7 @@ class Tracking:
 
     def __init__(
         self,
-        mode: str = "auto",
+        mode: Annotated[str, Among(MODES)] = "auto",
         project: str = "specbench",
         entity: str | None = None,
         group: str | None = None,

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -27,6 +27,17 @@ from specbench.data.datamodule import Step
 from specbench.methods.draft import Draft
 from specbench.metrics import SlotMetrics
 from specbench.objective import Loss, Objective
+from specbench.ranges import (
+    AboveZero,
+    AtLeastZero,
+    Betas,
+    Count,
+    LearningRate,
+    Seed,
+    Share,
+    ShareAboveZero,
+    ShareWithin,
+)
 from specbench.tables import Tables
 
 
@@ -52,16 +63,16 @@ class DraftTraining(L.LightningModule):
         target_tables: Tables,
         objective: Objective,
         max_steps: int,
-        lr: float = 6e-4,
-        betas: Sequence[float] = (0.9, 0.999),
-        weight_decay: float = 0.0,
-        warmup: float = 0.04,
-        gradient_clip: float = 1.0,
-        layer_decay: float = 1.0,
-        anchor_seed: int = 0,
-        log_every: int = 10,
+        lr: LearningRate = 6e-4,
+        betas: Betas = (0.9, 0.999),
+        weight_decay: AtLeastZero = 0.0,
+        warmup: Share = 0.04,
+        gradient_clip: AboveZero | None = 1.0,
+        layer_decay: ShareAboveZero = 1.0,
+        anchor_seed: Seed = 0,
+        log_every: Count = 10,
         compile: bool = False,
-        ema: float | None = None,
+        ema: ShareWithin | None = None,
     ):
         super().__init__()
         self.automatic_optimization = False

@@ -26,6 +26,7 @@ from specbench.methods.eagle3 import Eagle3
 from specbench.methods.parallel import ParallelDraft
 from specbench.objective import Objective
 from specbench.oracle import reference_objective, unrolled_objective
+from specbench.ranges import Count, Layers, Rank, Slots, Tokens
 from specbench.stepspeed import Build
 from specbench.tables import Tables
 
@@ -42,16 +43,16 @@ class StepShape:
     """Sizes of one step. The first `prompt` tokens of its only conversation are not supervised."""
 
     method: str = "dspark"
-    hidden: int = 256
-    vocabulary: int = 151936
-    tokens: int = 512
-    prompt: int = 128
-    anchors: int | None = 64
-    slots: int = 7
-    layers: int = 3
-    taps: int = 3
-    heads: int = 4
-    rank: int = 256
+    hidden: Count = 256
+    vocabulary: Tokens = 151936
+    tokens: Tokens = 512
+    prompt: Tokens = 128
+    anchors: Count | None = 64
+    slots: Slots = 7
+    layers: Layers = 3
+    taps: Layers = 3
+    heads: Layers = 4
+    rank: Rank = 256
     device: str = "cpu"
     dtype: str = "float32"
     objective: Mapping[str, Any] = field(default_factory=lambda: dict(DSPARK))

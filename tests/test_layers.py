@@ -15,7 +15,7 @@ PACKAGES = ("specbench", "analysis", "experiments")
 
 # Every file of specbench/ by layer. A file imports from its own layer and from those before it, never in a circle.
 LAYERS = (
-    "atomic provenance runfolder blocks attention sampling verification costs",
+    "ranges atomic provenance runfolder blocks attention sampling verification costs",
     """backbone kvcache stack directpass tables losses projection rowpass roundcounts slots metrics stepspeed
     data.memory data.codec data.grouped data.codecs""",
     "methods.draft methods.parallel methods.recurrent methods.dflash methods.dspark methods.eagle3 methods.mtp",

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import lightning as L
 import numpy as np
@@ -25,6 +25,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from specbench.data import hub, jsonl
 from specbench.data.corpus import conversations
 from specbench.data.overlap import SHORTEST, text_hash, words
+from specbench.ranges import Among, Count, Natural, Seed
 
 TURNS = ("all", "first")
 OWN = "own"  # domain of prompts that belong to no benchmark of the suite
@@ -61,9 +62,9 @@ class Benchmark:
 
     name: str
     domain: str
-    version: int = 1
-    rows: int | None = None
-    row_seed: int = 0
+    version: Natural = 1
+    rows: Count | None = None
+    row_seed: Seed = 0
     dataset: str | None = None
     revision: str | None = None
     subset: str | Sequence[str] | None = None
@@ -121,9 +122,9 @@ class Benchmarks(L.LightningDataModule):
         name: str,
         benchmarks: Mapping[str, Benchmark] | Sequence[Benchmark],
         prompts: str | Path | None = None,
-        limit: int | None = None,
-        turns: str = "all",
-        seed: int = 0,
+        limit: Count | None = None,
+        turns: Annotated[str, Among(TURNS)] = "all",
+        seed: Seed = 0,
     ) -> None:
         super().__init__()
         if turns not in TURNS:

@@ -19,6 +19,8 @@ from typing import Any
 
 import openai
 
+from specbench.ranges import Count, Seconds
+
 TOLERATED = 3
 
 
@@ -55,12 +57,12 @@ class Patience:
     outage: how long no server at all may be alive before the run stops.
     """
 
-    request: float | int = 600.0
-    attempts: int = 8
-    backoff: float | int = 0.5
-    longest: float | int = 30.0
-    probe: float | int = 2.0
-    outage: float | int = 300.0
+    request: Seconds = 600.0
+    attempts: Count = 8
+    backoff: Seconds = 0.5
+    longest: Seconds = 30.0
+    probe: Seconds = 2.0
+    outage: Seconds = 300.0
 
 
 class ServerPool:

@@ -19,6 +19,7 @@ from specbench.data import hub, jsonl
 from specbench.data.corpus import DOMAINS
 from specbench.data.corpus import conversations as embedded_conversations
 from specbench.data.overlap import text_hash
+from specbench.ranges import Count, Natural, Seed
 
 Conversation = dict[str, Any]
 ROLES = {
@@ -124,7 +125,7 @@ class Hub:
     split: str = "train"
     subset: str | None = None
     revision: str | None = None
-    limit: int | None = None
+    limit: Count | None = None
     dropped: Counter[str] = field(default_factory=Counter)
 
     def conversations(self) -> Iterator[tuple[str | None, Conversation]]:
@@ -143,7 +144,7 @@ class Files:
     name: str
     paths: list[str]
     columns: Columns
-    limit: int | None = None
+    limit: Count | None = None
     dropped: Counter[str] = field(default_factory=Counter)
 
     def conversations(self) -> Iterator[tuple[str | None, Conversation]]:
@@ -179,8 +180,8 @@ class Embedded:
 
     name: str = "embedded"
     domains: list[str] = field(default_factory=lambda: list(DOMAINS))
-    counts: dict[str, int | None] = field(default_factory=lambda: {"train": None, "validation": None})
-    seed: int = 0
+    counts: dict[str, Natural | None] = field(default_factory=lambda: {"train": None, "validation": None})
+    seed: Seed = 0
     dropped: Counter[str] = field(default_factory=Counter)
 
     def conversations(self) -> Iterator[tuple[str | None, Conversation]]:

@@ -20,6 +20,7 @@ from specbench.data.manifest import differences
 from specbench.data.memory import Recycler
 from specbench.data.order import ROWS, EpochPlan, epoch_order, permutation, split
 from specbench.data.steps import EpochSteps, ReadAhead, Step
+from specbench.ranges import Count, Seed, ShareBelowOne, Threads, Tokens
 
 
 class StepData(L.LightningDataModule):
@@ -32,16 +33,16 @@ class StepData(L.LightningDataModule):
 
     def __init__(
         self,
-        samples_per_micro: int = 1,
-        micro_batches_per_step: int = 1,
-        row_length: int | None = None,
-        seed: int = 0,
-        validation_fraction: float = 0.0,
-        limit_samples: int | None = None,
-        shuffle_window: int | None = None,
+        samples_per_micro: Count = 1,
+        micro_batches_per_step: Count = 1,
+        row_length: Tokens | None = None,
+        seed: Seed = 0,
+        validation_fraction: ShareBelowOne = 0.0,
+        limit_samples: Count | None = None,
+        shuffle_window: Count | None = None,
         balance: bool = True,
-        threads: int = 2,
-        ahead: int = 4,
+        threads: Threads = 2,
+        ahead: Count = 4,
         rank: int | None = None,
         world: int | None = None,
     ):

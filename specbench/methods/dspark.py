@@ -14,6 +14,7 @@ Deviations from the paper: none in the forward pass. The Markov bias is added af
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Annotated
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +25,7 @@ from specbench.blocks import Batch, Blocks, slot_positions, take
 from specbench.methods.draft import Proposal, Sample
 from specbench.methods.parallel import ParallelDraft
 from specbench.projection import SharedLookups, add_linear_, return_memory
+from specbench.ranges import Among, Rank
 
 MARKOV_HEADS = ("vanilla", "gated", "rnn")
 # Bytes of an embedding's gradient from which the memory freed before it is worth asking back (a few milliseconds).
@@ -88,8 +90,8 @@ class DSpark(ParallelDraft):
     def __init__(
         self,
         *args,
-        markov_head: str = "vanilla",
-        markov_rank: int = 256,
+        markov_head: Annotated[str, Among(MARKOV_HEADS)] = "vanilla",
+        markov_rank: Rank = 256,
         confidence_head: bool = True,
         confidence_with_markov: bool = True,
         **kwargs,

@@ -20,6 +20,7 @@ from specbench.attention import Span, Visibility, attend, attend_flex, attend_sp
 from specbench.backbone import Backbone, Layer, RotaryEmbedding
 from specbench.blocks import PADDING, Batch, Blocks, Context, assemble, take
 from specbench.methods.draft import Draft, Proposal, Sample, State
+from specbench.ranges import Count, Layers, Slots
 from specbench.stack import Stack
 from specbench.tables import Tables
 
@@ -50,9 +51,9 @@ class ParallelDraft(Draft):
         tables: Tables,
         target_layer_ids: tuple[int, ...] | list[int],
         mask_token_id: int,
-        layers: int = 5,
-        block_size: int = 7,
-        anchors: int | None = 512,
+        layers: Layers = 5,
+        block_size: Slots = 7,
+        anchors: Count | None = 512,
         sample_from_anchor: bool = True,
         causal_block: bool = False,
         checkpointing: bool = False,

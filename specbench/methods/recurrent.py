@@ -10,6 +10,8 @@ Axes: B batch, T tokens, N chains, K steps, C taps, D hidden.
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
@@ -19,6 +21,7 @@ from specbench.backbone import Backbone, Layer, Rope, RotaryEmbedding
 from specbench.blocks import PADDING, SUPERVISIONS, Batch, Blocks, Context, assemble, slot_positions, take
 from specbench.kvcache import KVCache
 from specbench.methods.draft import Draft, Proposal, Sample, State
+from specbench.ranges import Among, Count, Layers, Slots
 from specbench.stack import Stack
 from specbench.tables import Tables
 
@@ -41,10 +44,10 @@ class RecurrentDraft(Draft):
         tables: Tables,
         target_layer_ids: tuple[int, ...] | list[int],
         mask_token_id: int | None = None,
-        layers: int = 1,
-        block_size: int = 7,
-        anchors: int | None = None,
-        supervision: str = "predicted",
+        layers: Layers = 1,
+        block_size: Slots = 7,
+        anchors: Count | None = None,
+        supervision: Annotated[str, Among(SUPERVISIONS)] = "predicted",
         train_tables: bool = False,
         draft_vocabulary: Int[Tensor, " W"] | None = None,
     ):
