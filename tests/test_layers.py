@@ -126,6 +126,5 @@ def test_analysis_runs_without_torch() -> None:
 
 
 @pytest.mark.parametrize("file", sources(*PACKAGES, "tests", "configs"), ids=path)
-def test_files_are_short_and_named_for_what_they_hold(file: Path) -> None:
-    assert len(file.read_text(encoding="utf-8").splitlines()) <= 300
+def test_files_are_named_for_what_they_hold(file: Path) -> None:
     assert file.stem not in BANNED
