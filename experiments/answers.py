@@ -19,7 +19,7 @@ from specbench.atomic import plain
 from specbench.data import answers, prompts
 from specbench.data.chat import render
 from specbench.data.engines import Engine, InProcessEngine, Policy, ServerEngine
-from specbench.data.templates import ChatError, template_hash
+from specbench.data.templates import ChatError, date_of, server_options, template_hash, template_of
 from specbench.decoding import Limits, decode
 from specbench.sampling import Sampling
 from specbench.targets import Target
@@ -48,7 +48,9 @@ def run(cfg: DictConfig) -> None:
         **cfg.sampling,
         max_new_tokens=cfg.max_new_tokens,
         seed=cfg.seed,
+        date=date_of(tokenizer),
     )
+    options = server_options(template_of(tokenizer), cfg.thinking) if cfg.servers else {}
     with open(source / f"{cfg.split}.jsonl", "rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     identity = {"policy": plain(vars(policy)), "prompts": digest, "count": cfg.count, "split": cfg.split}
@@ -57,7 +59,7 @@ def run(cfg: DictConfig) -> None:
             if cfg.force:
                 for name in ("answers.jsonl", "failed.jsonl", "header.json"):
                     (folder / name).unlink(missing_ok=True)
-            engine = _engine(cfg, target, tokenizer)
+            engine = _engine(cfg, target, tokenizer, options)
             total = sum(1 for _ in prompts.read(source, cfg.split, limit))
             with Progress("answers", total, "prompts") as bar:
                 counts = answers.collect(
@@ -88,10 +90,10 @@ def show(rows: Iterator[dict[str, Any]], tokenizer: Any, thinking: bool | None) 
         console.print(render(tokenizer, coded))
 
 
-def _engine(cfg: DictConfig, target: Target | None, tokenizer: Any) -> Engine:
+def _engine(cfg: DictConfig, target: Target | None, tokenizer: Any, options: dict[str, Any]) -> Engine:
     if target is None:
         patience = instantiate(cfg.patience)
-        return ServerEngine(list(cfg.servers), cfg.model, cfg.concurrency, patience, cfg.api_key)
+        return ServerEngine(list(cfg.servers), cfg.model, cfg.concurrency, patience, cfg.api_key, options)
 
     def generate(
         asked: Sequence[list[int]],

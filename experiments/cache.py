@@ -26,7 +26,8 @@ def run(cfg: DictConfig) -> Path | None:
     """Build the cache that `cfg` describes and return its folder (None after plan=true)."""
     source = Path(cfg.answers or Path(cfg.root) / "answers" / cfg.data.name / cfg.target.name)
     target = load_target(cfg.target, cfg.device)
-    conversations, dropped = encoded(source, target.tokenizer, cfg.max_length, cfg.thinking)
+    vocabulary = len(target.tables.embedding)
+    conversations, dropped = encoded(source, target.tokenizer, cfg.max_length, cfg.thinking, vocabulary)
     kept = storage(cfg.codec, cfg.last_codec, cfg.last_rows)
     place = Path(cfg.folder) if cfg.folder else None
     if cfg.plan:
@@ -81,12 +82,17 @@ def facts(manifest: Manifest) -> dict[str, Any]:
     }
 
 
-def encoded(folder: Path, tokenizer: Any, max_length: int, thinking: bool | None) -> tuple[list[Encoded], dict]:
-    """Answers as tokens and loss masks; what cannot be encoded is counted by cause, what is cut is counted too."""
+def encoded(
+    folder: Path, tokenizer: Any, max_length: int, thinking: bool | None, vocabulary: int | None = None
+) -> tuple[list[Encoded], dict]:
+    """Answers as tokens and loss masks; what cannot be encoded is counted by cause, what is cut is counted too.
+
+    vocabulary: rows of the target's embedding; answers with a token id beyond it are an error that names their line.
+    """
     if tokenizer is None:
         raise ValueError("the target has no tokenizer, so its answers cannot be turned into tokens; set target.id")
     kept, causes = [], Counter()
-    for row in answers.read(folder):
+    for row in answers.read(folder, vocabulary):
         try:
             coded = answers.encoded(row, tokenizer, thinking, max_length)
         except ChatError as error:

@@ -16,7 +16,7 @@ from experiments.stage import say
 from specbench.data import prompts
 from specbench.data.chat import prompt_ids
 from specbench.data.datamodule import TargetCache
-from specbench.data.manifest import Manifest
+from specbench.data.manifest import DamagedManifest, Manifest
 from specbench.data.online import OnlineTarget
 from specbench.data.remote import is_remote
 from specbench.data.stepdata import StepData
@@ -32,7 +32,9 @@ def open_data(cfg: DictConfig, target: Target | None) -> StepData:
     }
     if cfg.online:
         source = Path(cfg.root) / "answers" / cfg.data.name / cfg.target.name
-        conversations, _ = encoded(source, target.tokenizer, cfg.target.max_length, cfg.target.thinking)
+        conversations, _ = encoded(
+            source, target.tokenizer, cfg.target.max_length, cfg.target.thinking, len(target.tables.embedding)
+        )
         data = OnlineTarget(target, conversations, dtype=cfg.cache_dtype, **order)
         data.lineage = {"fingerprint": "online", "folder": str(source), "bytes": 0}
         return data
@@ -64,7 +66,11 @@ def find_cache(root: Path, target: DictConfig, data: str, codec: str | None = No
     """
     fitting, others = {}, []
     for path in sorted((root / "cache").glob("*/manifest.json")):
-        identity = Manifest.read(path.parent).identity
+        try:
+            identity = Manifest.read(path.parent).identity
+        except DamagedManifest as error:
+            say(f"train: passed over a cache: {error}")
+            continue
         wanted = set(target.target_layer_ids or []) <= set(identity["taps"])
         stored = codec is None or storage(codec).facts() == identity["codec"]
         if identity["target"] == target.name and f"{data}/answers.jsonl" in identity["sources"] and wanted and stored:

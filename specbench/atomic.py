@@ -53,7 +53,7 @@ def write_text(path: str | Path, text: str) -> None:
 
 def write_json(path: str | Path, value: Any) -> None:
     """Write `value` as indented strict JSON, whole or not at all. Raises ValueError on NaN or Infinity."""
-    write_text(path, json.dumps(plain(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    write_text(path, _dumped(value, indent=2) + "\n")
 
 
 def read_json(path: Path, default: Any) -> Any:
@@ -63,7 +63,25 @@ def read_json(path: Path, default: Any) -> Any:
 
 def json_line(value: Any) -> str:
     """One strict JSON line with its line end. Raises ValueError on NaN or Infinity."""
-    return json.dumps(plain(value), ensure_ascii=False, allow_nan=False, separators=(",", ":")) + "\n"
+    return _dumped(value, separators=(",", ":")) + "\n"
+
+
+def _dumped(value: Any, **form: Any) -> str:
+    """`value` as JSON text; what UTF-8 cannot hold (lone surrogates in other people's text) is escaped."""
+    value = plain(value)
+    text = json.dumps(value, ensure_ascii=False, allow_nan=False, **form)
+    return text if is_unicode(text) else json.dumps(value, allow_nan=False, **form)
+
+
+def is_unicode(text: str) -> bool:
+    """Whether UTF-8 can hold the text: it has no lone surrogates."""
+    if text.isascii():
+        return True
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def plain(value: Any, where: str = "") -> Any:

@@ -21,12 +21,13 @@ import numpy as np
 
 from specbench.atomic import json_line, replacing
 from specbench.audit import audit
+from specbench.data import jsonl
 from specbench.data.benchmarks import Prompt
 from specbench.data.chat import prompt_ids
 from specbench.decoding import Decoded, Limits, decode, speculative_decode
 from specbench.methods.draft import Proposer
 from specbench.metrics import DecodingMetrics
-from specbench.runfolder import drop_cut_line, read_lines
+from specbench.runfolder import read_lines
 from specbench.sampling import Sampling
 from specbench.scheduling import FixedLength, Scheduler
 from specbench.targets import Target
@@ -185,7 +186,7 @@ class Parts:
     def __init__(self, folder: Path, rank: int = 0):
         self.folder, self.file = folder / "parts", folder / "parts" / f"rank-{rank:05d}.jsonl"
         self.folder.mkdir(parents=True, exist_ok=True)
-        drop_cut_line(self.file)
+        jsonl.repair(self.file)
 
     def read(self) -> dict[tuple[str, str, int], Answered]:
         """Everything that is done; a last line that a kill cut off is decoded again."""

@@ -29,6 +29,7 @@ import pyarrow.parquet as pq
 import yaml
 
 from specbench.atomic import json_line, plain, read_json, replacing, write_json, write_text
+from specbench.data import jsonl
 
 SCHEMA = "specbench.run/1"
 KINDS = ("target", "train", "evaluate", "speed", "serve")
@@ -111,7 +112,7 @@ class RunFolder:
                 for folder in ("checkpoints", "draft"):
                     shutil.rmtree(self.path / folder, ignore_errors=True)
             for file in ("metrics.jsonl", "rounds.jsonl"):
-                drop_cut_line(self.path / file)
+                jsonl.repair(self.path / file)
             write_text(self.path / "config.yaml", yaml.safe_dump(self.config, sort_keys=False, allow_unicode=True))
         self._settle("running", process=_process())
         return self
@@ -212,17 +213,7 @@ def read_summary(folder: str | Path) -> dict[str, Any]:
 
 def read_lines(path: str | Path) -> list[dict[str, Any]]:
     """The lines of metrics.jsonl or rounds.jsonl, without a last line that a kill cut short."""
-    text = Path(path).read_text(encoding="utf-8", errors="replace")
-    return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
-
-
-def drop_cut_line(path: Path) -> None:
-    """Truncate a line file after its last line end, so that what is appended next starts on its own line."""
-    if path.exists():
-        content = path.read_bytes()
-        if not content.endswith(b"\n") and content:
-            with open(path, "r+b") as file:
-                file.truncate(content.rfind(b"\n") + 1)
+    return [line for _, line in jsonl.read(path, unfinished="drop")]
 
 
 def _process() -> dict[str, Any]:

@@ -15,13 +15,13 @@ PACKAGES = ("specbench", "analysis", "experiments")
 
 # Every file of specbench/ by layer. A file imports from its own layer and from those before it, never in a circle.
 LAYERS = (
-    "ranges atomic provenance runfolder blocks attention sampling verification costs",
+    "ranges atomic data.jsonl provenance runfolder blocks attention sampling verification costs",
     """backbone kvcache stack directpass tables losses projection rowpass roundcounts slots metrics stepspeed
     data.memory data.codec data.grouped data.codecs""",
     "methods.draft methods.parallel methods.recurrent methods.dflash methods.dspark methods.eagle3 methods.mtp",
     """targets objective chunks oracle
-    data.jsonl data.hub data.overlap data.sources data.prompts data.templates data.chat data.servers data.engines
-    data.answers data.corpus data.arithmetic data.stdlib data.bytepairs data.rows data.storage data.shards
+    data.hub data.overlap data.foreign data.turns data.sources data.prompts data.templates data.chat data.servers
+    data.engines data.answers data.corpus data.arithmetic data.stdlib data.bytepairs data.rows data.storage data.shards
     tokenclasses""",
     """decoding audit baselines teacherforced scheduling calibration rounds
     data.order data.layout data.manifest data.agreement data.writing data.online data.cache data.sizing data.reading

@@ -18,6 +18,7 @@ from specbench.data.chat import Encoded, encode
 from specbench.data.engines import Conversation, Engine, Policy
 
 SCHEMA = "specbench.answers/1"
+LARGEST = 2**31 - 1  # no vocabulary has more token ids
 
 
 def collect(
@@ -76,9 +77,12 @@ def header(policy: Policy, engine: str) -> dict[str, Any]:
 
 def check_header(folder: Path | str, policy: Policy) -> None:
     """Refuse a folder whose answers were drawn under another policy."""
-    there = read_json(Path(folder) / "header.json", None)
+    path = Path(folder) / "header.json"
+    there = read_json(path, None)
     if there is None:
         return
+    if not isinstance(there, dict) or there.get("schema") != SCHEMA or not isinstance(there.get("policy"), dict):
+        raise ValueError(f"{path} is no header of answers ({SCHEMA}): start over with force=true")
     differing = changes(there.get("policy"), plain(asdict(policy)))
     if differing:
         raise ValueError(
@@ -90,18 +94,50 @@ def check_header(folder: Path | str, policy: Policy) -> None:
 def answered(folder: Path | str) -> set[str]:
     """Ids that have an answer; a broken or repeated line is an error that names it."""
     path = Path(folder) / "answers.jsonl"
-    ids: set[str] = set()
-    if path.is_file():
-        for number, row in jsonl.read(path, "id", "messages"):
-            if row["id"] in ids:
-                raise jsonl.BrokenLine(path, number, f"repeats the answer of {row['id']!r}")
-            ids.add(row["id"])
-    return ids
+    return {row["id"] for row in read(folder)} if path.is_file() else set()
 
 
-def read(folder: Path | str) -> Iterator[dict[str, Any]]:
-    """Rows of answers.jsonl in file order."""
-    yield from jsonl.conversations(Path(folder) / "answers.jsonl")
+def read(folder: Path | str, vocabulary: int | None = None) -> Iterator[dict[str, Any]]:
+    """Rows of answers.jsonl in file order. BrokenLine for one that is not whole, or with token ids of another target.
+
+    vocabulary: how many token ids the target has; None checks that they are token ids at all.
+    """
+    path = Path(folder) / "answers.jsonl"
+    for number, row in jsonl.conversations(path):
+        try:
+            _require_answers(row, vocabulary)
+        except ValueError as error:
+            raise jsonl.BrokenLine(path, number, str(error)) from None
+        yield row
+
+
+def _require_answers(row: dict[str, Any], vocabulary: int | None) -> None:
+    """Fill in what may be absent; ValueError where tokens and marks do not belong to the answers of the row."""
+    answers = sum(message["role"] == "assistant" for message in row["messages"])
+    if row.get("truncated") is None:
+        row["truncated"] = [False] * answers
+    for key, given in (("answer_tokens", row.setdefault("answer_tokens", None)), ("truncated", row["truncated"])):
+        if given is not None and (not isinstance(given, list) or len(given) != answers):
+            found = f"{len(given)} entries" if isinstance(given, list) else f"a {type(given).__name__}"
+            raise ValueError(f"`{key}` holds {found} for {answers} answers")
+    if not set(map(type, row["truncated"])) <= {bool}:
+        raise ValueError("`truncated` holds something else than true and false")
+    for count, tokens in enumerate(row["answer_tokens"] or (), start=1):
+        if not isinstance(tokens, list) or not tokens:
+            raise ValueError(f"`answer_tokens` of answer {count} is not a list with at least one token id")
+        kinds = set(map(type, tokens))
+        if kinds != {int}:
+            other = ", ".join(sorted("null" if kind is type(None) else kind.__name__ for kind in kinds - {int}))
+            raise ValueError(f"`answer_tokens` of answer {count} holds {other}, and token ids are whole numbers")
+        if min(tokens) < 0:
+            raise ValueError(f"`answer_tokens` of answer {count} holds {min(tokens)}, and token ids count from 0")
+        if max(tokens) >= (vocabulary or LARGEST):
+            size = f"the target's {vocabulary}" if vocabulary else "any vocabulary's"
+            raise ValueError(f"`answer_tokens` of answer {count} holds {_short(max(tokens))}, beyond {size} token ids")
+
+
+def _short(number: int) -> str:
+    return str(number) if number < 10**18 else "a number of more than 18 digits"
 
 
 def encoded(row: Mapping[str, Any], tokenizer: Any, thinking: bool | None, max_length: int | None = None) -> Encoded:
@@ -120,5 +156,5 @@ def encoded(row: Mapping[str, Any], tokenizer: Any, thinking: bool | None, max_l
 
 def _settle(path: Path, done: set[str]) -> None:
     """Keep the last failure of every prompt that still has no answer."""
-    last = {row["id"]: row for _, row in jsonl.read(path, "id") if row["id"] not in done}
+    last = {str(row["id"]): row for _, row in jsonl.read(path, "id") if str(row["id"]) not in done}
     write_text(path, "".join(jsonl.line(row) for row in last.values()))

@@ -3,7 +3,9 @@
 A benchmark is data: where its rows are (a dataset of the hub, or the embedded corpus), how a row becomes a prompt (a
 Jinja template over the row's columns, or a column with turns), which rows are drawn, its domain and a version that is
 raised whenever any of it changes. Prompts can also be read from a folder of JSONL files, one a benchmark, whose lines
-hold `turns` (texts) or `prompt_ids` (already tokenised), or from a single such file.
+hold `turns` (texts) or `prompt_ids` (already tokenised), or from a single file of any format and layout that foreign.py
+and turns.py know. There a `benchmark` or `category` names the benchmark of a row, as in Spec-Bench's and SPEED-Bench's
+question files, and a `question_id` serves as its id.
 """
 
 from __future__ import annotations
@@ -18,17 +20,21 @@ from typing import Annotated, Any
 
 import lightning as L
 import numpy as np
-from jinja2 import StrictUndefined, UndefinedError
+from jinja2 import StrictUndefined, TemplateError
 from jinja2.sandbox import SandboxedEnvironment
 from torch.utils.data import DataLoader, IterableDataset
 
-from specbench.data import hub, jsonl
+from specbench.data import foreign, hub, turns
 from specbench.data.corpus import conversations
+from specbench.data.jsonl import text_id
 from specbench.data.overlap import SHORTEST, text_hash, words
 from specbench.ranges import Among, Count, Natural, Seed
 
 TURNS = ("all", "first")
 OWN = "own"  # domain of prompts that belong to no benchmark of the suite
+LARGEST = 2**31 - 1  # no vocabulary has more token ids
+# MT-Bench's questions keep their numbers and categories wherever they are copied to, ten of each from 81 on.
+MT_BENCH = ("writing", "roleplay", "reasoning", "math", "coding", "extraction", "stem", "humanities")
 log = logging.getLogger("specbench")
 _jinja = SandboxedEnvironment(undefined=StrictUndefined, keep_trailing_newline=True)
 
@@ -79,8 +85,11 @@ class Benchmark:
         try:
             if self.template is not None:
                 return (_jinja.from_string(self.template).render(**row),)
-            return tuple(row[self.turns or "turns"])
-        except (UndefinedError, KeyError, TypeError) as error:
+            found = tuple(turn["content"] for turn in turns.asked(row[self.turns or "turns"]))
+            if not found:
+                raise turns.Unfit("a row without turns")
+            return found
+        except (TemplateError, KeyError, TypeError, turns.Unfit) as error:
             raise ValueError(
                 f"benchmark {self.name!r}: its template does not fit the data ({hub.first_line(error)}); the "
                 f"columns are {', '.join(row)}"
@@ -111,8 +120,8 @@ class Benchmark:
 class Benchmarks(L.LightningDataModule):
     """The prompts of a suite; a test batch is this rank's share of one benchmark, longest first.
 
-    prompts: folder or file of JSONL read instead of the hub and the corpus. A folder follows the suite (benchmarks
-        that have no file there are left out and named); a single file is taken whole.
+    prompts: folder of JSONL files, or one file, read instead of the hub and the corpus. A folder follows the suite
+        (benchmarks that have no file there are left out and named); a single file is taken whole.
     limit: at most so many prompts of each benchmark. turns: "all", or "first" for the published protocol.
     seed: from which every prompt's own seed is derived.
     """
@@ -142,6 +151,10 @@ class Benchmarks(L.LightningDataModule):
         if self._prompts is None:
             chosen = [p for b, pool in self._pools() for p in self._choose(b, pool)]
             if not chosen:
+                if self.folder is not None and self.folder.is_file():
+                    raise ValueError(
+                        f"prompts={self.folder} holds no prompt: a line is one, with `turns` or `prompt_ids`"
+                    )
                 names = ", ".join(f"{b.name}.jsonl" for b in self.benchmarks)
                 raise ValueError(f"prompts={self.folder} holds no prompt of suite {self.name!r}: it looks for {names}")
             self._prompts = chosen
@@ -161,10 +174,11 @@ class Benchmarks(L.LightningDataModule):
         """What identifies these prompts, for a run's record."""
         loaded = self.load()
         counts = Counter(p.benchmark for p in loaded)
+        domains = {p.benchmark: p.domain for p in loaded}
         known = {b.name: b for b in self.benchmarks}
         described = {}
         for name, count in counts.items():
-            b = known.get(name, Benchmark(name, OWN))
+            b = known.get(name, Benchmark(name, domains[name]))
             described[name] = {"domain": b.domain, "version": b.version, "dataset": b.dataset or b.corpus}
             described[name] |= {"revision": b.revision, "prompts": count}
         return {
@@ -193,8 +207,11 @@ class Benchmarks(L.LightningDataModule):
         """Every benchmark with all of its rows as prompts."""
         if self.folder is not None and self.folder.is_file():
             named = {b.name: b for b in self.benchmarks}
-            own = named.get(self.folder.stem, Benchmark(self.folder.stem, OWN))
-            yield replace(own, rows=None), self._read(self.folder, own)
+            name = Path(self.folder.name.removesuffix(".gz")).stem
+            prompts = self._read(self.folder, named.get(name, Benchmark(name, OWN)), by_row=name not in named)
+            for benchmark in dict.fromkeys(p.benchmark for p in prompts):
+                pool = [p for p in prompts if p.benchmark == benchmark]
+                yield replace(named.get(benchmark, Benchmark(benchmark, pool[0].domain)), rows=None), pool
             return
         if self.folder is not None and not self.folder.is_dir():
             raise ValueError(f"prompts={self.folder} does not exist: give a folder of JSONL files, or one such file")
@@ -226,29 +243,72 @@ class Benchmarks(L.LightningDataModule):
     def _prompt(self, benchmark: Benchmark, id: str, turns, ids) -> Prompt:
         return Prompt(id, benchmark.name, benchmark.domain, turns, ids, text_hash(f"{self.seed}/{id}") >> 1)
 
-    def _read(self, path: Path, benchmark: Benchmark) -> list[Prompt]:
-        """All prompts of one JSONL file; a line that is none is an error with its number."""
-        prompts = []
-        for number, row in jsonl.read(path):
-            turns, ids = row.get("turns"), row.get("prompt_ids")
-            if (turns is None) == (ids is None):
-                raise jsonl.BrokenLine(path, number, "a prompt needs `turns` or `prompt_ids`, and not both")
-            if turns is not None and not (_filled(turns, str) and all(t.strip() for t in turns)):
-                raise jsonl.BrokenLine(path, number, "`turns` is not a list of texts with at least one word each")
-            if ids is not None and not (_filled(ids, int) and min(ids) >= 0):
-                raise jsonl.BrokenLine(path, number, "`prompt_ids` is not a list of token ids")
-            id = str(row.get("id", f"{benchmark.name}/{len(prompts)}"))
-            prompts.append(
-                self._prompt(
-                    benchmark, id, None if turns is None else tuple(turns), None if ids is None else tuple(ids)
-                )
-            )
-        seen = {p.id for p in prompts}
-        if len(seen) != len(prompts):
-            raise ValueError(
-                f"{path}: {len(prompts) - len(seen)} prompts repeat an id; make `id` unique or leave it out"
-            )
+    def _read(self, path: Path, benchmark: Benchmark, by_row: bool = False) -> list[Prompt]:
+        """All prompts of one file; a row that is none is an error with its number.
+
+        by_row: a row may name its own benchmark; else they all belong to `benchmark`.
+        """
+        rows, prompts = foreign.rows(path), []
+        places: dict[str, int] = {}
+        domains: dict[str, str] = {}
+        for number, row in rows:
+            try:
+                asked, ids = _content(row)
+                id = _id(row) or f"{benchmark.name}/{len(prompts)}"
+                name, domain = (_benchmark(row) if by_row else None) or (benchmark.name, benchmark.domain)
+            except ValueError as error:
+                raise rows.broken(number, str(error)) from None
+            first = places.setdefault(id, number)
+            if first != number:
+                raise rows.broken(number, f"repeats the id {id!r} of {rows.unit} {first}")
+            if domains.setdefault(name, domain) != domain:
+                why = f"puts benchmark {name!r} into domain {domain!r}, and rows before it into {domains[name]!r}"
+                raise rows.broken(number, why)
+            prompts.append(self._prompt(replace(benchmark, name=name, domain=domain), id, asked, ids))
         return prompts
+
+
+def _content(row: Mapping[str, Any]) -> tuple[tuple[str, ...] | None, tuple[int, ...] | None]:
+    """User turns or token ids of a row; ValueError says why it has not one of the two."""
+    given, ids = row.get("turns"), row.get("prompt_ids")
+    if ids is None:
+        if given is not None and not ((given and turns.is_turns(given)) or _filled(given, str)):
+            raise ValueError("`turns` is not a list of texts with at least one word each")
+        if given is None and not any(row.get(key) for key in (*turns.LISTS, *turns.TEXTS, "instruction")):
+            raise ValueError("a prompt needs `turns` or `prompt_ids`, and not both")
+        found = turns.find(row)
+        if any(turn["role"] == "system" for turn in found):
+            raise ValueError("a system message, and prompts are user turns: write it into the first turn")
+        asked = tuple(turn["content"] for turn in found if turn["role"] == "user")
+        if not asked:
+            raise ValueError("no question")
+        return asked, None
+    if given is not None:
+        raise ValueError("a prompt needs `turns` or `prompt_ids`, and not both")
+    if not (_filled(ids, int) and min(ids) >= 0 and max(ids) <= LARGEST):
+        raise ValueError("`prompt_ids` is not a list of token ids (whole numbers from 0)")
+    return None, tuple(ids)
+
+
+def _id(row: Mapping[str, Any]) -> str | None:
+    value = next((row[key] for key in ("id", "question_id") if row.get(key) not in (None, "")), None)
+    return None if value is None else text_id(value)
+
+
+def _benchmark(row: Mapping[str, Any]) -> tuple[str, str] | None:
+    """Benchmark and domain that a row itself names."""
+    for key in ("benchmark", "category", "domain"):
+        if not isinstance(row.get(key, ""), (str, type(None))) or (row.get(key) or "x").strip() == "":
+            raise ValueError(f"`{key}` is no text")
+    number = row.get("question_id")
+    if (
+        str(number).isdecimal()
+        and 81 <= int(number) < 161
+        and row.get("category") == MT_BENCH[(int(number) - 81) // 10]
+    ):
+        return "mt-bench", "chat"
+    name = row.get("benchmark") or row.get("category")
+    return (name, row.get("domain") or OWN) if name else None
 
 
 def for_rank(prompts: Sequence[Prompt], rank: int, world: int) -> list[Prompt]:
@@ -260,7 +320,7 @@ def for_rank(prompts: Sequence[Prompt], rank: int, world: int) -> list[Prompt]:
 
 
 def _filled(value: Any, kind: type) -> bool:
-    return isinstance(value, list) and bool(value) and all(isinstance(v, kind) and v is not True for v in value)
+    return isinstance(value, list) and bool(value) and set(map(type, value)) == {kind}
 
 
 class _Batches(IterableDataset):

@@ -11,6 +11,9 @@ prefix. Such a turn is found by rendering the conversation with a marker in its 
 kept its words and counted in `unsupervised` if not. The last answer must have the prefix property: it is the promise
 that decoding continues from the text that was trained on.
 
+Exact tokens of the last answer need no such promise: they follow the very prompt that they were decoded from, whatever
+the template would make of their text (DeepSeek-R1's drops the thinking of every answer, the last one too).
+
 Axis: T tokens of the conversation.
 """
 
@@ -26,6 +29,7 @@ from rich.text import Text
 from specbench.data.templates import (
     ChatError,
     Message,
+    options,
     render_text,
     special_tokens,
     stop_length,
@@ -106,6 +110,8 @@ def encode(
     dropped = 0
     if answer_tokens is None and "endgeneration" in template_of(tokenizer):
         tokens, mask = _generation_spans(tokenizer, messages, thinking, limits)
+    elif answer_tokens is not None and [m["role"] == "assistant" for m in messages[-2:]] == [False, True]:
+        tokens, mask, dropped = _continued(tokenizer, messages, thinking, answer_tokens, limits)
     else:
         text = render_text(tokenizer, messages, thinking)
         turns = _turns(tokenizer, messages, thinking, text)
@@ -162,8 +168,42 @@ def _turns(
         whole = text.startswith((asked, before))
         if not found or MARKER in after or not whole or not text.endswith(after) or start > end:
             raise ChatError(f"the chat template does not write answer {len(turns) + 1} once and as a whole")
+        if last and not _holds(text[start:end], message["content"]):
+            raise ChatError(
+                "the chat template drops a part of the last answer (its thinking, most likely), so its text is not "
+                "what the target wrote: collect answers with exact answer_tokens (in this process, or from a server "
+                "that returns token ids)"
+            )
         turns.append(_Turn(start, end, last or text[start:end].strip() == message["content"].strip()))
     return turns
+
+
+def _holds(text: str, words: str) -> bool:
+    """Whether `text` holds `words`, whatever the space around and between them."""
+    return "".join(words.split()) in "".join(text.split())
+
+
+def _continued(
+    tokenizer: Any,
+    messages: Sequence[Message],
+    thinking: bool | None,
+    answer_tokens: Sequence[Sequence[int]],
+    cut: Mapping[int, bool],
+) -> tuple[list[int], list[bool], int]:
+    """The prompt of the last answer as it was decoded from, that answer's exact tokens, and what ends it.
+
+    The third result counts the earlier answers that the template rewrote.
+    """
+    *history, _ = messages
+    text = render_text(tokenizer, history, thinking, prompt=True) if history else ""
+    turns = _turns(tokenizer, history, thinking, text, prompt=True)
+    marked = render_text(tokenizer, [*history, {**messages[-1], "content": MARKER}], thinking)
+    _, found, after = marked.partition(MARKER)
+    if not found or MARKER in after:
+        raise ChatError(f"the chat template does not write answer {len(answer_tokens)} once and as a whole")
+    turns.append(_Turn(len(text), len(text), True))
+    tokens, mask = _splice(tokenizer, text + after, turns, answer_tokens, cut)
+    return tokens, mask, sum(not turn.verbatim for turn in turns)
 
 
 def _by_offsets(
@@ -228,9 +268,11 @@ def _generation_spans(
     tokenizer: Any, messages: Sequence[Message], thinking: bool | None, cut: Mapping[int, bool]
 ) -> tuple[list[int], list[bool]]:
     """The template's own marks, with the stop token added where it is written behind the mark."""
-    options = {} if thinking is None else {"enable_thinking": thinking}
     coded = tokenizer.apply_chat_template(
-        [dict(m) for m in messages], return_dict=True, return_assistant_tokens_mask=True, **options
+        [dict(m) for m in messages],
+        return_dict=True,
+        return_assistant_tokens_mask=True,
+        **options(tokenizer, thinking),
     )
     tokens, marks = list(coded["input_ids"]), [bool(m) for m in coded["assistant_masks"]]
     mask, start, number = list(marks), 0, 0

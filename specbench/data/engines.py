@@ -28,8 +28,9 @@ class Policy:
     """Everything that the law of an answer depends on.
 
     model, revision, template: which target and which chat template (hash). thinking: passed to the template; None
-    leaves it out. top_k 0, top_p 1, min_p 0, repetition_penalty 1 and presence_penalty 0 are off. The penalties are
-    two different things: the first divides the logits of tokens seen, the second subtracts from them.
+    leaves it out. date: at which a template that reads the clock is rendered; None for others. top_k 0, top_p 1,
+    min_p 0, repetition_penalty 1 and presence_penalty 0 are off. The penalties are two different things: the first
+    divides the logits of tokens seen, the second subtracts from them.
     """
 
     model: str
@@ -44,18 +45,20 @@ class Policy:
     presence_penalty: float | int = 0.0
     max_new_tokens: int = 2048
     seed: int = 0
+    date: str | None = None
 
     def seed_of(self, id: str, turn: int) -> int:
         """A turn's own seed (63 bits): independent of order, concurrency and what else is asked."""
         return text_hash(f"{self.seed}/{id}/{turn}") >> 1
 
-    def request(self, turn_seed: int) -> dict[str, Any]:
-        """The settings as fields of a chat completion; what is off is not sent."""
+    def request(self, turn_seed: int, options: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        """The settings as fields of a chat completion; what is off is not sent. `options` go to the chat template."""
         extra: dict[str, Any] = {"return_token_ids": True}
         extra |= {"top_k": self.top_k} if self.top_k else {}
         extra |= {"min_p": self.min_p} if self.min_p else {}
         extra |= {"repetition_penalty": self.repetition_penalty} if self.repetition_penalty != 1 else {}
-        extra |= {} if self.thinking is None else {"chat_template_kwargs": {"enable_thinking": self.thinking}}
+        given = ({} if self.thinking is None else {"enable_thinking": self.thinking}) | dict(options or {})
+        extra |= {"chat_template_kwargs": given} if given else {}
         penalty = {"presence_penalty": self.presence_penalty} if self.presence_penalty else {}
         return {
             "temperature": self.temperature,
@@ -121,7 +124,10 @@ class _Open:
 
 
 class ServerEngine:
-    """Asks a pool of OpenAI-compatible servers, `concurrency` conversations at once on each."""
+    """Asks a pool of OpenAI-compatible servers, `concurrency` conversations at once on each.
+
+    options: further variables of the chat template (templates.server_options).
+    """
 
     name = "servers"
 
@@ -132,7 +138,9 @@ class ServerEngine:
         concurrency: int = 64,
         patience: Patience | None = None,
         api_key: str = "none",
+        options: Mapping[str, Any] | None = None,
     ) -> None:
+        self._options = options
         self._pool = ServerPool(
             servers, model, concurrency=concurrency, patience=patience or Patience(), api_key=api_key
         )
@@ -161,7 +169,7 @@ class ServerEngine:
             try:
                 while state.ask():
                     seed = policy.seed_of(conversation["id"], len(state.truncated))
-                    reply = await self._pool.chat(state.messages, **policy.request(seed))
+                    reply = await self._pool.chat(state.messages, **policy.request(seed, self._options))
                     state.hear(reply.text, reply.tokens, reply.truncated)
             except Refused as cause:
                 emit("failure", state.failure(cause))

@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from specbench.atomic import plain, replacing, write_json
-from specbench.data.shards import PARTS, Conversation
+from specbench.data import jsonl
+from specbench.data.shards import PARTS, Conversation, shard_name
 from specbench.data.storage import Storage, storage
+from specbench.data.templates import date_of
 from specbench.tables import Tables
 
 SCHEMA = "specbench.cache/1"
@@ -35,6 +38,10 @@ _COLUMNS = pa.schema(
     + [(f"{part}_{name}", kind) for part in PARTS for name, kind in (("offset", pa.int64()), ("bytes", pa.int64()))]
     + [(f"{part}_checksum", pa.uint64()) for part in PARTS]
 )
+
+
+class DamagedManifest(ValueError):
+    """A manifest that contradicts itself or the files that it describes."""
 
 
 class CacheMismatch(ValueError):
@@ -64,12 +71,16 @@ def conversations_hash(conversations: Iterable[Conversation]) -> str:
 
 
 def tokenizer_facts(tokenizer: Any) -> dict[str, str | None]:
-    """Hashes of a tokenizer's vocabulary and of its chat template; None where there is none."""
+    """Hashes of a tokenizer's vocabulary and of its chat template; None where there is none.
+
+    A template that reads the clock adds the date at which it was rendered.
+    """
     if tokenizer is None:
         return {"tokenizer": None, "template": None}
     vocabulary = json.dumps(sorted(tokenizer.get_vocab().items()), ensure_ascii=False)
-    template = tokenizer.chat_template
-    return {
+    template, date = tokenizer.chat_template, date_of(tokenizer)
+    dated = {} if date is None else {"date": date}
+    return dated | {
         "tokenizer": hashlib.sha256(vocabulary.encode()).hexdigest()[:16],
         "template": None if template is None else hashlib.sha256(str(template).encode()).hexdigest()[:16],
     }
@@ -108,6 +119,46 @@ def require_same(stored: Mapping[str, Any], wanted: Mapping[str, Any], folder: s
         raise CacheMismatch(f"{folder} does not belong to this run ({'; '.join(lines)}): {remedy}")
 
 
+REMEDY = "remove it and run `specbench cache` again, which keeps the complete shards"
+_KINDS = {"str": str, "int": int, "float": (int, float), "float | None": (int, float, type(None))}
+
+
+def _seal(facts: Mapping[str, Any]) -> str:
+    """SHA-256 over everything that a manifest says."""
+    text = json.dumps(facts, sort_keys=True, ensure_ascii=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _fault(facts: Mapping[str, Any]) -> str | None:
+    """Why these cannot be the facts of a manifest."""
+    known = {field.name: field.type for field in fields(Manifest)}
+    optional = {field.name for field in fields(Manifest) if field.default is not MISSING}
+    odd = sorted((set(known) - optional - set(facts)) | (set(facts) - set(known)))
+    if odd:
+        return f"{odd[0]!r} is {'missing' if odd[0] in known else 'no field of it'}"
+    for name, kind in known.items():
+        if name not in facts:
+            continue
+        value, wanted = facts[name], _KINDS.get(kind, list if kind.startswith("list") else dict)
+        if not isinstance(value, wanted) or isinstance(value, bool):
+            return f"{name} is of type {type(value).__name__}"
+        if isinstance(value, (int, float)) and not (math.isfinite(value) and (value >= 0 or name == "soft_cap")):
+            return f"{name} is {value}"
+    identity = facts["identity"]
+    for name, wanted in (("target", str), ("taps", list), ("codec", dict), ("max_length", int), ("sources", dict)):
+        if not isinstance(identity.get(name), wanted):
+            return f"its identity has no {name}"
+    if not {"taps", "last", "last_rows"} <= set(identity["codec"]) or set(map(type, identity["taps"])) - {int}:
+        return "its identity names no taps or codecs"
+    if fingerprint(identity) != facts["fingerprint"]:
+        return f"its fingerprint is {facts['fingerprint']} and that of its identity {fingerprint(identity)}"
+    for number, shard in enumerate(facts["shards"]):
+        sizes = [shard.get(key) for key in ("bytes", "samples")] if isinstance(shard, dict) else [None]
+        if any(type(size) is not int or size < 0 for size in sizes) or shard.get("name") != shard_name(number):
+            return f"shard {number} is not described by name, bytes and samples"
+    return None
+
+
 @dataclass(frozen=True)
 class Manifest:
     """What a complete cache is. `identity` has the fields of `identity_of`; sizes in bytes, counts in tokens.
@@ -134,22 +185,51 @@ class Manifest:
     schema: str = SCHEMA
 
     def write(self, folder: Path) -> None:
-        """Write manifest.json, whole or not at all."""
-        write_json(folder / MANIFEST, asdict(self))
+        """Write manifest.json, whole or not at all, with the seal over all that it says."""
+        facts = plain(asdict(self))
+        write_json(folder / MANIFEST, facts | {"seal": _seal(facts)})
 
     @classmethod
     def read(cls, folder: str | Path) -> Manifest:
-        """Read manifest.json. Raises ValueError when there is none or it is of another schema."""
+        """Read manifest.json. ValueError when there is none or it is of another schema, DamagedManifest when it is not
+        what was written: its fingerprint and its seal (which early caches lack) are computed anew from its content."""
         path = Path(folder) / MANIFEST
         if not path.exists():
             raise ValueError(f"{folder} holds no complete cache (no {MANIFEST}): build it with `specbench cache`")
         try:
-            facts = json.loads(path.read_text())
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path} is not JSON ({error}): build the cache anew") from error
-        if facts.get("schema") != SCHEMA:
-            raise ValueError(f"{path} is of schema {facts.get('schema')!r}, this version reads {SCHEMA}: build it anew")
+            facts, _ = jsonl.parse(jsonl.require_file(path).read_bytes().decode().strip())
+        except ValueError as error:
+            raise DamagedManifest(f"{path} is not a manifest ({error}): build the cache anew") from error
+        if not isinstance(facts, dict) or facts.get("schema") != SCHEMA:
+            schema = facts.get("schema") if isinstance(facts, dict) else None
+            raise ValueError(f"{path} is of schema {schema!r}, this version reads {SCHEMA}: build it anew")
+        seal = facts.pop("seal", None)
+        why = _fault(facts) or (seal is not None and seal != _seal(facts) and "its seal is not that of its content")
+        if why:
+            raise DamagedManifest(f"{path} was changed after it was written ({why}): {REMEDY}")
         return cls(**facts)
+
+    def require(self, index: Index, folder: Path) -> None:
+        """DamagedManifest where counts and shards are not those of the index that it describes."""
+        found = {
+            "samples": len(index),
+            "tokens": int(index["length"].sum()),
+            "supervised": int(index["supervised"].sum()),
+        }
+        wrong = [
+            f"{name} is {getattr(self, name)}, the index says {n}"
+            for name, n in found.items()
+            if getattr(self, name) != n
+        ]
+        ends = index["offset"] + index["bytes"]
+        for number, shard in enumerate(self.shards):
+            rows = index["shard"] == number
+            if shard["samples"] != int(rows.sum()) or (rows.any() and int(ends[rows].max()) > shard["bytes"]):
+                wrong.append(f"{shard['name']} is not as the index lists it")
+        if len(index) and not 0 <= int(index["shard"].min()) <= int(index["shard"].max()) < len(self.shards):
+            wrong.append("the index lists shards that it does not")
+        if wrong:
+            raise DamagedManifest(f"{folder / MANIFEST} was changed after it was written ({wrong[0]}): {REMEDY}")
 
     def storage(self) -> Storage:
         """The codecs by name, without their scales."""
@@ -206,7 +286,10 @@ def write_tables(path: Path, tables: Tables, norm: Tensor | None, scales: Mappin
 def read_tables(folder: Path, manifest: Manifest) -> tuple[Tables, Tensor | None, dict[str, Tensor]]:
     """The frozen tables, the final norm's weight and the codecs' channel scales."""
     found = load_file(folder / TABLES)
-    embedding = found["embedding"]
+    wanted, embedding = (manifest.vocabulary, manifest.hidden_size), found.get("embedding")
+    if embedding is None or embedding.shape != wanted:
+        shape = None if embedding is None else tuple(embedding.shape)
+        raise DamagedManifest(f"{folder / TABLES} holds an embedding of {shape}, the manifest says {wanted}: {REMEDY}")
     head = found.get("head", embedding)
     scales = {name: value for name, value in found.items() if name.endswith(".channels")}
     return Tables(embedding, head, manifest.embedding_scale, manifest.soft_cap), found.get("norm"), scales

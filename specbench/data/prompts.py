@@ -10,14 +10,14 @@ presence means that the folder is complete.
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from specbench.atomic import write_json
+from specbench.atomic import read_json, write_json
 from specbench.data import jsonl
 from specbench.data.overlap import Contamination, Signatures, text_hash
 from specbench.data.sources import Conversation, Source, digest, questions
@@ -67,7 +67,7 @@ def build(
     removed: list[dict[str, str]] = []
     spool = folder / "spool.jsonl.tmp"
     try:
-        with spool.open("w", encoding="utf-8") as file:
+        with spool.open("wb") as file:
             for split, conversation in source.conversations():
                 counts["read"] += 1
                 progress(counts["read"])
@@ -82,7 +82,8 @@ def build(
                     continue
                 signatures.add("\n".join(asked))
                 split = split or split_of(conversation["messages"], validation, seed)
-                file.write(json.dumps([split, conversation], ensure_ascii=False) + "\n")
+                line = {"split": split, "place": source.place, "conversation": conversation}
+                file.write(jsonl.line(line).encode())
         first = signatures.duplicates(None)
         near = signatures.duplicates(near_duplicate)
         counts["equal questions"] = int((first >= 0).sum())
@@ -96,6 +97,7 @@ def build(
         "settings": {"validation": validation, "near_duplicate": near_duplicate, "ngram": ngram, "seed": seed},
         "read": counts["read"] + sum(n for cause, n in source.dropped.items() if not cause.endswith("(cut)")),
         "unfit": dict(source.dropped),
+        "unfit_examples": list(source.unfit),
         "contaminated": counts["contaminated"],
         "equal_questions": counts["equal questions"],
         "near_duplicates": counts["near-duplicates"],
@@ -113,6 +115,7 @@ def build(
         told = ", ".join(f"{count} {cause}" for cause, count in dropped.items() if count)
         raise ValueError(
             f"no conversation of {source.name!r} is left for training; of {report['read']}, {told or 'none fitted'}"
+            + (f" (the first: {source.unfit[0]})" if source.unfit else "")
             + ("; decontaminate=null keeps those that overlap evaluation prompts" if counts["contaminated"] else "")
         )
     write_json(folder / "report.json", report)
@@ -122,25 +125,24 @@ def build(
 def _copy(spool: Path, folder: Path, repeats: Any, counts: Counter[str]) -> None:
     """Second pass: what is not a repetition goes into its split; both files appear whole or not at all."""
     drafts = {split: folder / f"{split}.jsonl.tmp" for split in SPLITS}
-    seen: set[int] = set()
+    seen: dict[int, int] = {}
     with ExitStack() as stack:
-        files = {split: stack.enter_context(path.open("w", encoding="utf-8")) for split, path in drafts.items()}
-        with spool.open(encoding="utf-8") as lines:
-            for line, repeated in zip(lines, repeats, strict=True):
-                if repeated:
-                    continue
-                split, conversation = json.loads(line)
-                if split not in files:
-                    raise ValueError(f"conversation {conversation['id']!r} names the split {split!r}: use {SPLITS}")
-                identity = text_hash(conversation["id"])
-                if identity in seen:
-                    raise ValueError(
-                        f"id {conversation['id']!r} occurs twice: ids must be unique; leave `columns.id` out of the "
-                        "data YAML to have them made from the questions"
-                    )
-                seen.add(identity)
-                files[split].write(json.dumps(conversation, ensure_ascii=False) + "\n")
-                counts[split] += 1
+        files = {split: stack.enter_context(path.open("wb")) for split, path in drafts.items()}
+        for (number, line), repeated in zip(jsonl.read(spool), repeats, strict=True):
+            if repeated:
+                continue
+            split, conversation = line["split"], line["conversation"]
+            if split not in files:
+                raise ValueError(f"conversation {conversation['id']!r} names the split {split!r}: use {SPLITS}")
+            first = seen.setdefault(text_hash(conversation["id"]), number)
+            if first != number:
+                before = next(line["place"] for at, line in jsonl.read(spool) if at == first)
+                raise ValueError(
+                    f"id {conversation['id']!r} occurs twice, in {before} and in {line['place']}: ids must be unique; "
+                    "set data.source.columns.id=null to have them made from the questions"
+                )
+            files[split].write(jsonl.line(conversation).encode())
+            counts[split] += 1
     for split, path in drafts.items():
         path.replace(folder / f"{split}.jsonl")
 
@@ -148,13 +150,10 @@ def _copy(spool: Path, folder: Path, repeats: Any, counts: Counter[str]) -> None
 def read(folder: Path | str, split: str = "train", limit: int | None = None) -> Iterator[Conversation]:
     """Conversations of one split, in file order; a broken line is an error that names file and line."""
     path = Path(folder) / f"{split}.jsonl"
-    for number, row in enumerate(jsonl.conversations(path)):
-        if limit is not None and number >= limit:
-            return
+    for _, row in islice(jsonl.conversations(path), limit):
         yield row
 
 
 def finished(folder: Path | str) -> dict[str, Any] | None:
     """The report of a complete folder, or None."""
-    path = Path(folder) / "report.json"
-    return json.loads(path.read_text()) if path.is_file() else None
+    return read_json(Path(folder) / "report.json", None)

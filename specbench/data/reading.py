@@ -91,6 +91,7 @@ class CacheReader:
         self.manifest = Manifest.read(files.folder)
         self._check_papers()
         self.index = Index(files.folder / INDEX)
+        self.manifest.require(self.index, files.folder)
         self.tables, self.norm, scales = read_tables(files.folder, self.manifest)
         self.storage = self.manifest.storage().with_scales(scales)
         self.dtype = dtype or self.storage.dtype

@@ -19,6 +19,7 @@ from typing import Any
 
 import openai
 
+from specbench.atomic import is_unicode
 from specbench.ranges import Count, Seconds
 
 TOLERATED = 3
@@ -241,8 +242,12 @@ def _reply(completion: Any) -> Reply:
     text = choice.message.content
     if not text:
         raise Refused("an empty answer")
-    tokens = (choice.model_extra or {}).get("token_ids")
-    return Reply(text, [int(t) for t in tokens] if tokens else None, choice.finish_reason == "length")
+    if not is_unicode(text):
+        raise Refused("an answer with a lone surrogate, which is no Unicode text")
+    tokens = (choice.model_extra or {}).get("token_ids") or None
+    if tokens is not None and not (isinstance(tokens, list) and set(map(type, tokens)) == {int} and min(tokens) >= 0):
+        raise Refused("token_ids that are not whole numbers from 0: ask the server for none, or mend it")
+    return Reply(text, tokens, choice.finish_reason == "length")
 
 
 def _cause(error: BaseException) -> str:

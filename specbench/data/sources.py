@@ -1,7 +1,8 @@
 """Where conversations come from: a hub dataset, local files, the embedded corpus; all in one shape.
 
 A source yields (split | None, conversation). Rows of other people's data go through a small mapping: which column
-holds the conversation, what its roles are called. A row that does not fit is dropped with a cause, and counted.
+holds the conversation, what its roles are called; where nothing is named, the layout is recognised (turns.py). A row
+that does not fit is dropped with a cause, and counted; the first of them are kept with their place.
 """
 
 from __future__ import annotations
@@ -13,96 +14,101 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
-import pyarrow.parquet
-
-from specbench.data import hub, jsonl
+from specbench.atomic import is_unicode
+from specbench.data import foreign, hub, turns
 from specbench.data.corpus import DOMAINS
 from specbench.data.corpus import conversations as embedded_conversations
+from specbench.data.jsonl import text_id
 from specbench.data.overlap import text_hash
+from specbench.data.turns import Unfit
 from specbench.ranges import Count, Natural, Seed
 
 Conversation = dict[str, Any]
-ROLES = {
-    "user": "user", "human": "user", "prompter": "user",
-    "assistant": "assistant", "gpt": "assistant", "bard": "assistant", "bing": "assistant", "bot": "assistant",
-    "chatgpt": "assistant", "model": "assistant",
-    "system": "system",
-}  # fmt: skip
+EXAMPLES = 20  # rows that did not fit, kept with their place
 
 
 @runtime_checkable
 class Source(Protocol):
-    """Anything that yields conversations; `dropped` counts causes once it has been read."""
+    """Anything that yields conversations.
+
+    dropped: counts causes once it has been read. unfit: where the first rows that did not fit are, and why. place:
+        where the conversation that was yielded last comes from, as an error would say it.
+    """
 
     name: str
     dropped: Counter[str]
+    unfit: list[str]
+    place: str
 
     def conversations(self) -> Iterator[tuple[str | None, Conversation]]: ...
-
-
-class _Unfit(ValueError):
-    """A row that cannot become a conversation; the message is the cause that is counted."""
 
 
 @dataclass(frozen=True)
 class Columns:
     """How a row of somebody's data becomes a conversation.
 
-    messages: column with a list of turns, each with `role` and `content` keys; or
+    messages: column with a list of turns, each with `role` and `content` keys (None: any that are in use); or
     prompt: column with the text of one user turn, or a list of user turns to be answered one after the other.
-    system, id, source: optional columns.
+        Neither: the row's layout is recognised.
+    system, id, source, domain: optional columns. Without `id` it is made from what is asked.
     """
 
-    messages: str | None = "messages"
-    role: str = "role"
-    content: str = "content"
+    messages: str | None = None
+    role: str | None = None
+    content: str | None = None
     prompt: str | None = None
     system: str | None = None
     id: str | None = None
     source: str | None = None
+    domain: str | None = None
 
     def conversation(self, row: Mapping[str, Any], name: str, counts: Counter[str]) -> Conversation:
         """The row in our shape. Answers before the first question are cut and counted in `counts`."""
-        messages = list(self._turns(row))
+        messages = self._turns(row)
         if self.system and row.get(self.system):
-            messages.insert(0, {"role": "system", "content": str(row[self.system])})
+            messages.insert(0, turns.turn("system", row[self.system]))
         head = [m for m in messages[:1] if m["role"] == "system"]
         rest = messages[len(head) :]
         if rest and rest[0]["role"] == "assistant":
             counts["answers before the first question (cut)"] += 1
             rest = rest[1:]
         if not rest:
-            raise _Unfit("no question")
+            raise Unfit("no question")
         answered = any(m["role"] == "assistant" for m in rest)
         if any(m["role"] != ("assistant" if answered and i % 2 else "user") for i, m in enumerate(rest)):
-            raise _Unfit("roles do not alternate")
+            raise Unfit("roles do not alternate")
         messages = [*head, *rest]
-        key = self.id and row.get(self.id)
-        source = str(row[self.source]) if self.source and row.get(self.source) else name
-        return {"id": str(key) if key else f"{name}-{digest(messages)}", "messages": messages, "source": source}
+        found = {"id": self._id(row) or f"{name}-{digest(messages)}", "messages": messages}
+        found["source"] = self._label(row, self.source) or name
+        domain = self._label(row, self.domain)
+        return found | ({"domain": domain} if domain else {})
 
-    def _turns(self, row: Mapping[str, Any]) -> Iterator[dict[str, str]]:
+    def _turns(self, row: Mapping[str, Any]) -> list[turns.Turn]:
         if self.prompt is not None:
-            value = row.get(self.prompt)
-            pairs: list[tuple[Any, Any]] = [("user", turn) for turn in (value if isinstance(value, list) else [value])]
-        else:
-            value = row.get(self.messages or "")
-            if (
-                not isinstance(value, Sequence)
-                or isinstance(value, str)
-                or not all(isinstance(m, Mapping) for m in value)
-            ):
-                raise _Unfit(f"column {self.messages!r} is not a list of turns")
-            pairs = [(m.get(self.role), m.get(self.content)) for m in value]
-        for role, content in pairs:
-            known = ROLES.get(str(role).lower())
-            if known is None:
-                raise _Unfit(f"role {role!r}")
-            if not isinstance(content, str) or not content.strip():
-                raise _Unfit("a turn without text")
-            if any("\ud800" <= letter <= "\udfff" for letter in content):
-                raise _Unfit("text that is not Unicode (a lone surrogate)")
-            yield {"role": known, "content": content}
+            return list(turns.asked(row.get(self.prompt)))
+        if self.messages is None:
+            return turns.find(row)
+        value = row.get(self.messages)
+        if not turns.is_turns(value):
+            raise Unfit(f"column {self.messages!r} is not a list of turns")
+        return list(turns.turns(value, self.role, self.content))
+
+    def _id(self, row: Mapping[str, Any]) -> str | None:
+        value = row.get(self.id) if self.id else None
+        if value is None or value == "":
+            return None
+        try:
+            return text_id(value)
+        except ValueError as error:
+            raise Unfit(f"column {self.id!r}: {error}") from None
+
+    def _label(self, row: Mapping[str, Any], column: str | None) -> str | None:
+        value = row.get(column) if column else None
+        if value is None or value == "":
+            return None
+        if isinstance(value, (str, int, float)) and is_unicode(str(value)):
+            return str(value)
+        raise Unfit(f"column {column!r} is no text")
 
 
 def questions(messages: Sequence[Mapping[str, str]]) -> list[str]:
@@ -116,7 +122,22 @@ def digest(messages: Sequence[Mapping[str, str]]) -> str:
 
 
 @dataclass
-class Hub:
+class _Read:
+    """What is known of a source while and after it is read."""
+
+    dropped: Counter[str] = field(default_factory=Counter, kw_only=True)
+    unfit: list[str] = field(default_factory=list, kw_only=True)
+    place: str = field(default="", kw_only=True)
+
+    def drop(self, cause: str) -> None:
+        """Count a row that does not fit."""
+        self.dropped[cause] += 1
+        if len(self.unfit) < EXAMPLES:
+            self.unfit.append(f"{self.place}: {cause}")
+
+
+@dataclass
+class Hub(_Read):
     """A dataset of the Hugging Face hub, streamed."""
 
     name: str
@@ -126,7 +147,6 @@ class Hub:
     subset: str | None = None
     revision: str | None = None
     limit: Count | None = None
-    dropped: Counter[str] = field(default_factory=Counter)
 
     def conversations(self) -> Iterator[tuple[str | None, Conversation]]:
         """Rows in the dataset's own order."""
@@ -134,21 +154,21 @@ class Hub:
         rows = hub.load(
             self.dataset, self.subset, split=self.split, revision=self.revision, streaming=True, remedy=remedy
         )
-        yield from _through(self, rows, self.columns)
+        placed = ((f"{self.dataset}, row {number}", row) for number, row in enumerate(rows, start=1))
+        yield from _through(self, placed, self.columns)
 
 
 @dataclass
-class Files:
-    """Local JSONL or parquet files (paths or glob patterns), read a row at a time."""
+class Files(_Read):
+    """Local files (paths or glob patterns) of the formats of foreign.py, read a row at a time."""
 
     name: str
     paths: list[str]
     columns: Columns
     limit: Count | None = None
-    dropped: Counter[str] = field(default_factory=Counter)
 
     def conversations(self) -> Iterator[tuple[str | None, Conversation]]:
-        """Rows in the order of the files. A line that is not JSON is an error that names it."""
+        """Rows in the order of the files. A line that cannot be read at all is an error that names it."""
         yield from _through(self, self._rows(), self.columns)
 
     def files(self) -> list[Path]:
@@ -157,32 +177,27 @@ class Files:
             raise ValueError("data.source.paths=[] names no file: give data.source.paths=[FILE,...]")
         found: list[Path] = []
         for pattern in self.paths:
-            matches = sorted(glob.glob(str(Path(pattern).expanduser())))
+            path = Path(pattern).expanduser()
+            matches = [path] if path.exists() else sorted(glob.glob(str(path)))
             if not matches:
                 raise ValueError(f"data.source.paths holds {pattern!r}, which matches no file: give the file's path")
             found.extend(Path(match) for match in matches)
         return found
 
-    def _rows(self) -> Iterator[Mapping[str, Any]]:
+    def _rows(self) -> Iterator[tuple[str, Mapping[str, Any]]]:
         for path in self.files():
-            if path.suffix == ".parquet":
-                for batch in pyarrow.parquet.ParquetFile(path).iter_batches(batch_size=256):
-                    yield from batch.to_pylist()
-            elif path.suffix in (".jsonl", ".json"):
-                yield from (row for _, row in jsonl.read(path))
-            else:
-                raise ValueError(f"{path}: prompts are read from .jsonl and .parquet files; convert it to one of them")
+            rows = foreign.rows(path)
+            yield from ((rows.place(number), row) for number, row in rows)
 
 
 @dataclass
-class Embedded:
+class Embedded(_Read):
     """The corpus that every machine has; it brings its own split, by source file."""
 
     name: str = "embedded"
     domains: list[str] = field(default_factory=lambda: list(DOMAINS))
     counts: dict[str, Natural | None] = field(default_factory=lambda: {"train": None, "validation": None})
     seed: Seed = 0
-    dropped: Counter[str] = field(default_factory=Counter)
 
     def conversations(self) -> Iterator[tuple[str | None, Conversation]]:
         """`counts[split]` conversations of every domain (None: all of them), domains taking turns."""
@@ -193,18 +208,20 @@ class Embedded:
                 for stream in streams:
                     row = next(stream, None)
                     if row is not None:
+                        self.place = f"the embedded corpus, {row['id']}"
                         yield split, dict(row)
                         alive.append(stream)
                 streams = alive
 
 
 def _through(
-    source: Hub | Files, rows: Iterator[Mapping[str, Any]], columns: Columns
+    source: Hub | Files, rows: Iterator[tuple[str, Mapping[str, Any]]], columns: Columns
 ) -> Iterator[tuple[str | None, Conversation]]:
-    for number, row in enumerate(rows):
+    for number, (place, row) in enumerate(rows):
         if source.limit is not None and number >= source.limit:
             return
+        source.place = place
         try:
             yield None, columns.conversation(row, source.name, source.dropped)
-        except _Unfit as cause:
-            source.dropped[str(cause)] += 1
+        except Unfit as cause:
+            source.drop(str(cause))

@@ -1,15 +1,24 @@
-"""What a tokenizer's chat template says: rendered text, its hash, its special tokens, the stop behind an answer."""
+"""What a tokenizer's chat template says: rendered text, its hash, its special tokens, the stop behind an answer.
+
+Some templates write today's date (Llama 3 and gpt-oss call `strftime_now`). Then the same conversation would be other
+tokens tomorrow, so the clock of every template stands still at `DATE`, and whatever holds tokens records that date.
+"""
 
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Mapping, Sequence
+from datetime import datetime
 from functools import lru_cache
 from typing import Any
 
 from jinja2.exceptions import TemplateError
 
 Message = Mapping[str, str]
+DATE = "2024-07-26"  # what Llama 3.1's template takes where nothing tells it the day
+# What the code in a template may raise: it is data of others, run in jinja2's sandbox.
+FAULTS = (TemplateError, ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
 
 
 class ChatError(ValueError):
@@ -30,17 +39,59 @@ def template_hash(tokenizer: Any) -> str:
     return hashlib.sha256(template_of(tokenizer).encode()).hexdigest()[:16]
 
 
+def date_of(tokenizer: Any) -> str | None:
+    """The date at which a template that reads the clock is rendered (ISO 8601); None for one that does not."""
+    template = getattr(tokenizer, "chat_template", None)
+    return DATE if template is not None and "strftime_now" in str(template) else None
+
+
+def server_options(template: str, thinking: bool | None) -> dict[str, Any]:
+    """What a server's template must be given so that it writes what is rendered here; empty for most.
+
+    ValueError for a template that reads the clock and takes no `date_string`: its server would write another day.
+    """
+    options: dict[str, Any] = {} if thinking is None else {"enable_thinking": thinking}
+    if "strftime_now" not in template:
+        return options
+    if not re.search(r"\bdate_string\b", template):
+        raise ValueError(
+            f"the target's chat template writes today's date and takes no date_string, so a server's prompts would "
+            f"change overnight: decode in this process (servers=[]), where it is {DATE}, or write a date into the "
+            "template of a copy of the target (target.id=FOLDER) and serve that"
+        )
+    return options | {"date_string": _now(_date_form(template))}
+
+
+def _date_form(template: str) -> str:
+    """How a template writes the day that it takes as `date_string`."""
+    form = re.search(r"strftime_now\(\s*(['\"])(.*?)\1\s*\)", template)
+    return form.group(2) if form else "%d %b %Y"
+
+
+def _now(form: str) -> str:
+    return datetime.fromisoformat(DATE).strftime(form)
+
+
+def options(tokenizer: Any, thinking: bool | None) -> dict[str, Any]:
+    """The variables that every template is rendered with: thinking where it is set, and a clock that stands still."""
+    given: dict[str, Any] = {} if thinking is None else {"enable_thinking": thinking}
+    return given if date_of(tokenizer) is None else given | {"strftime_now": _now}
+
+
 def render_text(tokenizer: Any, messages: Sequence[Message], thinking: bool | None = None, prompt: bool = False) -> str:
     """The conversation as the template writes it; `prompt` adds the header of the next answer."""
     template_of(tokenizer)
-    options = {} if thinking is None else {"enable_thinking": thinking}
     try:
         return tokenizer.apply_chat_template(
-            [dict(m) for m in messages], tokenize=False, add_generation_prompt=prompt, **options
+            [dict(m) for m in messages],
+            tokenize=False,
+            add_generation_prompt=prompt,
+            **options(tokenizer, thinking),
         )
-    except (TemplateError, TypeError, KeyError) as error:
+    except FAULTS as error:
         roles = ", ".join(str(m.get("role")) for m in messages)
-        raise ChatError(f"the chat template refuses a conversation of roles {roles}: {error}") from error
+        said = " ".join(str(error).split())[:200]
+        raise ChatError(f"the chat template refuses a conversation of roles {roles[:200]}: {said}") from error
 
 
 def tokenise(tokenizer: Any, text: str) -> list[int]:

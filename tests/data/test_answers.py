@@ -85,7 +85,7 @@ def test_a_cut_last_line_is_repaired_and_counted_and_a_broken_one_named(tmp_path
         with pytest.raises(ValueError, match=r"answers\.jsonl, line 2: not JSON"):
             answers.collect(asked, engine(server), tmp_path, POLICY)
         path.write_bytes(b"".join([*lines, lines[3]]))
-        with pytest.raises(ValueError, match=r"line 9: repeats the answer"):
+        with pytest.raises(ValueError, match=r"line 9: repeats the id 'p3' of line 4"):
             answers.collect(asked, engine(server), tmp_path, POLICY)
     with pytest.raises(ValueError, match="occurs twice among the prompts"):
         answers.collect([*asked, asked[0]], Echo(), tmp_path / "new", POLICY)

@@ -168,11 +168,11 @@ def test_a_single_file_is_taken_whole(tmp_path):
     [
         ('{"turns": ["a"', "not JSON"),
         ('{"turns": []}', "list of texts"),
-        ('{"turns": [" "]}', "list of texts"),
+        ('{"turns": [" "]}', "a turn without text"),
         ('{"turns": "a"}', "list of texts"),
         ('{"prompt_ids": [1, "2"]}', "list of token ids"),
         ('{"prompt_ids": [1, -2]}', "list of token ids"),
-        ('{"prompt": "a"}', "needs `turns` or `prompt_ids`"),
+        ('{"words": "a"}', "needs `turns` or `prompt_ids`"),
         ('{"turns": ["a"], "prompt_ids": [1]}', "not both"),
         ("[1]", "holds a list"),
     ],
@@ -195,7 +195,7 @@ def test_settings_that_cannot_work(tmp_path):
     with pytest.raises(ValueError, match="limit=0"):
         Benchmarks("mine", benchmarks, limit=0)
     write(tmp_path / "one.jsonl", [{"turns": ["a"], "id": 1}, {"turns": ["b"], "id": 1}])
-    with pytest.raises(ValueError, match="1 prompts repeat an id"):
+    with pytest.raises(ValueError, match=r"one\.jsonl, line 2: repeats the id '1' of line 1"):
         Benchmarks("mine", benchmarks, prompts=tmp_path).load()
 
 
