@@ -28,12 +28,13 @@ from experiments.planning import print_plan
 from experiments.stage import Stage, container, first_rank, say
 from experiments.trainingdata import frequent_tokens, open_data, probe_prompts
 from specbench.callbacks import DecodeProbe, GracefulStop, KeepLast
-from specbench.initialisation import STARTS, from_target, randomise
-from specbench.interchange import read_folder, save_draft
+from specbench.initialisation import STARTS, from_draft, from_target, randomise
+from specbench.interchange import save_draft
 from specbench.methods.draft import Draft
 from specbench.provenance import provenance
 from specbench.runfolder import RunFolder
 from specbench.sampling import Sampling
+from specbench.tables import Tables
 from specbench.training import DraftTraining, digest, trainable_parameters
 
 WITHOUT_EFFECT = ("evaluate", "temperatures", "max_new_tokens", "batch_size", "limit", "evaluation_seed", "suite")
@@ -84,7 +85,7 @@ def _train(cfg: DictConfig, stage: Stage, name: str) -> None:
             stops = () if target is None else target.stop_token_ids
             vocabulary = frequent_tokens(cfg, data, stops)
             draft = build_draft(cfg.method, cfg.target, config, data.tables, vocabulary)
-            copied = initialise(draft, cfg.start, target)
+            copied = initialise(draft, cfg.start, target, data.tables)
         steps = cfg.trainer.max_steps or cfg.trainer.epochs * data.steps_per_epoch
         module = DraftTraining(
             draft,
@@ -165,22 +166,17 @@ def needs_target(cfg: DictConfig) -> bool:
     return cfg.start == "target" or bool(cfg.trainer.probe.every) or cfg.online
 
 
-def initialise(draft: Draft, start: str, target: Any) -> list[str]:
-    """Give the draft its first weights as `start` says; returns the names that were copied."""
+def initialise(draft: Draft, start: str, target: Any, tables: Tables) -> list[str]:
+    """Give the draft its first weights as `start` says; returns what was copied. `tables` are the target's."""
     randomise(draft)
     if start == "target":
         return from_target(draft, target)
     if start in STARTS:
         return []
-    path = Path(start) / "draft" if (Path(start) / "draft").is_dir() else Path(start)
-    _, tensors = read_folder(path)
-    own = draft.state_dict()
-    fitting = {k: v for k, v in tensors.items() if k in own and own[k].shape == v.shape}
-    if not fitting:
-        raise ValueError(f"start={start}: no tensor there fits this draft; choose a draft of the same widths")
-    draft.load_state_dict(fitting, strict=False)
-    say(f"train: {len(fitting)} of {len(own)} tensors start from {path}")
-    return sorted(fitting)
+    copied, left = from_draft(draft, start, tables)
+    said = f"; not from there: {', '.join(left)}" if left else ""
+    say(f"train: {len(copied)} of {len(copied) + len(left)} tensors start from {start}{said}")
+    return copied
 
 
 def load_published(draft: Draft, checkpoint: Path) -> int:

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from specbench.backbone import Backbone
-from specbench.formats import FormatError
+from specbench.configkeys import FormatError
+from specbench.formats import EAGLE_FLAGS
 from specbench.methods.dflash import DFlash
 from specbench.methods.draft import Draft
 from specbench.methods.dspark import DSpark
@@ -34,6 +35,10 @@ def obstacle(draft: Draft, form: str) -> str | None:
         return f"{type(draft).__name__} has no published format: only SpecBench loads it"
     if draft.backbone.window is not None:
         return "a sliding window over the context has no common meaning there; train with method.window=null"
+    if isinstance(draft, ParallelDraft) and draft.causal_block:
+        return "a causal block (causal_block) has no key there; train with method.draft.causal_block=false"
+    if draft.backbone.logit_scale != 1.0:
+        return f"scaled logits (logit_scale={draft.backbone.logit_scale:g}) have no key there"
     checks = {"deepspec": _deepspec_obstacle, "vllm": _vllm_obstacle, "sglang": _sglang_obstacle}
     return checks[form](draft)
 
@@ -42,6 +47,10 @@ def _deepspec_obstacle(draft: Draft) -> str | None:
     facts = draft.backbone
     if isinstance(draft, ParallelDraft) and not draft.sample_from_anchor:
         return "DeepSpec's blocks predict slot 1 from the anchor; this draft predicts at mask tokens only"
+    if norms_of(draft):
+        return (
+            f"DeepSpec's Eagle3 has no {' or '.join(norms_of(draft))}; format=vllm holds this draft's layers if Llama's"
+        )
     if draft.draft_vocabulary is not None:
         return "DeepSpec's drafts have the whole vocabulary; this one has a reduced vocabulary"
     if not facts.head_norms or facts.norm_before_residual:
@@ -79,6 +88,8 @@ def _sglang_obstacle(draft: Draft) -> str | None:
         return f"SGLang's published format holds EAGLE-3 alone; this draft is {type(draft).__name__}"
     if facts.sandwich or facts.soft_cap is not None or facts.embedding_scale != 1.0:
         return "SGLang's EAGLE-3 has Llama layers, no Gemma4-like layers, embedding scale or soft-cap"
+    if "norm_before_fc" in norms_of(draft):
+        return "SGLang's EAGLE-3 has no norm of all taps together (norm_before_fc); format=vllm holds it"
     if facts.norm_before_residual:
         return "SGLang's EAGLE-3 adds to the feature as it is; this draft adds to the normed feature"
     if draft.tables.trainable:
@@ -97,6 +108,14 @@ def _eagle3_obstacle(draft: Draft, engine: str) -> str | None:
     if len(draft.target_layer_ids) != ENGINE_TAPS:
         return f"{engine}'s EAGLE-3 fuses {ENGINE_TAPS} taps; this draft reads {len(draft.target_layer_ids)}"
     return None
+
+
+def norms_of(draft: Draft) -> dict[str, bool]:
+    """The settings of formats.EAGLE_FLAGS that are on in a draft."""
+    if not isinstance(draft, Eagle3):
+        return {}
+    found = (draft.fc_norm is not None, draft.input_norm is not None, draft.feeds_normed_output)
+    return {name: True for name, on in zip(EAGLE_FLAGS, found, strict=True) if on}
 
 
 def deepspec_fields(draft: Draft, text: Mapping[str, Any]) -> dict[str, Any]:
@@ -142,9 +161,11 @@ def deepspec_fields(draft: Draft, text: Mapping[str, Any]) -> dict[str, Any]:
     return fields
 
 
-def layer_fields(facts: Backbone) -> dict[str, Any]:
-    """Facts of a pre-norm backbone under the names of a Qwen3 or Llama configuration."""
-    return {
+def layer_fields(facts: Backbone, positions: int | None = None) -> dict[str, Any]:
+    """Facts of a pre-norm backbone under the names of a Qwen3 or Llama configuration; `positions`: how many the target
+    has, which engines take for the longest text of the draft too."""
+    known = {} if positions is None else {"max_position_embeddings": positions}
+    return known | {
         "hidden_size": facts.hidden_size,
         "intermediate_size": facts.intermediate_size,
         "num_attention_heads": facts.heads,
@@ -158,11 +179,16 @@ def layer_fields(facts: Backbone) -> dict[str, Any]:
     }
 
 
-def speculators(draft: Draft, verifier: str | None) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """config.json and tensors in vLLM's speculators format. Errors: FormatError with the reason."""
+def speculators(
+    draft: Draft, verifier: str | None, positions: int | None = None
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """config.json and tensors in vLLM's speculators format; `positions`: how many the target has.
+
+    Errors: FormatError with the reason.
+    """
     _require(draft, "vllm")
     facts, name = draft.backbone, type(draft).__name__
-    text = layer_fields(facts) | {
+    text = layer_fields(facts, positions) | {
         "model_type": "qwen3" if facts.head_norms else "llama",
         "num_hidden_layers": len(draft.layers),
         "rope_theta": facts.rope_theta,
@@ -189,7 +215,8 @@ def speculators(draft: Draft, verifier: str | None) -> tuple[dict[str, Any], dic
         config |= {
             "eagle_aux_hidden_state_layer_ids": taps,
             "norm_before_residual": facts.norm_before_residual,
-            "norm_before_fc": False,
+            **dict.fromkeys(EAGLE_FLAGS, False),
+            **norms_of(draft),
         }
     else:
         assert isinstance(draft, ParallelDraft)
@@ -209,22 +236,27 @@ def speculators(draft: Draft, verifier: str | None) -> tuple[dict[str, Any], dic
     return config, tensors_of(draft) | vocabulary_map(draft)
 
 
-def sglang(draft: Draft) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """config.json and tensors in SGLang's EAGLE-3 format, without the embedding, which it takes from the target."""
+def sglang(draft: Draft, positions: int | None = None) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """config.json and tensors in SGLang's EAGLE-3 format, without the embedding, which it takes from the target;
+    `positions`: how many the target has."""
     _require(draft, "sglang")
-    config = layer_fields(draft.backbone) | {
-        "architectures": ["LlamaForCausalLMEagle3"],
-        "model_type": "llama",
-        "num_hidden_layers": 1,
-        "rope_theta": draft.backbone.rope_theta,
-        "tie_word_embeddings": False,
-        "draft_vocab_size": len(draft.tables.head),
-        "torch_dtype": str(draft.tables.head.dtype).removeprefix("torch."),
-        "eagle_config": {
-            "use_aux_hidden_state": True,
-            "eagle_aux_hidden_state_layer_ids": list(draft.target_layer_ids),
-        },
-    }
+    config = (
+        layer_fields(draft.backbone, positions)
+        | norms_of(draft)
+        | {
+            "architectures": ["LlamaForCausalLMEagle3"],
+            "model_type": "llama",
+            "num_hidden_layers": 1,
+            "rope_theta": draft.backbone.rope_theta,
+            "tie_word_embeddings": False,
+            "draft_vocab_size": len(draft.tables.head),
+            "torch_dtype": str(draft.tables.head.dtype).removeprefix("torch."),
+            "eagle_config": {
+                "use_aux_hidden_state": True,
+                "eagle_aux_hidden_state_layer_ids": list(draft.target_layer_ids),
+            },
+        }
+    )
     renamed = {key.replace("layers.0.", "midlayer.", 1): value for key, value in tensors_of(draft).items()}
     del renamed["embed_tokens.weight"]
     return config, renamed | vocabulary_map(draft)
@@ -239,9 +271,10 @@ def tensors_of(draft: Draft) -> dict[str, Tensor]:
 
 
 def vocabulary_map(draft: Draft) -> dict[str, Tensor]:
-    """d2t (W,) int64 offsets and t2d (V,) bool of the draft's vocabulary; the identity when it is whole."""
-    size = draft.backbone.vocab_size
-    ids = torch.arange(size) if draft.draft_vocabulary is None else draft.draft_vocabulary.cpu()
+    """d2t (W,) int64 offsets and t2d (V,) bool of a reduced draft vocabulary; nothing when it is whole."""
+    if draft.draft_vocabulary is None:
+        return {}
+    size, ids = draft.backbone.vocab_size, draft.draft_vocabulary.cpu()
     marks = torch.zeros(size, dtype=torch.bool).index_fill_(0, ids, True)
     return {"d2t": ids - torch.arange(len(ids)), "t2d": marks}
 

@@ -5,14 +5,19 @@ Starting every method from the target's layers in the same way keeps a compariso
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 from torch import nn
 
 from specbench.backbone import Layer
+from specbench.interchange import fetch, load_draft
 from specbench.methods.draft import Draft
+from specbench.tables import Tables
 from specbench.targets import Target
 
 STARTS = ("target", "random")
+FUSION = ("fc.", "fc_norm.", "input_norm.", "hidden_norm.")
 
 
 def randomise(draft: Draft, std: float = 0.02) -> None:
@@ -60,6 +65,35 @@ def from_target(draft: Draft, target: Target) -> list[str]:
             module.weight.copy_(torch.eye(D).repeat(1, parts) / parts)
             copied.append(f"{name}.weight")
     return copied
+
+
+@torch.no_grad()
+def from_draft(draft: Draft, folder: str | Path, tables: Tables | None) -> tuple[list[str], list[str]]:
+    """Start from the draft of a folder in any format that loads; returns the names that were copied and those that
+    were not, because that draft has no such tensor, or one of another shape.
+
+    `tables` are the target's, for formats that ship none. What fuses the taps is taken over only from a draft of the
+    same taps. Errors: ValueError when nothing fits; FormatError for a folder that does not load.
+    """
+    path = fetch(folder)
+    path = path / "draft" if (path / "draft").is_dir() else path
+    found = load_draft(path, tables, taps=list(draft.target_layer_ids))
+    given, own = found.state_dict(), draft.state_dict()
+    if found.target_layer_ids != draft.target_layer_ids:
+        given = {name: value for name, value in given.items() if not name.startswith(FUSION)}
+    if draft.tables.trainable and _same_rows(found.tables.ids, draft.tables.ids):
+        given |= {"tables.embedding": found.tables.embedding, "tables.head": found.tables.head}
+    fitting = {name: value for name, value in given.items() if name in own and own[name].shape == value.shape}
+    if not fitting:
+        raise ValueError(f"start={folder}: no tensor there fits this draft; choose a draft of the same widths")
+    draft.load_state_dict(fitting, strict=False)
+    return sorted(fitting), sorted(own.keys() - fitting)
+
+
+def _same_rows(one: torch.Tensor | None, other: torch.Tensor | None) -> bool:
+    if one is None or other is None:
+        return one is other
+    return torch.equal(one.cpu(), other.cpu())
 
 
 def _fill(name: str, parameter: torch.Tensor, given: torch.Tensor, layer: Layer) -> None:

@@ -17,17 +17,27 @@ from typing import Any
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HTTPError
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
+from specbench.configkeys import FormatError
 from specbench.data.hub import answered
+from specbench.draftfiles import read_config, read_tensors, tensor_names
 from specbench.exports import FORMATS, deepspec_fields, obstacle, sglang, speculators, tensors_of, vocabulary_map
-from specbench.formats import FormatError, Reading, describe, draft_ids, read
+from specbench.formats import Reading, Scales, describe, draft_ids, read
 from specbench.methods.draft import Draft
 from specbench.tables import Tables
 
-__all__ = ["FormatError", "build_draft", "export_draft", "fetch", "load_draft", "read_folder", "save_draft"]
+__all__ = [
+    "FormatError",
+    "build_draft",
+    "export_draft",
+    "fetch",
+    "load_draft",
+    "read_config",
+    "read_folder",
+    "save_draft",
+]
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
@@ -48,31 +58,9 @@ def fetch(source: str | Path, revision: str | None = None) -> Path:
         ) from error
 
 
-def read_config(folder: str | Path) -> dict[str, Any]:
-    """config.json of a draft folder. Errors: FormatError."""
-    file = Path(folder) / "config.json"
-    if not file.is_file():
-        raise FormatError(f"draft={folder}: no config.json there; give a folder with config.json and *.safetensors")
-    try:
-        return json.loads(file.read_text())
-    except json.JSONDecodeError as error:
-        raise FormatError(f"draft={folder}: config.json is not JSON ({error})") from error
-
-
 def read_folder(folder: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """config.json and all tensors of a draft folder (one file or several)."""
-    folder = Path(folder)
-    config = read_config(folder)
-    files = sorted(folder.glob("*.safetensors"))
-    if not files:
-        raise FormatError(f"draft={folder}: no *.safetensors there; is the download complete?")
-    tensors: dict[str, Tensor] = {}
-    for file in files:
-        try:
-            tensors |= load_file(file)
-        except Exception as error:
-            raise FormatError(f"{file} cannot be read as safetensors ({error}); copy it again") from error
-    return config, tensors
+    """config.json and all tensors of a draft folder (one file or several). Errors: FormatError."""
+    return read_config(folder), read_tensors(folder)
 
 
 def taps_of(folder: str | Path) -> list[int]:
@@ -82,11 +70,7 @@ def taps_of(folder: str | Path) -> list[int]:
 
 def ships_embedding(folder: str | Path) -> bool:
     """Whether the checkpoint holds an embedding of its own, from the names of its tensors alone."""
-    found: set[str] = set()
-    for file in Path(folder).glob("*.safetensors"):
-        with safe_open(file, "pt") as opened:
-            found |= set(opened.keys())
-    return any(key.removeprefix("model.") == "embed_tokens.weight" for key in found)
+    return any(key.removeprefix("model.") == "embed_tokens.weight" for key in tensor_names(folder))
 
 
 def load_draft(
@@ -115,10 +99,20 @@ def build_draft(
 
 
 def assemble_draft(reading: Reading, target_tables: Tables | None, dtype: torch.dtype | None = None) -> Draft:
-    """The draft of a checkpoint that is understood."""
+    """The draft of a checkpoint that is understood.
+
+    Errors: FormatError naming each tensor that is missing, unknown or of another shape.
+    """
     tensors = dict(reading.tensors)
     tables = _tables(reading, tensors, target_tables)
-    draft = reading.kind(reading.backbone, tables, **reading.settings)
+    # The scales belong to the tables: kept with the facts, so that the draft is written with what it was read with.
+    facts = dataclasses.replace(
+        reading.backbone,
+        embedding_scale=tables.embedding_scale,
+        soft_cap=tables.soft_cap,
+        logit_scale=tables.logit_scale,
+    )
+    draft = reading.kind(facts, tables, **reading.settings)
     expected = draft.state_dict()
     missing = sorted(set(expected) - set(tensors) - {k for k in expected if k.startswith("tables.")})
     unknown = sorted(set(tensors) - set(expected))
@@ -138,31 +132,67 @@ def assemble_draft(reading: Reading, target_tables: Tables | None, dtype: torch.
 
 
 def _tables(reading: Reading, tensors: dict[str, Tensor], given: Tables | None) -> Tables:
-    """Take the tables and the vocabulary map out of `tensors`; what the checkpoint does not ship is the target's."""
+    """Take the tables and the vocabulary map out of `tensors`; what the checkpoint does not ship is the target's, where
+    its format allows that."""
     facts = reading.backbone
     embedding, head = tensors.pop("embed_tokens.weight", None), tensors.pop("lm_head.weight", None)
     ids = draft_ids(tensors, facts.vocab_size)
     tensors.pop("d2t", None)
     tensors.pop("t2d", None)
-    if (embedding is None or (head is None and ids is not None)) and given is None:
+    rows = facts.vocab_size if ids is None else len(ids)
+    if reading.draft_vocabulary not in (None, rows):
+        raise FormatError(
+            f"draft_vocab_size={reading.draft_vocabulary} in config.json, and the checkpoint's d2t names {rows} tokens"
+            if ids is not None
+            else f"draft_vocab_size={reading.draft_vocabulary} of {facts.vocab_size} tokens in config.json, and the "
+            "checkpoint has no d2t that says which ones"
+        )
+    lacks = [name for name, table in (("embed_tokens", embedding), ("lm_head", head)) if table is None]
+    if reading.ships_tables and lacks:
+        raise FormatError(f"draft checkpoint does not fit its format: missing {[f'{name}.weight' for name in lacks]}")
+    if head is None and reading.head == "missing":
+        raise FormatError("draft checkpoint does not fit its format: missing ['lm_head.weight']")
+    shares_head = head is None and reading.head == "target"
+    if given is None and (embedding is None or shares_head):
         raise FormatError(
             "this draft ships no embedding and head: give target=FOLDER_OR_ID (import and export: target_id=...) so "
             "that they can be shared"
         )
-    if embedding is None and head is None:
-        return given.derive(ids=ids)
-    if reading.scales_unknown and given is not None and (given.embedding_scale != 1.0 or given.soft_cap is not None):
+    if given is not None and (embedding is None or shares_head):
+        found = tuple(given.embedding.shape)
+        if found != (facts.vocab_size, facts.hidden_size):
+            raise FormatError(
+                f"the target's embedding is {found}, and the draft, which shares it, says vocab_size="
+                f"{facts.vocab_size} and hidden_size={facts.hidden_size}: they do not belong together"
+            )
+    if embedding is None and shares_head and reading.scales is not None:
+        asked = given.embedding_scale * reading.scales.embedding, reading.scales.soft_cap, reading.scales.logits
+        if asked == (given.embedding_scale, given.soft_cap, given.logit_scale):
+            return given.derive(ids=ids)
+        scaled, cap, factor = asked
+        own_head = given.head if ids is None else given.head[ids.to(given.head.device)]
+        return Tables(given.embedding, own_head, scaled, cap, ids=ids, logit_scale=factor)
+    scaled = given is not None and (given.embedding_scale, given.soft_cap, given.logit_scale) != (1.0, None, 1.0)
+    if reading.scales_unknown and scaled:
         raise FormatError(
-            "the target scales its embedding or caps its logits, and this draft's format does not say whether the "
-            "draft does: it cannot be decoded faithfully"
+            "the target scales its embedding or its logits or caps them, and this draft's format does not say whether "
+            "the draft does: it cannot be decoded faithfully"
         )
     embedding = given.embedding if embedding is None else embedding
     if head is None:
-        head = embedding if ids is None else given.head[ids.to(given.head.device)]
-    rows = facts.vocab_size if ids is None else len(ids)
+        source = embedding if reading.head == "embedding" else given.head
+        head = source if ids is None else source[ids.to(source.device)]
     if len(head) != rows:
         raise FormatError(f"lm_head has {len(head)} rows and the draft's vocabulary {rows} tokens (d2t names them)")
-    return Tables(embedding, head, facts.embedding_scale, facts.soft_cap, ids=ids)
+    wanted = (facts.vocab_size, facts.hidden_size), (rows, facts.hidden_size)
+    for name, table, shape in zip(("embed_tokens", "lm_head"), (embedding, head), wanted, strict=True):
+        if tuple(table.shape) != shape:
+            raise FormatError(
+                f"draft checkpoint has other shapes than its config.json says: {name}.weight {tuple(table.shape)}, not "
+                f"{shape}"
+            )
+    scales = reading.scales or Scales(facts.embedding_scale, facts.logit_scale, facts.soft_cap)
+    return Tables(embedding, head, scales.embedding, scales.soft_cap, ids=ids, logit_scale=scales.logits)
 
 
 def save_draft(draft: Draft, folder: str | Path, target_config: Mapping[str, Any], settings: Mapping[str, Any]) -> Path:
@@ -180,10 +210,7 @@ def save_draft(draft: Draft, folder: str | Path, target_config: Mapping[str, Any
         "backbone": dataclasses.asdict(draft.backbone),
         "target_config": dict(target_config),
     }
-    tensors = tensors_of(draft)
-    if draft.draft_vocabulary is not None:
-        tensors |= vocabulary_map(draft)
-    return _write(Path(folder), config, tensors)
+    return _write(Path(folder), config, tensors_of(draft) | vocabulary_map(draft))
 
 
 def export_draft(
@@ -201,10 +228,11 @@ def export_draft(
     reason = obstacle(draft, form)
     if reason is not None:
         raise FormatError(f"draft={source} cannot be written as format={form}: {reason}")
+    positions = (reading.text.get("text_config") or reading.text).get("max_position_embeddings")
     if form == "vllm":
-        return _write(Path(folder), *speculators(draft, verifier))
+        return _write(Path(folder), *speculators(draft, verifier, positions))
     if form == "sglang":
-        return _write(Path(folder), *sglang(draft))
+        return _write(Path(folder), *sglang(draft, positions))
     plain = {k: v for k, v in config.items() if k != "specbench"} if "specbench" in config else dict(reading.text)
     return _write(Path(folder), plain | deepspec_fields(draft, plain), tensors_of(draft))
 

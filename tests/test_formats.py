@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoConfig
 
-from specbench import formats
+from specbench import formats, layerconfig
 from specbench.backbone import backbone_of
 from specbench.interchange import FormatError, build_draft, fetch, load_draft, read_folder
 from specbench.methods.dflash import DFlash
@@ -25,7 +25,7 @@ def speculator(**changes) -> tuple[dict, dict]:
     layer = {"model_type": "llama", "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4}
     layer |= {"num_hidden_layers": 1, "vocab_size": 96}
     config = {"speculators_model_type": "eagle3", "eagle_aux_hidden_state_layer_ids": [1, 3, 4]}
-    facts = backbone_of({**formats.SHARED_DEFAULTS, **formats.DEFAULTS["llama"], **layer}, "llama")
+    facts = backbone_of({**layerconfig.SHARED_DEFAULTS, **layerconfig.DEFAULTS["llama"], **layer}, "llama")
     tables = tiny.target("qwen3").tables
     draft = Eagle3(facts, tables, [0, 2, 3])
     tensors = {k: v.clone() for k, v in draft.state_dict().items()} | {"lm_head.weight": tables.head.clone()}
@@ -45,26 +45,28 @@ def test_speculators_leaves_defaults_out_and_starts_from_the_embedding() -> None
     assert build_draft(config, tensors, taps=[0, 2, 3]).target_layer_ids == (0, 2, 3)
 
 
-@pytest.mark.parametrize("family", sorted(formats.DEFAULTS))
+@pytest.mark.parametrize("family", sorted(layerconfig.DEFAULTS))
 def test_the_defaults_left_out_are_the_librarys(family: str) -> None:
     config = AutoConfig.for_model(family)
-    for key, value in {**formats.SHARED_DEFAULTS, **formats.DEFAULTS[family]}.items():
+    for key, value in {**layerconfig.SHARED_DEFAULTS, **layerconfig.DEFAULTS[family]}.items():
         found = config.rope_parameters["rope_theta"] if key == "rope_theta" else getattr(config, key)
         derived = {"num_key_value_heads": config.num_attention_heads, "head_dim": 128}
         assert found == (derived.get(key) if value is None else value), key
-    assert config.vocab_size == formats.VOCABULARIES[family]
+    assert config.vocab_size == layerconfig.VOCABULARIES[family]
 
 
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
         ({"speculators_model_type": "medusa"}, "medusa"),
-        ({"norm_before_fc": True}, "norm_before_fc"),
+        ({"norm_before_fc": True}, r"missing \['input_norm.weight'\]"),
         ({"layer": {"num_hidden_layers": 2}}, "num_hidden_layers=2"),
         ({"layer": {"model_type": "phi3"}}, "phi3"),
         ({"layer": {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}}, "llama3"),
         ({"layer": {"mlp_bias": True}}, "mlp_bias"),
-        ({"layer": {"layer_types": ["sliding_attention"], "sliding_window": 4}}, "causal inside a block"),
+        ({"layer": {"layer_types": ["sliding_attention"]}}, "sliding_window=None"),
+        ({"layer": {"layer_types": ["linear_attention"]}}, "linear_attention"),
+        ({"target_hidden_size": 64}, "target_hidden_size=64"),
     ],
 )
 def test_what_a_draft_here_cannot_be_is_refused(changes: dict, reason: str) -> None:

@@ -159,11 +159,11 @@ def test_vllm_dspark_field_by_field(tmp_path: Path) -> None:
     layer = written["transformer_layer_config"]
     assert layer["model_type"] == "qwen3" and layer["num_hidden_layers"] == 2 and layer["head_dim"] == 8
     assert layer["rope_parameters"] == {"rope_theta": 10000.0, "rope_type": "default"}
+    assert layer["max_position_embeddings"] == config["max_position_embeddings"] == 512
     assert written["speculators_config"]["verifier"]["name_or_path"] == "me/target"
     assert written["speculators_config"]["proposal_methods"][0]["speculative_tokens"] == 4
     tensors = load_file(out / "model.safetensors")
-    assert tensors["t2d"].dtype == torch.bool and bool(tensors["t2d"].all())
-    assert tensors["d2t"].dtype == torch.int64 and not bool(tensors["d2t"].any())
+    assert not {"d2t", "t2d"} & tensors.keys()  # a whole vocabulary needs no map
     same(draft, load_draft(out))
 
 

@@ -27,8 +27,8 @@ LAYERS = (
     data.order data.layout data.manifest data.agreement data.writing data.online data.cache data.sizing data.reading
     data.remote data.steps data.stepdata data.datamodule data.benchmarks data.released_cache data.codec_quality
     data.reading_speed trainspeed""",
-    """training memory pretraining callbacks initialisation evaluation speed simulator serving simulationcheck formats
-    exports interchange publishing modelcard folderlogger tracking syncing""",
+    """training memory pretraining callbacks initialisation evaluation speed simulator serving simulationcheck
+    configkeys layerconfig draftfiles formats exports interchange publishing modelcard folderlogger tracking syncing""",
 )
 LAYER = {f"specbench.{name}": layer for layer, names in enumerate(LAYERS) for name in names.split()}
 METHODS = {"dflash", "dspark", "eagle3", "mtp"}

@@ -1,0 +1,131 @@
+"""Published drafts computed straight from config.json and tensors, one query at a time: the formulas and nothing else.
+
+Nothing of the package is used, so that a reading of a format is held against a second one. Sources as in
+specbench/formats.py. `w` are tensors under the names of DeepSpec, `c` flat facts with nothing left out.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+
+def rms(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    return x / torch.sqrt((x * x).mean(-1, keepdim=True) + eps) * weight
+
+
+def rope(x: Tensor, position: int, theta: float) -> Tensor:
+    """x (heads, d): dimension i and i + d/2 turn by position * theta^(-2i/d)."""
+    d = x.shape[-1]
+    angle = position * theta ** (-torch.arange(0, d, 2, dtype=torch.float32) / d)
+    a, b = x[:, : d // 2], x[:, d // 2 :]
+    return torch.cat([a * angle.cos() - b * angle.sin(), b * angle.cos() + a * angle.sin()], -1)
+
+
+def linear(w: dict, name: str, x: Tensor) -> Tensor:
+    y = w[f"{name}.weight"] @ x
+    return y + w[f"{name}.bias"] if f"{name}.bias" in w else y
+
+
+def act(name: str, x: Tensor) -> Tensor:
+    if name == "silu":
+        return x * torch.sigmoid(x)
+    return 0.5 * x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
+
+
+def heads(c: dict, w: dict, at: str, kind: str, y: Tensor, position: int) -> Tensor:
+    """Queries, keys or values (heads, d) of one position."""
+    x = linear(w, f"{at}.self_attn.{kind}_proj", y).view(-1, c["head_dim"])
+    if kind == "v":
+        return x
+    norm = f"{at}.self_attn.{kind}_norm.weight"
+    if norm in w:
+        x = rms(x, w[norm], c["rms_norm_eps"])
+    return rope(x, position, c["rope_theta"])
+
+
+def attention(c: dict, query: Tensor, keys: list[Tensor], values: list[Tensor]) -> Tensor:
+    group = c["num_attention_heads"] // c["num_key_value_heads"]
+    out = []
+    for h, q in enumerate(query):
+        scores = torch.stack([k[h // group] @ q for k in keys]) / math.sqrt(c["head_dim"])
+        share = torch.softmax(scores, 0)
+        out.append(sum(s * v[h // group] for s, v in zip(share, values, strict=True)))
+    return torch.cat(out)
+
+
+def mlp(c: dict, w: dict, at: str, x: Tensor) -> Tensor:
+    gate = act(c["hidden_act"], w[f"{at}.mlp.gate_proj.weight"] @ x)
+    return w[f"{at}.mlp.down_proj.weight"] @ (gate * (w[f"{at}.mlp.up_proj.weight"] @ x))
+
+
+def head(c: dict, w: dict, hidden: Tensor) -> Tensor:
+    table = w["embed_tokens.weight"] if c.get("tie_word_embeddings") else w["lm_head.weight"]
+    logits = table @ hidden * c.get("output_multiplier", 1.0)
+    cap = c.get("final_logit_softcapping")
+    return logits if not cap else torch.tanh(logits / cap) * cap
+
+
+def eagle3(c: dict, w: dict, taps: Tensor, tokens: Tensor, anchor: int, steps: int) -> Tensor:
+    """Logits (steps, W) of the chain that starts from the target states before `anchor`; taps (T, C, D)."""
+    eps, at = c["rms_norm_eps"], "layers.0"
+
+    def fused(t: int) -> Tensor:
+        parts = list(taps[t])
+        if c.get("fc_norm"):
+            parts = [rms(part, w[f"fc_norm.{i}.weight"], eps) for i, part in enumerate(parts)]
+        joined = torch.cat(parts)
+        if c.get("norm_before_fc"):
+            joined = rms(joined, w["input_norm.weight"], eps)
+        return w["fc.weight"] @ joined
+
+    def paired(feature: Tensor, token: int) -> Tensor:
+        embedding = w["embed_tokens.weight"][token]
+        normed = rms(feature, w[f"{at}.hidden_norm.weight"], eps)
+        return torch.cat([rms(embedding, w[f"{at}.input_layernorm.weight"], eps), normed])
+
+    entries = []
+    for t in range(anchor):
+        y = paired(fused(t), int(tokens[t + 1]))
+        entries.append((t, heads(c, w, at, "k", y, t), heads(c, w, at, "v", y, t)))
+    feature, logits = fused(anchor - 1), []
+    for k in range(steps):
+        position = anchor - 1 + k
+        y = paired(feature, int(tokens[anchor + k]))
+        if k > 0:
+            entries.append((position, heads(c, w, at, "k", y, position), heads(c, w, at, "v", y, position)))
+        window = c.get("sliding_window") or 10**9
+        seen = [(key, value) for p, key, value in entries if position - p < window]
+        mixed = attention(c, heads(c, w, at, "q", y, position), *map(list, zip(*seen, strict=True)))
+        residual = rms(feature, w[f"{at}.hidden_norm.weight"], eps) if c.get("norm_before_residual") else feature
+        x = residual + linear(w, f"{at}.self_attn.o_proj", mixed)
+        x = x + mlp(c, w, at, rms(x, w[f"{at}.post_attention_layernorm.weight"], eps))
+        normed = rms(x, w["norm.weight"], eps)
+        logits.append(head(c, w, normed))
+        feature = normed if c.get("norm_output") else x
+    return torch.stack(logits)
+
+
+def block(c: dict, w: dict, taps: Tensor, anchor_token: int, anchor: int) -> Tensor:
+    """Logits (inputs - 1, V) of a block whose masks predict; taps (T, C, D)."""
+    eps, inputs = c["rms_norm_eps"], c["block_size"]
+    context = [rms(w["fc.weight"] @ taps[t].flatten(), w["hidden_norm.weight"], eps) for t in range(anchor)]
+    tokens = [anchor_token] + [c["mask_token_id"]] * (inputs - 1)
+    x = [w["embed_tokens.weight"][token] * c.get("input_embedding_scale", 1.0) for token in tokens]
+    window, causal = c.get("sliding_window") or 10**9, c["causal"]
+    for i in range(c["num_hidden_layers"]):
+        at = f"layers.{i}"
+        y = [rms(row, w[f"{at}.input_layernorm.weight"], eps) for row in x]
+        rows = [(t, row) for t, row in enumerate(context)] + [(anchor + j, row) for j, row in enumerate(y)]
+        entries = [(p, heads(c, w, at, "k", row, p), heads(c, w, at, "v", row, p)) for p, row in rows]
+        out = []
+        for j, row in enumerate(y):
+            here = anchor + j
+            seen = [(k, v) for p, k, v in entries if here - p < window and (p <= here or not causal)]
+            mixed = attention(c, heads(c, w, at, "q", row, here), *map(list, zip(*seen, strict=True)))
+            z = x[j] + linear(w, f"{at}.self_attn.o_proj", mixed)
+            out.append(z + mlp(c, w, at, rms(z, w[f"{at}.post_attention_layernorm.weight"], eps)))
+        x = out
+    return torch.stack([head(c, w, rms(row, w["norm.weight"], eps)) for row in x[1:]])
