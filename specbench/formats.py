@@ -265,7 +265,7 @@ def _zlab(config: Keys) -> Form:
         "block_size": slots,
         "sample_from_anchor": False,
     }
-    settings |= _block_attention(layers, next(iter(said.values()), layers.sliding), slots + 1)
+    settings |= _block_attention(layers, next(iter(said.values()), None), slots + 1)
     scales = Scales(
         agreed_number("input_embedding_scale", inner, config) or 1.0,
         agreed_number("output_multiplier", inner, config) or 1.0,
@@ -275,15 +275,25 @@ def _zlab(config: Keys) -> Form:
     return Form(DFlash, settings, layers, layers.text(config), about)
 
 
-def _block_attention(layers: Layers, causal: bool, inputs: int) -> dict[str, bool]:
-    """The setting of a block's own attention. Errors: FormatError for a window that reaches no block's end."""
-    window = layers.backbone.window
-    if window is not None and not causal and window < inputs:
+def _block_attention(layers: Layers, causal: bool | None, inputs: int) -> dict[str, Any]:
+    """The settings of attention inside a block; `causal` of all layers (None: of those that slide).
+
+    Errors: FormatError for a window that reaches no block's end, and for full layers that are causal beside others.
+    """
+    window, mixed = layers.backbone.window, bool(layers.sliding) and bool(layers.full)
+    causal_block = bool(layers.sliding) if causal is None else causal
+    if window is not None and not causal_block and window < inputs:
         raise FormatError(
             f"config.json: sliding_window={window} is smaller than a block of {inputs} whose slots see the later ones: "
             "drafts here do not bound how far ahead a slot sees"
         )
-    return {"causal_block": True} if causal else {}
+    if mixed and causal:
+        raise FormatError(
+            "config.json: is_causal (causal, causal_head) is true and layer_types mixes full with sliding attention: "
+            "full layers of such drafts are not causal here"
+        )
+    found: dict[str, Any] = {"causal_block": True} if causal_block else {}
+    return found | ({"full_layers": layers.full} if mixed else {})
 
 
 def _speculators_eagle3(config: Keys) -> Form:
@@ -311,7 +321,7 @@ def _speculators_block(config: Keys, name: str) -> Form:
         "sample_from_anchor": from_anchor,
     }
     both_ways = config.flag("sliding_window_non_causal")
-    settings |= _block_attention(layers, layers.sliding and not both_ways, block)
+    settings |= _block_attention(layers, False if both_ways else None, block)
     kind, settings = _with_heads(config, settings) if name == "dspark" else (DFlash, settings)
     return Form(kind, settings, layers, text, _speculators_tables(config))
 

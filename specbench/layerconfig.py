@@ -26,12 +26,17 @@ FULL, SLIDING = "full_attention", "sliding_attention"
 
 @dataclass(frozen=True)
 class Layers:
-    """Number and facts of a draft's layers; `sliding`: all of them look through the backbone's window."""
+    """Number and facts of a draft's layers; those in `sliding`, counted from 0, look through the backbone's window."""
 
     count: int
     backbone: Backbone
     facts: dict[str, Any]
-    sliding: bool = False
+    sliding: frozenset[int] = frozenset()
+
+    @property
+    def full(self) -> list[int]:
+        """The other layers."""
+        return [i for i in range(self.count) if i not in self.sliding]
 
     def text(self, config: Keys) -> dict[str, Any]:
         """The configuration with what it leaves out filled in."""
@@ -77,10 +82,10 @@ def layers_of(config: Keys, family: str, norm_before_residual: bool = False, unn
     facts |= {"rms_norm_eps": asked("rms_norm_eps", config.number), "hidden_act": asked("hidden_act", config.text)}
     config.choice("hidden_act", ACTIVATIONS)
     facts |= {"attention_bias": config.flag("attention_bias"), "rope_theta": _theta(config, defaults.get("rope_theta"))}
-    window = window_of(config, facts["num_hidden_layers"])
+    window, sliding = windows_of(config, facts["num_hidden_layers"])
     facts["rope_parameters"] = {"rope_theta": facts["rope_theta"], "rope_type": "default"}
     backbone = _backbone(facts | {"model_type": family}, family, window, norm_before_residual)
-    return Layers(facts["num_hidden_layers"], backbone, facts, sliding=window is not None)
+    return Layers(facts["num_hidden_layers"], backbone, facts, sliding)
 
 
 def gemma4_layers_of(config: Keys, own_values: bool) -> Layers:
@@ -127,33 +132,30 @@ def gemma4_layers_of(config: Keys, own_values: bool) -> Layers:
     return Layers(facts["num_hidden_layers"], _backbone(facts, "gemma4", None, False), facts)
 
 
-def window_of(config: Keys, layers: int) -> int | None:
-    """The window of layers that all slide, in positions; None where none does.
+def windows_of(config: Keys, layers: int) -> tuple[int | None, frozenset[int]]:
+    """The window in positions and the layers that look through it; None and no layers where none does.
 
     `layer_types` decides, and without it Qwen3's rule: layers from `max_window_layers` on slide when
-    `use_sliding_window`. Errors: FormatError for layers of several kinds.
+    `use_sliding_window`. Errors: FormatError for layers of other kinds and for a window that is not there.
     """
     kinds, window = config.items("layer_types"), config.integer("sliding_window")
     used, first = config.flag("use_sliding_window", None), config.integer("max_window_layers", QWEN3_FULL_LAYERS)
     if kinds is None:
         slides = bool(used) and window is not None
         kinds = [SLIDING if slides and i >= first else FULL for i in range(layers)]
-    found = set(kinds)
-    if found <= {FULL}:
-        return None
-    if not found <= {FULL, SLIDING}:
+    if not all(kind in (FULL, SLIDING) for kind in kinds):
         raise FormatError(f"config.json: {config.path}layer_types={kinds}: drafts here have {FULL} or {SLIDING}")
-    if len(kinds) != layers or len(found) > 1:
-        raise FormatError(
-            f"config.json: {config.path}layer_types={kinds} of {layers} layers: sliding attention mixed with full "
-            "attention; drafts here take one window for all layers"
-        )
+    sliding = frozenset(i for i, kind in enumerate(kinds) if kind == SLIDING)
+    if not sliding:
+        return None, sliding
+    if len(kinds) != layers:
+        raise FormatError(f"config.json: {config.path}layer_types={kinds} names {len(kinds)} of {layers} layers")
     if used is False or window is None or window < 1:
         raise FormatError(
             f"config.json: {config.path}layer_types says {SLIDING}, and sliding_window={window}, "
             f"use_sliding_window={used} give no window"
         )
-    return window
+    return window, sliding
 
 
 def _theta(config: Keys, default: float | None) -> float:

@@ -23,6 +23,8 @@ variants = pytest.mark.parametrize(
         ("dflash", "qwen3", {"causal_block": True}),
         ("dflash", "qwen3", {"causal_block": True, "window": 5, "sample_from_anchor": False}),
         ("dspark", "gemma4", {"causal_block": True}),
+        ("dflash", "qwen3", {"causal_block": True, "window": 5, "full_layers": [1]}),
+        ("dspark", "qwen3", {"window": 5, "full_layers": [0]}),
         ("eagle3", "qwen3", {"fc_norm": True, "norm_output": True}),
         ("eagle3", "gemma4", {"norm_output": True, "layers": 1}),
         ("eagle3", "qwen3", {"norm_before_fc": True, "backbone": "llama"}),
@@ -130,7 +132,7 @@ def test_greedy_output_is_the_targets_own_and_the_batch_changes_nothing(method, 
 @pytest.mark.parametrize("length", [None, 40])
 @pytest.mark.parametrize(
     ("method", "settings"),
-    [("dspark", {}), ("dflash", {"sample_from_anchor": False}), ("dflash", {"causal_block": True})],
+    [("dspark", {}), ("dflash", {"sample_from_anchor": False}), ("dflash", {"causal_block": True, "full_layers": [1]})],
 )
 def test_conversation_by_conversation_is_the_dense_computation(method, settings, length, window):
     """Hidden states of every real block and all gradients, in padded rows and in packed ones."""

@@ -113,7 +113,16 @@ BLOCKS = [
     ("z-lab", ("dflash_config",), {"output_multiplier": 0.5, "final_logit_softcapping": 3.0}, False),
     ("z-lab", (), {"output_multiplier": 2.0, "input_embedding_scale": 1.7}, False),
     ("z-lab", (), {"attention_bias": True}, False),
+    ("z-lab", (), SLIDING | {"layer_types": ["sliding_attention", "full_attention"]}, True),
+    ("z-lab", (), SLIDING | {"layer_types": ["full_attention", "sliding_attention"], "is_causal": False}, False),
+    ("z-lab", (), SLIDING | {"layer_types": None, "max_window_layers": 1}, True),
     ("speculators_dflash", (), {}, False),
+    (
+        "speculators_dflash",
+        ("transformer_layer_config",),
+        SLIDING | {"layer_types": ["sliding_attention", "full_attention"]},
+        True,
+    ),
     ("speculators_dflash", ("transformer_layer_config",), SLIDING, True),
     ("speculators_dflash", ("transformer_layer_config",), {"model_type": "llama"}, False),
 ]
@@ -131,6 +140,8 @@ def test_blocks_give_the_formulas_logits(kind: str, path: tuple[str, ...], facts
         | facts
     )
     c |= {"causal": causal, "rope_theta": c["rope_theta"] or 1e4}
+    if c.get("sliding_window") and not c["layer_types"]:
+        c["layer_types"] = ["sliding_attention" if i >= c["max_window_layers"] else "full_attention" for i in range(2)]
     held_to_transcription(draft, lambda taps, tokens, a: transcriptions.block(c, held, taps, int(tokens[a]), a))
 
 
@@ -266,7 +277,7 @@ TYPED = [
     ("speculators_dspark", ("markov_head_type",), "cubic"),
     ("speculators_dspark", ("markov_rank",), -1),
     ("z-lab", ("dflash_config",), None),
-    ("z-lab", ("layer_types",), ["sliding_attention", "full_attention"]),
+    ("z-lab", ("layer_types",), ["sliding_attention"]),
     ("z-lab", ("layer_types",), ["sliding_attention", "sliding_attention"]),
     ("z-lab", ("layer_types",), ["full_attention", "linear_attention"]),
     ("z-lab", ("dflash_config", "mask_token_id"), 1000),
@@ -292,6 +303,11 @@ def test_a_value_that_cannot_be_is_refused_by_its_key(kind: str, path: tuple[str
         ("z-lab", {"block_size": 5, "dflash_config": {"block_size": 4}}, "contradicts itself"),
         ("z-lab", SLIDING | {"is_causal": False, "sliding_window": 4}, "sliding_window=4 is smaller than a block"),
         ("z-lab", SLIDING | {"use_sliding_window": False}, "use_sliding_window=False"),
+        (
+            "z-lab",
+            SLIDING | {"layer_types": ["full_attention", "sliding_attention"], "is_causal": True},
+            "is_causal .* layer_types mixes",
+        ),
         ("sglang", {"norm_output": True, "eagle_config": {"norm_output": False}}, "contradicts itself"),
         ("sglang", {"fc_norm": True, "norm_before_fc": True}, "fc_norm and norm_before_fc"),
         ("sglang", {"rope_theta": 1e4, "rope_parameters": {"rope_theta": 1e6}}, "contradicts itself"),

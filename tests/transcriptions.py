@@ -114,9 +114,11 @@ def block(c: dict, w: dict, taps: Tensor, anchor_token: int, anchor: int) -> Ten
     context = [rms(w["fc.weight"] @ taps[t].flatten(), w["hidden_norm.weight"], eps) for t in range(anchor)]
     tokens = [anchor_token] + [c["mask_token_id"]] * (inputs - 1)
     x = [w["embed_tokens.weight"][token] * c.get("input_embedding_scale", 1.0) for token in tokens]
-    window, causal = c.get("sliding_window") or 10**9, c["causal"]
     for i in range(c["num_hidden_layers"]):
         at = f"layers.{i}"
+        slides = (c.get("layer_types") or ["sliding_attention"] * (i + 1))[i] == "sliding_attention"
+        window = c.get("sliding_window") or 10**9 if slides else 10**9
+        causal = c["causal"] and (slides or not c.get("sliding_window"))
         y = [rms(row, w[f"{at}.input_layernorm.weight"], eps) for row in x]
         rows = [(t, row) for t, row in enumerate(context)] + [(anchor + j, row) for j, row in enumerate(y)]
         entries = [(p, heads(c, w, at, "k", row, p), heads(c, w, at, "v", row, p)) for p, row in rows]

@@ -9,7 +9,7 @@ Axes: B batch, T tokens, N blocks, K slots, I inputs of a block, C taps, D hidde
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
@@ -20,7 +20,7 @@ from specbench.attention import Span, Visibility, attend, attend_flex, attend_sp
 from specbench.backbone import Backbone, Layer, RotaryEmbedding
 from specbench.blocks import PADDING, Batch, Blocks, Context, assemble, take
 from specbench.methods.draft import Draft, Proposal, Sample, State
-from specbench.ranges import Count, Layers, Slots
+from specbench.ranges import Count, LayerId, Layers, Slots
 from specbench.stack import Stack
 from specbench.tables import Tables
 
@@ -38,7 +38,9 @@ class ParallelDraft(Draft):
 
     `sample_from_anchor`: the anchor's own output predicts slot 1 (K inputs); otherwise the block is the anchor and K
     masks and only masks predict (the original DFlash). `causal_block`: slot j attends to the slots i <= j of its block
-    only. `checkpointing` recomputes layers in the backward pass.
+    only. `full_layers`: layers, counted from 0, that see all of the context and of their block whatever the backbone's
+    window and `causal_block` say to the others (z-lab's drafts mix sliding layers with full ones). `checkpointing`
+    recomputes layers in the backward pass.
     `by_span` says whether blocks are computed conversation by conversation where there is no CUDA, or all of the batch
     in one dense piece, padding included (None: as there is less to do). Both give the same; dense is the oracle.
     """
@@ -56,6 +58,7 @@ class ParallelDraft(Draft):
         anchors: Count | None = 512,
         sample_from_anchor: bool = True,
         causal_block: bool = False,
+        full_layers: Sequence[LayerId] = (),
         checkpointing: bool = False,
         train_tables: bool = False,
         draft_vocabulary: Int[Tensor, " W"] | None = None,
@@ -63,7 +66,10 @@ class ParallelDraft(Draft):
         super().__init__(backbone, tables, target_layer_ids, block_size, anchors, train_tables, draft_vocabulary)
         if not 0 <= mask_token_id < backbone.vocab_size:
             raise ValueError(f"mask_token_id={mask_token_id} is outside the vocabulary of {backbone.vocab_size}")
+        if not set(full_layers) <= set(range(layers)):
+            raise ValueError(f"full_layers={list(full_layers)}: this draft has layers 0 to {layers - 1}")
         D, eps = backbone.hidden_size, backbone.norm_eps
+        self.full_layers = frozenset(full_layers)
         self.mask_token_id, self.sample_from_anchor = mask_token_id, sample_from_anchor
         self.causal_block, self.checkpointing = causal_block, checkpointing
         self.fc = nn.Linear(len(self.target_layer_ids) * D, D, bias=False)
@@ -104,31 +110,39 @@ class ParallelDraft(Draft):
         # One row of the real blocks, conversation by conversation, where no kernel skips what is masked.
         pieces = None if first.is_cuda or self.by_span is False else spans(visible, *real.nonzero(as_tuple=True))
         flat = bool(pieces) and (self.by_span or 2 * sum(map(_work, pieces)) < B * N * (T + LAYER_KEYS))
+        # By whether a layer is one of the full ones.
+        views = {False: visible}
+        if self.full_layers:
+            views[True] = replace(visible, window=None, causal_own=False)
         if flat:
-            attention, mask = attend_spans, pieces
+            attention, masks = (
+                attend_spans,
+                {full: spans(view, *real.nonzero(as_tuple=True)) for full, view in views.items()},
+            )
             first, position = first[real][None], position[real][None]
         elif first.is_cuda:
-            attention, mask = attend_flex, block_mask(visible, (B, N, Q, T, Q))
+            attention = attend_flex
+            masks = {full: block_mask(view, (B, N, Q, T, Q)) for full, view in views.items()}
         else:
-            attention, mask = attend, visible.context_mask(T, Q)
+            attention, masks = attend, {full: view.context_mask(T, Q) for full, view in views.items()}
         # A block mask holds the rule of own keys itself.
-        own_mask = None if first.is_cuda else visible.own_mask(Q, Q)
+        own_masks = {full: None if first.is_cuda else view.own_mask(Q, Q) for full, view in views.items()}
         x = self.block_inputs(first, Q)
         context = self.context(batch.taps.to(x.dtype))
         block_rope, context_rope = self.rope(position, x.dtype), self.rope(batch.position, x.dtype)
 
-        def run(layer: Layer, x: Tensor) -> Tensor:
+        def run(layer: Layer, full: bool, x: Tensor) -> Tensor:
             y = layer.normed(x)
             query, own = layer.self_attn.queries(y, block_rope), layer.self_attn.keys_values(y, block_rope)
             keys = layer.self_attn.keys_values(context, context_rope)
-            seen = attention(query, keys, own, mask, self.backbone.scale, own_mask, self.backbone.attention_soft_cap)
-            return layer.finish(x, seen)
+            rules = masks[full], self.backbone.scale, own_masks[full], self.backbone.attention_soft_cap
+            return layer.finish(x, attention(query, keys, own, *rules))
 
-        for layer in self.layers:
+        for i, layer in enumerate(self.layers):
             if self.checkpointing and self.training:
-                x = torch.utils.checkpoint.checkpoint(run, layer, x, use_reentrant=False)
+                x = torch.utils.checkpoint.checkpoint(run, layer, i in self.full_layers, x, use_reentrant=False)
             else:
-                x = run(layer, x)
+                x = run(layer, i in self.full_layers, x)
         hidden = self.norm(x)
         if flat:
             hidden = hidden.new_zeros(B, N, Q, hidden.shape[-1]).masked_scatter(real[..., None, None], hidden)
@@ -144,10 +158,12 @@ class ParallelDraft(Draft):
     def propose(self, state: State, anchor: Int[Tensor, " B"], sample: Sample, slots: int | None = None) -> Proposal:
         x, cache = self.block_inputs(anchor, self.inputs), state.cache
         rope = self.rope.behind(cache, self.inputs, x.dtype)
-        mask = cache.visible(self.inputs, causal=self.causal_block, window=self.backbone.window)
+        masks = {False: cache.visible(self.inputs, causal=self.causal_block, window=self.backbone.window)}
+        if self.full_layers:
+            masks[True] = cache.visible(self.inputs, causal=False)
         for i in range(len(self.layers)):
             # The block's own keys stand behind the context without counting; the next commit overwrites them.
-            x = self.stack.extend(i, x, rope, cache, mask)
+            x = self.stack.extend(i, x, rope, cache, masks[i in self.full_layers])
         hidden = self.norm(x if self.sample_from_anchor else x[:, 1:])
         return self.draw(hidden[:, :slots], anchor, sample)
 
