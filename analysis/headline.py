@@ -9,9 +9,11 @@ from typing import Any
 import numpy as np
 
 from analysis.histograms import Counts, count
-from analysis.statistics import interval
+from analysis.statistics import by_slot, interval
 from analysis.teacherforced import Forced, paired
 
+# Tokens / seconds that their requests spent in flight: of one request inside its batch, not of the batch.
+PER_REQUEST = "tokens_per_second_per_request"
 QUANTITIES = ("accepted_length", "accepted_length_per_prompt", "acceptance_rate", "verified_per_round", "suffix_decay")
 
 
@@ -47,14 +49,14 @@ def _numbers(records: Sequence[Mapping[str, Any]], resamples: int, seed: int) ->
     found["truncated"] = {"value": float(np.mean([r["truncated"] for r in records])), "count": len(records)}
     seconds = float(sum(r["seconds"] for r in records))
     tokens = int(sum(r["output_tokens"] for r in records))
-    found["tokens_per_second"] = {"value": tokens / seconds if seconds else None, "count": tokens}
+    found[PER_REQUEST] = {"value": tokens / seconds if seconds else None, "count": tokens}
     if not rounds:
         return found
     for name in QUANTITIES:
         value, low, high = interval(counts, lambda sums, name=name: getattr(sums, name), resamples, seed)
         found[name] = {"value": _number(value), "low": _number(low), "high": _number(high), "count": rounds}
-    conditional = interval(counts, lambda sums: sums.conditional, resamples, seed)
-    survival = counts.total().survival
+    conditional = by_slot(counts, True, resamples, seed)
+    survival, _, _ = by_slot(counts, False, resamples, seed)
     reached = counts.reached.sum(0)
     found["slots"] = [
         {

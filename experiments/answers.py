@@ -13,6 +13,7 @@ from omegaconf import DictConfig
 from rich.console import Console
 
 from experiments.assembly import load_target, location
+from experiments.following import command
 from experiments.progress import Progress
 from experiments.stage import Stage, say
 from specbench.atomic import plain
@@ -72,7 +73,7 @@ def run(cfg: DictConfig) -> None:
             if counts["failed"]:  # not finished: the next run tries them again
                 say(f"answers: {counts} in {folder}; failed.jsonl has the causes, run again to retry them")
             elif cfg.preview is None:
-                stage.finish(counts, next="specbench cache")
+                stage.finish(counts, next=command("cache", cfg, ("target", "data")))
         if cfg.preview is not None:
             show(islice(answers.read(folder), cfg.preview), tokenizer, cfg.thinking)
 

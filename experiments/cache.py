@@ -10,6 +10,7 @@ from typing import Any
 from omegaconf import DictConfig
 
 from experiments.assembly import load_target
+from experiments.following import command
 from experiments.launching import rank_and_world
 from experiments.progress import Progress
 from experiments.stage import Stage, say
@@ -66,7 +67,8 @@ def run(cfg: DictConfig) -> Path | None:
         if manifest is None:
             say(f"cache: rank {rank} is done; the last rank writes the manifest")
             return place
-        stage.finish(facts(manifest) | dropped, next="specbench train")
+        then = command("train", cfg, ("target", "data"), cache=str(place))
+        stage.finish(facts(manifest) | dropped, next=then)
     return place
 
 

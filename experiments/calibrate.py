@@ -8,16 +8,19 @@ from pathlib import Path
 import pandas as pd
 from omegaconf import DictConfig
 
+from experiments.following import command
 from experiments.stage import Stage, container
-from specbench.atomic import write_json
-from specbench.calibration import fit
-from specbench.rounds import flatten, read_rounds, split
+from specbench.atomic import json_line, write_json, write_text
+from specbench.calibration import Calibration, fit
+from specbench.rounds import Rounds, conversations, flatten, read_rounds, rounds_file, split
+from specbench.runfolder import read_lines
 
 
 def run(cfg: DictConfig) -> Path:
     """Write calibration.json, slots.csv (a slot before and after a row) and reliability.json; returns the folder.
 
-    With `draft` the calibration is written beside that draft, too.
+    With `draft` the calibration is written beside that draft, too, if it lowers the calibration error on the held-out
+    rounds: below that of the confidences as they are, and of the calibration that lies there. ValueError otherwise.
     """
     prompts = read_rounds(cfg.rounds)
     if cfg.held_out is None:
@@ -38,24 +41,50 @@ def run(cfg: DictConfig) -> Path:
         write_json(folder / "reliability.json", rows)
         table = pd.DataFrame(rows).drop(columns="reliability")
         table.to_csv(folder / "slots.csv", index=False)
-        if cfg.draft is not None:
-            calibration.save(Path(cfg.draft) / "calibration.json")
+        judged = cfg.held_out
+        if judged is None:  # no schedule may be judged on the other rounds, so these stand alone
+            judged = folder / "held_out.jsonl"
+            kept, lines = {p.prompt for p in held_out}, read_lines(rounds_file(cfg.rounds))
+            named = zip(lines, conversations(lines), strict=True)
+            write_text(judged, "".join(json_line(line) for line, prompt in named if prompt in kept))
         print(table.to_string(index=False, float_format="%.4f", na_rep="-"))
         seen = table[table.n > 0]
+        before, after = (float(seen[seen.calibrated == flag].ece.mean()) for flag in (False, True))
+        if cfg.draft is not None:
+            own = Path(cfg.draft) / "calibration.json"
+            best = min([before, *_error_of(own, test, cfg.bins)])
+            if after > best:
+                raise ValueError(
+                    f"draft={cfg.draft}: on the held-out prompts the calibration error is {after:.4f} with this "
+                    f"calibration and {best:.4f} without, so {own} was left as it was; fit on more rounds, or leave "
+                    f"draft= out to keep this calibration in {folder} alone"
+                )
+            calibration.save(own)
         stage.finish(
             {
                 "prompts_fitted": len({p.prompt for p in fitted}),
                 "prompts_judged": len({p.prompt for p in held_out}),
-                "ece_before": float(seen[~seen.calibrated].ece.mean()),
-                "ece_after": float(seen[seen.calibrated].ece.mean()),
+                "ece_before": before,
+                "ece_after": after,
                 "temperatures_at_the_edge_of_the_grid": len(calibration.at_edge),
             },
-            next=f"specbench serve rounds={cfg.held_out or cfg.rounds} calibration={folder / 'calibration.json'}",
+            next=command("serve", cfg, name=cfg.name, rounds=str(judged), calibration=str(folder / "calibration.json")),
         )
     return folder
 
 
+def _error_of(file: Path, test: Rounds, bins: int) -> list[float]:
+    """Mean calibration error of the calibration in `file` on `test`; nothing where there is none that can be judged."""
+    if not file.is_file():
+        return []
+    there = Calibration.load(file)
+    if there.prompts & set(test.prompts) or test.logits.shape[1] > len(there.temperatures):
+        return []
+    rows = there.judge(test.logits, test.accepted, test.proposed, test.prompts, bins)
+    errors = [row["ece"] for row in rows if row["calibrated"] and row["n"]]
+    return [sum(errors) / len(errors)]
+
+
 def rounds_digest(path: str | Path) -> str:
     """What identifies a file of rounds: its content, wherever it lies."""
-    path = Path(path) / "rounds.jsonl" if Path(path).is_dir() else Path(path)
-    return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+    return hashlib.sha256(rounds_file(path).read_bytes()).hexdigest()[:16]

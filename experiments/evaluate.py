@@ -12,8 +12,9 @@ import lightning as L
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from analysis.headline import headline
+from analysis.headline import PER_REQUEST, headline
 from experiments.assembly import load_target
+from experiments.following import command
 from experiments.launching import rank_and_world
 from experiments.mirror import mirror
 from experiments.progress import Progress
@@ -22,7 +23,7 @@ from specbench.audit import verdict
 from specbench.baselines import SLOTS, SMALL, Baseline, Small, baseline, is_baseline, short_name
 from specbench.data.benchmarks import Benchmarks
 from specbench.decoding import Limits
-from specbench.evaluation import Answered, DraftEvaluation, Protocol, merged, write_rounds
+from specbench.evaluation import THINKING, Answered, DraftEvaluation, Protocol, merged, write_rounds
 from specbench.interchange import FormatError, fetch, load_draft, read_config, taps_of
 from specbench.methods.draft import Draft
 from specbench.provenance import provenance
@@ -142,9 +143,8 @@ def _evaluate(cfg: DictConfig, stage: Stage, name: str, source: Path | None, abo
         prompts = suite.load()
         target, draft = load_pair(cfg, source)
         protocol = protocol_of(cfg, target)
-        weights = draft.weights_hash if isinstance(draft, Baseline) else draft and digest(draft.state_dict().items())
         lineage = {
-            "draft": weights,
+            "draft": weights_of(draft),
             "target": target.weights_hash,
             "parents": about["parents"],
         }
@@ -181,6 +181,7 @@ def _evaluate(cfg: DictConfig, stage: Stage, name: str, source: Path | None, abo
         write_rounds(run.path / "rounds.jsonl", done)
         numbers = headline([item.record for item in done]) if draft is not None else plain_headline(done)
         summary = {**labels, "temperature": cfg.temperature, "accounting": cfg.accounting, "prompts": suite.facts()}
+        summary["protocol"] = protocol.facts(str(target.dtype))
         costs = {"draft_parameters": draft.parameters_count} if isinstance(draft, Small) else about.get("costs", {})
         summary |= {"metrics": numbers, "lineage": lineage, "training_seed": about["seed"], **costs}
         mirror(tracking, run, about["method"], numbers)
@@ -189,7 +190,7 @@ def _evaluate(cfg: DictConfig, stage: Stage, name: str, source: Path | None, abo
             summary["audit"] = verdict([item.record["audit"] for item in done], cfg.audit_spacings)
         run.finish(**summary)
         tracking.finish()
-        shown = {k: numbers[k]["value"] for k in ("accepted_length", "tokens_per_second") if k in numbers}
+        shown = {k: numbers[k]["value"] for k in ("accepted_length", PER_REQUEST) if k in numbers}
         if "expected_length" in numbers:
             shown["expected_length"] = numbers["expected_length"]["value"]
         if protocol.audit:
@@ -201,7 +202,15 @@ def _evaluate(cfg: DictConfig, stage: Stage, name: str, source: Path | None, abo
                     f"than {cfg.audit_spacings:g} spacings of {target.dtype}: verification is not lossless here "
                     "(records.parquet, column audit)"
                 )
-        stage.finish(shown, next=f"specbench compare root={cfg.root}")
+        # Plain decoding has no round to compare; every other run is shown with those that share its columns.
+        same = {"target": cfg.target.name, "suite": suite.name, "accounting": cfg.accounting}
+        same["thinking"] = THINKING[protocol.thinking]
+        stage.finish(shown, next=None if draft is None else command("compare", cfg, **same))
+
+
+def weights_of(draft: Draft | Baseline | None) -> str | None:
+    """What identifies a draft: the digest of its weights, or a baseline's own name for itself."""
+    return draft.weights_hash if isinstance(draft, Baseline) else draft and digest(draft.state_dict().items())
 
 
 def first_prompt(prompts: list[Any]) -> str:
@@ -213,4 +222,4 @@ def plain_headline(done: list[Answered]) -> dict[str, Any]:
     """Tokens a second of plain decoding: its rounds do not exist."""
     seconds = sum(item.record["seconds"] for item in done)
     tokens = sum(item.record["output_tokens"] for item in done)
-    return {"tokens_per_second": {"value": tokens / seconds if seconds else None, "count": tokens}}
+    return {PER_REQUEST: {"value": tokens / seconds if seconds else None, "count": tokens}}

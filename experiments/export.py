@@ -12,7 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 from experiments.import_draft import target_tables, vacant
 from experiments.stage import report
 from specbench.atomic import write_text
-from specbench.interchange import export_draft, fetch
+from specbench.interchange import export_draft, fetch, read_config
 from specbench.modelcard import model_card
 from specbench.publishing import push, require_vacant
 from specbench.runfolder import read_summary
@@ -30,7 +30,9 @@ def run(cfg: DictConfig) -> Path:
     target = cfg.target_id or (training or {}).get("config", {}).get("target", {}).get("id")
     export_draft(source, folder, cfg.format, target, target_tables(cfg.target_id, source))
     found = evaluations(cfg, path)
-    card = model_card(cfg.push or folder.name, cfg.format, target, cfg.licence, training, found)
+    about = read_config(folder)
+    dtype = about.get("dtype") or about.get("torch_dtype")
+    card = model_card(cfg.push or folder.name, cfg.format, target, cfg.licence, training, found, dtype)
     write_text(folder / "README.md", card)
     facts: dict[str, Any] = {"format": cfg.format, "evaluations in the card": len(found)}
     if cfg.push:

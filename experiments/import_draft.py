@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import time
 from pathlib import Path
 
@@ -32,7 +33,10 @@ def run(cfg: DictConfig) -> Path:
         "vocabulary": f"{size:,} of {draft.backbone.vocab_size:,} tokens",
         "parameters": sum(p.numel() for p in draft.parameters()),
     }
-    report("import", folder, time.monotonic() - began, facts, f"specbench evaluate draft={folder} target=FOLDER_OR_ID")
+    then = f"evaluate it with draft={folder} and the target that it was made for"
+    if cfg.target_id:
+        then = shlex.join(["specbench", "evaluate", f"draft={folder}", f"target={cfg.target_id}", f"root={cfg.root}"])
+    report("import", folder, time.monotonic() - began, facts, then)
     return folder
 
 

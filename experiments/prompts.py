@@ -11,6 +11,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from experiments.composing import configs
+from experiments.following import command
 from experiments.progress import Progress
 from experiments.stage import Stage, container
 from specbench.data import prompts
@@ -40,7 +41,8 @@ def run(cfg: DictConfig) -> None:
             )
         counted = ("read", "contaminated", "equal_questions", "near_duplicates")
         unfit = sum(report["unfit"].values())
-        stage.finish({k: report[k] for k in counted} | {"unfit": unfit} | report["kept"], next="specbench answers")
+        found = {k: report[k] for k in counted} | {"unfit": unfit} | report["kept"]
+        stage.finish(found, next=command("answers", cfg, ("data",)))
 
 
 def evaluation_texts(suites: object, folder: str | None = None) -> dict[str, list[str]]:

@@ -10,16 +10,21 @@ import pandas as pd
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 
+from analysis.headline import PER_REQUEST
 from experiments import trainspeed
-from experiments.evaluate import PLAIN, first_prompt, lineage_of, load_pair, source_of
+from experiments.evaluate import PLAIN, first_prompt, lineage_of, load_pair, source_of, weights_of
+from experiments.following import command
 from experiments.progress import Progress
 from experiments.stage import Stage, container
+from specbench.atomic import read_json
+from specbench.baselines import Baseline
 from specbench.costs import CostProfile
 from specbench.data.chat import prompt_ids
 from specbench.decoding import Limits
+from specbench.evaluation import Protocol
 from specbench.methods.draft import Draft
 from specbench.provenance import hardware, provenance
-from specbench.runfolder import RunFolder
+from specbench.runfolder import RunFolder, read_lines
 from specbench.sampling import Sampling
 from specbench.scheduling import HardwareAware
 from specbench.simulationcheck import check
@@ -80,21 +85,24 @@ def run(cfg: DictConfig) -> Path:
                 target=cfg.target.name,
                 suite=cfg.suite.name,
                 metrics=metrics,
-                # Comparisons show these beside the draft's evaluations, which have the same parent.
+                # Comparisons show these beside evaluations of the very same draft.
                 speedup_measured=clock["speedup"],
                 speedup_predicted=metrics["predicted_speedup"],
                 speedup_low=clock["speedup_low"],
                 speedup_high=clock["speedup_high"],
-                lineage={"parents": about["parents"], "target": target.weights_hash},
+                lineage={"draft": weights_of(draft), "parents": about["parents"], "target": target.weights_hash},
+                # What the speedup belongs to: a comparison shows it beside nothing else.
+                protocol=_protocol(cfg, target).facts(str(target.dtype)),
                 training_seed=about["seed"],
             )
         print(pd.DataFrame(rows).drop(columns="tokens").to_string(index=False, float_format="%.6f"))
         if held:
             print(pd.DataFrame(held).to_string(index=False, float_format="%.3f"))
         shown = ("speedup", "speedup_low", "speedup_high", "predicted_speedup", "accepted_length", "tokens_per_second")
+        shown = (*shown, PER_REQUEST)
         stage.finish(
             {key: metrics[key] for key in (*shown, "loop_plain", "loop_speculative") if key in metrics},
-            next=f"specbench serve rounds=RUN profile=file profile.path={folder / 'profile.json'}",
+            next=_next(cfg, folder, draft),
         )
     return folder
 
@@ -120,15 +128,35 @@ def measure(
             bar.advance()
             rows += step_cost(target, draft, prompts, [size], [0, *lengths], cfg.step_tokens)
             bar.advance()
-        sampling = Sampling(cfg.temperature)
-        limits = Limits(cfg.max_new_tokens, target.stop_token_ids, cfg.batch_size)
-        asked = _spread(prompts, cfg.clock_prompts)
-        clock = wall_clock(target, draft, asked, sampling, limits, cfg.clock_repeats, library=cfg.clock_library)
+        how, asked = _protocol(cfg, target), _spread(prompts, cfg.clock_prompts)
+        clock = wall_clock(target, draft, asked, how.sampling, how.limits, cfg.clock_repeats, library=cfg.clock_library)
         bar.advance()
     facts = hardware()
     machine = facts["gpus"][0] if target.device.type == "cuda" else f"{facts['processor']}, {facts['threads']} threads"
     label = f"{target.name} with {type(draft).__name__}, {K} slots, {machine}"
     return rows, clock, cost_profile(rows, label, part="step")
+
+
+def _protocol(cfg: DictConfig, target: Target) -> Protocol:
+    """How prompts are decoded against the clock: whole proposals, the first turn."""
+    limits = Limits(cfg.max_new_tokens, target.stop_token_ids, cfg.batch_size)
+    return Protocol(Sampling(cfg.temperature), limits, slots=cfg.slots, turns="first", thinking=cfg.thinking)
+
+
+def _next(cfg: DictConfig, folder: Path, draft: Draft | Baseline) -> str:
+    """A simulation of serving with the profile just measured, on rounds of this draft where some were recorded."""
+    for file in sorted((Path(cfg.root) / "runs" / "evaluate").glob("*/summary.json")):
+        about, rounds = read_json(file, {}), file.with_name("rounds.jsonl")
+        same = about.get("lineage", {}).get("draft") == weights_of(draft) and about.get("status") == "finished"
+        if not same or about.get("protocol", {}).get("scheduler") != "fixed" or not rounds.is_file():
+            continue
+        settings = {"name": folder.name, "rounds": str(file.parent), "profile": "file"}
+        settings |= {"profile__path": str(folder / "profile.json"), "concurrency": list(cfg.batch_sizes)}
+        if any("confidence" not in line for line in read_lines(rounds) if line["proposed"]):
+            needy = ("threshold", "cumulative_threshold", "hardware_aware", "delayed_global")
+            settings |= {f"policies__{name}": None for name in needy}
+        return command("serve", cfg, **settings)
+    return command("evaluate", cfg, ("target", "suite"), draft=str(cfg.draft))
 
 
 def _held(cfg: DictConfig, target: Target, draft: Draft, prompts: list[list[int]]) -> list[dict]:

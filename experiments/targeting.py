@@ -21,11 +21,11 @@ def expand(overrides: Sequence[str], known: Sequence[str]) -> list[str]:
         if named or not ("/" in value or Path(value).exists()):
             found.append(word)
         else:
-            found += ["target=folder", f"target.id={_quoted(value)}"]
+            found += ["target=folder", f"target.id={quoted(value)}"]
     return found
 
 
-def _quoted(value: str) -> str:
+def quoted(value: str) -> str:
     """A value as Hydra's grammar reads it whole."""
     if re.fullmatch(r"[\w./:~-]+", value):
         return value

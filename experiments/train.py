@@ -23,6 +23,7 @@ from experiments.assembly import (
     load_target,
 )
 from experiments.evaluate import run as evaluate
+from experiments.following import command
 from experiments.launching import rank_and_world, ranks, repeats_the_command, shards_of
 from experiments.planning import print_plan
 from experiments.stage import Stage, container, first_rank, say
@@ -158,7 +159,7 @@ def _train(cfg: DictConfig, stage: Stage, name: str) -> None:
         run.finish(**summary)
         tracking.finish()
         shown = {k: summary[k] for k in ("probe_accepted_length", "best_step", "steps", "parameters")}
-        stage.finish(shown, next=f"specbench evaluate draft={run.path}")
+        stage.finish(shown, next=command("evaluate", cfg, ("target", "suite"), draft=str(run.path)))
 
 
 def needs_target(cfg: DictConfig) -> bool:

@@ -27,6 +27,7 @@ from specbench.data.chat import prompt_ids
 from specbench.decoding import Decoded, Limits, decode, speculative_decode
 from specbench.methods.draft import Proposer
 from specbench.metrics import DecodingMetrics
+from specbench.rounds import digest
 from specbench.runfolder import read_lines
 from specbench.sampling import Sampling
 from specbench.scheduling import FixedLength, Scheduler
@@ -35,6 +36,7 @@ from specbench.teacherforced import slot_acceptance
 from specbench.tokenclasses import token_classes
 
 TURNS = ("all", "first")
+THINKING = {None: "default", True: "on", False: "off"}
 
 
 @dataclass(frozen=True)
@@ -63,6 +65,24 @@ class Protocol:
                 f"audit=true compares greedy texts and temperature={self.sampling.temperature:g} draws them; set "
                 "temperature=0"
             )
+
+    def facts(self, dtype: str) -> dict[str, Any]:
+        """What a reader must know to set a number beside another one, for a run's record."""
+        return {
+            "temperature": self.sampling.temperature,
+            "top_k": self.sampling.top_k,
+            "top_p": self.sampling.top_p,
+            "min_p": self.sampling.min_p,
+            "max_new_tokens": self.limits.max_new_tokens,
+            "stop_token_ids": list(self.limits.stop_token_ids),
+            "scheduler": self.scheduler.label,
+            "slots": self.slots,
+            "accounting": self.limits.accounting,
+            "thinking": THINKING[self.thinking],
+            "turns": self.turns,
+            "dtype": dtype.removeprefix("torch."),
+            "batch_size": self.limits.batch_size,
+        }
 
 
 @dataclass(frozen=True)
@@ -142,7 +162,6 @@ def _tokens(target: Target, prompt: Prompt, turn: int, known: Mapping, protocol:
 
 
 def _record(prompt: Prompt, turn: int, done: Decoded, protocol: Protocol, labels, target: Target, ids) -> Answered:
-    thinking = {None: "default", True: "on", False: "off"}[protocol.thinking]
     where = {"benchmark": prompt.benchmark, "domain": prompt.domain, "prompt_id": prompt.id, "turn": turn}
     record = {
         **labels,
@@ -150,8 +169,9 @@ def _record(prompt: Prompt, turn: int, done: Decoded, protocol: Protocol, labels
         "temperature": protocol.sampling.temperature,
         "scheduler": protocol.scheduler.label,
         "accounting": protocol.limits.accounting,
-        "thinking": thinking,
+        "thinking": THINKING[protocol.thinking],
         "prompt_tokens": len(ids),
+        "prompt_hash": digest(ids),
         "output_tokens": len(done.output_ids),
         "truncated": done.truncated,
         "rounds": len(done.rounds),
@@ -282,7 +302,10 @@ class DraftEvaluation(L.LightningModule):
 
 def merged(folder: Path) -> list[Answered]:
     """All parts of an evaluation in a fixed order: benchmark, prompt, turn."""
-    return [answered for _, answered in sorted(Parts(folder).read().items())]
+    answered = [item for _, item in sorted(Parts(folder).read().items())]
+    for item in answered:  # what an earlier version decoded before it was interrupted has no hash yet
+        item.record.setdefault("prompt_hash", digest(item.rounds["prompt_ids"]))
+    return answered
 
 
 def write_rounds(path: Path, answered: Sequence[Answered]) -> None:

@@ -11,6 +11,7 @@ import dataclasses
 import json
 import re
 from collections.abc import Mapping
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -239,6 +240,15 @@ def export_draft(
 
 def _write(folder: Path, config: Mapping[str, Any], tensors: dict[str, Tensor]) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
+    named = [key for key in ("dtype", "torch_dtype") if key in config] or ["dtype"]
+    config = {**config, **dict.fromkeys(named, dtype_of(tensors))}
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
     return folder
+
+
+def dtype_of(tensors: Mapping[str, Tensor]) -> str:
+    """The dtype that a reader should load `tensors` in: theirs, or the narrowest that holds all of them exactly."""
+    return str(reduce(torch.promote_types, (t.dtype for t in tensors.values() if t.is_floating_point()))).removeprefix(
+        "torch."
+    )

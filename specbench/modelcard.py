@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 from collections.abc import Mapping, Sequence
+from pathlib import Path, PurePath
 from typing import Any
 
 import yaml
@@ -23,12 +25,16 @@ def model_card(
     licence: str | None,
     training: Mapping[str, Any] | None = None,
     evaluations: Sequence[Mapping[str, Any]] = (),
+    dtype: str | None = None,
 ) -> str:
     """README.md of a draft repository: front matter, use, training, measured numbers with intervals, licence.
 
     `training` is {"summary", "config", "provenance"} of the training run (None: a draft without one), `evaluations`
-    the summaries of its evaluation runs; `target` is the target's hub id (None: not recorded).
+    the summaries of its evaluation runs; `target` is the target's hub id (None: not recorded; a folder is named and not
+    linked, because nobody else has it), `dtype` that of the tensors.
     """
+    local = target is not None and not is_hub_id(target)
+    name, target = (PurePath(target).name if target else None), (None if local else target)
     front: dict[str, Any] = {"library_name": "specbench", "tags": ["speculative-decoding", "draft-model", form]}
     if target:
         front["base_model"] = target
@@ -36,11 +42,16 @@ def model_card(
         front["license"] = licence
     summary = (training or {}).get("summary", {})
     article = f"A {summary['method']} draft model" if "method" in summary else "A draft model"
-    partner = f"[{target}](https://huggingface.co/{target})" if target else "its target (which one is not recorded)"
+    partner = "its target (which one is not recorded)"
+    if local:
+        partner = f"the target `{name}` (a folder of the author's, on no hub)"
+    elif target:
+        partner = f"[{target}](https://huggingface.co/{target})"
+    stored = f", its tensors in {dtype}" if dtype else ""
     parts = [
         "---\n" + yaml.safe_dump(front, sort_keys=True) + "---",
         f"# {repository}",
-        f"{article} for speculative decoding with {partner}, in the {form} format. It proposes "
+        f"{article} for speculative decoding with {partner}, in the {form} format{stored}. It proposes "
         "tokens; the target verifies them, so the output has the target's own law.",
         "## Use\n\n" + HOW_TO[form].format(repository=repository, target=target or "TARGET"),
         "## Results\n\n" + _results(evaluations),
@@ -50,6 +61,11 @@ def model_card(
     return "\n\n".join(parts) + "\n"
 
 
+def is_hub_id(target: str) -> bool:
+    """Whether `target` can be linked on the hub: OWNER/NAME, and neither a path nor a folder here."""
+    return re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", target) is not None and not Path(target).exists()
+
+
 def _results(evaluations: Sequence[Mapping[str, Any]]) -> str:
     if not evaluations:
         return "No evaluation is recorded."
@@ -57,12 +73,14 @@ def _results(evaluations: Sequence[Mapping[str, Any]]) -> str:
         "Accepted length is tokens committed a verification, the bonus token included, pooled over all rounds; the "
         "interval is 95%, a cluster bootstrap over prompts.",
         "",
-        "| suite | temperature | accepted length | interval | rounds | tokens/s | accounting |",
+        "| suite | temperature | accepted length | interval | rounds | tokens/s and request | accounting |",
         "|---|---|---|---|---|---|---|",
     ]
     for run in evaluations:
         metrics = run.get("metrics", {})
-        length, speed = metrics.get("accepted_length", {}), metrics.get("tokens_per_second", {})
+        # Evaluations of earlier versions have the same number under a name that now means the whole batch's.
+        speed = metrics.get("tokens_per_second_per_request", metrics.get("tokens_per_second", {}))
+        length = metrics.get("accepted_length", {})
         low, high = _number(length.get("low")), _number(length.get("high"))
         cells = (
             run.get("suite", UNKNOWN),

@@ -51,9 +51,14 @@ def digest(prompt_ids: Sequence[int]) -> str:
     return hashlib.sha256(np.asarray(prompt_ids, dtype="<i8").tobytes()).hexdigest()[:16]
 
 
+def rounds_file(path: str | Path) -> Path:
+    """The file of rounds that a run folder, or its own path, means."""
+    return Path(path) / "rounds.jsonl" if Path(path).is_dir() else Path(path)
+
+
 def read_rounds(path: str | Path) -> list[PromptRounds]:
     """Read rounds.jsonl (or the run folder that holds it). ValueError where a line contradicts itself."""
-    path = Path(path) / "rounds.jsonl" if Path(path).is_dir() else Path(path)
+    path = rounds_file(path)
     if not path.is_file():
         raise ValueError(
             f"there are no recorded rounds at {path}; decode with `specbench evaluate` and name its folder"
@@ -66,9 +71,8 @@ def from_lines(lines: Iterable[Mapping[str, Any]], name: str = "rounds") -> list
     (a stop token straight from the prefill) and are the only ones that are."""
     lines = list(lines)
     width = max((len(row) for line in lines for row in line.get("confidence") or ()), default=0)
-    opening = {_conversation(line): digest(line["prompt_ids"]) for line in lines if line.get("turn") == 0}
     prompts = []
-    for index, line in enumerate(lines):
+    for index, (line, prompt) in enumerate(zip(lines, conversations(lines), strict=True)):
         proposed, accepted = (np.asarray(line[key], dtype=np.int64) for key in ("proposed", "accepted"))
         seconds = np.asarray(line["seconds"], dtype=np.float64)
         if not len(proposed) == len(accepted) == len(seconds):
@@ -83,9 +87,14 @@ def from_lines(lines: Iterable[Mapping[str, Any]], name: str = "rounds") -> list
                 f"{name} line {index + 1}: output_ids hold {tokens} tokens after the first and the rounds commit "
                 f"{most}; output_ids must be the generated tokens without the prompt"
             )
-        prompt = opening.get(_conversation(line)) or digest(line["prompt_ids"])
         prompts.append(PromptRounds(prompt, proposed, accepted, seconds, tokens, _logits(line, index, name, width)))
     return prompts
+
+
+def conversations(lines: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The name of each line's conversation: the digest of its first turn's prompt, or of its own without one."""
+    opening = {_conversation(line): digest(line["prompt_ids"]) for line in lines if line.get("turn") == 0}
+    return [opening.get(_conversation(line)) or digest(line["prompt_ids"]) for line in lines]
 
 
 def _conversation(line: Mapping[str, Any]) -> tuple[Any, Any]:

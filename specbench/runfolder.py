@@ -32,6 +32,8 @@ from specbench.atomic import json_line, plain, read_json, replacing, write_json,
 from specbench.data import jsonl
 
 SCHEMA = "specbench.run/1"
+# Of records.parquet, in the metadata of the file. Version 1 stated none and had no prompt_hash.
+RECORDS_SCHEMA = "specbench.records/2"
 KINDS = ("target", "train", "evaluate", "speed", "serve")
 WRITTEN = (
     *("summary.json", "metrics.jsonl", "rounds.jsonl", "records.parquet"),
@@ -58,6 +60,7 @@ COLUMNS = pa.schema(
 # What a record may hold beside, where any row of its file does.
 OPTIONAL = pa.schema(
     [
+        ("prompt_hash", pa.string()),  # of the prompt's token ids, as rounds.digest has it
         ("by_round", pa.list_(pa.list_(pa.int32()))),  # [proposed, accepted, committed], in order
         ("token_classes", pa.string()),  # a letter an output token (tokenclasses.py)
         ("teacher_forced", pa.list_(pa.list_(pa.float64()))),  # a slot: anchors, alpha, survived, reached
@@ -153,7 +156,7 @@ class RunFolder:
             if isinstance(row["thinking"], bool):
                 rows[index] = {**row, "thinking": str(row["thinking"]).lower()}
         used = [field for field in OPTIONAL if any(field.name in row for row in rows)]
-        schema = pa.schema([*COLUMNS, *used])
+        schema = pa.schema([*COLUMNS, *used], metadata={"schema": RECORDS_SCHEMA})
         if self.writes:
             with replacing(self.path / "records.parquet") as temporary:
                 pq.write_table(pa.Table.from_pylist([plain(row) for row in rows], schema=schema), temporary)

@@ -220,10 +220,11 @@ def wall_clock(
     """The measured speedup: plain and speculative decoding of the same prompts, interleaved in this process.
 
     Before, `warmup` batches are decoded every way untimed. Each repeat decodes all prompts every way, in turns the one
-    and the other first. Returns plain and speculative tokens a second (medians), speedup with its smallest and largest
-    repeat, accepted_length, and the mean draft, verify and overhead seconds a round. With `library` (batch 1 and
-    temperature 0 only) the library's own generation of the same prompts takes its turn: library_tokens_per_second, and
-    what either loop reaches of it as loop_plain and loop_speculative.
+    and the other first. Returns plain and speculative tokens a second (all requests' tokens / seconds of the clock) and
+    tokens_per_second_per_request (tokens / seconds that their requests spent in flight), medians of the repeats,
+    speedup with its smallest and largest repeat, accepted_length, and the mean draft, verify and overhead seconds a
+    round. With `library` (batch 1 and temperature 0 only) the library's own generation of the same prompts takes its
+    turn: library_tokens_per_second, and what either loop reaches of it as loop_plain and loop_speculative.
     """
     if library and (limits.batch_size != 1 or not sampling.greedy):
         raise ValueError("the library's generation is timed at batch_size=1 and temperature=0 only")
@@ -231,6 +232,7 @@ def wall_clock(
     ways = ["plain", "speculative", *(["library"] if library else [])]
     speeds: dict[str, list[float]] = {way: [] for way in ways}
     rounds: list = []
+    each: list[float] = []
 
     def once(way: str, asked: Sequence[Sequence[int]] = prompts) -> list[Decoded]:
         if way == "plain":
@@ -249,6 +251,8 @@ def wall_clock(
             done = once(way)
             seconds = clock(target.device) - started
             speeds[way].append(sum(len(d.output_ids) for d in done) / seconds)
+            if way == "speculative":
+                each.append(sum(len(d.output_ids) for d in done) / sum(d.seconds for d in done))
             rounds += [r for d in done for r in d.rounds]
     if not rounds:
         raise ValueError("no round was decoded; give prompts whose answers hold more than one token")
@@ -262,6 +266,7 @@ def wall_clock(
     return against | {
         "plain_tokens_per_second": float(np.median(speeds["plain"])),
         "tokens_per_second": float(np.median(speeds["speculative"])),
+        "tokens_per_second_per_request": float(np.median(each)),
         "speedup": float(np.median(ratios)),
         "speedup_low": float(ratios.min()),
         "speedup_high": float(ratios.max()),

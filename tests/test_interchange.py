@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 from pathlib import Path
@@ -19,6 +20,7 @@ from specbench.exports import obstacle
 from specbench.initialisation import randomise
 from specbench.interchange import (
     FormatError,
+    dtype_of,
     export_draft,
     load_draft,
     read_folder,
@@ -84,6 +86,29 @@ def test_a_deepspec_draft_is_written_back_as_it_came(case: str, tmp_path: Path) 
         assert written.keys() == tensors.keys()
         for key, value in tensors.items():
             assert written[key].dtype == value.dtype and torch.equal(written[key], value), key
+
+
+@pytest.mark.parametrize("stored", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("form", ["own", "deepspec", "vllm", "sglang"])
+def test_the_dtype_says_what_the_tensors_are(form: str, stored: torch.dtype, tmp_path: Path) -> None:
+    """Whatever the target's own configuration says: drafts are trained in another dtype than it is stored in."""
+    kind, settings = ("eagle3", {"backbone": "llama", "layers": 1}) if form == "sglang" else ("dspark", {})
+    draft, kept, config = made(kind, "qwen3", **settings)
+    text = {**config, "dtype": "float64", "torch_dtype": "float64"}
+    folder = save_draft(copy.deepcopy(draft).to(stored), tmp_path / "own", text, kept)
+    if form != "own":
+        folder = export_draft(folder, tmp_path / "out", form)
+    config = json.loads((folder / "config.json").read_text())
+    said = {config[key] for key in ("dtype", "torch_dtype") if key in config}
+    floating = {t.dtype for t in load_file(folder / "model.safetensors").values() if t.is_floating_point()}
+    assert floating == {stored} and said == {str(stored).removeprefix("torch.")}
+
+
+def test_mixed_tensors_are_called_what_holds_them_all() -> None:
+    pair = {"a": torch.zeros(2, dtype=torch.bfloat16), "d2t": torch.zeros(2, dtype=torch.int64)}
+    assert dtype_of(pair) == "bfloat16"
+    assert dtype_of(pair | {"b": torch.zeros(2)}) == "float32"
+    assert dtype_of(pair | {"b": torch.zeros(2, dtype=torch.float16)}) == "float32"
 
 
 @pytest.mark.parametrize(

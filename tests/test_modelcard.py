@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import yaml
 
 from specbench.modelcard import model_card
@@ -28,7 +29,7 @@ EVALUATION = {
     "accounting": "specbench",
     "metrics": {
         "accepted_length": {"value": 3.14159, "low": 3.0, "high": 3.25, "count": 999},
-        "tokens_per_second": {"value": 50.0},
+        "tokens_per_second_per_request": {"value": 50.0},
     },
 }
 
@@ -47,6 +48,28 @@ def test_a_card_holds_what_the_records_hold() -> None:
     for fact in ("abc123", "123456", "| optimiser steps | 240 |", "f00", "torch 2.13.0", "embedded", "apache-2.0"):
         assert fact in body
     assert "transformers not recorded" in body  # what is unknown is said, not left out
+
+
+@pytest.mark.parametrize("folder", ["/home/me/targets/small", "./small", "outputs/runs/target/small", "~/small"])
+def test_a_card_links_no_folder(folder: str) -> None:
+    card = model_card("me/draft", "vllm", folder, None, dtype="bfloat16")
+    assert folder not in card and "huggingface.co" not in card and "base_model" not in card
+    assert "`small` (a folder of the author's" in card and "its tensors in bfloat16" in card
+
+
+def test_a_card_does_not_link_a_folder_that_looks_like_an_id(tmp_path, monkeypatch) -> None:
+    (tmp_path / "my" / "target").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    assert "huggingface.co" not in model_card("me/draft", "vllm", "my/target", None)
+    assert "(https://huggingface.co/my/other)" in model_card("me/draft", "vllm", "my/other", None)
+
+
+def test_a_card_of_older_evaluations_shows_their_rate() -> None:
+    metrics = {**EVALUATION["metrics"], "tokens_per_second": {"value": 7.0}}
+    del metrics["tokens_per_second_per_request"]
+    assert "| 7.000 |" in model_card(
+        "me/draft", "vllm", "Qwen/Qwen3-4B", None, None, [{**EVALUATION, "metrics": metrics}]
+    )
 
 
 def test_a_card_without_records_says_so() -> None:

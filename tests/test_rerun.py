@@ -78,6 +78,26 @@ def test_facts_that_differ_are_named(recorded: Path, capsys: pytest.CaptureFixtu
     assert f"versions.torch: 1.0 -> {torch.__version__}" in errors and "feed -> beef" in errors
 
 
+def test_threads_that_the_verb_sets_are_compared_where_it_has_set_them(
+    recorded: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """This process counts two threads until the verb sets one, as it did when the run was recorded."""
+    counted = [torch.get_num_threads() + 1]
+    monkeypatch.setattr("specbench.provenance.torch.get_num_threads", lambda: counted[0])
+    verb = sys.modules["seeded_verb"].run
+
+    def settled(cfg: DictConfig) -> None:
+        counted[0] -= 1
+        verb(cfg)
+
+    monkeypatch.setattr(sys.modules["seeded_verb"], "run", settled)
+    rerun.run(settings(recorded))
+    assert "threads" not in capsys.readouterr().err
+    with pytest.raises(ValueError, match="1 facts and 0 numbers differ"):  # now it runs with one thread less
+        rerun.run(settings(recorded, name="fewer"))
+    assert "hardware.threads" in capsys.readouterr().err
+
+
 def test_it_does_not_overwrite_what_it_repeats(recorded: Path) -> None:
     with pytest.raises(ValueError, match="would overwrite"):
         rerun.run(settings(recorded, name="one"))

@@ -1,6 +1,9 @@
 """The load simulator: closed forms, conservation, replay, and the paper's curves in shape."""
 
 import json
+import re
+import shlex
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +13,7 @@ from hydra import compose, initialize_config_dir
 
 import configs
 from experiments import calibrate, serve
+from experiments.cli import main
 from specbench.calibration import fit
 from specbench.costs import CostProfile
 from specbench.decoding import Limits, speculative_decode
@@ -262,3 +266,32 @@ def test_calibrate_then_serve_from_recorded_rounds(tmp_path, capsys):
     assert CostProfile.load(folder / "profile.json").source == "illustrative"
     with pytest.raises(ValueError, match="used to fit the calibration"):
         serve.run(composed("serve", f"root={tmp_path}", f"rounds={fitted}", f"calibration={draft}/calibration.json"))
+
+
+def test_a_calibration_that_is_worse_leaves_the_draft_alone(tmp_path):
+    """Fitted on rounds that accept nothing and judged on those of a head that is too sure: the error grows."""
+    hopeless = [replace(p, accepted=np.zeros_like(p.accepted), tokens=len(p.accepted)) for p in drawn(20, seed=1)]
+    held, more = ([replace(p, logits=3 * p.logits) for p in drawn(60 + 10 * seed, seed)] for seed in (0, 2))
+    fitted, held_out, draft = tmp_path / "a", written(tmp_path / "b", held), tmp_path / "draft"
+    written(fitted, hopeless)
+    draft.mkdir()
+    wrong = [f"root={tmp_path}", f"rounds={fitted}", f"held_out={held_out}", f"draft={draft}", "name=wrong"]
+    with pytest.raises(ValueError, match=r"draft=.*calibration error is 0\.\d+ with .* and 0\.\d+ without"):
+        calibrate.run(composed("calibrate", *wrong))
+    assert not (draft / "calibration.json").exists()
+    good = written(tmp_path / "c", more)
+    calibrate.run(composed("calibrate", *wrong[:1], f"rounds={good}", f"held_out={held_out}", f"draft={draft}"))
+    before = (draft / "calibration.json").read_bytes()
+    with pytest.raises(ValueError, match="was left as it was"):
+        calibrate.run(composed("calibrate", *wrong))
+    assert (draft / "calibration.json").read_bytes() == before
+    # Its own folder holds what was found, for whoever wants to see it.
+    assert (tmp_path / "calibrate" / "wrong" / "slots.csv").exists()
+
+
+def test_what_calibrate_says_comes_next_works_as_it_is_printed(tmp_path, capsys):
+    """The rounds are split, and serve refuses those that were fitted on: the next command names the others."""
+    rounds = written(tmp_path / "with space", drawn(30))
+    assert main(["calibrate", f"root={tmp_path}", f"rounds='{rounds}'"]) == 0
+    words = shlex.split(re.search(r"next: specbench (.*)", capsys.readouterr().out)[1])
+    assert main([*words, "concurrency=[2]", "steps=5", "warmup=1"]) == 0, capsys.readouterr().err

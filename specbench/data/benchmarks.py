@@ -10,6 +10,7 @@ question files, and a `question_id` serves as its id.
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -171,7 +172,7 @@ class Benchmarks(L.LightningDataModule):
         }
 
     def facts(self) -> dict[str, Any]:
-        """What identifies these prompts, for a run's record."""
+        """What identifies these prompts, for a run's record: where they were read from, with revision or digest."""
         loaded = self.load()
         counts = Counter(p.benchmark for p in loaded)
         domains = {p.benchmark: p.domain for p in loaded}
@@ -179,8 +180,12 @@ class Benchmarks(L.LightningDataModule):
         described = {}
         for name, count in counts.items():
             b = known.get(name, Benchmark(name, domains[name]))
-            described[name] = {"domain": b.domain, "version": b.version, "dataset": b.dataset or b.corpus}
-            described[name] |= {"revision": b.revision, "prompts": count}
+            described[name] = {"domain": b.domain, "prompts": count}
+            if self.folder is None:
+                described[name] |= {"version": b.version, "dataset": b.dataset or b.corpus, "revision": b.revision}
+            else:
+                file = self.folder if self.folder.is_file() else self.folder / f"{name}.jsonl"
+                described[name] |= {"file": str(file), "sha256": hashlib.sha256(file.read_bytes()).hexdigest()}
         return {
             "suite": self.name,
             "prompts": None if self.folder is None else str(self.folder),

@@ -1,5 +1,6 @@
 """Suites: templates against texts written out here, exact split over ranks, sampling as in `datasets`, named errors."""
 
+import hashlib
 import json
 from pathlib import Path
 
@@ -132,6 +133,10 @@ def test_a_folder_follows_the_suite(tmp_path, caplog):
     assert {p.prompt_ids for p in loaded[10:]} == {(1, 2, i) for i in range(5)}
     facts = data.facts()
     assert facts["missing"] == ["three"] and facts["benchmarks"]["one"]["prompts"] == 10
+    # Nothing was read of the hub's data set, so its name and revision are not said.
+    for name, said in facts["benchmarks"].items():
+        assert said.keys() == {"domain", "prompts", "file", "sha256"}
+        assert said["sha256"] == hashlib.sha256((tmp_path / f"{name}.jsonl").read_bytes()).hexdigest()
     first = Benchmarks("mine", folder(tmp_path), prompts=tmp_path, turns="first").load()
     assert {len(p.turns) for p in first if p.turns} == {1}
     texts = data.texts()["one"]  # of every row, drawn or not, without the follow-up of one word
@@ -157,9 +162,9 @@ def test_a_single_file_is_taken_whole(tmp_path):
     write(tmp_path / "own.jsonl", [{"prompt_ids": [5, 6]}])
     data = Benchmarks("mine", benchmarks, prompts=str(tmp_path / "own.jsonl"))
     (own,) = data.load()
-    assert data.facts()["benchmarks"] == {
-        "own": {"domain": "own", "version": 1, "dataset": None, "revision": None, "prompts": 1}
-    }
+    file = tmp_path / "own.jsonl"
+    digest = hashlib.sha256(file.read_bytes()).hexdigest()
+    assert data.facts()["benchmarks"] == {"own": {"domain": "own", "prompts": 1, "file": str(file), "sha256": digest}}
     assert (own.id, own.benchmark, own.domain, own.prompt_ids) == ("own/0", "own", "own", (5, 6))
 
 

@@ -1,0 +1,77 @@
+"""The command that comes next, written so that it works as it is printed: root, target and data included."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+from importlib import resources
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from experiments import targeting
+from specbench.atomic import plain
+
+# What a suite is made of follows from its name.
+UNSPOKEN = {"defaults", "benchmarks"}
+
+
+def command(verb: str, cfg: DictConfig, groups: Sequence[str] = (), **settings: Any) -> str:
+    """`specbench VERB root=... GROUP=... key=value` for a shell.
+
+    `groups` are groups of `cfg` (target, data, suite) that the next verb has too: each is written as its option and
+    whatever was set beside it. A setting `a__b` is `a.b`.
+    """
+    words = ["specbench", verb, f"root={text(str(cfg.root))}"]
+    words += [word for group in groups for word in _option(group, cfg[group])]
+    words += [f"{key.replace('__', '.')}={text(value)}" for key, value in settings.items()]
+    return shlex.join(words)
+
+
+def _option(group: str, chosen: DictConfig) -> list[str]:
+    """The option of configs/GROUP that leaves the fewest keys to set, and those keys."""
+    have = _leaves(OmegaConf.to_container(chosen, resolve=True))
+    best: list[str] | None = None
+    for file in sorted((resources.files("configs") / group).iterdir(), key=lambda file: file.name):
+        if not file.name.endswith(".yaml"):
+            continue
+        default = _leaves(OmegaConf.to_container(OmegaConf.create(file.read_text(encoding="utf-8")), resolve=False))
+        own = {key: value for key, value in have.items() if not _same(key, value, default)}
+        words = [f"{group}={file.name.removesuffix('.yaml')}"]
+        # A key that the option does not have is appended.
+        words += [f"{'' if key in default else '++'}{group}.{key}={text(value)}" for key, value in own.items()]
+        if best is None or len(words) < len(best):
+            best = words
+    assert best is not None, f"configs/{group} holds no option"
+    return best
+
+
+def _same(key: str, value: Any, default: dict[str, Any]) -> bool:
+    """Whether the option gives a key this value: written there, or by a reference that is resolved by now."""
+    found = default.get(key)
+    if isinstance(found, str) and "${" in found:
+        return "basename" in found or value is None
+    return key in default and found == value
+
+
+def _leaves(tree: Any, prefix: str = "") -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in tree.items():
+        if not prefix and key in UNSPOKEN:
+            continue
+        found |= _leaves(value, f"{prefix}{key}.") if isinstance(value, dict) and value else {f"{prefix}{key}": value}
+    return found
+
+
+def text(value: Any) -> str:
+    """A value as Hydra's grammar reads it."""
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, str):
+        return targeting.quoted(value)
+    if isinstance(value, dict):
+        return "{" + ",".join(f"{key}: {text(item)}" for key, item in value.items()) + "}"
+    value = plain(value)
+    return "[" + ",".join(map(text, value)) + "]" if isinstance(value, list) else str(value)
