@@ -86,19 +86,47 @@ def parents(row: dict[str, Any] | pd.Series) -> tuple[str, ...]:
     return tuple(map(str, found)) if isinstance(found, tuple) else ()
 
 
-def inherit(rows: list[dict[str, Any]]) -> None:
-    """Give every run the config keys of the run that trained its draft, where it has none of that name, so that an
-    evaluation can be grouped by depth or data; the parent's summary goes under `parent.`.
+def trainings(rows: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
+    """For every run the runs that its draft came from, as far as they are at hand; copies of what they say themselves.
 
-    A parent is looked for among `rows`, then on disk: as it is written, or beside the run in its own tree.
+    One is looked for in the run's own tree, then by its name among `rows` (of several, the one whose checkpoint is the
+    run's draft), then on disk as it is written.
     """
-    named = {row["run"]: row for row in rows if row["kind"] in ("train", "target")}
-    inherited = (SUMMARY, PROVENANCE, PARENT)
+    trained = [row for row in rows if row["kind"] in ("train", "target")]
+    by_path = {row["path"]: row for row in trained}
+    by_name: dict[str, list[dict[str, Any]]] = {}
+    for row in trained:
+        by_name.setdefault(row["run"], []).append(row)
+
+    def at(folder: Path) -> dict[str, Any] | None:
+        known = by_path.get(os.path.realpath(folder))
+        return known or (_parent(folder) if (folder / "summary.json").exists() else None) or None
+
+    def named(row: dict[str, Any], name: str) -> dict[str, Any] | None:
+        there = by_name.get(name, [])
+        if len(there) > 1:
+            weights = row.get(f"{SUMMARY}lineage.draft")
+            there = [one for one in there if one.get(f"{SUMMARY}lineage.checkpoint") == weights]
+        return there[0] if len(there) == 1 else None
+
+    found = []
     for row in rows:
+        own = []
         for parent in parents(row):
             path = Path(parent)
-            folders = [path, *(Path(row["path"]).parents[1] / kind / path.name for kind in ("train", "target"))]
-            source = named.get(path.name) or next((_parent(f) for f in folders if (f / "summary.json").exists()), {})
+            beside = (at(Path(row["path"]).parents[1] / kind / path.name) for kind in ("train", "target"))
+            source = next(filter(None, beside), None) or named(row, path.name) or at(path)
+            own += [dict(source)] if source else []
+        found.append(own)
+    return found
+
+
+def inherit(rows: list[dict[str, Any]], sources: list[list[dict[str, Any]]]) -> None:
+    """Give every run the config keys of the run that trained its draft (`trainings`), where it has none of that name,
+    so that an evaluation can be grouped by depth or data; the parent's summary goes under `parent.`."""
+    inherited = (SUMMARY, PROVENANCE, PARENT)
+    for row, own in zip(rows, sources, strict=True):
+        for source in own:
             for key, value in source.items():
                 if key.startswith(SUMMARY):
                     row.setdefault(PARENT + key.removeprefix(SUMMARY), value)

@@ -1,20 +1,24 @@
 """What is compared with what: sections (one table each), variants (its rows) and benchmarks (its columns).
 
 A section fixes target, suite, temperature, scheduler, accounting and thinking mode; a variant is a method and whatever
-else the user groups by. Numbers of different accountings, thinking modes or suites are never put into one column.
+else the user groups by; a row is one configuration of a variant, whose runs differ in seeds alone. Numbers of different
+accountings, thinking modes or suites are never put into one column.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
 import numpy as np
+import pandas as pd
 
+from analysis.configurations import PROTOCOL, prompt_sets, shortest, told_apart, words
 from analysis.histograms import Counts
-from analysis.runs import Runs, shown
+from analysis.runs import DECIDED, Runs, shown
 
 SECTION = ("target", "suite", "temperature", "scheduler", "accounting", "thinking")
 SINGLE = ("accounting", "thinking", "suite")
@@ -34,9 +38,11 @@ class MixedError(ValueError):
 
 @dataclass(frozen=True)
 class Group:
-    """All records of one variant on one benchmark of one section, over every run and seed.
+    """All records of one row on one benchmark of one section: one configuration, over its runs and seeds.
 
-    `apart` names what the user asked to keep in tables of its own (accounting, thinking, suite).
+    `apart` names what the user asked to keep in tables of its own (accounting, thinking, suite). `differing` is what
+    tells this row from others of the same variant, `short` the part of it that its label needs; `unrecorded` the
+    settings that some of its runs do not state and that are taken as its others'. `protocol` is how it was measured.
     """
 
     section: dict[str, Any]
@@ -45,6 +51,10 @@ class Group:
     benchmark: str
     runs: Runs = field(repr=False)
     apart: tuple[str, ...] = ()
+    differing: dict[str, Any] = field(default_factory=dict)
+    short: dict[str, Any] = field(default_factory=dict)
+    unrecorded: tuple[str, ...] = ()
+    protocol: dict[str, Any] = field(default_factory=dict)
 
     @cached_property
     def counts(self) -> Counts:
@@ -62,13 +72,15 @@ class Group:
 
     @property
     def label(self) -> str:
-        return label(self.variant)
+        return label(self.variant, self.short)
 
 
-def label(variant: dict[str, Any]) -> str:
-    """A variant in words: `dspark`, or `dspark, layers 2` when the runs were also grouped by `draft.layers`."""
+def label(variant: dict[str, Any], short: dict[str, Any] | None = None) -> str:
+    """A row in words: `dspark`, `dspark, layers 2` when the runs were also grouped by `draft.layers`, and
+    `dspark [lr=0.001]` where rows of that name differ in what nobody grouped by."""
     extra = [f"{key.rpartition('.')[2]} {shown(value)}" for key, value in variant.items() if key != "method"]
-    return ", ".join([str(variant["method"]), *extra])
+    name = ", ".join([str(variant["method"]), *extra])
+    return f"{name} [{words(short)}]" if short else name
 
 
 def title(section: dict[str, Any]) -> str:
@@ -105,18 +117,70 @@ def collect(runs: Runs, group_by: Sequence[str] = ()) -> list[Group]:
     variant = ["method", *(key for key in group_by if key not in (*SINGLE, "method", *PLACE))]
     # Grouping by scheduler.threshold tells schedulers apart: they are then rows of one table.
     section = [key for key in SECTION if not any(name == key or name.startswith(f"{key}.") for name in variant)]
-    found = [
-        Group(
-            {key: values[key] for key in section},
-            {key: values[key] for key in variant},
-            shown(values["domain"]),
-            shown(values["benchmark"]),
-            part,
-            tuple(key for key in SINGLE if key in group_by),
-        )
-        for values, part in runs.groups([*section, *variant, *PLACE])
-    ]
+    prompts = prompt_sets(runs.records)
+    named: dict[tuple[Any, ...], list[tuple[dict[str, Any], Runs]]] = {}
+    for values, part in runs.groups([*section, *variant, *PLACE]):
+        named.setdefault(tuple(values[key] for key in (*section, *variant)), []).append((values, part))
+    found = []
+    for same in named.values():
+        sources = sorted({int(source) for _, part in same for source in part.records["source"].unique()})
+        rows, unrecorded = _rows(runs, sources, prompts, variant)
+        apart = shortest(rows)
+        for values, part in same:
+            for differing, own in _split(part, dict(zip(sources, rows, strict=True))):
+                group = Group(
+                    {key: values[key] for key in section},
+                    {key: values[key] for key in variant},
+                    shown(values["domain"]),
+                    shown(values["benchmark"]),
+                    own,
+                    tuple(key for key in SINGLE if key in group_by),
+                    differing,
+                    {key: differing[key] for key in apart},
+                    tuple(unrecorded),
+                )
+                found.append(replace(group, protocol=_protocol(group, prompts)))
     return sorted(found, key=_order)
+
+
+def _rows(
+    runs: Runs, sources: Sequence[int], prompts: dict[int, dict[str, str]], variant: Sequence[str]
+) -> tuple[list[dict[str, Any]], list[str]]:
+    """What tells the runs `sources` of one variant apart, and what only some of them state."""
+    facts = [runs.runs.loc[source, DECIDED] for source in sources]
+    sets: dict[str, set[str]] = {}
+    for source in sources:
+        for benchmark, name in prompts[source].items():
+            sets.setdefault(benchmark, set()).add(name)
+    if any(len(names) > 1 for names in sets.values()):  # other prompts of one benchmark: never one row
+        limits = runs.runs.get("suite.limit")
+        for place, source in enumerate(sources):
+            name = hashlib.sha256(repr(sorted(prompts[source].items())).encode()).hexdigest()[:8]
+            limit = () if limits is None else (("limit", None if pd.isna(limits[source]) else limits[source]),)
+            facts[place] = (*facts[place], *limit, ("prompts", name))
+    return told_apart(facts, variant)
+
+
+def _split(part: Runs, rows: dict[int, dict[str, Any]]) -> Iterator[tuple[dict[str, Any], Runs]]:
+    """The records of one variant and benchmark by configuration."""
+    by_row: dict[tuple[Any, ...], list[int]] = {}
+    for source in part.records["source"].unique():
+        by_row.setdefault(tuple(rows[int(source)].values()), []).append(int(source))
+    if len(by_row) == 1:
+        yield rows[next(iter(by_row.values()))[0]], part
+        return
+    for own in by_row.values():
+        yield rows[own[0]], part.pick(np.flatnonzero(part.records["source"].isin(own)))
+
+
+def _protocol(group: Group, prompts: dict[int, dict[str, str]]) -> dict[str, Any]:
+    """How the records of a group were decoded: its prompts by hash, and what its runs state of PROTOCOL."""
+    sources = group.runs.records["source"].unique()
+    facts = dict(group.runs.runs.loc[sources[0], DECIDED])
+    for source in sources[1:]:
+        facts |= {key: value for key, value in group.runs.runs.loc[source, DECIDED] if key not in facts}
+    found = {"prompts": prompts[int(sources[0])][group.benchmark]}
+    return found | {key: facts[key] for key in PROTOCOL if key in facts}
 
 
 def sections(groups: Sequence[Group]) -> list[tuple[dict[str, Any], list[Group]]]:
@@ -151,6 +215,7 @@ def _order(group: Group) -> tuple[Any, ...]:
         [_natural(value) for value in group.section.values()],
         _rank(group.method, METHOD_ORDER),
         natural,
+        [_natural(value) for value in group.short.values()],
         _rank(group.domain, DOMAIN_ORDER),
         _rank(group.benchmark, BENCHMARK_ORDER),
     )

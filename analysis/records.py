@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,7 +31,10 @@ SCHEMA = pa.schema(
         ("seconds", pa.float64()),
     ]
 )
-CLUSTER = ("suite", "benchmark", "prompt_id")
+# Since specbench.records/2: the hash of the prompt's token ids, null in older files.
+HASH = pa.field("prompt_hash", pa.string())
+READ = (None, "specbench.records/2")
+CLUSTER = ("suite", "benchmark", "prompt_key")
 IDENTITY = ("source", "benchmark", "prompt_id", "turn", "seed", "temperature", "scheduler", "method", "target")
 
 
@@ -42,25 +46,30 @@ class Table:
     sizes: np.ndarray
     triples: np.ndarray
 
-    def identity(self) -> tuple[object, ...] | None:
-        """What a copy of the same records (a mirror, a moved folder) would have too; None for an empty file."""
-        if not len(self.columns):
-            return None
-        first = self.columns.slice(0, 1).to_pylist()[0]
-        named = tuple(first[key] for key in ("run", "method", "target", "suite", "temperature", "seed"))
-        return (*named, len(self.columns), self.triples.sum(0).tobytes(), hash(self.triples.tobytes()))
+    def content(self) -> str:
+        """Digest of what was counted: the same in a copy, and in a repetition that gave the same numbers."""
+        mark = hashlib.sha256(self.triples.tobytes() + self.sizes.tobytes())
+        for name in ("benchmark", "prompt_id", "turn", "committed"):
+            mark.update(repr(self.columns[name].to_pylist()).encode())
+        return mark.hexdigest()
 
 
 def read_table(file: Path) -> Table:
     """Read one records.parquet; a missing column or one of the wrong type is an error that names it."""
     with pq.ParquetFile(file, pre_buffer=False, memory_map=True) as parquet:
+        schema = (parquet.schema_arrow.metadata or {}).get(b"schema")
+        if (schema and schema.decode()) not in READ:
+            raise ValueError(f"{file.name} has the schema {schema.decode()!r}, and this version reads {READ[-1]!r}")
         present = set(parquet.schema_arrow.names)
         missing = [name for name in (*SCHEMA.names, "histogram") if name not in present]
         if missing:
             raise ValueError(f"{file.name} lacks the column {', '.join(missing)}")
-        table = parquet.read([*SCHEMA.names, "histogram"], use_threads=False)
+        hashes = [HASH.name] if HASH.name in present else []
+        table = parquet.read([*SCHEMA.names, *hashes, "histogram"], use_threads=False)
     sizes, triples = _unpack(table["histogram"], file.name)
-    return Table(pa.table([_cast(table[field.name], field, file.name) for field in SCHEMA], SCHEMA), sizes, triples)
+    columns = [_cast(table[field.name], field, file.name) for field in SCHEMA]
+    columns.append(_cast(table[HASH.name], HASH, file.name) if hashes else pa.nulls(len(table), HASH.type))
+    return Table(pa.table(columns, SCHEMA.append(HASH)), sizes, triples)
 
 
 def _cast(column: pa.ChunkedArray, field: pa.Field, name: str) -> pa.ChunkedArray:
@@ -98,20 +107,40 @@ def _sizes(lists: pa.ListArray) -> np.ndarray:
 def concatenate(tables: Sequence[tuple[int, Table]]) -> tuple[pd.DataFrame, pd.DataFrame]:
     """The records of many runs and their histogram cells in long form; the number is each table's row in `runs`."""
     if not tables:
-        records = SCHEMA.empty_table().to_pandas()
+        records = SCHEMA.append(HASH).empty_table().to_pandas()
         cells = np.zeros((0, 3), np.int64)
-        nothing = {name: np.zeros(0, np.int64) for name in ("source", "row", "prompt")}
+        nothing = {name: np.zeros(0, np.int64) for name in ("source", "row", "prompt_key", "prompt")}
         return records.assign(**nothing), _cells(np.zeros(0, np.int64), cells)
     joined = pa.concat_tables([table.columns for _, table in tables])
     # Text repeats a lot: categories keep a million records in memory and make grouping cheap.
-    records = joined.to_pandas(categories=list(TEXT))
+    records = joined.to_pandas(categories=[*TEXT, HASH.name])
     records["source"] = np.repeat([source for source, _ in tables], [len(table.columns) for _, table in tables])
     # Where the record stands in its own file, for what is read later (analysis.details).
     records["row"] = np.concatenate([np.arange(len(table.columns)) for _, table in tables])
+    records["prompt_key"] = prompt_keys(records)
     # One number a prompt, the same in every run: what statistics cluster and pair by.
     records["prompt"] = records.groupby(list(CLUSTER), observed=True, dropna=False, sort=False).ngroup()
     sizes = np.concatenate([table.sizes for _, table in tables])
     return records, _cells(np.repeat(np.arange(len(sizes)), sizes), np.concatenate([t.triples for _, t in tables]))
+
+
+def prompt_keys(records: pd.DataFrame) -> pd.Series:
+    """What names each record's prompt: the hash of the tokens of its conversation's first turn.
+
+    Records that hold none take that of the same id in other runs where it is one, else the id itself, as `id:ID`.
+    """
+    on = ["benchmark", "prompt_id"]
+    first = records.loc[records["turn"] == 0, ["source", *on, HASH.name]].drop_duplicates(["source", *on])
+    hashed = first.dropna(subset=[HASH.name])
+    once = hashed.drop_duplicates([*on, HASH.name])
+    once = once.drop_duplicates(on, keep=False)
+    own = pd.MultiIndex.from_frame(records[["source", *on]].astype(object))
+    by_run = hashed.astype(object).set_index(["source", *on])[HASH.name].reindex(own).to_numpy()
+    if pd.isna(by_run).any():
+        of_id = once.astype(object).set_index(on)[HASH.name].reindex(own.droplevel("source")).to_numpy()
+        plain = ("id:" + records["prompt_id"].astype(str)).to_numpy()
+        by_run = np.where(pd.isna(by_run), np.where(pd.isna(of_id), plain, of_id), by_run)
+    return pd.Series(by_run, records.index, dtype="category")
 
 
 def _cells(record: np.ndarray, triples: np.ndarray) -> pd.DataFrame:

@@ -17,11 +17,14 @@ import numpy as np
 import pandas as pd
 
 from analysis import remote
-from analysis.folders import FINISHED, find, inherit, read_run
+from analysis.configurations import Facts, identity, joined, of_decoding, of_draft, prompt_sets
+from analysis.folders import FINISHED, SUMMARY, find, inherit, read_run, trainings
 from analysis.histograms import Counts, count
-from analysis.records import check, concatenate
+from analysis.records import Table, check, concatenate
 
 TRAINING_SEED = "provenance.seeds.init"
+# Column of `Runs.runs` with what decided each run (analysis.configurations).
+DECIDED = "decided by"
 
 
 @dataclass(frozen=True)
@@ -68,6 +71,33 @@ class Runs:
         kept = self._take(np.flatnonzero(~self.records["source"].isin(idle)), ~self.runs.index.isin(idle))
         paths = self.runs.loc[idle, "path"]
         named = pd.DataFrame({"path": paths, "reason": "no speculative round (plain decoding)"})
+        return replace(kept, faults=pd.concat([self.faults, named], ignore_index=True))
+
+    def _once(self, rows: list[dict[str, Any]], facts: list[tuple[Facts, Facts]], tables: dict[int, Table]) -> Runs:
+        """Every run once: repetitions and copies are recognised by what decided them and move to the faults."""
+        seen: dict[object, int] = {}
+        twice: dict[int, str] = {}
+        starts = np.searchsorted(self.records["source"], np.arange(len(rows) + 1))
+        contents, prompts = {}, prompt_sets(self.records)
+        for number, row in enumerate(rows):
+            if number in tables and len(tables[number].columns):
+                first = self.records.iloc[starts[number]]
+                contents[number] = tables[number].content()
+                name: object = identity(row, *facts[number], prompts[number], first, contents[number])
+            elif f"{SUMMARY}starts" in row:  # when it began tells a run without records from every other one
+                name = (row["kind"], row[f"{SUMMARY}starts"], row.get(f"{SUMMARY}seconds"))
+            else:
+                continue
+            if name not in seen:
+                seen[name] = number
+                continue
+            same = contents.get(number) == contents.get(seen[name])
+            word = "the same run as" if same else "a repetition, with other numbers, of"
+            twice[number] = f"{word} {rows[seen[name]]['path']}: counted once"
+        if not twice:
+            return self
+        kept = self._take(np.flatnonzero(~self.records["source"].isin(twice)), ~self.runs.index.isin(twice))
+        named = pd.DataFrame({"path": [rows[n]["path"] for n in twice], "reason": list(twice.values())})
         return replace(kept, faults=pd.concat([self.faults, named], ignore_index=True))
 
     def where(self, filters: str | Sequence[str] = ()) -> Runs:
@@ -164,25 +194,26 @@ def load(
         folders.update(dict.fromkeys(found))
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         read = list(pool.map(read_run, folders))
-    rows, tables, faults, seen = [], [], [], {}
+    rows, tables, faults = [], [], []
     for folder, (row, table, fault) in zip(folders, read, strict=True):
         if fault is None and row["status"] != FINISHED and not unfinished:
             fault = f"unfinished (status: {row['status']})"
-        identity = table.identity() if fault is None and table is not None else None
-        if identity in seen and identity is not None:
-            fault = f"the same run as {seen[identity]}"
         if fault is not None:
             faults.append({"path": str(folder), "reason": fault})
             continue
         if table is not None:
-            seen[identity] = str(folder)
             tables.append((len(rows), table))
         rows.append(row)
-    inherit(rows)
+    sources = trainings(rows)
+    facts = [(of_decoding(row), of_draft(row, own[0] if own else None)) for row, own in zip(rows, sources, strict=True)]
+    inherit(rows, sources)
+    for row, pair in zip(rows, facts, strict=True):
+        row[DECIDED] = joined(*pair)
     runs = pd.DataFrame(rows) if rows else pd.DataFrame(columns=["run", "kind", "path", "status", "method", "target"])
     records, cells = concatenate(tables)
     check(records, cells)
-    return Runs(records, cells, runs, pd.DataFrame(faults, columns=["path", "reason"])).where(filters)
+    read = Runs(records, cells, runs, pd.DataFrame(faults, columns=["path", "reason"]))
+    return read._once(rows, facts, dict(tables)).where(filters)
 
 
 def shown(value: Any) -> str:

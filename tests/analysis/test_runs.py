@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -146,7 +147,7 @@ def test_unusable_folders_are_named(root):
 
 def test_a_copy_of_a_run_counts_once(root, tmp_path_factory):
     other = tmp_path_factory.mktemp("mirror")
-    write_run(other, "dspark-1", simulate("dspark", 3))
+    shutil.copytree(root / "runs" / "evaluate" / "dspark-1", other / "under another name")
     read = runs.load([root, other])
     assert len(read.runs) == 4 and len(read.faults) == 1
     assert "the same run as" in read.faults["reason"].iloc[0]
@@ -216,15 +217,16 @@ def test_many_runs_cost_four_open_files_each_and_no_more_parsing(tmp_path, monke
     monkeypatch.setattr(Path, "read_text", lambda file, *a: opened.append(file.name) or read(file, *a))
     for method, start in (("dspark", 0), ("dflash", 20)):
         for i in range(start, start + 20):
-            config = {"trainer": {f"key{j}": {"deep": [j] * 3} for j in range(12)}, "seed": i % 5}
+            config = {"trainer": {f"key{j}": {"deep": [j] * 3} for j in range(12)}, "seed": i % 5, "data": i}
             write_run(tmp_path / method, f"{method}-{i}", simulate(method, 2), config=config)
     folders._entry.cache_clear()
     read_first = runs.load(tmp_path / "dspark")
     first = (len(opened), len(parsed))
     assert len(read_first.runs) == 20 and first[0] == 4 * 20
-    assert len(set(parsed)) == len(parsed) == 4 + 5  # trainer, method, suite and target, and five seeds
+    # trainer, method, suite and target, five seeds, and one number of its own for every run
+    assert len(set(parsed)) == len(parsed) == 4 + 5 + 20
     assert len(runs.load(tmp_path).runs) == 40
-    assert len(opened) - first[0] == 4 * 40 and len(parsed) - first[1] == 1  # method: dflash
+    assert len(opened) - first[0] == 4 * 40 and len(parsed) - first[1] == 1 + 20  # method: dflash
 
 
 @pytest.mark.parametrize(
