@@ -28,6 +28,8 @@ IRRELEVANT: dict[str, str] = {
         output_scores return_dict_in_generate forced_bos_token_id forced_eos_token_id remove_invalid_values
         exponential_decay_length_penalty suppress_tokens begin_suppress_tokens verifier_accept_k accept_tolerance
         algorithm default_proposal_method""",
+    "of experts, which no draft has (num_experts decides)": """decoder_sparse_step mlp_only_layers norm_topk_prob
+        num_experts_per_tok output_router_logits router_aux_loss_coef shared_expert_intermediate_size""",
     "training alone": """initializer_range attention_dropout hidden_dropout dropout step_loss_decay loss_decay_gamma
         embed_requires_grad max_anchors confidence_head_alpha ce_loss_alpha l1_loss_alpha ttt_steps
         ttt_step_loss_decay gradient_checkpointing""",

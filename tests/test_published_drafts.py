@@ -12,6 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
+from transformers import AutoConfig
 
 from specbench.blocks import with_anchors
 from specbench.configkeys import NEUTRAL, REASONS, FormatError
@@ -246,6 +247,24 @@ def test_what_is_declared_irrelevant_is_so(kind: str) -> None:
     assert found.backbone == plain.backbone
     for one, other in zip(logits(found).values(), logits(plain).values(), strict=True):
         assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("whole", [True, False])
+@pytest.mark.parametrize(("kind", "family"), [("sglang", "llama"), ("speculators_eagle3", "llama"), ("z-lab", "qwen3")])
+def test_what_the_library_writes_is_understood(kind: str, family: str, whole: bool) -> None:
+    """A configuration as transformers saves it: every key, and only those that differ from the class's defaults."""
+    facts = published.FACTS | {"rope_parameters": {"rope_type": "default", "rope_theta": 5e4}}
+    library = AutoConfig.for_model(family, **facts, num_hidden_layers=2 if family == "qwen3" else 1)
+    layer = json.loads(json.dumps(library.to_dict() if whole else library.to_diff_dict()))
+    config = published.config(kind)
+    if kind.startswith("speculators"):
+        config["transformer_layer_config"] = layer
+    else:
+        config = {k: v for k, v in config.items() if k not in facts | {"rope_theta": 0}} | {
+            k: v for k, v in layer.items() if k != "architectures"
+        }
+    found, plain = built(config, kind), built(published.config(kind), kind)
+    assert found.backbone == plain.backbone
 
 
 TYPED = [
