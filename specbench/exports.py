@@ -10,6 +10,7 @@ Axes: V vocabulary, W draft vocabulary.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -26,6 +27,26 @@ from specbench.methods.eagle3 import Eagle3
 from specbench.methods.parallel import ParallelDraft
 
 FORMATS = ("deepspec", "vllm", "sglang")
+# Facts of a backbone that a Llama or Qwen3 configuration has keys for, or that are looked at before.
+PLAIN = [
+    "family",
+    "hidden_size",
+    "intermediate_size",
+    "heads",
+    "kv_heads",
+    "head_dim",
+    "vocab_size",
+    "rope_theta",
+    "norm_eps",
+    "activation",
+    "attention_bias",
+    "head_norms",
+    "norm_before_residual",
+    "embedding_scale",
+    "soft_cap",
+    "logit_scale",
+    "window",
+]
 ENGINE_TAPS = 3  # what the fusing projection of vLLM's and SGLang's Eagle3 takes
 
 
@@ -53,11 +74,25 @@ def _deepspec_obstacle(draft: Draft) -> str | None:
         )
     if draft.draft_vocabulary is not None:
         return "DeepSpec's drafts have the whole vocabulary; this one has a reduced vocabulary"
-    if not facts.head_norms or facts.norm_before_residual:
-        return "DeepSpec has Qwen3 and Gemma4 layers only; this draft's layers are Llama-like"
+    if facts.family not in ("qwen3", "gemma4") or facts.norm_before_residual:
+        like = "Llama-like" if facts.family == "llama" else f"{facts.family}'s"
+        return f"DeepSpec has Qwen3 and Gemma4 layers only; this draft's layers are {like}"
     if facts.sandwich != (facts.embedding_scale != 1.0) or (facts.soft_cap is not None and not facts.sandwich):
         return "DeepSpec ties layers to the target's family; this draft's backbone is of another family than its target"
-    return None
+    beyond = None if facts.sandwich else _beyond_plain(facts)
+    return None if beyond is None else f"DeepSpec: {beyond}"
+
+
+def _beyond_plain(facts: Backbone) -> str | None:
+    """What a backbone has that the configuration of a Llama or Qwen3 layer has no key for."""
+    if facts.family not in ("qwen3", "llama"):
+        return f"its layers are Qwen3's or Llama's; this draft's are {facts.family}'s"
+    found = [
+        f"{fact.name}={getattr(facts, fact.name)}"
+        for fact in dataclasses.fields(facts)
+        if fact.name not in PLAIN and getattr(facts, fact.name) != fact.default
+    ]
+    return f"its layers have no key for {', '.join(found)}" if found else None
 
 
 def _vllm_obstacle(draft: Draft) -> str | None:
@@ -67,6 +102,8 @@ def _vllm_obstacle(draft: Draft) -> str | None:
             "speculators has no Gemma4-like layers, embedding scale or soft-cap; format=deepspec holds this draft, and "
             "vLLM has a Gemma4 DSpark model for that format"
         )
+    if (beyond := _beyond_plain(facts)) is not None:
+        return f"speculators: {beyond}"
     if isinstance(draft, Eagle3):
         return _eagle3_obstacle(draft, "vLLM")
     if not facts.head_norms:
@@ -88,6 +125,8 @@ def _sglang_obstacle(draft: Draft) -> str | None:
         return f"SGLang's published format holds EAGLE-3 alone; this draft is {type(draft).__name__}"
     if facts.sandwich or facts.soft_cap is not None or facts.embedding_scale != 1.0:
         return "SGLang's EAGLE-3 has Llama layers, no Gemma4-like layers, embedding scale or soft-cap"
+    if (beyond := _beyond_plain(facts)) is not None:
+        return f"SGLang: {beyond}"
     if "norm_before_fc" in norms_of(draft):
         return "SGLang's EAGLE-3 has no norm of all taps together (norm_before_fc); format=vllm holds it"
     if facts.norm_before_residual:

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 from transformers import AutoConfig
 
+from specbench import exports
 from specbench.blocks import with_anchors
 from specbench.configkeys import NEUTRAL, REASONS, FormatError
 from specbench.exports import obstacle
@@ -447,6 +448,24 @@ def test_scaled_logits_have_no_key_in_any_format() -> None:
     draft.backbone = dataclasses.replace(draft.backbone, logit_scale=0.5)
     for form in ("deepspec", "vllm"):
         assert "logit_scale=0.5" in obstacle(draft, form)
+
+
+@pytest.mark.parametrize(("method", "form"), [("dflash", "deepspec"), ("dspark", "vllm"), ("eagle3", "sglang")])
+def test_a_fact_of_the_layers_that_has_no_key_is_refused_by_name(method: str, form: str) -> None:
+    """Every fact of a backbone that is away from its default, of the kinds that no export writes."""
+    draft = made(method, backbone="llama" if method == "eagle3" else "qwen3")[0]
+    facts, tried = draft.backbone, 0
+    assert obstacle(draft, form) is None
+    for fact in dataclasses.fields(facts):
+        if fact.name in exports.PLAIN:
+            continue
+        other = {bool: not fact.default, float: 0.25, int: 3}.get(type(fact.default), 0.25)
+        draft.backbone = dataclasses.replace(facts, **{fact.name: other})
+        assert f"{fact.name}=" in obstacle(draft, form) or fact.name == "sandwich"
+        tried += 1
+    assert tried > 5
+    draft.backbone = dataclasses.replace(facts, family="gemma")
+    assert "gemma's" in obstacle(draft, form)
 
 
 def sharded(folder: Path) -> dict[str, torch.Tensor]:
