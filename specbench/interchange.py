@@ -106,14 +106,7 @@ def assemble_draft(reading: Reading, target_tables: Tables | None, dtype: torch.
     """
     tensors = dict(reading.tensors)
     tables = _tables(reading, tensors, target_tables)
-    # The scales belong to the tables: kept with the facts, so that the draft is written with what it was read with.
-    facts = dataclasses.replace(
-        reading.backbone,
-        embedding_scale=tables.embedding_scale,
-        soft_cap=tables.soft_cap,
-        logit_scale=tables.logit_scale,
-    )
-    draft = reading.kind(facts, tables, **reading.settings)
+    draft = reading.kind(reading.backbone, tables, **reading.settings)
     expected = draft.state_dict()
     missing = sorted(set(expected) - set(tensors) - {k for k in expected if k.startswith("tables.")})
     unknown = sorted(set(tensors) - set(expected))

@@ -459,7 +459,8 @@ def test_a_fact_of_the_layers_that_has_no_key_is_refused_by_name(method: str, fo
     for fact in dataclasses.fields(facts):
         if fact.name in exports.PLAIN:
             continue
-        other = {bool: not fact.default, float: 0.25, int: 3}.get(type(fact.default), 0.25)
+        kinds = {"bool": not fact.default, "Mapping": {"rope_type": "dynamic"}, "int": 3, "float": 0.25}
+        other = next(value for kind, value in kinds.items() if kind in str(fact.type))
         draft.backbone = dataclasses.replace(facts, **{fact.name: other})
         assert f"{fact.name}=" in obstacle(draft, form) or fact.name == "sandwich"
         tried += 1

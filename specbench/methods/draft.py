@@ -11,7 +11,7 @@ Axes: B batch, T tokens, N blocks, K slots, C taps, D hidden, F features, V voca
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -101,7 +101,10 @@ class Draft(nn.Module):
         ids = list(target_layer_ids)
         if not ids or ids != sorted(set(ids)):
             raise ValueError(f"target_layer_ids={ids}: give at least one target layer, in ascending order")
-        self.backbone, self.block_size, self.anchors_per_sample = backbone, block_size, anchors_per_sample
+        # What stands around the tables is theirs; the facts say the same, so that a draft is written as it decodes.
+        scales = {name: getattr(tables, name) for name in ("embedding_scale", "soft_cap", "logit_scale")}
+        self.backbone = replace(backbone, **scales)
+        self.block_size, self.anchors_per_sample = block_size, anchors_per_sample
         self.target_layer_ids = tuple(target_layer_ids)
         self.tables = tables.derive(train_tables, draft_vocabulary)
 
