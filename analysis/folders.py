@@ -19,6 +19,7 @@ import pandas as pd
 import yaml
 
 from analysis.records import Table, read_table
+from specbench.data import jsonl
 
 SCHEMA = "specbench.run/1"
 FINISHED = "finished"
@@ -150,16 +151,7 @@ def metrics(runs: pd.DataFrame) -> pd.DataFrame:
         file = Path(path) / "metrics.jsonl"
         if not file.exists():
             continue
-        lines = file.read_text().splitlines()
-        rows = []
-        for number, line in enumerate(lines, 1):
-            try:
-                rows.append(json.loads(line))
-            except json.JSONDecodeError as error:
-                if number == len(lines):
-                    break
-                raise ValueError(f"{file}, line {number} is not JSON ({error}); the file is damaged") from error
-        frame = pd.DataFrame(rows)
+        frame = pd.DataFrame([row for _, row in jsonl.read(file, unfinished="drop")])
         step = next((key for key in ("step", "trainer/global_step") if key in frame), None)
         if step is None:
             continue

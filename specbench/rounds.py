@@ -70,6 +70,8 @@ def from_lines(lines: Iterable[Mapping[str, Any]], name: str = "rounds") -> list
     """Check and pad the lines of rounds.jsonl; `name` stands in error messages. Prompts without a round are left out
     (a stop token straight from the prefill) and are the only ones that are."""
     lines = list(lines)
+    for number, line in enumerate(lines, start=1):
+        _require(line, name, number)
     width = max((len(row) for line in lines for row in line.get("confidence") or ()), default=0)
     prompts = []
     for index, (line, prompt) in enumerate(zip(lines, conversations(lines), strict=True)):
@@ -95,6 +97,25 @@ def conversations(lines: Sequence[Mapping[str, Any]]) -> list[str]:
     """The name of each line's conversation: the digest of its first turn's prompt, or of its own without one."""
     opening = {_conversation(line): digest(line["prompt_ids"]) for line in lines if line.get("turn") == 0}
     return [opening.get(_conversation(line)) or digest(line["prompt_ids"]) for line in lines]
+
+
+def _require(line: Mapping[str, Any], name: str, number: int) -> None:
+    """ValueError for a line whose fields are not lists of what they should be."""
+    kinds = {"prompt_ids": {int}, "output_ids": {int}, "proposed": {int}, "accepted": {int}, "seconds": {int, float}}
+    for key, kind in kinds.items():
+        value = line.get(key)
+        if not isinstance(value, list) or set(map(type, value)) - kind or (value and min(value) < 0):
+            raise ValueError(f"{name} line {number}: `{key}` is not a list of numbers from 0; record the rounds anew")
+        if kind == {int} and value and max(value) >= 2**31:
+            raise ValueError(f"{name} line {number}: `{key}` holds a number of 2**31 or more; record the rounds anew")
+    rows = line.get("confidence") or []
+    numbers = isinstance(rows, list) and all(
+        isinstance(row, list) and not set(map(type, row)) - {int, float} for row in rows
+    )
+    if not numbers or (rows and len(rows) != len(line["proposed"])):
+        raise ValueError(
+            f"{name} line {number}: `confidence` is not one list of numbers a round; record the rounds anew"
+        )
 
 
 def _conversation(line: Mapping[str, Any]) -> tuple[Any, Any]:

@@ -203,7 +203,7 @@ def test_metrics_in_long_form_without_a_cut_line(tmp_path):
     assert found[1, "train/loss"] == 2.0 and found[2, "lr"] == 0.1 and (2, "train/loss") not in found
     assert not [key for key in found if key[0] == 3]
     (folder / "metrics.jsonl").write_text('{"step": 1\n{"step": 2}\n')
-    with pytest.raises(ValueError, match="line 1 is not JSON"):
+    with pytest.raises(ValueError, match=r"metrics\.jsonl, line 1: not JSON"):
         folders.metrics(runs.load(tmp_path).runs)
 
 
