@@ -14,8 +14,9 @@ import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from io import BufferedIOBase
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -23,6 +24,7 @@ import pyarrow.parquet as pq
 from specbench.data import jsonl
 
 CHUNK = 1 << 20  # bytes of an array read at a time
+HEAD = 4096  # bytes in which a file says what it is
 SPACE = " \t\r\n"
 FORMATS = "JSON lines, one JSON array, CSV, TSV or parquet (JSON and CSV also compressed with gzip)"
 Row = tuple[int, dict[str, Any]]  # number from 1, columns
@@ -53,13 +55,13 @@ def rows(path: Path | str, remedy: str = "check the path") -> Rows:
     """The rows of a file. ValueError when it is none of the formats; BrokenLine, while reading, for a broken row."""
     path = jsonl.require_file(path, remedy)
     with path.open("rb") as file:
-        head = file.read(64)
+        head = file.read(HEAD)
         packed = head.startswith(b"\x1f\x8b")
     if head.startswith(b"PAR1"):
         return Rows(path, "row", _parquet(path))
     if packed:
         with _unpacking(path), gzip.open(path) as file:
-            head = file.read(64)
+            head = file.read(HEAD)
     jsonl.require_text(path, head)
     names = [suffix.lower() for suffix in path.suffixes if suffix.lower() != ".gz"]
     name = names[-1] if names else ""
@@ -75,16 +77,16 @@ def rows(path: Path | str, remedy: str = "check the path") -> Rows:
     raise ValueError(f"{path} is none of the files that are read as prompts: convert it to {FORMATS}")
 
 
-def _open(path: Path, packed: bool) -> IO[bytes]:
+def _open(path: Path, packed: bool) -> BufferedIOBase:
     return gzip.open(path) if packed else path.open("rb")
 
 
 def _first(path: Path, packed: bool) -> bytes:
     """The first byte that is no space."""
     with _unpacking(path), _open(path, packed) as file:
-        chunk = file.read(CHUNK).removeprefix(jsonl.BOM)
+        chunk = file.read(HEAD).removeprefix(jsonl.BOM)
         while chunk and not chunk.strip():
-            chunk = file.read(CHUNK)
+            chunk = file.read(HEAD)
         return chunk.strip()[:1]
 
 
@@ -97,7 +99,7 @@ def _unpacking(path: Path) -> Iterator[None]:
         raise ValueError(f"{path} is a gzip file that is cut or damaged ({error}): get it anew") from error
 
 
-def _stream(path: Path, packed: bool, read: Callable[[IO[bytes]], Iterator[Row]]) -> Iterator[Row]:
+def _stream(path: Path, packed: bool, read: Callable[[BufferedIOBase], Iterator[Row]]) -> Iterator[Row]:
     with _unpacking(path), _open(path, packed) as file:
         yield from read(file)
 
@@ -105,8 +107,8 @@ def _stream(path: Path, packed: bool, read: Callable[[IO[bytes]], Iterator[Row]]
 class _Text:
     """A window on UTF-8 text that is read as far as it is needed."""
 
-    def __init__(self, stream: IO[bytes]) -> None:
-        self._stream, self._decoder = stream, codecs.getincrementaldecoder("utf-8")()
+    def __init__(self, stream: BufferedIOBase) -> None:
+        self._stream, self._decoder = stream, codecs.getincrementaldecoder("utf-8-sig")()
         self.text, self.at, self.ended = "", 0, False
 
     def more(self) -> None:
@@ -141,12 +143,11 @@ class _Text:
                 self.more()
 
 
-def _array(stream: IO[bytes], path: Path) -> Iterator[Row]:
+def _array(stream: BufferedIOBase, path: Path) -> Iterator[Row]:
     """The objects of a file that is one JSON array."""
     text, number = _Text(stream), 1
     try:
         text.more()
-        text.text = text.text.removeprefix("\ufeff")
         text.peek()
         text.at += 1
         while text.peek() != "]" or number > 1:
@@ -171,7 +172,7 @@ def _array(stream: IO[bytes], path: Path) -> Iterator[Row]:
         raise jsonl.BrokenLine(path, number, str(error), "element") from None
 
 
-def _table(stream: IO[bytes], path: Path, delimiter: str) -> Iterator[Row]:
+def _table(stream: BufferedIOBase, path: Path, delimiter: str) -> Iterator[Row]:
     """The rows of CSV or TSV under its first line; empty cells are absent."""
     csv.field_size_limit(jsonl.LONGEST)
     text = io.TextIOWrapper(stream, encoding="utf-8-sig", newline="")

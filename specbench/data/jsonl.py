@@ -11,8 +11,9 @@ import math
 import os
 import time
 from collections.abc import Iterator
+from io import BufferedIOBase
 from pathlib import Path
-from typing import IO, Any, NoReturn
+from typing import Any, NoReturn
 
 from specbench.atomic import is_unicode, json_line
 
@@ -117,7 +118,7 @@ def read(path: Path | str, *required: str, unfinished: str = "error") -> Iterato
 
 
 def read_stream(
-    stream: IO[bytes], path: Path | str, *required: str, unfinished: str = "error"
+    stream: BufferedIOBase, path: Path | str, *required: str, unfinished: str = "error"
 ) -> Iterator[tuple[int, dict[str, Any]]]:
     """`read` of a file that is open; `path` stands in errors."""
     number = 0
