@@ -59,7 +59,7 @@ def server_options(template: str, thinking: bool | None) -> dict[str, Any]:
             f"change overnight: decode in this process (servers=[]), where it is {DATE}, or write a date into the "
             "template of a copy of the target (target.id=FOLDER) and serve that"
         )
-    return options | {"date_string": _now(_date_form(template))}
+    return options | {"date_string": datetime.fromisoformat(DATE).strftime(_date_form(template))}
 
 
 def _date_form(template: str) -> str:
@@ -68,14 +68,21 @@ def _date_form(template: str) -> str:
     return form.group(2) if form else "%d %b %Y"
 
 
-def _now(form: str) -> str:
-    return datetime.fromisoformat(DATE).strftime(form)
-
-
 def options(tokenizer: Any, thinking: bool | None) -> dict[str, Any]:
-    """The variables that every template is rendered with: thinking where it is set, and a clock that stands still."""
+    """What every template is rendered with: thinking where it is set, and a clock that stands still."""
     given: dict[str, Any] = {} if thinking is None else {"enable_thinking": thinking}
-    return given if date_of(tokenizer) is None else given | {"strftime_now": _now}
+    # The library hands no functions to templates, so the clock is a macro ahead of the template that hides the real one.
+    return given if date_of(tokenizer) is None else given | {"chat_template": _clock(DATE) + template_of(tokenizer)}
+
+
+@lru_cache(maxsize=8)
+def _clock(date: str) -> str:
+    """A macro that is `strftime_now` at midnight of `date`. The line end behind it is the macro's own (trim_blocks)."""
+    day = datetime.fromisoformat(date)
+    forms = [f"%{flag}{letter}" for flag in ("", "-") for letter in "aAbBcCdDeFgGhHIjmMnprRsStTuUVwWxXyYzZf"]
+    filled = "".join(f"|replace({form!r}, {day.strftime(form)!r})" for form in forms if form != "%-s")
+    body = f"{{{{- format|string|replace('%%', '\\0'){filled}|replace('\\0', '%') -}}}}"
+    return f"{{%- macro strftime_now(format) -%}}{body}{{%- endmacro %}}\n"
 
 
 def render_text(tokenizer: Any, messages: Sequence[Message], thinking: bool | None = None, prompt: bool = False) -> str:
