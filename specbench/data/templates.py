@@ -71,7 +71,7 @@ def _date_form(template: str) -> str:
 def options(tokenizer: Any, thinking: bool | None) -> dict[str, Any]:
     """What every template is rendered with: thinking where it is set, and a clock that stands still."""
     given: dict[str, Any] = {} if thinking is None else {"enable_thinking": thinking}
-    # The library hands no functions to templates, so the clock is a macro ahead of the template that hides the real one.
+    # The library hands no functions to templates, so a macro ahead of the template hides the real clock.
     return given if date_of(tokenizer) is None else given | {"chat_template": _clock(DATE) + template_of(tokenizer)}
 
 
@@ -79,8 +79,8 @@ def options(tokenizer: Any, thinking: bool | None) -> dict[str, Any]:
 def _clock(date: str) -> str:
     """A macro that is `strftime_now` at midnight of `date`. The line end behind it is the macro's own (trim_blocks)."""
     day = datetime.fromisoformat(date)
-    forms = [f"%{flag}{letter}" for flag in ("", "-") for letter in "aAbBcCdDeFgGhHIjmMnprRsStTuUVwWxXyYzZf"]
-    filled = "".join(f"|replace({form!r}, {day.strftime(form)!r})" for form in forms if form != "%-s")
+    forms = [f"%{flag}{letter}" for flag in ("", "-") for letter in "aAbBcCdDeFgGhHIjmMnprRStTuUVwWxXyYzZf"]
+    filled = "".join(f"|replace({form!r}, {day.strftime(form)!r})" for form in forms)
     body = f"{{{{- format|string|replace('%%', '\\0'){filled}|replace('\\0', '%') -}}}}"
     return f"{{%- macro strftime_now(format) -%}}{body}{{%- endmacro %}}\n"
 

@@ -94,7 +94,7 @@ def test_question_files_as_a_source(tmp_path, rows):
 OWN = [
     ({"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}, ("a",)),
     ({"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]}, ("a",)),
-    ({"conversations": [{"from": role, "value": text} for role, text in (("human", "a"), ("gpt", "b"), ("human", "c"))]},
+    ({"conversations": [{"from": who, "value": text} for who, text in [("human", "a"), ("gpt", "b"), ("human", "c")]]},
      ("a", "c")),
     ({"prompt": "a", "response": "b"}, ("a",)),
     ({"prompt": ["a", "c"]}, ("a", "c")),

@@ -16,8 +16,9 @@ ASK, SAY = {"role": "user", "content": "Why?"}, {"role": "assistant", "content":
 # As Llama 3.2 and 3.3 do, and as gpt-oss and Mistral do.
 LLAMA = (
     "{% if not date_string is defined %}{% if strftime_now is defined %}"
-    "{% set date_string = strftime_now('%d %b %Y') %}{% else %}{% set date_string = '26 Jul 2024' %}{% endif %}{% endif %}<|im_start|>system\nToday: {{ date_string }}"
-    "<|im_end|>\n" + CHATML
+    "{% set date_string = strftime_now('%d %b %Y') %}{% else %}"
+    "{% set date_string = '26 Jul 2024' %}{% endif %}{% endif %}"
+    "<|im_start|>system\nToday: {{ date_string }}<|im_end|>\n" + CHATML
 )
 OSS = "<|im_start|>system\nCurrent date: {{ strftime_now('%Y-%m-%d') }}<|im_end|>\n" + CHATML
 # Like DeepSeek-R1's: thinking is cut from every answer; the prompt opens it (or not, as in its first version).
