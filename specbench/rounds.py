@@ -112,7 +112,7 @@ def _require(line: Mapping[str, Any], name: str, number: int) -> None:
     numbers = isinstance(rows, list) and all(
         isinstance(row, list) and not set(map(type, row)) - {int, float} for row in rows
     )
-    if not numbers or (rows and len(rows) != len(line["proposed"])):
+    if not numbers or (rows and line["proposed"] and len(rows) != len(line["proposed"])):
         raise ValueError(
             f"{name} line {number}: `confidence` is not one list of numbers a round; record the rounds anew"
         )

@@ -185,6 +185,15 @@ def test_turns_of_a_conversation_are_one_prompt():
         ({"accepted": [1]}, "2 proposals, 1 acceptances"),
         ({"output_ids": [1, 2, 5, 6, 7, 8, 9]}, "without the prompt"),
         ({"confidence": [[1.0], [0.0, 1.0]]}, "2 slots proposed and 1 confidences"),
+        ({"confidence": [[1.0, 2.0, 3.0]]}, "`confidence` is not one list of numbers a round"),
+        ({"confidence": [["a"], [True]]}, "`confidence` is not one list of numbers a round"),
+        *(
+            ({key: value}, f"line 1: `{key}` is not a list of numbers")
+            for key in ("proposed", "accepted", "seconds", "prompt_ids", "output_ids")
+            for value in (None, 3, "3", [True], [None], ["1"], [-1], {"a": 1})
+        ),
+        *(({key: [1.5, 2]}, f"line 1: `{key}` is not a list of numbers") for key in ("proposed", "prompt_ids")),
+        ({"proposed": [10**400, 1]}, "`proposed` holds a number of 2"),
     ],
 )
 def test_damaged_rounds_are_refused(change, message):
