@@ -12,14 +12,20 @@ from pathlib import Path
 
 import pandas as pd
 
-from analysis import costs, curves, figures, folders, gap, layout, page, positions, published, style, tables, writers
-from analysis import groups as grouping
-from analysis.groups import Group
-from analysis.layout import Sheet
-from analysis.overlay import overlaid, wanted
-from analysis.report import Content, Drawing, Section, provenance
-from analysis.runs import Runs, load, shown
-from analysis.statistics import MINIMUM_SHARED, RESAMPLES
+from analysis.figures import acceptance as figures
+from analysis.figures import curves, style
+from analysis.figures.overlay import overlaid, wanted
+from analysis.html import page
+from analysis.html.content import Content, Drawing, Section, provenance
+from analysis.read import folders
+from analysis.read.runs import Runs, load, shown
+from analysis.statistics.intervals import MINIMUM_SHARED, RESAMPLES
+from analysis.tables import costs, gap, positions, published, writers
+from analysis.tables import frames as tables
+from analysis.tables import groups as grouping
+from analysis.tables import sheets as layout
+from analysis.tables.groups import Group
+from analysis.tables.sheets import Sheet
 
 CURVES = ("train/loss", "probe/accepted_length", "val/accepted_length")
 

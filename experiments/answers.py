@@ -12,18 +12,19 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig
 from rich.console import Console
 
-from experiments.assembly import load_target, location
 from experiments.following import command
-from experiments.progress import Progress
-from experiments.stage import Stage, say
-from specbench.atomic import plain
-from specbench.data import answers, prompts
-from specbench.data.chat import render
-from specbench.data.engines import Engine, InProcessEngine, Policy, ServerEngine
-from specbench.data.templates import ChatError, date_of, server_options, template_hash, template_of
-from specbench.decoding import Limits, decode
-from specbench.sampling import Sampling
-from specbench.targets import Target
+from specbench.cli.assembly import load_target, location
+from specbench.cli.progress import Progress
+from specbench.cli.stages import Stage, say
+from specbench.data.answers import generation as answers
+from specbench.data.answers.chat import render
+from specbench.data.answers.engines import Engine, InProcessEngine, Policy, ServerEngine
+from specbench.data.answers.templates import ChatError, date_of, server_options, template_hash, template_of
+from specbench.data.prompts import preparation as prompts
+from specbench.decoding.loop import Limits, decode
+from specbench.decoding.sampling import Sampling
+from specbench.files.atomic import plain
+from specbench.models.target import Target
 
 
 def run(cfg: DictConfig) -> None:

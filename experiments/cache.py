@@ -9,18 +9,18 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from experiments.assembly import load_target
 from experiments.following import command
-from experiments.launching import rank_and_world
-from experiments.progress import Progress
-from experiments.stage import Stage, say
-from specbench.data import answers
-from specbench.data.cache import build
-from specbench.data.chat import Encoded
-from specbench.data.manifest import Manifest, fingerprint, identity_of
-from specbench.data.sizing import plan
-from specbench.data.storage import storage
-from specbench.data.templates import ChatError
+from specbench.cli.assembly import load_target
+from specbench.cli.launching import rank_and_world
+from specbench.cli.progress import Progress
+from specbench.cli.stages import Stage, say
+from specbench.data.answers import generation as answers
+from specbench.data.answers.chat import Encoded
+from specbench.data.answers.templates import ChatError
+from specbench.data.cache.build import build
+from specbench.data.cache.manifest import Manifest, fingerprint, identity_of
+from specbench.data.cache.plan import plan
+from specbench.data.cache.storage import storage
 
 
 def run(cfg: DictConfig) -> Path | None:

@@ -9,11 +9,11 @@ import pandas as pd
 from omegaconf import DictConfig
 
 from experiments.following import command
-from experiments.stage import Stage, container
-from specbench.atomic import json_line, write_json, write_text
-from specbench.calibration import Calibration, fit
-from specbench.rounds import Rounds, conversations, flatten, read_rounds, rounds_file, split
-from specbench.runfolder import read_lines
+from specbench.cli.stages import Stage, container
+from specbench.decoding.calibration import Calibration, fit
+from specbench.evaluation.recorded_rounds import Rounds, conversations, flatten, read_rounds, rounds_file, split
+from specbench.files.atomic import json_line, write_json, write_text
+from specbench.runs.run_folder import read_lines
 
 
 def run(cfg: DictConfig) -> Path:

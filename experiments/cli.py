@@ -15,7 +15,7 @@ import traceback
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from experiments.verbs import VERBS, Verb
+from specbench.cli.verbs import VERBS, Verb
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -40,26 +40,27 @@ def main(argv: Sequence[str] | None = None, verbs: Mapping[str, Verb] = VERBS, p
 
 
 def _main(words: list[str], verbs: Mapping[str, Verb], package: str) -> int:
-    from experiments.manual import overview
+    from specbench.cli.help import overview
 
     if not words or words[0] in ("-h", "--help"):
         print(overview(verbs))
         return 0
     name, *rest = words
     if name not in verbs:
-        from experiments.mistakes import nearest
+        from specbench.cli.errors import nearest
 
         raise ValueError(f"there is no verb '{name}'{nearest(name, verbs)}; `specbench --help` lists them")
     options, overrides = _split(name, rest)
     quiet()
-    from experiments import composing, targeting
+    from specbench.cli import overrides as composing
+    from specbench.cli import target_argument as targeting
 
     verb = verbs[name]
     if verb.takes:
         overrides = [word if "=" in word or word[:1] == "~" else f"{verb.takes}={word}" for word in overrides]
     with composing.configs(package):
         if "help" in options:
-            from experiments.manual import page
+            from specbench.cli.help import page
 
             print(page(name, verb, overrides))
             return 0
@@ -105,7 +106,7 @@ class Job:
         try:
             return load(self.verb).run(cfg)
         except Exception as error:  # the other jobs go on, and the first error ends the command when they are done
-            from experiments.mistakes import sentence
+            from specbench.cli.errors import sentence
 
             print(f"{' '.join(sys.argv[1:])}: {sentence(error) or repr(error)}", file=sys.stderr, flush=True)
             raise
@@ -135,7 +136,7 @@ def _split(name: str, words: Sequence[str]) -> tuple[dict[str, str], list[str]]:
         elif option == "--cfg":
             options["cfg"] = value or next(rest, "job")
         elif word.startswith("-") and not word.startswith("-="):
-            from experiments.mistakes import nearest
+            from specbench.cli.errors import nearest
 
             raise ValueError(f"{name} has no option '{option}'{nearest(option, OPTIONS)}; settings are key=value")
         else:
@@ -176,7 +177,7 @@ def _terminate(*_: object) -> None:
 
 
 def _fail(error: BaseException) -> int:
-    from experiments.mistakes import sentence
+    from specbench.cli.errors import sentence
 
     if isinstance(error, SystemExit) and not isinstance(error.__context__, KeyboardInterrupt):
         return error.code if isinstance(error.code, int) else int(error.code is not None)

@@ -12,7 +12,7 @@ from omegaconf import DictConfig, ListConfig
 
 from analysis.compare import Comparison
 from analysis.compare import compare as compare_runs
-from experiments.stage import container, report, say
+from specbench.cli.stages import container, report, say
 
 
 def run(cfg: DictConfig) -> Path:

@@ -12,26 +12,26 @@ import lightning as L
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from analysis.headline import PER_REQUEST, headline
-from experiments.assembly import load_target
+from analysis.statistics.headline import PER_REQUEST, headline
 from experiments.following import command
-from experiments.launching import rank_and_world
 from experiments.mirror import mirror
-from experiments.progress import Progress
-from experiments.stage import Stage, container, say
-from specbench.audit import verdict
-from specbench.baselines import SLOTS, SMALL, Baseline, Small, baseline, is_baseline, short_name
-from specbench.data.benchmarks import Benchmarks
-from specbench.decoding import Limits
-from specbench.evaluation import THINKING, Answered, DraftEvaluation, Protocol, merged, write_rounds
-from specbench.interchange import FormatError, fetch, load_draft, read_config, taps_of
-from specbench.methods.draft import Draft
-from specbench.provenance import provenance
-from specbench.runfolder import RunFolder, read_summary
-from specbench.sampling import Sampling
-from specbench.scheduling import StaticThreshold
-from specbench.targets import Target
-from specbench.training import digest
+from specbench.checkpoints.draft_folder import FormatError, fetch, load_draft, read_config, taps_of
+from specbench.cli.assembly import load_target
+from specbench.cli.launching import rank_and_world
+from specbench.cli.progress import Progress
+from specbench.cli.stages import Stage, container, say
+from specbench.data.prompts.benchmarks import Benchmarks
+from specbench.decoding.loop import Limits
+from specbench.decoding.sampling import Sampling
+from specbench.decoding.scheduling import StaticThreshold
+from specbench.drafts.baselines import SLOTS, SMALL, Baseline, Small, baseline, is_baseline, short_name
+from specbench.drafts.draft import Draft
+from specbench.evaluation.audit import verdict
+from specbench.evaluation.module import THINKING, Answered, DraftEvaluation, Protocol, merged, write_rounds
+from specbench.models.target import Target
+from specbench.runs.provenance import provenance
+from specbench.runs.run_folder import RunFolder, read_summary
+from specbench.training.module import digest
 
 PLAIN = "plain"
 

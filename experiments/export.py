@@ -10,12 +10,12 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from experiments.import_draft import target_tables, vacant
-from experiments.stage import report
-from specbench.atomic import write_text
-from specbench.interchange import export_draft, fetch, read_config
-from specbench.modelcard import model_card
-from specbench.publishing import push, require_vacant
-from specbench.runfolder import read_summary
+from specbench.checkpoints.draft_folder import export_draft, fetch, read_config
+from specbench.checkpoints.model_card import model_card
+from specbench.checkpoints.publishing import push, require_vacant
+from specbench.cli.stages import report
+from specbench.files.atomic import write_text
+from specbench.runs.run_folder import read_summary
 
 
 def run(cfg: DictConfig) -> Path:

@@ -9,8 +9,8 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from experiments import targeting
-from specbench.atomic import plain
+from specbench.cli import target_argument as targeting
+from specbench.files.atomic import plain
 
 # What a suite is made of follows from its name.
 UNSPOKEN = {"defaults", "benchmarks"}

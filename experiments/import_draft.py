@@ -8,11 +8,11 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
-from experiments.stage import report, say
-from specbench.formats import read
-from specbench.interchange import assemble_draft, fetch, read_folder, save_draft, ships_embedding
-from specbench.tables import Tables
-from specbench.targets import Target
+from specbench.checkpoints.draft_folder import assemble_draft, fetch, read_folder, save_draft, ships_embedding
+from specbench.checkpoints.formats import read
+from specbench.cli.stages import report, say
+from specbench.models.embedding_head import Tables
+from specbench.models.target import Target
 
 
 def run(cfg: DictConfig) -> Path:

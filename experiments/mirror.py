@@ -7,16 +7,16 @@ from typing import Any
 
 import pandas as pd
 
-from specbench.calibration import by_slot, probabilities
-from specbench.rounds import flatten, read_rounds
-from specbench.runfolder import RunFolder
-from specbench.tracking import Tracking
+from specbench.decoding.calibration import by_slot, probabilities
+from specbench.evaluation.recorded_rounds import flatten, read_rounds
+from specbench.runs.run_folder import RunFolder
+from specbench.runs.wandb_tracking import Tracking
 
 COLUMNS = ("slot", "conditional", "low", "high", "n", "survival")
 
 
 def mirror(tracking: Tracking, run: RunFolder, method: str, numbers: Mapping[str, Any]) -> None:
-    """Log `numbers` (analysis.headline) of an evaluation whose rounds.jsonl is written; figures go to RUN/figures too.
+    """Log `numbers` (analysis.statistics.headline) of an evaluation whose rounds.jsonl is written; figures go to RUN/figures too.
 
     Nothing is drawn, and no library for it imported, where tracking is disabled.
     """
@@ -25,7 +25,8 @@ def mirror(tracking: Tracking, run: RunFolder, method: str, numbers: Mapping[str
     tracking.summary({key: value for key, value in numbers.items() if isinstance(value, Mapping) and "value" in value})
     slots = numbers.get("slots", [])
     tracking.table("slots", COLUMNS, [[row.get(name) for name in COLUMNS] for row in slots])
-    from analysis import curves, figures, style
+    from analysis.figures import acceptance as figures
+    from analysis.figures import curves, style
 
     drawn = {}
     if any(row["n"] for row in slots):

@@ -7,13 +7,13 @@ from typing import Any
 import torch
 from omegaconf import DictConfig, OmegaConf
 
-from experiments.assembly import build_draft, location
-from experiments.launching import shards_of
-from experiments.stage import say
-from specbench.backbone import backbone_of
-from specbench.memory import Footprint, footprint
-from specbench.tables import Tables
-from specbench.targets import raw_config
+from specbench.cli.assembly import build_draft, location
+from specbench.cli.launching import shards_of
+from specbench.cli.stages import say
+from specbench.models.backbone import backbone_of
+from specbench.models.embedding_head import Tables
+from specbench.models.target import raw_config
+from specbench.training.memory_estimate import Footprint, footprint
 
 
 def print_plan(cfg: DictConfig) -> Footprint:

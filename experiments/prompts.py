@@ -10,13 +10,13 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
-from experiments.composing import configs
 from experiments.following import command
-from experiments.progress import Progress
-from experiments.stage import Stage, container
-from specbench.data import prompts
-from specbench.data.benchmarks import Benchmarks
-from specbench.data.sources import Files
+from specbench.cli.overrides import configs
+from specbench.cli.progress import Progress
+from specbench.cli.stages import Stage, container
+from specbench.data.prompts import preparation as prompts
+from specbench.data.prompts.benchmarks import Benchmarks
+from specbench.data.prompts.sources import Files
 
 
 def run(cfg: DictConfig) -> None:

@@ -9,10 +9,10 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
-from experiments.assembly import composed
-from experiments.settings import check_settings
-from experiments.stage import report, say
-from experiments.verbs import VERBS
+from specbench.cli.assembly import composed
+from specbench.cli.settings import check_settings
+from specbench.cli.stages import report, say
+from specbench.cli.verbs import VERBS
 
 SHOWN = ("conditional_acceptance_t0.png", "survival_t0.png")
 

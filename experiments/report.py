@@ -7,10 +7,10 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
-from analysis import report as content
 from analysis.compare import CURVES
+from analysis.html import content
 from experiments.compare import comparison
-from experiments.stage import report
+from specbench.cli.stages import report
 
 
 def run(cfg: DictConfig) -> Path:

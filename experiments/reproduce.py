@@ -20,12 +20,12 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from experiments import calibrate, compare, evaluate, report, serve, train
-from experiments.assembly import composed
-from experiments.launching import as_command
 from experiments.quickstart import stage
-from experiments.stage import MARKER, duration, say
-from experiments.studies import Study, study_of, with_values
-from specbench.atomic import read_json
+from specbench.cli.assembly import composed
+from specbench.cli.launching import as_command
+from specbench.cli.stages import MARKER, duration, say
+from specbench.cli.studies import Study, study_of, with_values
+from specbench.files.atomic import read_json
 
 # Measured on two cores that other work kept busy: DSpark, 240 steps and probes in 88 s; 24 prompts a domain in 22 s.
 STATED = {"target": "embedded", "step": 0.37, "evaluation": 22.0}

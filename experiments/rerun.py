@@ -12,11 +12,11 @@ import pyarrow.parquet as pq
 import yaml
 from omegaconf import DictConfig, OmegaConf
 
-from experiments.stage import say
-from experiments.verbs import VERBS
-from specbench.atomic import changes, read_json, write_json
-from specbench.provenance import differences, provenance
-from specbench.runfolder import read_summary
+from specbench.cli.stages import say
+from specbench.cli.verbs import VERBS
+from specbench.files.atomic import changes, read_json, write_json
+from specbench.runs.provenance import differences, provenance
+from specbench.runs.run_folder import read_summary
 
 # What a clock measures is never the same twice.
 SET_BY_VERBS = ("threads", "deterministic")

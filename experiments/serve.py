@@ -9,13 +9,13 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig
 
 from experiments.calibrate import rounds_digest
-from experiments.progress import Progress
-from experiments.stage import Stage, container, say
-from specbench.atomic import write_json
-from specbench.calibration import Calibration
-from specbench.rounds import read_rounds
-from specbench.runfolder import RunFolder
-from specbench.serving import NOTICE, Policy, closed_loop, poisson, service_levels, workload
+from specbench.cli.progress import Progress
+from specbench.cli.stages import Stage, container, say
+from specbench.decoding.calibration import Calibration
+from specbench.evaluation.recorded_rounds import read_rounds
+from specbench.files.atomic import write_json
+from specbench.runs.run_folder import RunFolder
+from specbench.serving.load import NOTICE, Policy, closed_loop, poisson, service_levels, workload
 
 SHOWN = ("policy", "load", "concurrency", "throughput", "interactivity", "verified_per_round", "accepted_length")
 

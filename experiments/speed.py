@@ -10,25 +10,23 @@ import pandas as pd
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 
-from analysis.headline import PER_REQUEST
+from analysis.statistics.headline import PER_REQUEST
 from experiments import trainspeed
 from experiments.evaluate import PLAIN, first_prompt, lineage_of, load_pair, source_of, weights_of
 from experiments.following import command
-from experiments.progress import Progress
-from experiments.stage import Stage, container
-from specbench.atomic import read_json
-from specbench.baselines import Baseline
-from specbench.costs import CostProfile
-from specbench.data.chat import prompt_ids
-from specbench.decoding import Limits
-from specbench.evaluation import Protocol
-from specbench.methods.draft import Draft
-from specbench.provenance import hardware, provenance
-from specbench.runfolder import RunFolder, read_lines
-from specbench.sampling import Sampling
-from specbench.scheduling import HardwareAware
-from specbench.simulationcheck import check
-from specbench.speed import (
+from specbench.cli.progress import Progress
+from specbench.cli.stages import Stage, container
+from specbench.data.answers.chat import prompt_ids
+from specbench.decoding.cost_profile import CostProfile
+from specbench.decoding.loop import Limits
+from specbench.decoding.sampling import Sampling
+from specbench.decoding.scheduling import HardwareAware
+from specbench.drafts.baselines import Baseline
+from specbench.drafts.draft import Draft
+from specbench.evaluation.module import Protocol
+from specbench.files.atomic import read_json
+from specbench.models.target import Target
+from specbench.profiling.decoding_speed import (
     cost_profile,
     draft_cost,
     predicted_speedup,
@@ -37,7 +35,9 @@ from specbench.speed import (
     target_cost,
     wall_clock,
 )
-from specbench.targets import Target
+from specbench.runs.provenance import hardware, provenance
+from specbench.runs.run_folder import RunFolder, read_lines
+from specbench.serving.simulation_check import check
 
 
 def run(cfg: DictConfig) -> Path:

@@ -6,10 +6,10 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
-from experiments.progress import Progress
-from experiments.stage import say
-from specbench.syncing import offline_runs, sync
-from specbench.tracking import has_key
+from specbench.cli.progress import Progress
+from specbench.cli.stages import say
+from specbench.runs.wandb_sync import offline_runs, sync
+from specbench.runs.wandb_tracking import has_key
 
 
 def run(cfg: DictConfig) -> list[Path]:

@@ -14,13 +14,13 @@ from hydra.utils import instantiate
 from lightning.pytorch.callbacks import ModelCheckpoint
 from omegaconf import DictConfig
 
-from experiments.stage import Stage, container
-from specbench import targets
-from specbench.atomic import write_json
-from specbench.data.bytepairs import rendered, train_tokenizer
-from specbench.data.corpus import DOMAINS, census, conversations
-from specbench.pretraining import CorpusBatches, LanguageModeling, initialise
-from specbench.provenance import provenance
+from specbench.cli.stages import Stage, container
+from specbench.data.answers.embedded_tokenizer import rendered, train_tokenizer
+from specbench.data.prompts.embedded_corpus import DOMAINS, census, conversations
+from specbench.files.atomic import write_json
+from specbench.models import target as targets
+from specbench.runs.provenance import provenance
+from specbench.training.pretraining import CorpusBatches, LanguageModeling, initialise
 
 # Where the target goes is no part of how it is made.
 ELSEWHERE = ("root", "folder", "name", "force")

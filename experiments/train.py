@@ -15,28 +15,28 @@ from hydra.utils import instantiate
 from lightning.pytorch.callbacks import Callback, TQDMProgressBar
 from omegaconf import DictConfig, OmegaConf
 
-from experiments.assembly import (
+from experiments.evaluate import run as evaluate
+from experiments.following import command
+from experiments.planning import print_plan
+from experiments.trainingdata import frequent_tokens, open_data, probe_prompts
+from specbench.checkpoints.draft_folder import save_draft
+from specbench.cli.assembly import (
     build_draft,
     build_objective,
     composed,
     draft_settings,
     load_target,
 )
-from experiments.evaluate import run as evaluate
-from experiments.following import command
-from experiments.launching import rank_and_world, ranks, repeats_the_command, shards_of
-from experiments.planning import print_plan
-from experiments.stage import Stage, container, first_rank, say
-from experiments.trainingdata import frequent_tokens, open_data, probe_prompts
-from specbench.callbacks import DecodeProbe, GracefulStop, KeepLast
-from specbench.initialisation import STARTS, from_draft, from_target, randomise
-from specbench.interchange import save_draft
-from specbench.methods.draft import Draft
-from specbench.provenance import provenance
-from specbench.runfolder import RunFolder
-from specbench.sampling import Sampling
-from specbench.tables import Tables
-from specbench.training import DraftTraining, digest, trainable_parameters
+from specbench.cli.launching import rank_and_world, ranks, repeats_the_command, shards_of
+from specbench.cli.stages import Stage, container, first_rank, say
+from specbench.decoding.sampling import Sampling
+from specbench.drafts.draft import Draft
+from specbench.models.embedding_head import Tables
+from specbench.runs.provenance import provenance
+from specbench.runs.run_folder import RunFolder
+from specbench.training.callbacks import DecodeProbe, GracefulStop, KeepLast
+from specbench.training.initialisation import STARTS, from_draft, from_target, randomise
+from specbench.training.module import DraftTraining, digest, trainable_parameters
 
 WITHOUT_EFFECT = ("evaluate", "temperatures", "max_new_tokens", "batch_size", "limit", "evaluation_seed", "suite")
 

@@ -12,16 +12,16 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
 from experiments.cache import encoded
-from experiments.stage import say
-from specbench.data import prompts
-from specbench.data.chat import prompt_ids
-from specbench.data.datamodule import TargetCache
-from specbench.data.manifest import DamagedManifest, Manifest
-from specbench.data.online import OnlineTarget
-from specbench.data.remote import is_remote
-from specbench.data.stepdata import StepData
-from specbench.data.storage import storage
-from specbench.targets import Target
+from specbench.cli.stages import say
+from specbench.data.answers.chat import prompt_ids
+from specbench.data.cache.manifest import DamagedManifest, Manifest
+from specbench.data.cache.remote import is_remote
+from specbench.data.cache.storage import storage
+from specbench.data.loading.online import OnlineTarget
+from specbench.data.loading.step_data import StepData
+from specbench.data.loading.target_cache import TargetCache
+from specbench.data.prompts import preparation as prompts
+from specbench.models.target import Target
 
 
 def open_data(cfg: DictConfig, target: Target | None) -> StepData:

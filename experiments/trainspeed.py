@@ -13,13 +13,12 @@ import pandas as pd
 import torch
 from omegaconf import DictConfig
 
-from experiments.assembly import device_of
-from experiments.progress import Progress
-from experiments.stage import Stage, container
-from specbench.atomic import write_json, write_text
-from specbench.provenance import hardware
-from specbench.stepspeed import Build, StepCost, fresh, measure
-from specbench.trainspeed import (
+from specbench.cli.assembly import device_of
+from specbench.cli.progress import Progress
+from specbench.cli.stages import Stage, container
+from specbench.files.atomic import write_json, write_text
+from specbench.profiling.step_measurement import Build, StepCost, fresh, measure
+from specbench.profiling.training_speed import (
     SHAPES,
     StepShape,
     against_straightforward,
@@ -30,6 +29,7 @@ from specbench.trainspeed import (
     one_more_term,
     packing,
 )
+from specbench.runs.provenance import hardware
 
 PARTS = ("dspark", "eagle3", "terms", "packing")
 

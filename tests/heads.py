@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from specbench.blocks import Blocks
-from specbench.tables import Tables
+from specbench.models.embedding_head import Tables
 
 B, N, K, D, R, V = 2, 5, 4, 6, 3, 17
 IDS = [0, 2, 3, 5, 8, 9, 11, 16]

@@ -15,11 +15,11 @@ from pathlib import Path
 
 import torch
 
-from specbench.decoding import Limits, speculative_decode
-from specbench.interchange import load_draft
-from specbench.sampling import Sampling
-from specbench.scheduling import FixedLength, StaticThreshold
-from specbench.targets import Target
+from specbench.checkpoints.draft_folder import load_draft
+from specbench.decoding.loop import Limits, speculative_decode
+from specbench.decoding.sampling import Sampling
+from specbench.decoding.scheduling import FixedLength, StaticThreshold
+from specbench.models.target import Target
 
 GOLDEN = Path(__file__).parent / "fixtures" / "golden"
 CASES = ("qwen3_dspark_vanilla", "qwen3_dspark_rnn", "qwen3_dflash", "qwen3_eagle3")

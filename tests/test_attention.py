@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from specbench.attention import Visibility, attend, attend_flex, attend_stored, block_mask
+from specbench.models.attention import Visibility, attend, attend_flex, attend_stored, block_mask
 
 pytestmark = pytest.mark.filterwarnings("ignore:flex_attention called without")
 B, N, Q, S, T, G, D = 2, 3, 4, 4, 11, 2, 8

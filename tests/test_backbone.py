@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from specbench.attention import Visibility, attend, attend_flex, block_mask
-from specbench.backbone import Backbone, Layer, RotaryEmbedding, backbone_of, rotate
-from specbench.targets import Target
+from specbench.models.attention import Visibility, attend, attend_flex, block_mask
+from specbench.models.backbone import Backbone, Layer, RotaryEmbedding, backbone_of, rotate
+from specbench.models.target import Target
 from tests import tiny
 
 BEFORE, LAYER = 2, 3  # taps that the layer reads and writes; in Gemma4 the layer of full attention

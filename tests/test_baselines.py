@@ -8,12 +8,12 @@ import torch
 from scipy.stats import chisquare
 
 from experiments.cli import main
-from specbench.baselines import BASELINES, NGram, Small, baseline, lookup, pinned, short_name, small
 from specbench.blocks import Context
-from specbench.decoding import Limits, decode, speculative_decode
-from specbench.runfolder import read_lines, read_summary
-from specbench.sampling import Sampler, Sampling, warp
-from specbench.targets import Target, save
+from specbench.decoding.loop import Limits, decode, speculative_decode
+from specbench.decoding.sampling import Sampler, Sampling, warp
+from specbench.drafts.baselines import BASELINES, NGram, Small, baseline, lookup, pinned, short_name, small
+from specbench.models.target import Target, save
+from specbench.runs.run_folder import read_lines, read_summary
 from tests import tiny
 
 PROMPTS = [[5, 6, 7, 5, 6], [8, 9], [3, 4, 5, 6, 7, 8, 9, 10]]

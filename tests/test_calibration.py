@@ -9,9 +9,9 @@ from scipy.special import expit
 from scipy.stats import mannwhitneyu
 from torchmetrics.functional.classification import binary_calibration_error
 
-from specbench.calibration import GRID, Calibrated, Calibration, by_slot, fit, probabilities, reliability
-from specbench.rounds import digest, flatten, from_lines, read_rounds, split
-from specbench.scheduling import HardwareAware, StaticThreshold
+from specbench.decoding.calibration import GRID, Calibrated, Calibration, by_slot, fit, probabilities, reliability
+from specbench.decoding.scheduling import HardwareAware, StaticThreshold
+from specbench.evaluation.recorded_rounds import digest, flatten, from_lines, read_rounds, split
 
 
 def drawn(rounds=20_000, slots=3, seed=0, sharpness=(1.0, 1.0, 1.0)):

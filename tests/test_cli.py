@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from experiments.cli import main
-from experiments.verbs import VERBS, Verb
+from specbench.cli.verbs import VERBS, Verb
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
@@ -76,7 +76,7 @@ def run(cfg):
     "toy.py": """\
 import sys
 from experiments.cli import main
-from experiments.verbs import Verb
+from specbench.cli.verbs import Verb
 
 VERBS = {"toy": Verb("toy", "does little", "toyverb"), "must": Verb("must", "needs a draft", "toyverb")}
 if __name__ == "__main__":

@@ -9,12 +9,12 @@ import yaml
 from omegaconf import OmegaConf
 
 from experiments import train
-from experiments.assembly import composed
-from experiments.composing import check, configs
 from experiments.quickstart import stage
-from experiments.studies import jobs, question, study_of
-from experiments.verbs import VERBS
-from specbench.runfolder import read_summary
+from specbench.cli.assembly import composed
+from specbench.cli.overrides import check, configs
+from specbench.cli.studies import jobs, question, study_of
+from specbench.cli.verbs import VERBS
+from specbench.runs.run_folder import read_summary
 from tests.pipeline import prepare
 
 FOLDER = Path(__file__).resolve().parents[1] / "configs"

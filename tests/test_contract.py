@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from specbench.blocks import Context, take, with_anchors
-from specbench.decoding import Limits, decode, speculative_decode
-from specbench.methods.parallel import ParallelDraft
-from specbench.objective import Objective
-from specbench.sampling import Sampling
+from specbench.decoding.loop import Limits, decode, speculative_decode
+from specbench.decoding.sampling import Sampling
+from specbench.drafts.parallel import ParallelDraft
+from specbench.losses.objective import Objective
 from tests import tiny
 
 every = pytest.mark.parametrize(("method", "family"), [(m, f) for m in tiny.METHODS for f in tiny.FAMILIES])

@@ -7,9 +7,10 @@ from itertools import islice
 
 import pytest
 
-from specbench.data import corpus, stdlib
-from specbench.data.arithmetic import STORIES, problems
-from specbench.data.corpus import DOMAINS, SHARES, SPLITS, census, conversations, split_of
+from specbench.data.prompts import embedded_corpus as corpus
+from specbench.data.prompts import embedded_stdlib as stdlib
+from specbench.data.prompts.embedded_arithmetic import STORIES, problems
+from specbench.data.prompts.embedded_corpus import DOMAINS, SHARES, SPLITS, census, conversations, split_of
 
 # The answer of each story from the numbers of its question alone, written without the generator's steps.
 ANSWERS = {

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from specbench.costs import CostProfile
+from specbench.decoding.cost_profile import CostProfile
 
 
 class TestCostProfile:

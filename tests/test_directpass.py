@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from specbench.directpass import fits
-from specbench.kvcache import KVCache
-from specbench.targets import Target
+from specbench.models.fast.direct_pass import fits
+from specbench.models.kv_cache import KVCache
+from specbench.models.target import Target
 from tests import tiny
 
 

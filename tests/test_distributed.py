@@ -18,14 +18,14 @@ import torch.multiprocessing as mp
 from lightning.pytorch.strategies import ModelParallelStrategy
 from safetensors.torch import load_file
 
-from specbench.callbacks import DecodeProbe
-from specbench.data.benchmarks import Benchmark, Benchmarks
-from specbench.data.online import OnlineTarget
-from specbench.decoding import Limits
-from specbench.evaluation import DraftEvaluation, Protocol, merged
-from specbench.objective import Objective
-from specbench.sampling import Sampling
-from specbench.training import DraftTraining
+from specbench.data.loading.online import OnlineTarget
+from specbench.data.prompts.benchmarks import Benchmark, Benchmarks
+from specbench.decoding.loop import Limits
+from specbench.decoding.sampling import Sampling
+from specbench.evaluation.module import DraftEvaluation, Protocol, merged
+from specbench.losses.objective import Objective
+from specbench.training.callbacks import DecodeProbe
+from specbench.training.module import DraftTraining
 from tests import toys
 from tests.data.tiny_target import talks
 from tests.pipeline import prepare

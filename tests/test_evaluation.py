@@ -12,18 +12,18 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-import specbench.decoding
+import specbench.decoding.loop
 from experiments.cli import main
-from specbench.audit import Parting, audit, parting, spacing, verdict
-from specbench.baselines import NGram, Oracle, Small
 from specbench.blocks import Context
-from specbench.decoding import Limits, decode, speculative_decode
-from specbench.evaluation import Protocol
-from specbench.runfolder import read_summary
-from specbench.sampling import Sampling, warp
-from specbench.targets import Target, save
-from specbench.teacherforced import Forced, SlotAcceptance, slot_acceptance
-from specbench.tokenclasses import token_classes
+from specbench.decoding.loop import Limits, decode, speculative_decode
+from specbench.decoding.sampling import Sampling, warp
+from specbench.drafts.baselines import NGram, Oracle, Small
+from specbench.evaluation.audit import Parting, audit, parting, spacing, verdict
+from specbench.evaluation.module import Protocol
+from specbench.evaluation.teacher_forced import Forced, SlotAcceptance, slot_acceptance
+from specbench.evaluation.token_classes import token_classes
+from specbench.models.target import Target, save
+from specbench.runs.run_folder import read_summary
 from tests import tiny, toys
 
 PROMPTS = [[0, 3, 1], [2, 2], [4, 1, 0, 3, 2]]
@@ -116,7 +116,7 @@ def test_a_verification_that_accepts_too_much_is_found_out(short, monkeypatch):
     def lenient(proposed, target, lengths):
         return lengths, target.gather(1, lengths[:, None])[:, 0]
 
-    monkeypatch.setattr(specbench.decoding, "verify_greedy", lenient)
+    monkeypatch.setattr(specbench.decoding.loop, "verify_greedy", lenient)
     found = verdict([parted and parted.row() for parted in audit(short, *texts(short, NGram(5)))], 2.0)
     assert found["violations"] >= 4 and found["worst"] > 4  # a repeating text hides the others behind a true tie
 
@@ -168,7 +168,7 @@ def test_both_from_the_command_line(tmp_path, capsys, monkeypatch):
     assert all(sum(c for _, _, c in row["by_round"]) == row["committed"] for row in rows)
     capsys.readouterr()
     accept_all = lambda proposed, target, lengths: (lengths, target.gather(1, lengths[:, None])[:, 0])  # noqa: E731
-    monkeypatch.setattr(specbench.decoding, "verify_greedy", accept_all)
+    monkeypatch.setattr(specbench.decoding.loop, "verify_greedy", accept_all)
     words.append("target.dtype=bfloat16")
     assert main([*words, "draft=ngram", "name=broken"]) == 0
     said = capsys.readouterr()

@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 
 from experiments.cli import main
-from specbench.atomic import read_json
+from specbench.files.atomic import read_json
 from tests.pipeline import prepare
 
 CLASS = '''
@@ -18,7 +18,7 @@ CLASS = '''
 import torch
 from torch import nn
 
-from specbench.methods.parallel import ParallelDraft
+from specbench.drafts.parallel import ParallelDraft
 
 
 class SlotOffset(ParallelDraft):

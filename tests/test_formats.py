@@ -10,12 +10,13 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoConfig
 
-from specbench import formats, layerconfig
-from specbench.backbone import backbone_of
-from specbench.interchange import FormatError, build_draft, fetch, load_draft, read_folder
-from specbench.methods.dflash import DFlash
-from specbench.methods.dspark import DSpark
-from specbench.methods.eagle3 import Eagle3
+from specbench.checkpoints import formats
+from specbench.checkpoints import layer_config as layerconfig
+from specbench.checkpoints.draft_folder import FormatError, build_draft, fetch, load_draft, read_folder
+from specbench.drafts.dflash import DFlash
+from specbench.drafts.dspark import DSpark
+from specbench.drafts.eagle3 import Eagle3
+from specbench.models.backbone import backbone_of
 from tests import tiny
 from tests.test_interchange import CASES, GOLDEN, made, same
 

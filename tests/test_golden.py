@@ -16,14 +16,14 @@ import torch
 from safetensors.torch import load_file
 
 from specbench.blocks import PADDING, Batch, valid_anchors, with_anchors
-from specbench.decoding import Limits, speculative_decode
-from specbench.interchange import build_draft, load_draft, read_folder
-from specbench.methods.eagle3 import Eagle3
-from specbench.objective import Objective
-from specbench.roundcounts import deepspec_row
-from specbench.sampling import Sampling
-from specbench.scheduling import StaticThreshold
-from specbench.targets import Target
+from specbench.checkpoints.draft_folder import build_draft, load_draft, read_folder
+from specbench.decoding.loop import Limits, speculative_decode
+from specbench.decoding.sampling import Sampling
+from specbench.decoding.scheduling import StaticThreshold
+from specbench.drafts.eagle3 import Eagle3
+from specbench.losses.objective import Objective
+from specbench.metrics.functional import deepspec_row
+from specbench.models.target import Target
 
 GOLDEN = Path(__file__).parent / "fixtures" / "golden"
 PARALLEL = ["qwen3_dspark_vanilla", "qwen3_dspark_rnn", "qwen3_dflash", "gemma4_dspark_vanilla"]

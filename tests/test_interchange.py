@@ -12,13 +12,9 @@ import torch
 from omegaconf import OmegaConf
 from safetensors.torch import load_file
 
-from experiments.assembly import build_draft as compose_draft
-from specbench import formats
 from specbench.blocks import with_anchors
-from specbench.decoding import Limits, decode, speculative_decode
-from specbench.exports import obstacle
-from specbench.initialisation import randomise
-from specbench.interchange import (
+from specbench.checkpoints import formats
+from specbench.checkpoints.draft_folder import (
     FormatError,
     dtype_of,
     export_draft,
@@ -27,7 +23,11 @@ from specbench.interchange import (
     save_draft,
     taps_of,
 )
-from specbench.sampling import Sampling
+from specbench.checkpoints.exports import obstacle
+from specbench.cli.assembly import build_draft as compose_draft
+from specbench.decoding.loop import Limits, decode, speculative_decode
+from specbench.decoding.sampling import Sampling
+from specbench.training.initialisation import randomise
 from tests import tiny
 
 GOLDEN = Path(__file__).parent / "fixtures" / "golden"

@@ -7,7 +7,7 @@ import random
 import pytest
 import torch
 
-from specbench.kvcache import KVCache
+from specbench.models.kv_cache import KVCache
 
 LAYERS, G, D = 2, 1, 2
 

@@ -7,9 +7,9 @@ import sys
 
 import pytest
 
-from experiments.assembly import composed
-from experiments.launching import MARKS, as_command, rank_and_world, ranks, repeats_the_command, shards_of
 from experiments.planning import print_plan
+from specbench.cli.assembly import composed
+from specbench.cli.launching import MARKS, as_command, rank_and_world, ranks, repeats_the_command, shards_of
 
 ALL = (*MARKS, "RANK", "SLURM_PROCID", "SLURM_NTASKS")
 

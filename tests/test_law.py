@@ -14,12 +14,12 @@ import pytest
 import torch
 from scipy import stats
 
-import specbench.decoding
-from specbench.costs import CostProfile
-from specbench.decoding import Decoded, Limits, speculative_decode
-from specbench.sampling import Sampling
-from specbench.scheduling import DelayedGlobal, FixedLength, HardwareAware, Scheduler, StaticThreshold
-from specbench.verification import verify
+import specbench.decoding.loop
+from specbench.decoding.cost_profile import CostProfile
+from specbench.decoding.loop import Decoded, Limits, speculative_decode
+from specbench.decoding.sampling import Sampling
+from specbench.decoding.scheduling import DelayedGlobal, FixedLength, HardwareAware, Scheduler, StaticThreshold
+from specbench.decoding.verification import verify
 from tests import toys
 
 ALARM = 1e-4
@@ -100,7 +100,7 @@ def lenient(proposed, draft, target, lengths, uniforms):
 
 @pytest.mark.parametrize("method", toys.METHODS)
 def test_a_biased_acceptance_rule_is_found_out(method, monkeypatch):
-    monkeypatch.setattr(specbench.decoding, "verify", lenient)
+    monkeypatch.setattr(specbench.decoding.loop, "verify", lenient)
     assert p_value(write(method, SAMPLINGS["warm"], FixedLength(), draws=2048), SAMPLINGS["warm"]) < ALARM
 
 

@@ -13,7 +13,8 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from specbench.metrics import (
+from specbench.metrics.functional import conditional_acceptance, deepspec_row, expected_lengths, histogram, suffix_decay
+from specbench.metrics.rounds import (
     AcceptanceRate,
     AcceptedLength,
     ConditionalAcceptance,
@@ -24,8 +25,7 @@ from specbench.metrics import (
     Survival,
     VerifiedPerRound,
 )
-from specbench.roundcounts import conditional_acceptance, deepspec_row, expected_lengths, histogram, suffix_decay
-from specbench.slots import SlotStatistics
+from specbench.metrics.slot_statistics import SlotStatistics
 
 FIXTURE = Path(__file__).parent / "fixtures" / "deepspec_rounds.json"
 K = 5

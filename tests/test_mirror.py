@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from matplotlib import image
 
-from analysis.headline import headline
+from analysis.statistics.headline import headline
 from experiments.mirror import mirror, reliability
-from specbench.runfolder import RunFolder
-from specbench.tracking import Tracking
+from specbench.runs.run_folder import RunFolder
+from specbench.runs.wandb_tracking import Tracking
 from tests.analysis.synthetic import simulate
 from tests.test_syncing import clean
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import yaml
 
-from specbench.modelcard import model_card
+from specbench.checkpoints.model_card import model_card
 
 TRAINING = {
     "summary": {

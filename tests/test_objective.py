@@ -11,9 +11,9 @@ from safetensors import safe_open
 from torch import nn
 
 from specbench.blocks import Blocks
-from specbench.objective import Objective
-from specbench.oracle import reference_objective
-from specbench.tables import Tables
+from specbench.losses.objective import Objective
+from specbench.losses.reference import reference_objective
+from specbench.models.embedding_head import Tables
 from tests.heads import IDS, TERM_SETTINGS, WEIGHTS, D, K, assert_same, make
 
 FIXTURE = Path(__file__).parent / "fixtures" / "dspark_losses.safetensors"

@@ -12,11 +12,11 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from specbench.blocks import Blocks
-from specbench.chunks import _spans
-from specbench.losses import Blend
-from specbench.objective import Objective
-from specbench.oracle import reference_objective
-from specbench.rowpass import RowPass, _top
+from specbench.losses.chunks import _spans
+from specbench.losses.objective import Objective
+from specbench.losses.reference import reference_objective
+from specbench.losses.row_pass import RowPass, _top
+from specbench.losses.terms import Blend
 from tests.heads import IDS, TERM_SETTINGS, B, gradients, make
 
 

@@ -14,11 +14,11 @@ from torch import nn
 from transformers import AutoTokenizer
 
 from experiments.target import run
-from specbench import targets
-from specbench.data.bytepairs import rendered, train_tokenizer
-from specbench.data.corpus import DOMAINS, conversations
-from specbench.data.rows import Encoded, batches, unigram_loss
-from specbench.pretraining import CorpusBatches, LanguageModeling, initialise, split_parameters, token_losses
+from specbench.data.answers.embedded_tokenizer import rendered, train_tokenizer
+from specbench.data.loading.padded_rows import Encoded, batches, unigram_loss
+from specbench.data.prompts.embedded_corpus import DOMAINS, conversations
+from specbench.models import target as targets
+from specbench.training.pretraining import CorpusBatches, LanguageModeling, initialise, split_parameters, token_losses
 
 EMBEDDED = Path(targets.__file__).parent / "data" / "embedded"
 TALK = [

@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from specbench.projection import Known, Linears, SharedLookups, add_linear_, without
-from specbench.stepspeed import _memory, _times, measure
-from specbench.trainspeed import StepShape, whole_step
+from specbench.models.fast.projection import Known, Linears, SharedLookups, add_linear_, without
+from specbench.profiling.step_measurement import _memory, _times, measure
+from specbench.profiling.training_speed import StepShape, whole_step
 
 W, R = 13, 4
 

@@ -7,8 +7,8 @@ from omegaconf import OmegaConf
 
 from experiments import answers as answers_stage
 from experiments import prompts as prompts_stage
-from specbench import targets
-from specbench.data import answers
+from specbench.data.answers import generation as answers
+from specbench.models import target as targets
 from tests.data.chat_server import ChatServer
 from tests.data.tokenizers_small import tokenizer
 

@@ -14,13 +14,13 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 from transformers import AutoConfig
 
-from specbench import exports
 from specbench.blocks import with_anchors
-from specbench.configkeys import NEUTRAL, REASONS, FormatError
-from specbench.exports import obstacle
-from specbench.initialisation import from_draft
-from specbench.interchange import build_draft, export_draft, load_draft, save_draft
-from specbench.tables import Tables
+from specbench.checkpoints import exports
+from specbench.checkpoints.config_keys import NEUTRAL, REASONS, FormatError
+from specbench.checkpoints.draft_folder import build_draft, export_draft, load_draft, save_draft
+from specbench.checkpoints.exports import obstacle
+from specbench.models.embedding_head import Tables
+from specbench.training.initialisation import from_draft
 from tests import published, tiny, transcriptions
 from tests.test_interchange import IDS, made, same
 

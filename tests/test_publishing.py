@@ -15,8 +15,8 @@ from huggingface_hub import constants
 from safetensors.torch import save
 
 from experiments.cli import main
-from specbench.interchange import fetch, load_draft
-from specbench.targets import Target
+from specbench.checkpoints.draft_folder import fetch, load_draft
+from specbench.models.target import Target
 from tests.hubserver import TOKEN, Hub, hub
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -138,7 +138,7 @@ def test_a_published_draft_is_not_buried(server: Hub, tmp_path: Path, capsys) ->
 )
 def test_an_upload_needs_a_token_and_a_name(token, repository, said, tmp_path: Path, monkeypatch, capsys) -> None:
     trained(tmp_path)
-    monkeypatch.setattr("specbench.publishing.get_token", lambda: token)
+    monkeypatch.setattr("specbench.checkpoints.publishing.get_token", lambda: token)
     assert export(tmp_path, f"push={repository}") == 2
     assert said in capsys.readouterr().err and not (tmp_path / "export").exists()
 

@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-from experiments.verbs import VERBS
+from specbench.cli.verbs import VERBS
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()

@@ -7,12 +7,12 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from experiments.assembly import composed
 from experiments.cli import main
 from experiments.reproduce import cost_of_a_run
-from experiments.stage import MARKER
-from experiments.studies import Study
-from specbench.atomic import write_json
+from specbench.cli.assembly import composed
+from specbench.cli.stages import MARKER
+from specbench.cli.studies import Study
+from specbench.files.atomic import write_json
 from tests.pipeline import prepare
 
 SMALL = ["method=dflash", "tracking=disabled"]

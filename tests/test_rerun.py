@@ -12,10 +12,10 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 
 from experiments import rerun, sync
-from experiments.stage import container
-from experiments.verbs import VERBS
-from specbench.provenance import provenance
-from specbench.runfolder import RunFolder
+from specbench.cli.stages import container
+from specbench.cli.verbs import VERBS
+from specbench.runs.provenance import provenance
+from specbench.runs.run_folder import RunFolder
 from tests.test_runfolder import RECORD
 
 
@@ -32,7 +32,7 @@ def evaluate(cfg: DictConfig) -> None:
 
 @pytest.fixture
 def recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setattr("specbench.provenance.SOURCE", tmp_path)  # a checkout at work may change between two runs
+    monkeypatch.setattr("specbench.runs.provenance.SOURCE", tmp_path)  # a checkout at work may change between two runs
     module = types.ModuleType("seeded_verb")
     module.run = evaluate  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "seeded_verb", module)
@@ -83,7 +83,7 @@ def test_threads_that_the_verb_sets_are_compared_where_it_has_set_them(
 ) -> None:
     """This process counts two threads until the verb sets one, as it did when the run was recorded."""
     counted = [torch.get_num_threads() + 1]
-    monkeypatch.setattr("specbench.provenance.torch.get_num_threads", lambda: counted[0])
+    monkeypatch.setattr("specbench.runs.provenance.torch.get_num_threads", lambda: counted[0])
     verb = sys.modules["seeded_verb"].run
 
     def settled(cfg: DictConfig) -> None:

@@ -16,10 +16,10 @@ import pytest
 import torch
 import yaml
 
-from specbench.atomic import changes, plain, replacing, write_json
-from specbench.folderlogger import FolderLogger
-from specbench.provenance import differences, provenance, source_state
-from specbench.runfolder import COLUMNS, RunFolder, read_lines, read_summary
+from specbench.files.atomic import changes, plain, replacing, write_json
+from specbench.runs.folder_logger import FolderLogger
+from specbench.runs.provenance import differences, provenance, source_state
+from specbench.runs.run_folder import COLUMNS, RunFolder, read_lines, read_summary
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 RECORD = {
@@ -97,7 +97,7 @@ def test_status_after_an_error_and_after_ctrl_c(tmp_path: Path) -> None:
 def test_a_killed_run_reads_as_unfinished_and_continues(tmp_path: Path) -> None:
     code = """
 import sys, time
-from specbench.runfolder import RunFolder
+from specbench.runs.run_folder import RunFolder
 run = RunFolder(sys.argv[1], "train", "killed", {"seed": 1}).open()
 for step in range(5):
     run.log({"loss": 1.0 / (step + 1)}, step)
@@ -138,8 +138,8 @@ def test_a_full_disk_leaves_the_old_file_whole(tmp_path: Path, disk: str) -> Non
         limit += "resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000))"
     code = f"""
 import sys
-from specbench.atomic import write_json
-from specbench.runfolder import RunFolder, read_summary
+from specbench.files.atomic import write_json
+from specbench.runs.run_folder import RunFolder, read_summary
 run = RunFolder(sys.argv[1], "train", "full", {{}}).open()
 write_json(run.path / "facts.json", {{"kept": 1}})
 {limit}

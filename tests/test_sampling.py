@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from specbench.sampling import Sampler, Sampling, draw, warp
+from specbench.decoding.sampling import Sampler, Sampling, draw, warp
 
 HALVES = torch.tensor([0.5, 0.25, 0.125, 0.125])
 

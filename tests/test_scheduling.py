@@ -12,8 +12,8 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 import configs
-from specbench.costs import CostProfile
-from specbench.scheduling import (
+from specbench.decoding.cost_profile import CostProfile
+from specbench.decoding.scheduling import (
     DelayedGlobal,
     FixedLength,
     HardwareAware,

@@ -6,9 +6,9 @@ import shutil
 import pandas as pd
 import pytest
 
-from experiments.assembly import composed, load_target
 from experiments.quickstart import stage
-from specbench.data import answers
+from specbench.cli.assembly import composed, load_target
+from specbench.data.answers import generation as answers
 from tests.data.target_server import TargetServer
 
 BENCHMARKS = ("gsm8k", "math500", "aime25", "humaneval", "mbpp", "livecodebench", "mt-bench", "alpaca", "arena-hard-v2")

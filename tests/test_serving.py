@@ -14,14 +14,14 @@ from hydra import compose, initialize_config_dir
 import configs
 from experiments import calibrate, serve
 from experiments.cli import main
-from specbench.calibration import fit
-from specbench.costs import CostProfile
-from specbench.decoding import Limits, speculative_decode
-from specbench.rounds import PromptRounds, flatten, from_lines
-from specbench.sampling import Sampling
-from specbench.scheduling import DelayedGlobal, FixedLength, HardwareAware, Oracle, StaticThreshold
-from specbench.serving import Policy, closed_loop, poisson, service_levels, workload
-from specbench.simulator import Engine, Workload
+from specbench.decoding.calibration import fit
+from specbench.decoding.cost_profile import CostProfile
+from specbench.decoding.loop import Limits, speculative_decode
+from specbench.decoding.sampling import Sampling
+from specbench.decoding.scheduling import DelayedGlobal, FixedLength, HardwareAware, Oracle, StaticThreshold
+from specbench.evaluation.recorded_rounds import PromptRounds, flatten, from_lines
+from specbench.serving.load import Policy, closed_loop, poisson, service_levels, workload
+from specbench.serving.simulator import Engine, Workload
 from tests import tiny
 
 SLOTS = 5

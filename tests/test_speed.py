@@ -13,14 +13,13 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 from experiments import speed
-from experiments.assembly import build_draft, draft_settings, load_target
-from specbench.costs import CostProfile
-from specbench.decoding import Limits, decode
-from specbench.interchange import save_draft
-from specbench.sampling import Sampling
-from specbench.scheduling import FixedLength, HardwareAware
-from specbench.simulationcheck import check
-from specbench.speed import (
+from specbench.checkpoints.draft_folder import save_draft
+from specbench.cli.assembly import build_draft, draft_settings, load_target
+from specbench.decoding.cost_profile import CostProfile
+from specbench.decoding.loop import Limits, decode
+from specbench.decoding.sampling import Sampling
+from specbench.decoding.scheduling import FixedLength, HardwareAware
+from specbench.profiling.decoding_speed import (
     cost_profile,
     draft_cost,
     predicted_speedup,
@@ -30,6 +29,7 @@ from specbench.speed import (
     timed,
     wall_clock,
 )
+from specbench.serving.simulation_check import check
 from tests import tiny
 
 CPU = torch.device("cpu")
@@ -143,7 +143,7 @@ def test_the_librarys_generation_takes_its_turn_with_the_same_texts(monkeypatch)
     assert [owner.generate(p, 8, (1,)) for p in asked] == [plain[0], plain[1]]
     # By a clock that any way takes a second of, a speed is a count of tokens and equal texts are equally fast.
     ticks = itertools.count()
-    monkeypatch.setattr("specbench.speed.clock", lambda device: float(next(ticks)))
+    monkeypatch.setattr("specbench.profiling.decoding_speed.clock", lambda device: float(next(ticks)))
     result = wall_clock(owner, draft, asked, Sampling(), Limits(8), repeats=3, warmup=1, library=True)
     speeds = [result[f"{way}tokens_per_second"] for way in ("", "plain_", "library_")]
     assert speeds == [16, 16, 16] and result["loop_plain"] == result["loop_speculative"] == 1
@@ -156,7 +156,7 @@ def test_the_simulation_is_held_against_the_engine(monkeypatch):
     """By a clock on which a step takes 50 ms, a prefill 300 ms and all else nothing, the two are equal."""
     owner, draft = tiny.target("qwen3"), tiny.draft("dflash", "qwen3")
     now, extend, prefill = [0.0], owner.extend, owner.prefill
-    monkeypatch.setattr("specbench.decoding.time", SimpleNamespace(perf_counter=lambda: now[0]))
+    monkeypatch.setattr("specbench.decoding.loop.time", SimpleNamespace(perf_counter=lambda: now[0]))
 
     def taking(seconds, action):
         def timed(*inputs):

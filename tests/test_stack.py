@@ -7,10 +7,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from specbench import stack
-from specbench.backbone import Backbone, Layer, RotaryEmbedding, backbone_of
-from specbench.kvcache import KVCache
-from specbench.stack import Folded, Plain, Stack
+from specbench.models.backbone import Backbone, Layer, RotaryEmbedding, backbone_of
+from specbench.models.fast import folded_layers as stack
+from specbench.models.fast.folded_layers import Folded, Plain, Stack
+from specbench.models.kv_cache import KVCache
 from tests import tiny
 
 QWEN3 = backbone_of(tiny.QWEN3)

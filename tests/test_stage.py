@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from experiments.progress import Progress
-from experiments.stage import Stage, duration
+from specbench.cli.progress import Progress
+from specbench.cli.stages import Stage, duration
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
@@ -52,7 +52,7 @@ def test_a_cut_stage_resumes_only_under_its_own_configuration(tmp_path: Path) ->
 
 def test_one_process_at_a_time(tmp_path: Path) -> None:
     code = (
-        "import sys; from experiments.stage import Stage\n"
+        "import sys; from specbench.cli.stages import Stage\n"
         "with Stage('cache', sys.argv[1], {}) as stage: print('in', flush=True); sys.stdin.read()"
     )
     with subprocess.Popen(

@@ -15,12 +15,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from analysis import runs
 from analysis.compare import compare
+from analysis.read import runs
 from experiments.cli import main
-from specbench.runfolder import RunFolder
-from specbench.syncing import offline_runs
-from specbench.tracking import Tracking
+from specbench.runs.run_folder import RunFolder
+from specbench.runs.wandb_sync import offline_runs
+from specbench.runs.wandb_tracking import Tracking
 from tests.analysis.synthetic import SCHEMA, simulate
 from tests.wandbserver import Wandb, wandb_server
 

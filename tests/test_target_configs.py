@@ -11,13 +11,13 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from experiments import assembly
-from experiments.assembly import build_draft, composed
-from experiments.composing import configs
 from experiments.planning import print_plan, shapes
-from experiments.targeting import expand
-from specbench.backbone import backbone_of, sizes
-from specbench.tables import Tables
+from specbench.cli import assembly
+from specbench.cli.assembly import build_draft, composed
+from specbench.cli.overrides import configs
+from specbench.cli.target_argument import expand
+from specbench.models.backbone import backbone_of, sizes
+from specbench.models.embedding_head import Tables
 from tests.tiny import CONFIGS, METHODS
 
 TARGETS = sorted(file.stem for file in (CONFIGS / "target").glob("*.yaml") if file.stem != "folder")

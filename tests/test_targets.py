@@ -10,17 +10,17 @@ import pytest
 import torch
 from omegaconf import DictConfig, OmegaConf
 
-from experiments.assembly import build_draft, build_objective, load_target
-from specbench.backbone import backbone_of
-from specbench.data.cache import build
-from specbench.data.chat import Encoded
-from specbench.data.datamodule import TargetCache
-from specbench.data.storage import storage
-from specbench.decoding import Limits, decode, speculative_decode
-from specbench.initialisation import randomise
-from specbench.sampling import Sampling
-from specbench.targets import Target
-from specbench.training import DraftTraining
+from specbench.cli.assembly import build_draft, build_objective, load_target
+from specbench.data.answers.chat import Encoded
+from specbench.data.cache.build import build
+from specbench.data.cache.storage import storage
+from specbench.data.loading.target_cache import TargetCache
+from specbench.decoding.loop import Limits, decode, speculative_decode
+from specbench.decoding.sampling import Sampling
+from specbench.models.backbone import backbone_of
+from specbench.models.target import Target
+from specbench.training.initialisation import randomise
+from specbench.training.module import DraftTraining
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 TINY = ("tiny_qwen3", "tiny_gemma4", "tiny_deepseek_v4")

@@ -14,9 +14,9 @@ import pytest
 import torch
 import wandb
 
-from specbench.runfolder import RunFolder, read_lines
-from specbench.syncing import offline_runs, sync
-from specbench.tracking import Tracking, has_key
+from specbench.runs.run_folder import RunFolder, read_lines
+from specbench.runs.wandb_sync import offline_runs, sync
+from specbench.runs.wandb_tracking import Tracking, has_key
 
 
 @pytest.fixture(autouse=True)

@@ -13,13 +13,13 @@ import pytest
 import torch
 import torch.multiprocessing as mp
 
-from specbench.callbacks import DecodeProbe, GracefulStop, KeepLast
-from specbench.data.online import OnlineTarget
-from specbench.decoding import Limits, speculative_decode
-from specbench.objective import Objective
-from specbench.sampling import Sampling
-from specbench.targets import Target, new_causal_lm
-from specbench.training import DraftTraining, warmup_cosine
+from specbench.data.loading.online import OnlineTarget
+from specbench.decoding.loop import Limits, speculative_decode
+from specbench.decoding.sampling import Sampling
+from specbench.losses.objective import Objective
+from specbench.models.target import Target, new_causal_lm
+from specbench.training.callbacks import DecodeProbe, GracefulStop, KeepLast
+from specbench.training.module import DraftTraining, warmup_cosine
 from tests import toys
 from tests.data.tiny_target import talks
 

@@ -12,12 +12,12 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 from experiments import trainspeed as verb
-from experiments.assembly import build_draft
 from specbench.blocks import pack, with_anchors
-from specbench.objective import Objective
-from specbench.stepspeed import StepCost
-from specbench.tables import Tables
-from specbench.trainspeed import (
+from specbench.cli.assembly import build_draft
+from specbench.losses.objective import Objective
+from specbench.models.embedding_head import Tables
+from specbench.profiling.step_measurement import StepCost
+from specbench.profiling.training_speed import (
     SHAPES,
     SMALL,
     agreement,

@@ -14,8 +14,8 @@ import itertools
 import pytest
 import torch
 
-from specbench.sampling import draw
-from specbench.verification import verify, verify_greedy
+from specbench.decoding.sampling import draw
+from specbench.decoding.verification import verify, verify_greedy
 
 STEPS = 44  # bisections: 2^-44 < 1e-13
 

@@ -8,10 +8,10 @@ from pathlib import Path
 import torch
 from omegaconf import OmegaConf
 
-from experiments.assembly import build_draft
 from specbench.blocks import Batch, Sample, pack
-from specbench.initialisation import randomise
-from specbench.targets import Target
+from specbench.cli.assembly import build_draft
+from specbench.models.target import Target
+from specbench.training.initialisation import randomise
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 METHODS = sorted(p.stem for p in (CONFIGS / "method").glob("*.yaml"))

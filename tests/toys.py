@@ -7,16 +7,16 @@ from functools import cache
 
 import torch
 
-from specbench.backbone import backbone_of
-from specbench.baselines import Small
-from specbench.initialisation import from_target, randomise
-from specbench.methods.dflash import DFlash
-from specbench.methods.draft import Draft
-from specbench.methods.dspark import DSpark
-from specbench.methods.eagle3 import Eagle3
-from specbench.methods.mtp import MTP
-from specbench.sampling import Sampling, warp
-from specbench.targets import Target
+from specbench.decoding.sampling import Sampling, warp
+from specbench.drafts.baselines import Small
+from specbench.drafts.dflash import DFlash
+from specbench.drafts.draft import Draft
+from specbench.drafts.dspark import DSpark
+from specbench.drafts.eagle3 import Eagle3
+from specbench.drafts.mtp import MTP
+from specbench.models.backbone import backbone_of
+from specbench.models.target import Target
+from specbench.training.initialisation import from_target, randomise
 
 VOCABULARY, TAPS = 5, (0, 1)
 CONFIG = {

@@ -1,7 +1,7 @@
 """Published drafts computed straight from config.json and tensors, one query at a time: the formulas and nothing else.
 
 Nothing of the package is used, so that a reading of a format is held against a second one. Sources as in
-specbench/formats.py. `w` are tensors under the names of DeepSpec, `c` flat facts with nothing left out.
+specbench/checkpoints/formats.py. `w` are tensors under the names of DeepSpec, `c` flat facts with nothing left out.
 """
 
 from __future__ import annotations

@@ -12,9 +12,9 @@ from pathlib import Path
 
 from omegaconf import OmegaConf
 
-from analysis import runs
 from analysis.compare import compare
-from experiments import composing
+from analysis.read import runs
+from specbench.cli import overrides as composing
 from tests.analysis.synthetic import LEVEL, simulate, write_run
 
 

@@ -14,8 +14,11 @@ import pytest
 from matplotlib import image
 from omegaconf import OmegaConf
 
-from analysis import curves, figures, report, style, tables
 from analysis.compare import compare
+from analysis.figures import acceptance as figures
+from analysis.figures import curves, style
+from analysis.html import content as report
+from analysis.tables import frames as tables
 from experiments import cli
 from tests.analysis.synthetic import simulate, write_run
 

@@ -6,10 +6,13 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from analysis import curves, figures, overlay, runs, tables
-from analysis import groups as grouping
-from analysis.published import table
-from analysis.report import Drawing
+from analysis.figures import acceptance as figures
+from analysis.figures import curves, overlay
+from analysis.html.content import Drawing
+from analysis.read import runs
+from analysis.tables import frames as tables
+from analysis.tables import groups as grouping
+from analysis.tables.published import table
 from tests.analysis.synthetic import simulate, write_run
 
 

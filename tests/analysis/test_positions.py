@@ -11,13 +11,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from analysis import details, gap, groups, positions, runs
 from analysis.compare import compare
-from analysis.headline import headline
-from analysis.histograms import count
-from analysis.teacherforced import Forced, paired
-from specbench.runfolder import OPTIONAL
-from specbench.tokenclasses import CLASSES
+from analysis.read import details, runs
+from analysis.statistics.headline import headline
+from analysis.statistics.histograms import count
+from analysis.statistics.teacher_forced import Forced, paired
+from analysis.tables import gap, groups, positions
+from specbench.evaluation.token_classes import CLASSES
+from specbench.runs.run_folder import OPTIONAL
 from tests.analysis.synthetic import record, write_run
 
 SLOTS = 3

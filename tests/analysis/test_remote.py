@@ -13,7 +13,7 @@ import pandas as pd
 import pytest
 import yaml
 
-from analysis import remote, runs
+from analysis.read import remote, runs
 from tests.analysis.synthetic import simulate, write_run
 
 FIELDS = {

@@ -10,8 +10,8 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
-from analysis import folders, records, runs
-from specbench.runfolder import RunFolder
+from analysis.read import folders, records, runs
+from specbench.runs.run_folder import RunFolder
 from tests.analysis.synthetic import record, simulate, write_run
 
 

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from analysis import statistics
-from analysis.histograms import Counts, Sums, count
-from analysis.statistics import Interval, PairingError
+from analysis.statistics import intervals as statistics
+from analysis.statistics.histograms import Counts, Sums, count
+from analysis.statistics.intervals import Interval, PairingError
 
 SLOTS = 4
 

@@ -9,9 +9,12 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from analysis import costs, groups, layout, published, runs, tables, writers
-from analysis.groups import MixedError
-from analysis.layout import Cell, Sheet
+from analysis.read import runs
+from analysis.tables import costs, groups, published, writers
+from analysis.tables import frames as tables
+from analysis.tables import sheets as layout
+from analysis.tables.groups import MixedError
+from analysis.tables.sheets import Cell, Sheet
 from tests.analysis.synthetic import DOMAINS, record, simulate, write_run
 
 

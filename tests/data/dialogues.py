@@ -2,8 +2,8 @@
 
 import json
 
-from specbench.data.engines import Policy, ServerEngine
-from specbench.data.servers import Patience
+from specbench.data.answers.engines import Policy, ServerEngine
+from specbench.data.answers.servers import Patience
 from tests.data.chat_server import answer_to
 
 QUICK = Patience(request=0.6, attempts=8, backoff=0.02, longest=0.2, probe=0.05, outage=5.0)

@@ -10,7 +10,9 @@ import time
 from collections.abc import Callable
 
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["tests.data.tiny_target", "specbench.data.cache", "specbench.data.datamodule"])
+_CONTEXT.set_forkserver_preload(
+    ["tests.data.tiny_target", "specbench.data.cache.build", "specbench.data.loading.target_cache"]
+)
 
 
 def _announced(pipe, work: Callable[..., object], *arguments: object) -> None:

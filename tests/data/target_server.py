@@ -7,10 +7,10 @@ from collections.abc import Sequence
 
 from aiohttp import web
 
-from specbench.data.chat import prompt_ids
-from specbench.decoding import Limits, decode
-from specbench.sampling import Sampling
-from specbench.targets import Target
+from specbench.data.answers.chat import prompt_ids
+from specbench.decoding.loop import Limits, decode
+from specbench.decoding.sampling import Sampling
+from specbench.models.target import Target
 from tests.data.chat_server import ChatServer
 
 

@@ -7,8 +7,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from experiments.cache import encoded
-from specbench.data import answers
-from specbench.data.servers import Refused, _reply
+from specbench.data.answers import generation as answers
+from specbench.data.answers.servers import Refused, _reply
 from tests.data.tokenizers_small import tokenizer
 
 ASK, SAY = {"role": "user", "content": "Why?"}, {"role": "assistant", "content": "So."}

@@ -4,9 +4,10 @@ import json
 
 import pytest
 
-from specbench.data import answers, jsonl
-from specbench.data.chat import encode, prompt_ids
-from specbench.data.engines import InProcessEngine, Policy
+from specbench.data.answers import generation as answers
+from specbench.data.answers.chat import encode, prompt_ids
+from specbench.data.answers.engines import InProcessEngine, Policy
+from specbench.files import json_lines as jsonl
 from tests.data.chat_server import STOP, ChatServer
 from tests.data.dialogues import POLICY, check, engine, prompts, rows
 from tests.data.tokenizers_small import THINKING, tokenizer

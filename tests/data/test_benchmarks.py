@@ -11,7 +11,7 @@ import pytest
 import torch
 from hydra.utils import instantiate
 
-from specbench.data.benchmarks import Benchmark, Benchmarks, Prompt, for_rank
+from specbench.data.prompts.benchmarks import Benchmark, Benchmarks, Prompt, for_rank
 
 STEP = "\nPlease reason step by step, and put your final answer within \\boxed{}."
 LCB = (
@@ -205,7 +205,7 @@ def test_settings_that_cannot_work(tmp_path):
 
 
 def test_without_a_network_one_sentence_says_what_to_set(known, monkeypatch):
-    monkeypatch.setattr("specbench.data.hub._resolves", lambda host: False)
+    monkeypatch.setattr("specbench.files.hub_datasets._resolves", lambda host: False)
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", Path("/nonexistent"))
     for name in ("gsm8k", "arena-hard-v2"):
         dataset = known[name].dataset

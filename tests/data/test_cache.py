@@ -13,15 +13,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from specbench.data.agreement import WrongCapture, relative_error
-from specbench.data.cache import CacheBuilder, CachePrediction, build
-from specbench.data.layout import lay_out
-from specbench.data.manifest import CacheMismatch, Index, Manifest, fingerprint
-from specbench.data.online import states_of
-from specbench.data.reading import CacheReader, LocalFiles
-from specbench.data.sizing import in_units, plan
-from specbench.data.storage import storage
-from specbench.data.writing import NoRoom
+from specbench.data.cache.agreement import WrongCapture, relative_error
+from specbench.data.cache.build import CacheBuilder, CachePrediction, build
+from specbench.data.cache.manifest import CacheMismatch, Index, Manifest, fingerprint
+from specbench.data.cache.plan import in_units, plan
+from specbench.data.cache.shard_plan import lay_out
+from specbench.data.cache.storage import storage
+from specbench.data.cache.writing import NoRoom
+from specbench.data.loading.online import states_of
+from specbench.data.loading.reading import CacheReader, LocalFiles
 from tests.data.killing import in_child
 from tests.data.tiny_target import Talk, TinyTarget, talks
 

@@ -2,8 +2,8 @@
 
 import pytest
 
-from specbench.data.chat import encode, prompt_ids, render
-from specbench.data.templates import ChatError, template_hash
+from specbench.data.answers.chat import encode, prompt_ids, render
+from specbench.data.answers.templates import ChatError, template_hash
 from tests.data.tokenizers_small import BROKEN, CHATML, GENERATION, THINKING, tokenizer
 
 SYSTEM = {"role": "system", "content": "Be brief."}

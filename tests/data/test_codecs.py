@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from specbench.data.codecs import NAMES, codec
-from specbench.data.storage import PRESETS, kept_rows, storage
+from specbench.data.cache.codecs.codecs import NAMES, codec
+from specbench.data.cache.storage import PRESETS, kept_rows, storage
 
 PUBLISHED = 30_720  # bytes a token of five taps and `last` in bf16 at hidden size 2560
 

@@ -12,12 +12,12 @@ import torch
 import webdataset as wds
 
 from specbench.blocks import pack
-from specbench.data.cache import build
-from specbench.data.datamodule import TargetCache
-from specbench.data.manifest import CacheMismatch
-from specbench.data.order import split
-from specbench.data.shards import from_webdataset
-from specbench.data.storage import storage
+from specbench.data.cache.build import build
+from specbench.data.cache.manifest import CacheMismatch
+from specbench.data.cache.shards import from_webdataset
+from specbench.data.cache.storage import storage
+from specbench.data.loading.order import split
+from specbench.data.loading.target_cache import TargetCache
 from tests.data.killing import in_child
 from tests.data.tiny_target import TinyTarget, talks
 

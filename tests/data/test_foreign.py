@@ -12,7 +12,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from specbench.data import foreign, jsonl
+from specbench.data.prompts import foreign_layouts as foreign
+from specbench.files import json_lines as jsonl
 
 # What every one of the formats can hold: text without lone surrogates and zeros, cells that are not empty.
 CELL = st.text(st.characters(exclude_categories=("Cs",), exclude_characters="\0"), min_size=1, max_size=8)

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from specbench.atomic import read_json, write_json
-from specbench.data import jsonl
+from specbench.files import json_lines as jsonl
+from specbench.files.atomic import read_json, write_json
 
 TEXT = st.text(st.characters(exclude_categories=()), max_size=12)  # lone surrogates, U+0085, U+2028 and all controls
 ROW = st.dictionaries(TEXT, st.recursive(TEXT | st.integers() | st.booleans() | st.none(), st.lists, max_leaves=5))

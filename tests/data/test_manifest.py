@@ -5,11 +5,11 @@ import shutil
 
 import pytest
 
-from specbench.data.cache import build
-from specbench.data.manifest import DamagedManifest, Manifest, fingerprint
-from specbench.data.reading import CacheReader, LocalFiles
-from specbench.data.shards import DamagedShard
-from specbench.data.storage import storage
+from specbench.data.cache.build import build
+from specbench.data.cache.manifest import DamagedManifest, Manifest, fingerprint
+from specbench.data.cache.shards import DamagedShard
+from specbench.data.cache.storage import storage
+from specbench.data.loading.reading import CacheReader, LocalFiles
 from tests.data.tiny_target import TinyTarget, talks
 
 REFUSED = (DamagedManifest, DamagedShard)

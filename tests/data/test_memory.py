@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from specbench.data.memory import SMALL, Recycler
-from specbench.data.reading_speed import compare
+from specbench.data.loading.buffers import SMALL, Recycler
+from specbench.profiling.reading_speed import compare
 
 
 def test_a_kept_batch_is_never_overwritten_and_a_dropped_one_is_used_again():

@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from specbench.data.cache import build
-from specbench.data.datamodule import TargetCache
-from specbench.data.online import OnlineTarget, states_of
-from specbench.data.reading import LocalFiles
-from specbench.data.storage import storage
+from specbench.data.cache.build import build
+from specbench.data.cache.storage import storage
+from specbench.data.loading.online import OnlineTarget, states_of
+from specbench.data.loading.reading import LocalFiles
+from specbench.data.loading.target_cache import TargetCache
 from tests.data.tiny_target import TinyTarget, talks
 
 TALKS = talks(46)

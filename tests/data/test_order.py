@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from specbench.data.order import EpochPlan, epoch_order, permutation, split
+from specbench.data.loading.order import EpochPlan, epoch_order, permutation, split
 
 
 def test_a_permutation_is_fixed_by_its_key():

@@ -8,9 +8,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from specbench.data import jsonl, prompts
-from specbench.data.overlap import Contamination, Signatures, words
-from specbench.data.sources import Columns, Embedded, Files
+from specbench.data.prompts import preparation as prompts
+from specbench.data.prompts.deduplication import Contamination, Signatures, words
+from specbench.data.prompts.sources import Columns, Embedded, Files
+from specbench.files import json_lines as jsonl
 
 SHAREGPT = Columns(messages="conversations", role="from", content="value")
 

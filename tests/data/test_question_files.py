@@ -7,10 +7,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from specbench.data import prompts
-from specbench.data.benchmarks import MT_BENCH, Benchmark, Benchmarks
-from specbench.data.sources import Columns, Files
-from specbench.data.turns import PLACEHOLDER
+from specbench.data.prompts import preparation as prompts
+from specbench.data.prompts.benchmarks import MT_BENCH, Benchmark, Benchmarks
+from specbench.data.prompts.sources import Columns, Files
+from specbench.data.prompts.turns import PLACEHOLDER
 
 SPEC_BENCH = ("translation", "summarization", "qa", "math_reasoning", "rag")
 QUESTIONS = Columns(prompt="turns", id="question_id", domain="category")

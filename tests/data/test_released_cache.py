@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from specbench.data.released_cache import ReleasedCache
+from specbench.data.cache.released_cache import ReleasedCache
 
 FOLDER = Path(__file__).parents[1] / "fixtures" / "target_cache_v2"
 

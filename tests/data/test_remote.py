@@ -9,12 +9,12 @@ from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 import torch
 
-from specbench.data.cache import build
-from specbench.data.datamodule import TargetCache
-from specbench.data.reading import CacheReader
-from specbench.data.remote import RemoteFiles, is_remote
-from specbench.data.shards import DamagedShard
-from specbench.data.storage import storage
+from specbench.data.cache.build import build
+from specbench.data.cache.remote import RemoteFiles, is_remote
+from specbench.data.cache.shards import DamagedShard
+from specbench.data.cache.storage import storage
+from specbench.data.loading.reading import CacheReader
+from specbench.data.loading.target_cache import TargetCache
 from tests.data.tiny_target import TinyTarget, talks
 
 

@@ -11,9 +11,9 @@ from dataclasses import replace
 
 import pytest
 
-from specbench.data import answers
-from specbench.data.engines import ServerEngine
-from specbench.data.servers import Patience
+from specbench.data.answers import generation as answers
+from specbench.data.answers.engines import ServerEngine
+from specbench.data.answers.servers import Patience
 from tests.data.chat_server import ChatServer
 from tests.data.dialogues import POLICY, QUICK, check, engine, prompts, rows
 
@@ -166,8 +166,8 @@ def test_wrong_servers_are_named_at_once(tmp_path):
 SCRIPT = """
 import sys
 from pathlib import Path
-from specbench.data import answers
-from specbench.data.engines import Policy, ServerEngine
+from specbench.data.answers import generation as answers
+from specbench.data.answers.engines import Policy, ServerEngine
 ask = lambda i: [{"role": "user", "content": f"question {i}.0"}]
 asked = [{"id": f"p{i}", "source": "s", "messages": ask(i)} for i in range(60)]
 engine = ServerEngine([sys.argv[2]], "tiny", concurrency=4)

@@ -11,13 +11,13 @@ import pytest
 import torch
 import webdataset as wds
 
-from specbench.data.cache import build
-from specbench.data.datamodule import TargetCache
-from specbench.data.manifest import Manifest
-from specbench.data.online import states_of
-from specbench.data.reading import CacheReader, LocalFiles, verify
-from specbench.data.shards import DamagedShard, from_webdataset
-from specbench.data.storage import storage
+from specbench.data.cache.build import build
+from specbench.data.cache.manifest import Manifest
+from specbench.data.cache.shards import DamagedShard, from_webdataset
+from specbench.data.cache.storage import storage
+from specbench.data.loading.online import states_of
+from specbench.data.loading.reading import CacheReader, LocalFiles, verify
+from specbench.data.loading.target_cache import TargetCache
 from tests.data.tiny_target import TinyTarget, talks
 
 TALKS = talks(14)

@@ -4,10 +4,10 @@ import datetime
 
 import pytest
 
-from specbench.data import engines, templates
-from specbench.data.chat import encode, prompt_ids
-from specbench.data.manifest import fingerprint, tokenizer_facts
-from specbench.data.templates import ChatError, date_of, render_text, server_options, template_of
+from specbench.data.answers import engines, templates
+from specbench.data.answers.chat import encode, prompt_ids
+from specbench.data.answers.templates import ChatError, date_of, render_text, server_options, template_of
+from specbench.data.cache.manifest import fingerprint, tokenizer_facts
 from tests.data.chat_server import ChatServer
 from tests.data.dialogues import QUICK, prompts
 from tests.data.tokenizers_small import CHATML, tokenizer

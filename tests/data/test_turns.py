@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from specbench.data.sources import Columns, digest
-from specbench.data.turns import PLACEHOLDER, Unfit, find, text_of
+from specbench.data.prompts.sources import Columns, digest
+from specbench.data.prompts.turns import PLACEHOLDER, Unfit, find, text_of
 
 WORDS = st.text(st.characters(exclude_categories=("Cs",)), min_size=1, max_size=20).filter(
     lambda text: text.strip() and text.strip() != PLACEHOLDER

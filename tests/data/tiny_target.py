@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from specbench.blocks import Context
-from specbench.tables import Tables
+from specbench.models.embedding_head import Tables
 
 
 @dataclass(frozen=True)

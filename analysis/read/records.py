@@ -1,0 +1,191 @@
+"""records.parquet: read columns, join many files, and hold every record against its own histogram."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+TEXT = ("run", "method", "target", "suite", "benchmark", "domain", "prompt_id", "scheduler", "accounting", "thinking")
+SCHEMA = pa.schema(
+    [
+        *((name, pa.string()) for name in TEXT[:7]),
+        ("turn", pa.int64()),
+        ("temperature", pa.float64()),
+        *((name, pa.string()) for name in TEXT[7:]),
+        ("seed", pa.int64()),
+        ("prompt_tokens", pa.int64()),
+        ("output_tokens", pa.int64()),
+        ("truncated", pa.bool_()),
+        ("rounds", pa.int64()),
+        ("committed", pa.int64()),
+        ("proposed", pa.int64()),
+        ("accepted", pa.int64()),
+        ("seconds", pa.float64()),
+    ]
+)
+# Since specbench.records/2: the hash of the prompt's token ids, null in older files.
+HASH = pa.field("prompt_hash", pa.string())
+READ = (None, "specbench.records/2")
+CLUSTER = ("suite", "benchmark", "prompt_key")
+IDENTITY = ("source", "benchmark", "prompt_id", "turn", "seed", "temperature", "scheduler", "method", "target")
+
+
+@dataclass(frozen=True)
+class Table:
+    """One file: its columns, and its histograms as (cells of each record, (C, 3) proposed, accepted, count)."""
+
+    columns: pa.Table
+    sizes: np.ndarray
+    triples: np.ndarray
+
+    def content(self) -> str:
+        """Digest of what was counted: the same in a copy, and in a repetition that gave the same numbers."""
+        mark = hashlib.sha256(self.triples.tobytes() + self.sizes.tobytes())
+        for name in ("benchmark", "prompt_id", "turn", "committed"):
+            mark.update(repr(self.columns[name].to_pylist()).encode())
+        return mark.hexdigest()
+
+
+def read_table(file: Path) -> Table:
+    """Read one records.parquet; a missing column or one of the wrong type is an error that names it."""
+    with pq.ParquetFile(file, pre_buffer=False, memory_map=True) as parquet:
+        schema = (parquet.schema_arrow.metadata or {}).get(b"schema")
+        if (schema and schema.decode()) not in READ:
+            raise ValueError(f"{file.name} has the schema {schema.decode()!r}, and this version reads {READ[-1]!r}")
+        present = set(parquet.schema_arrow.names)
+        missing = [name for name in (*SCHEMA.names, "histogram") if name not in present]
+        if missing:
+            raise ValueError(f"{file.name} lacks the column {', '.join(missing)}")
+        hashes = [HASH.name] if HASH.name in present else []
+        table = parquet.read([*SCHEMA.names, *hashes, "histogram"], use_threads=False)
+    sizes, triples = _unpack(table["histogram"], file.name)
+    columns = [_cast(table[field.name], field, file.name) for field in SCHEMA]
+    columns.append(_cast(table[HASH.name], HASH, file.name) if hashes else pa.nulls(len(table), HASH.type))
+    return Table(pa.table(columns, SCHEMA.append(HASH)), sizes, triples)
+
+
+def _cast(column: pa.ChunkedArray, field: pa.Field, name: str) -> pa.ChunkedArray:
+    if column.type == field.type:  # nearly always, and a cast that changes nothing is not free
+        return column
+    if pa.types.is_dictionary(column.type):
+        column = column.cast(column.type.value_type)
+    try:
+        return column.cast(field.type)
+    except pa.ArrowInvalid as error:
+        raise ValueError(f"{name}, column {field.name}: {error}") from error
+
+
+def _unpack(column: pa.ChunkedArray, name: str) -> tuple[np.ndarray, np.ndarray]:
+    lists = column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
+    sizes = _sizes(lists)
+    inner = lists.flatten()
+    if not len(inner):
+        return sizes, np.zeros((0, 3), np.int64)
+    if pa.types.is_struct(inner.type):
+        fields = ("proposed", "accepted", "count")
+        return sizes, np.stack([inner.field(field).to_numpy(zero_copy_only=False) for field in fields], 1)
+    if (_sizes(inner) != 3).any():
+        raise ValueError(f"{name}: a histogram holds an entry that is not [proposed, accepted, count]")
+    return sizes, inner.flatten().to_numpy(zero_copy_only=False).astype(np.int64).reshape(-1, 3)
+
+
+def _sizes(lists: pa.ListArray) -> np.ndarray:
+    """Length of every list; 0 for a missing one."""
+    if lists.null_count == 0 and pa.types.is_list(lists.type):
+        return np.diff(lists.offsets.to_numpy()).astype(np.int64)
+    return pc.fill_null(pc.list_value_length(lists), 0).to_numpy(zero_copy_only=False).astype(np.int64)
+
+
+def concatenate(tables: Sequence[tuple[int, Table]]) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """The records of many runs and their histogram cells in long form; the number is each table's row in `runs`."""
+    if not tables:
+        records = SCHEMA.append(HASH).empty_table().to_pandas()
+        cells = np.zeros((0, 3), np.int64)
+        nothing = {name: np.zeros(0, np.int64) for name in ("source", "row", "prompt_key", "prompt")}
+        return records.assign(**nothing), _cells(np.zeros(0, np.int64), cells)
+    joined = pa.concat_tables([table.columns for _, table in tables])
+    # Text repeats a lot: categories keep a million records in memory and make grouping cheap.
+    records = joined.to_pandas(categories=[*TEXT, HASH.name])
+    records["source"] = np.repeat([source for source, _ in tables], [len(table.columns) for _, table in tables])
+    # Where the record stands in its own file, for what is read later (analysis.read.details).
+    records["row"] = np.concatenate([np.arange(len(table.columns)) for _, table in tables])
+    records["prompt_key"] = prompt_keys(records)
+    # One number a prompt, the same in every run: what statistics cluster and pair by.
+    records["prompt"] = records.groupby(list(CLUSTER), observed=True, dropna=False, sort=False).ngroup()
+    sizes = np.concatenate([table.sizes for _, table in tables])
+    return records, _cells(np.repeat(np.arange(len(sizes)), sizes), np.concatenate([t.triples for _, t in tables]))
+
+
+def prompt_keys(records: pd.DataFrame) -> pd.Series:
+    """What names each record's prompt: the hash of the tokens of its conversation's first turn.
+
+    Records that hold none take that of the same id in other runs where it is one, else the id itself, as `id:ID`.
+    """
+    on = ["benchmark", "prompt_id"]
+    first = records.loc[records["turn"] == 0, ["source", *on, HASH.name]].drop_duplicates(["source", *on])
+    hashed = first.dropna(subset=[HASH.name])
+    once = hashed.drop_duplicates([*on, HASH.name])
+    once = once.drop_duplicates(on, keep=False)
+    own = pd.MultiIndex.from_frame(records[["source", *on]].astype(object))
+    by_run = hashed.astype(object).set_index(["source", *on])[HASH.name].reindex(own).to_numpy()
+    if pd.isna(by_run).any():
+        of_id = once.astype(object).set_index(on)[HASH.name].reindex(own.droplevel("source")).to_numpy()
+        plain = ("id:" + records["prompt_id"].astype(str)).to_numpy()
+        by_run = np.where(pd.isna(by_run), np.where(pd.isna(of_id), plain, of_id), by_run)
+    return pd.Series(by_run, records.index, dtype="category")
+
+
+def _cells(record: np.ndarray, triples: np.ndarray) -> pd.DataFrame:
+    return pd.DataFrame(
+        {"record": record, "proposed": triples[:, 0], "accepted": triples[:, 1], "count": triples[:, 2]}
+    )
+
+
+def check(records: pd.DataFrame, cells: pd.DataFrame) -> None:
+    """Hold rounds, proposed, accepted and committed of every record against its histogram.
+
+    A round commits accepted + 1 tokens, or accepted where a stop token ended it, so `committed` lies between the two
+    sums. An error names the run, the prompt and the column: such records would give wrong tables silently.
+    """
+    triples = cells[["proposed", "accepted", "count"]].to_numpy()
+    wrong = (triples < 0).any(1) | (triples[:, 1] > triples[:, 0])
+    if wrong.any():
+        at = int(np.flatnonzero(wrong)[0])
+        _refuse(records, int(cells["record"].iloc[at]), f"has the impossible histogram entry {triples[at].tolist()}")
+
+    def total(weights: np.ndarray) -> np.ndarray:
+        return np.bincount(cells["record"], weights=weights, minlength=len(records)).astype(np.int64)
+
+    rounds = total(triples[:, 2])
+    accepted = total(triples[:, 1] * triples[:, 2])
+    expected = {"rounds": rounds, "proposed": total(triples[:, 0] * triples[:, 2]), "accepted": accepted}
+    for name, numbers in expected.items():
+        off = np.flatnonzero(records[name].to_numpy() != numbers)
+        if len(off):
+            at = int(off[0])
+            _refuse(records, at, f"says {name} = {records[name].iloc[at]}, its histogram {numbers[at]}")
+    committed = records["committed"].to_numpy()
+    off = np.flatnonzero((committed < accepted) | (committed > accepted + rounds))
+    if len(off):
+        at = int(off[0])
+        span = f"{accepted[at]} to {accepted[at] + rounds[at]}"
+        _refuse(records, at, f"says committed = {committed[at]}, its histogram allows {span}")
+    doubled = np.flatnonzero(records.duplicated(list(IDENTITY)))
+    if len(doubled):
+        _refuse(records, int(doubled[0]), "stands twice with the same turn, seed, temperature and scheduler")
+
+
+def _refuse(records: pd.DataFrame, at: int, what: str) -> None:
+    row = records.iloc[at]
+    raise ValueError(
+        f"run {row['run']}: prompt {row['prompt_id']} of {row['benchmark']} (turn {row['turn']}) {what}; "
+        "the records are damaged, evaluate this run again"
+    )

@@ -1,0 +1,100 @@
+"""The headline numbers of one evaluation, with intervals and counts, for its summary.json."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from analysis.statistics.histograms import Counts, count
+from analysis.statistics.intervals import by_slot, interval
+from analysis.statistics.teacher_forced import Forced, paired
+
+# Tokens / seconds that their requests spent in flight: of one request inside its batch, not of the batch.
+PER_REQUEST = "tokens_per_second_per_request"
+QUANTITIES = ("accepted_length", "accepted_length_per_prompt", "acceptance_rate", "verified_per_round", "suffix_decay")
+
+
+def counts_of(records: Sequence[Mapping[str, Any]]) -> Counts:
+    """Rounds by prompt; all turns of a prompt are one cluster."""
+    keys = _keys(records)
+    cells = [(i, *cell) for i, record in enumerate(records) for cell in record["histogram"]]
+    table = np.array(cells, dtype=np.int64).reshape(-1, 4)
+    committed = np.array([r["committed"] for r in records], dtype=float)
+    return count(keys, committed, *table.T)
+
+
+def _keys(records: Sequence[Mapping[str, Any]]) -> np.ndarray:
+    return np.array([f"{r['benchmark']}/{r['prompt_id']}" for r in records])
+
+
+def headline(records: Sequence[Mapping[str, Any]], resamples: int = 2000, seed: int = 0) -> dict[str, Any]:
+    """Every headline metric as {value, low, high, count}, the slot curves, and the same by benchmark.
+
+    `count` is rounds; a quantity that has no value (no round, one prompt) is null. Records with teacher-forced sums add
+    expected_length, length_gap and a curve `teacher_forced` (analysis.statistics.teacher_forced); their counts are anchors.
+    """
+    whole = _numbers(records, resamples, seed)
+    names = sorted({r["benchmark"] for r in records})
+    own = {name: _numbers([r for r in records if r["benchmark"] == name], resamples, seed) for name in names}
+    return whole | {"benchmarks": own}
+
+
+def _numbers(records: Sequence[Mapping[str, Any]], resamples: int, seed: int) -> dict[str, Any]:
+    counts = counts_of(records)
+    rounds = int(counts.rounds.sum())
+    found: dict[str, Any] = {"prompts": len(counts.prompts), "rounds": rounds}
+    found["truncated"] = {"value": float(np.mean([r["truncated"] for r in records])), "count": len(records)}
+    seconds = float(sum(r["seconds"] for r in records))
+    tokens = int(sum(r["output_tokens"] for r in records))
+    found[PER_REQUEST] = {"value": tokens / seconds if seconds else None, "count": tokens}
+    if not rounds:
+        return found
+    for name in QUANTITIES:
+        value, low, high = interval(counts, lambda sums, name=name: getattr(sums, name), resamples, seed)
+        found[name] = {"value": _number(value), "low": _number(low), "high": _number(high), "count": rounds}
+    conditional = by_slot(counts, True, resamples, seed)
+    survival, _, _ = by_slot(counts, False, resamples, seed)
+    reached = counts.reached.sum(0)
+    found["slots"] = [
+        {
+            "slot": k + 1,
+            "conditional": _number(conditional[0][k]),
+            "low": _number(conditional[1][k]),
+            "high": _number(conditional[2][k]),
+            "n": int(reached[k]),
+            "survival": _number(survival[k]),
+        }
+        for k in range(counts.slots)
+    ]
+    return found | _teacher_forced(records, counts, resamples, seed)
+
+
+def _teacher_forced(records: Sequence[Mapping[str, Any]], counts: Counts, resamples: int, seed: int) -> dict[str, Any]:
+    have = [r for r in records if r.get("teacher_forced")]
+    both = (
+        paired(counts, Forced.of(_keys(have), [r["teacher_forced"] for r in have]), resamples, seed) if have else None
+    )
+    if both is None:
+        return {}
+
+    def entry(triple: Sequence[Any], n: Any) -> dict[str, Any]:
+        return dict(zip(("value", "low", "high"), map(_number, triple), strict=True)) | {"count": int(n)}
+
+    found: dict[str, Any] = {
+        name: entry(both.length[name], both.anchors[0]) for name in ("expected_length", "length_gap")
+    }
+    found["teacher_forced"] = [
+        {"slot": k + 1, "anchors": int(both.anchors[k]), "n": int(both.rounds[k])}
+        | {name: _number(both.slots[name][0][k]) for name in ("acceptance", "conditional", "survival", "on_policy")}
+        | {"gap": _number(both.slots["gap"][0][k])}
+        | {"low": _number(both.slots["gap"][1][k]), "high": _number(both.slots["gap"][2][k])}
+        for k in range(len(both.anchors))
+    ]
+    return found
+
+
+def _number(value: Any) -> float | None:
+    return float(value) if math.isfinite(float(value)) else None

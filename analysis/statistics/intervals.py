@@ -1,0 +1,261 @@
+"""Intervals, paired differences, the spread over training seeds, and Holm's correction.
+
+Axes: P prompts, F summed features, R resamples. Prompts are the clusters: a resample draws whole prompts with
+replacement, with all their turns and seeds, and the quantities of `analysis.statistics.histograms` are computed from its sums.
+
+Intervals are 95% percentile intervals whose tails are moved outwards for few prompts (the expanded percentile
+interval of T. Hesterberg, "What Teachers Should Know about the Bootstrap", 2015, section 4.3): without it, small
+prompt sets give intervals that are too short. Fewer than two prompts with rounds give no interval at all.
+Measured coverage of accepted length on over-dispersed simulated prompts (the law of tests/analysis/test_statistics.py,
+2,000 experiments each, standard error 0.5 points): 92.9% with 10 prompts, 93.8% with 20, 94.6% with 40, 93.9% with 80,
+94.6% with 160; but 92.4% with 6, 86.8% with 4 and 75.1% with 3, hence FEWEST.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Float
+from scipy import special
+
+from analysis.statistics.histograms import Counts, Sums, ratio
+
+LEVEL = 0.95
+RESAMPLES = 2000
+MINIMUM_SHARED = 0.9
+# With fewer prompts an interval is too short to be trusted: no difference is then called resolved.
+FEWEST = 6
+
+
+class PairingError(ValueError):
+    """Two methods were measured on prompt sets too different to be paired."""
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A value with its 95% interval; the bounds are NaN where there are too few prompts to tell."""
+
+    value: float
+    low: float
+    high: float
+
+    def __contains__(self, number: float) -> bool:
+        return not (number < self.low or number > self.high)
+
+
+@dataclass(frozen=True)
+class Difference:
+    """`a - b` on the `paired` prompts that both saw, `fewest` of them (with rounds) on one benchmark.
+
+    `resolved` is false when the interval holds zero or does not exist, or when `fewest` is below FEWEST.
+    """
+
+    value: float
+    low: float
+    high: float
+    p: float
+    paired: int
+    shared: float
+    fewest: int
+
+    @property
+    def resolved(self) -> bool:
+        return bool(self.fewest >= FEWEST and (self.low > 0 or self.high < 0))
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Mean, standard deviation (n-1) and 95% t-interval over training seeds; NaN where n = 1."""
+
+    mean: float
+    sd: float
+    n: int
+    low: float
+    high: float
+
+
+def resample(
+    features: Float[np.ndarray, "P F"], resamples: int = RESAMPLES, seed: int = 0, chunk: int = 128
+) -> Float[np.ndarray, "R F"]:
+    """Column sums of `resamples` draws of P prompts with replacement.
+
+    The draws depend on (seed, P, resamples) alone: two feature tables over the same prompts in the same order are
+    resampled together, which is what makes a difference of theirs paired.
+    """
+    prompts = len(features)
+    if not prompts:
+        return np.zeros((resamples, features.shape[1]))
+    generator = np.random.default_rng([seed, prompts])
+    sums = np.empty((resamples, features.shape[1]))
+    for start in range(0, resamples, chunk):
+        rows = min(chunk, resamples - start)
+        drawn = generator.integers(0, prompts, (rows, prompts), dtype=np.int32)
+        drawn += (np.arange(rows, dtype=np.int32) * prompts)[:, None]
+        times = np.bincount(drawn.ravel(), minlength=rows * prompts).reshape(rows, prompts)
+        sums[start : start + rows] = times.astype(float) @ features
+    return sums
+
+
+def tails(prompts: int) -> tuple[float, float]:
+    """Lower and upper percentile (in 0..1) of the expanded percentile interval for `prompts` clusters."""
+    reach = np.sqrt(prompts / (prompts - 1)) * special.stdtrit(prompts - 1, (1 + LEVEL) / 2)
+    low = float(special.ndtr(-reach))
+    return low, 1 - low
+
+
+def bounds(
+    draws: Float[np.ndarray, "R ..."], prompts: int
+) -> tuple[Float[np.ndarray, "*axes"], Float[np.ndarray, "*axes"]]:
+    """Lower and upper bound over the resamples; NaN with fewer than two prompts or no draw that has a value.
+
+    Where nothing was proposed in any round there is no slot, and the bounds are as empty as the curve.
+    """
+    if prompts < 2 or draws[0].size == 0:
+        empty = np.full(draws.shape[1:], np.nan)
+        return empty, empty.copy()
+    some = ~np.isnan(draws).all(0)
+    low, high = np.nanquantile(np.where(some, draws, 0.0), tails(prompts), axis=0)
+    return np.where(some, low, np.nan), np.where(some, high, np.nan)
+
+
+def interval(
+    counts: Counts, quantity: Callable[[Sums], np.ndarray], resamples: int = RESAMPLES, seed: int = 0
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Value and cluster-bootstrap bounds of `quantity`, e.g. `lambda sums: sums.conditional` -> three (K,) arrays."""
+    draws = Sums(resample(counts.features(), resamples, seed))
+    return (np.asarray(quantity(counts.total())), *bounds(quantity(draws), int((counts.rounds > 0).sum())))
+
+
+def by_slot(
+    counts: Counts, conditional: bool = True, resamples: int = RESAMPLES, seed: int = 0
+) -> tuple[Float[np.ndarray, " K"], Float[np.ndarray, " K"], Float[np.ndarray, " K"]]:
+    """Conditional acceptance (or survival) by slot with its bounds, from the prompts that have rounds there.
+
+    Where all of a slot's rounds went one way every resample says the same and the bootstrap would claim certainty: the
+    open end is then the exact (Clopper-Pearson) bound with each prompt as one trial.
+    """
+    total = counts.total()
+    trials = counts.reached if conditional else counts.offered
+    draws = Sums(resample(counts.features(), resamples, seed))
+    drawn, value = (sums.conditional if conditional else sums.survival for sums in (draws, total))
+    prompts = (trials > 0).sum(0)
+    each = [bounds(drawn[:, k], int(n)) for k, n in enumerate(prompts)]
+    low, high = (np.array([pair[end] for pair in each], dtype=float) for end in (0, 1))
+    several = prompts >= 2
+    open_end = ((1 - LEVEL) / 2) ** (1 / np.maximum(prompts, 1))
+    low = np.where(several & (value == 1), open_end, low)
+    high = np.where(several & (value == 0), 1 - open_end, high)
+    return value, low, high
+
+
+def accepted_length(counts: Counts, resamples: int = RESAMPLES, seed: int = 0) -> Interval:
+    """Pooled accepted length with its interval."""
+    value, low, high = interval(counts, lambda sums: sums.accepted_length, resamples, seed)
+    return Interval(float(value), float(low), float(high))
+
+
+def common(a: Counts, b: Counts, minimum: float = MINIMUM_SHARED) -> tuple[np.ndarray, float]:
+    """Prompts of both and their share of the larger union; refuses when that share is below `minimum`."""
+    both = np.intersect1d(a.prompts, b.prompts, assume_unique=True)
+    union = len(a.prompts) + len(b.prompts) - len(both)
+    shared = len(both) / union if union else 0.0
+    if shared < minimum or not len(both):
+        raise PairingError(
+            f"cannot pair: {len(both)} of {union} prompts were seen by both ({shared:.0%}, at least {minimum:.0%} "
+            "needed); evaluate both on the same prompts or filter them to the same benchmarks"
+        )
+    return both, shared
+
+
+def macro_draws(
+    strata: Sequence[Counts], resamples: int = RESAMPLES, seed: int = 0, memo: dict[tuple, np.ndarray] | None = None
+) -> tuple[float, Float[np.ndarray, " R"]]:
+    """Unweighted mean of the strata's accepted lengths (a stratum is a benchmark) and its draws.
+
+    Each stratum is resampled on its own. `memo` keeps draws between calls: tables of many pairs ask for the same ones.
+    """
+    memo = {} if memo is None else memo
+    value = float(np.mean([counts.total().accepted_length for counts in strata]))
+    draws = []
+    for index, counts in enumerate(strata):
+        sums = np.stack([counts.committed, counts.rounds], 1)
+        key = (index, resamples, seed, sums.tobytes())
+        if key not in memo:
+            drawn = resample(sums, resamples, stratum_seed(seed, index))
+            memo[key] = ratio(drawn[:, 0], drawn[:, 1])
+        draws.append(memo[key])
+    return value, np.mean(draws, 0)
+
+
+def stratum_seed(seed: int, index: int) -> int:
+    """Independent draws for benchmarks that happen to hold the same number of prompts."""
+    return seed + 1_000_003 * (index + 1)
+
+
+def macro(strata: Sequence[Counts], resamples: int = RESAMPLES, seed: int = 0) -> Interval:
+    """Macro average over benchmarks with its stratified cluster-bootstrap interval."""
+    value, draws = macro_draws(strata, resamples, seed)
+    low, high = bounds(draws, min(int((counts.rounds > 0).sum()) for counts in strata))
+    return Interval(value, float(low), float(high))
+
+
+def difference(
+    a: Sequence[Counts],
+    b: Sequence[Counts],
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+    minimum: float = MINIMUM_SHARED,
+    memo: dict[tuple, np.ndarray] | None = None,
+) -> Difference:
+    """Accepted length of `a` minus that of `b`, paired by prompt, over one benchmark or the macro of several.
+
+    Args:
+        a, b: one `Counts` a benchmark, the same benchmarks in the same order.
+        minimum: least share of prompts (of their union, per benchmark) that both must have seen.
+        memo: see `macro_draws`.
+
+    Raises:
+        PairingError: the prompt sets differ by more than that, or the benchmarks do.
+    """
+    if len(a) != len(b) or not a:
+        raise PairingError(f"cannot pair {len(a)} benchmarks with {len(b)}: compare methods on the same benchmarks")
+    paired = [common(x, y, minimum) for x, y in zip(a, b, strict=True)]
+    left = [counts.take(prompts) for counts, (prompts, _) in zip(a, paired, strict=True)]
+    right = [counts.take(prompts) for counts, (prompts, _) in zip(b, paired, strict=True)]
+    value_a, draws_a = macro_draws(left, resamples, seed, memo)
+    value_b, draws_b = macro_draws(right, resamples, seed, memo)
+    draws = draws_a - draws_b
+    prompts = min(int(((x.rounds > 0) & (y.rounds > 0)).sum()) for x, y in zip(left, right, strict=True))
+    low, high = bounds(draws, prompts)
+    finite = draws[~np.isnan(draws)]
+    # Two-sided, and never zero: R draws cannot tell a probability below 1 / (R + 1).
+    beyond = min((finite <= 0).sum(), (finite >= 0).sum())
+    p = min(1.0, 2 * (beyond + 1) / (len(finite) + 1)) if prompts >= 2 else float("nan")
+    size = sum(len(prompts) for prompts, _ in paired)
+    shared = min(share for _, share in paired)
+    return Difference(value_a - value_b, float(low), float(high), float(p), size, float(shared), prompts)
+
+
+def holm(p: Sequence[float]) -> Float[np.ndarray, " tests"]:
+    """Holm's step-down adjustment of p-values (S. Holm, 1979); NaN stays NaN and is not counted as a test."""
+    values = np.asarray(p, dtype=float)
+    adjusted = np.full(values.shape, np.nan)
+    tested = np.flatnonzero(~np.isnan(values))
+    order = tested[np.argsort(values[tested], kind="stable")]
+    steps = values[order] * (len(order) - np.arange(len(order)))
+    adjusted[order] = np.minimum(1.0, np.maximum.accumulate(steps)) if len(order) else steps
+    return adjusted
+
+
+def spread(values: Sequence[float]) -> Spread:
+    """Spread of one number a training seed. It answers another question than the bootstrap over prompts does."""
+    numbers = np.asarray(values, dtype=float)
+    n = len(numbers)
+    mean = float(numbers.mean()) if n else float("nan")
+    if n < 2:
+        return Spread(mean, float("nan"), n, float("nan"), float("nan"))
+    sd = float(numbers.std(ddof=1))
+    reach = float(special.stdtrit(n - 1, (1 + LEVEL) / 2)) * sd / np.sqrt(n)
+    return Spread(mean, sd, n, mean - reach, mean + reach)

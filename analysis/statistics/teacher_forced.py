@@ -1,0 +1,100 @@
+"""Teacher-forced acceptance beside that of real rounds, slot by slot, and their gap with paired intervals.
+
+Records carry four sums a slot (specbench/evaluation/teacher_forced.py): anchors, alpha, prod_{i<=k} alpha_i, prod_{i<k} alpha_i.
+Both estimates are resampled by the same draws of prompts, so their gap is paired.
+
+Axes: P prompts, R resamples, K slots.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float
+
+from analysis.statistics.histograms import Counts, Sums, ratio
+from analysis.statistics.intervals import RESAMPLES, bounds, resample
+
+SUMS = 4
+
+
+@dataclass(frozen=True)
+class Forced:
+    """Sums of P prompts: sums[p, k-1] = anchors, alpha, survived, reached."""
+
+    prompts: np.ndarray  # (P,) sorted and distinct
+    sums: Float[np.ndarray, "P K four"]
+
+    @classmethod
+    def of(cls, prompts: Sequence[Any], rows: Sequence[Sequence[Sequence[float]]]) -> Forced:
+        """From the records that carry sums: their prompts' keys, and one list of slots a record."""
+        slots = max((len(row) for row in rows), default=0)
+        keys, cluster = np.unique(np.asarray(prompts), return_inverse=True)
+        sums = np.zeros((len(keys), slots, SUMS))
+        for where, row in zip(cluster, rows, strict=True):
+            if len(row):
+                sums[where, : len(row)] += np.stack([np.asarray(slot, dtype=float) for slot in row])
+        return cls(keys, sums)
+
+
+@dataclass(frozen=True)
+class Paired:
+    """Each quantity with its bounds, (K,) by slot; `length` holds the three of expected minus accepted length."""
+
+    slots: dict[str, tuple[np.ndarray, np.ndarray, np.ndarray]]
+    length: dict[str, tuple[float, float, float]]
+    anchors: np.ndarray
+    rounds: np.ndarray
+
+
+def quantities(on: Sums, forced: Float[np.ndarray, "*axes K four"]) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """Curves (..., K) and lengths (...) of both estimates and their gaps, forced minus on-policy.
+
+    acceptance   mean alpha_k over anchors: what training reports
+    conditional  sum prod_{i<=k} alpha_i / sum prod_{i<k} alpha_i, beside conditional@k of the rounds
+    survival     mean prod_{i<=k} alpha_i, beside survival@k
+    expected_length  1 + sum_k survival@k, beside accepted_length; each slot over the anchors that have it, so that
+                     blocks which the end of a text cuts short do not shorten it
+    """
+    K = min(on.offered.shape[-1], forced.shape[-2])
+    anchors, alpha, survived, reached = np.moveaxis(forced, -1, 0)
+    conditional, survival = ratio(survived, reached), ratio(survived, anchors)
+    expected = 1 + np.nansum(survival[..., :K], -1)
+    curves = {
+        "acceptance": ratio(alpha, anchors)[..., :K],
+        "conditional": conditional[..., :K],
+        "survival": survival[..., :K],
+        "on_policy": on.conditional[..., :K],
+        "on_policy_survival": on.survival[..., :K],
+        "gap": conditional[..., :K] - on.conditional[..., :K],
+        "survival_gap": survival[..., :K] - on.survival[..., :K],
+    }
+    lengths = {"expected_length": expected, "accepted_length": on.accepted_length}
+    return curves, lengths | {"length_gap": expected - on.accepted_length}
+
+
+def paired(counts: Counts, forced: Forced, resamples: int = RESAMPLES, seed: int = 0) -> Paired | None:
+    """Both estimates over the prompts that have rounds and anchors; None where there is no such prompt."""
+    both = np.intersect1d(counts.prompts[counts.rounds > 0], forced.prompts)
+    sums = forced.sums[np.searchsorted(forced.prompts, both)]
+    both, sums = both[sums[:, :1, 0].any(1)], sums[sums[:, :1, 0].any(1)]
+    if not len(both) or not counts.slots:
+        return None
+    features = counts.take(both).features()
+    width = features.shape[1]
+    joined = np.concatenate([features, sums.reshape(len(both), -1)], 1)
+    drawn = resample(joined, resamples, seed)
+    whole = joined.sum(0)
+    shape = sums.shape[1:]
+    values = quantities(Sums(whole[:width]), whole[width:].reshape(shape))
+    draws = quantities(Sums(drawn[:, :width]), drawn[:, width:].reshape(-1, *shape))
+    curves, lengths = (
+        {name: (value, *bounds(drawn[name], len(both))) for name, value in found.items()}
+        for found, drawn in zip(values, draws, strict=True)
+    )
+    lengths = {name: tuple(float(x) for x in triple) for name, triple in lengths.items()}
+    K = len(curves["gap"][0])
+    return Paired(curves, lengths, sums[:, :K, 0].sum(0), counts.take(both).reached.sum(0)[:K])

@@ -1,0 +1,263 @@
+"""The tables as people read them: method x benchmark in the paper's layout, differences, seeds, costs, published.
+
+A `Sheet` is a table of texts with a few facts beside them; `analysis.tables.writers` turns it into Markdown, LaTeX, HTML or
+a terminal table.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+
+from analysis.read.runs import shown
+from analysis.statistics.intervals import FEWEST
+from analysis.tables import groups as grouping
+from analysis.tables.frames import ALL
+from analysis.tables.groups import Group
+
+MISSING = "-"
+SUFFIXES = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One entry: what is printed, whether it is the resolved best, and the number that a column is sorted by."""
+
+    text: str
+    best: bool = False
+    sort: float | int | np.number | None = None
+
+
+@dataclass(frozen=True)
+class Sheet:
+    """A table: `spans` is the optional upper header line as (text, columns), its first entry over the row labels."""
+
+    name: str
+    title: str
+    columns: Sequence[str]
+    rows: Sequence[Sequence[Cell]]
+    spans: Sequence[tuple[str, int]] = ()
+    notes: Sequence[str] = ()
+
+
+def main(
+    found: Sequence[Group],
+    lengths: pd.DataFrame,
+    macros: pd.DataFrame,
+    pairs: pd.DataFrame,
+    costs: pd.DataFrame | None = None,
+) -> list[Sheet]:
+    """One sheet a section: variants down, benchmarks across by domain, macro averages at the end of each domain.
+
+    Where `costs` (analysis.tables.costs) holds measured speedups, two columns at the end show them beside the predicted ones.
+    """
+    sheets = []
+    for section, part in grouping.sections(found):
+        own_lengths, own_macros, own_pairs = (only(frame, section) for frame in (lengths, macros, pairs))
+        places = grouping.domains(part)
+        columns, spans = [], [("", 1)]
+        for domain, names in places.items():
+            columns += [("benchmark", domain, name) for name in names]
+            columns += [("macro", domain, domain)] if len(names) > 1 else []
+            spans.append((domain, len(names) + (len(names) > 1)))
+        if sum(map(len, places.values())) > 1:
+            columns.append(("macro", ALL, ALL))
+            spans.append(("all", 1))
+        labels = list(grouping.variants(part))
+        table = {column: _column(column, labels, own_lengths, own_macros, own_pairs) for column in columns}
+        rows = [[Cell(name), *(table[column][i] for column in columns)] for i, name in enumerate(labels)]
+        names = [name if scope == "benchmark" else "macro" for scope, _, name in columns]
+        notes = _notes(part, own_macros)
+        if costs is not None and len(timed := _speedups(only(costs, section), labels)):
+            names += ["measured", "predicted"]
+            spans.append(("speedup", 2))
+            rows = [[*row, *more] for row, more in zip(rows, timed, strict=True)]
+            notes.append(
+                "Speedup: tokens a second over plain decoding of the same prompts, interleaved on one machine (median "
+                "and range of the repeats), and what the cost curves predict. Below 1 the draft slows decoding down."
+            )
+        sheets.append(Sheet("accepted_length", grouping.title(section), ["method", *names], rows, spans, notes))
+    return sheets
+
+
+def _speedups(costs: pd.DataFrame, labels: Sequence[str]) -> list[list[Cell]]:
+    """Measured and predicted speedup by label; empty where nothing was measured."""
+    by_label = costs.set_index("variant")
+    if not by_label["speedup_measured"].notna().any():
+        return []
+    rows = []
+    for label in labels:
+        row = by_label.loc[label]
+        measured = bracket(row["speedup_measured"], row["speedup_low"], row["speedup_high"])
+        predicted = _number(row["speedup_predicted"], 2)
+        rows.append([Cell(measured, sort=row["speedup_measured"]), Cell(predicted, sort=row["speedup_predicted"])])
+    return rows
+
+
+def _notes(part: Sequence[Group], macros: pd.DataFrame) -> list[str]:
+    prompts = sum(max(len(g.counts.prompts) for g in part if g.benchmark == b) for b in {g.benchmark for g in part})
+    notes = [
+        "Accepted length: tokens committed / rounds, pooled (bonus token included), ± the longer side of its 95% "
+        f"interval (cluster bootstrap over {prompts} prompts). Bold (or *): best, and resolved against every other by "
+        "the paired interval. Macro: unweighted mean over benchmarks."
+    ]
+    few = sorted({g.benchmark for g in part if (g.counts.rounds > 0).sum() < FEWEST})
+    if few:
+        notes.append(f"Fewer than {FEWEST} prompts on {', '.join(few)}: too few for an interval to be trusted.")
+    if not macros["complete"].all():
+        notes.append("† over fewer benchmarks than others have; not comparable.")
+    return notes
+
+
+def only(frame: pd.DataFrame, section: dict) -> pd.DataFrame:
+    """The rows of one section, by whichever of its keys the frame carries."""
+    keep = np.ones(len(frame), bool)
+    for key, value in section.items():
+        if key in frame:
+            keep &= (frame[key].isna() if value is None else frame[key] == value).to_numpy(bool)
+    return frame[keep]
+
+
+def _column(column: tuple[str, str, str], labels: list[str], lengths, macros, pairs) -> list[Cell]:
+    scope, domain, name = column
+    frame = lengths[lengths["benchmark"] == name] if scope == "benchmark" else macros[macros["domain"] == domain]
+    by_label = frame.set_index("variant")
+    chosen = pairs[(pairs["scope"] == scope) & (pairs["domain"] == domain)]
+    if scope == "benchmark":
+        chosen = chosen[chosen["benchmark"] == name]
+    best = resolved_best({n: by_label["accepted_length"].get(n, np.nan) for n in labels}, chosen)
+    cells = []
+    for label in labels:
+        if label not in by_label.index:
+            cells.append(Cell(MISSING))
+            continue
+        row = by_label.loc[label]
+        dagger = "" if row.get("complete", True) else "†"
+        text = plus_minus(row["accepted_length"], row["low"], row["high"]) + dagger
+        cells.append(Cell(text, label == best, float(row["accepted_length"])))
+    return cells
+
+
+def resolved_best(values: dict[str, float], pairs: pd.DataFrame) -> str | None:
+    """The variant with the highest value, if its paired difference to every other one is resolved; else None."""
+    known = {name: value for name, value in values.items() if not np.isnan(value)}
+    if len(known) < 2:
+        return None
+    best = max(known, key=known.__getitem__)
+    resolved = pairs[pairs["resolved"].astype(bool)]
+    beaten = set(resolved["b"][(resolved["a"] == best) & (resolved["low"] > 0)])
+    beaten |= set(resolved["a"][(resolved["b"] == best) & (resolved["high"] < 0)])
+    return best if beaten >= set(known) - {best} else None
+
+
+def differences(found: Sequence[Group], pairs: pd.DataFrame) -> list[Sheet]:
+    """One sheet a section: pairs of variants on each domain's macro average and on the overall one."""
+    sheets = []
+    p = "p_holm" if "p_holm" in pairs else "p"
+    columns = ["pair", "macro", "difference [95%]", "p (Holm)" if p == "p_holm" else "p", "prompts", "verdict"]
+    note = "Paired cluster bootstrap over the prompts that both saw; an interval that holds zero is not resolved."
+    for section, _ in grouping.sections(found):
+        own = only(pairs, section)
+        rows = []
+        for _, row in own[own["scope"] == "macro"].iterrows():
+            text = bracket(row["difference"], row["low"], row["high"], sign=True)
+            rest = [Cell(_number(row[p], 4), sort=row[p]), Cell(str(row["paired"]), sort=row["paired"])]
+            rest.append(Cell(row["note"] or "resolved"))
+            difference = Cell(text, bool(row["resolved"]), row["difference"])
+            rows.append([Cell(f"{row['a']} - {row['b']}"), Cell(row["domain"]), difference, *rest])
+        if rows:
+            title = f"Differences of accepted length: {grouping.title(section)}"
+            sheets.append(Sheet("differences", title, columns, rows, notes=[note]))
+    return sheets
+
+
+def spread(seeds: pd.DataFrame) -> Sheet:
+    """Mean and spread over training seeds: another question than the interval over prompts."""
+    rows = []
+    for _, row in seeds.iterrows():
+        mean = Cell(bracket(row["mean"], row["low"], row["high"]), sort=row["mean"])
+        place = [Cell(str(row[key])) for key in ("target", "variant", "benchmark")]
+        rest = [Cell(_number(row["sd"], 3), sort=row["sd"]), Cell(str(row["n"]), sort=row["n"])]
+        rows.append([*place, _temperature(row), mean, *rest])
+    columns = ["target", "method", "benchmark", "temperature", "mean [95% t]", "sd", "seeds"]
+    note = "Over trained drafts (training seeds). One seed has no spread, and its table says nothing about retraining."
+    return Sheet("seeds", "Spread over training seeds", columns, rows, notes=[note])
+
+
+def costs(found: Sequence[Group], frame: pd.DataFrame) -> list[Sheet]:
+    """One sheet a section: what each variant costs."""
+    forms = {
+        "draft_parameters": ("draft parameters", size),
+        "training_tokens": ("training tokens", size),
+        "cache_bytes": ("cache bytes", size),
+        "seconds_per_round": ("ms a round", lambda v: _number(v * 1e3, 2)),
+        "verified_per_round": ("verified a round", lambda v: _number(v, 2)),
+        "acceptance_rate": ("acceptance rate", lambda v: _number(v, 3)),
+        "speedup_measured": ("speedup", lambda v: _number(v, 2)),
+        "speedup_predicted": ("predicted", lambda v: _number(v, 2)),
+    }
+    sheets = []
+    for section, _ in grouping.sections(found):
+        own = only(frame, section)
+        rows = []
+        for _, row in own.iterrows():
+            varies = str(row["varies"]).split(",")
+            texts = {key: form(row[key]) + ("*" if key in varies else "") for key, (_, form) in forms.items()}
+            rows.append([Cell(row["variant"]), *(Cell(text, sort=row[key]) for key, text in texts.items())])
+        notes = ["Times are those of the machine that decoded (see provenance)."]
+        if (own["varies"] != "").any():
+            notes.append("An asterisk marks the mean of runs that state different numbers.")
+        columns = ["method", *(name for name, _ in forms.values())]
+        sheets.append(Sheet("costs", f"Cost: {grouping.title(section)}", columns, rows, notes=notes))
+    return sheets
+
+
+def published(gap: pd.DataFrame) -> Sheet:
+    """Published accepted lengths beside ours."""
+    rows = []
+    for _, row in gap.iterrows():
+        ours = Cell(bracket(row["accepted_length"], row["low"], row["high"]), sort=row["accepted_length"])
+        place = [Cell(str(row[key])) for key in ("target", "variant", "benchmark")]
+        numbers = [Cell(f"{row['published']:.2f}", sort=row["published"]), Cell(f"{row['gap']:+.2f}", sort=row["gap"])]
+        relative = [Cell(f"{row['relative']:+.1%}", sort=row["relative"]), Cell("yes" if row["inside"] else "no")]
+        rows.append([*place, _temperature(row), ours, *numbers, *relative])
+    columns = ["target", "method", "benchmark", "temperature", "ours [95%]", "published", "gap", "relative", "inside"]
+    source = gap["source"].iloc[0] if len(gap) else ""
+    note = f"Source: {source}. Inside: the published value lies in our interval; the source states no error of its own."
+    return Sheet("published", "Published numbers and the gap of reproduction", columns, rows, notes=[note])
+
+
+def _temperature(row: pd.Series) -> Cell:
+    return Cell(shown(row["temperature"]), sort=row["temperature"])
+
+
+def plus_minus(value: float, low: float, high: float) -> str:
+    """`4.18 ± 0.25`, the longer side of the interval; without an interval the value alone."""
+    if np.isnan(value):
+        return MISSING
+    return f"{value:.2f}" if np.isnan(low) else f"{value:.2f} ± {max(high - value, value - low):.2f}"
+
+
+def bracket(value: float, low: float, high: float, sign: bool = False) -> str:
+    """`4.18 [3.93, 4.43]`."""
+    if np.isnan(value):
+        return MISSING
+    form = "{:+.2f}" if sign else "{:.2f}"
+    return form.format(value) + ("" if np.isnan(low) else f" [{form.format(low)}, {form.format(high)}]")
+
+
+def size(value: float) -> str:
+    """`1.3M`, `512`."""
+    if value is None or np.isnan(value):
+        return MISSING
+    for unit, suffix in SUFFIXES:
+        if abs(value) >= unit:
+            return f"{value / unit:.3g}{suffix}"
+    return f"{value:g}"
+
+
+def _number(value: float, digits: int) -> str:
+    return MISSING if pd.isna(value) else f"{value:.{digits}f}"

@@ -1,0 +1,128 @@
+"""From configuration to objects: the pieces that several stages build in the same way."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from inspect import signature
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch  # noqa: F401
+import torch
+from hydra.core.global_hydra import GlobalHydra
+from hydra.utils import get_class, instantiate
+from omegaconf import DictConfig, OmegaConf
+from torch import Tensor
+
+import specbench
+from specbench.cli.overrides import compose, configs, without_hydra
+from specbench.drafts.draft import Draft
+from specbench.drafts.parallel import ParallelDraft
+from specbench.losses.objective import Objective
+from specbench.models.backbone import backbone_of
+from specbench.models.embedding_head import Tables
+from specbench.models.target import Target
+
+PACKAGED = "package:"
+# Lightning sets its own level to INFO as it is imported, and its tips are no news of a run.
+logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+
+
+def composed(config: str, overrides: Sequence[str] = ()) -> DictConfig:
+    """The configuration of another verb, for stages that run stages."""
+    # The command line is inside Hydra already, a library call is not.
+    with nullcontext() if GlobalHydra.instance().is_initialized() else configs("configs"):
+        return without_hydra(compose(config, overrides))
+
+
+def location(id: str) -> str:
+    """A target's id as a path: `package:PATH` lies inside the installed package."""
+    if str(id).startswith(PACKAGED):
+        return str(Path(specbench.__file__).parent / str(id).removeprefix(PACKAGED))
+    return str(id)
+
+
+THREADS = torch.get_num_threads()
+
+
+def device_of(setting: str | None) -> torch.device:
+    """`auto` is CUDA where there is one."""
+    if setting in (None, "auto"):
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if str(setting).startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError(f"device={setting}: this machine has no CUDA device; use device=cpu or device=auto")
+    return torch.device(setting)
+
+
+def load_target(cfg: DictConfig, device: str | None = None) -> Target:
+    """The target of a `target` group: a hub id, a folder, or random weights from a configuration."""
+    where = device_of(device if device is not None else cfg.device)
+    if where.type == "cpu":
+        # Set back for a target without a number of its own, which may follow another one in this process.
+        torch.set_num_threads(cfg.get("threads") or THREADS)
+    stops = None if cfg.stop_token_ids is None else list(cfg.stop_token_ids)
+    taps = list(cfg.target_layer_ids or [])
+    if cfg.get("config") is not None:
+        config = OmegaConf.to_container(cfg.config, resolve=True)
+        target = Target.from_config(config, taps, seed=cfg.seed, name=cfg.name, stop_token_ids=stops)
+        target.model.to(where)
+        return target
+    return Target.load(
+        location(cfg.id),
+        taps,
+        revision=cfg.revision,
+        dtype=cfg.dtype,
+        device=where,
+        name=cfg.name,
+        stop_token_ids=stops,
+    )
+
+
+def build_draft(
+    method: DictConfig, target: DictConfig, config: Mapping[str, Any], tables: Tables, vocabulary: Tensor | None = None
+) -> Draft:
+    """A draft of `method` for a target with the raw configuration `config` and its `tables`.
+
+    `vocabulary` (W,) are the token ids of a reduced draft vocabulary (None: the target's whole one).
+    """
+    backbone = backbone_of(config, method.backbone, method.window)
+    fits(method)
+    # Partial, because Hydra would turn the backbone's dataclass into a mapping and wrap the class's own errors.
+    build = instantiate(method.draft, _partial_=True, _convert_="all")
+    return build(
+        backbone=backbone,
+        tables=tables,
+        target_layer_ids=list(target.target_layer_ids),
+        mask_token_id=target.mask_token_id,
+        draft_vocabulary=vocabulary,
+    )
+
+
+def fits(method: Mapping[str, Any]) -> None:
+    """Refuse settings that the method's class does not take, with the reason where it is known."""
+    draft = method["draft"]
+    kind = get_class(draft["_target_"])
+    takes = {name for part in kind.__mro__ if "__init__" in vars(part) for name in signature(part.__init__).parameters}
+    for name in draft.keys() - takes - {"_target_"}:
+        if name.startswith(("markov", "confidence")):
+            raise ValueError(
+                f"method={method['name']} has no {name}: these heads tie the slots of DSpark's blocks, while "
+                f"{kind.__name__}'s slots {'are independent' if issubclass(kind, ParallelDraft) else 'see each other'} "
+                "by definition; use method=dspark, or leave head= out"
+            )
+        known = ", ".join(sorted(takes - {"self", "args", "kwargs", "backbone", "tables", "draft_vocabulary"}))
+        raise ValueError(f"method={method['name']} has no setting draft.{name}; it takes {known}")
+
+
+def draft_settings(method: DictConfig, target: DictConfig) -> dict[str, Any]:
+    """The constructor settings of a draft as its folder keeps them."""
+    settings = OmegaConf.to_container(method.draft, resolve=True)
+    settings.pop("_target_")
+    return settings | {"target_layer_ids": list(target.target_layer_ids), "mask_token_id": target.mask_token_id}
+
+
+def build_objective(method: DictConfig) -> Objective:
+    """The method's loss as its dictionary of terms says."""
+    return Objective(**OmegaConf.to_container(method.objective, resolve=True))

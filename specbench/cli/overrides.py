@@ -1,0 +1,321 @@
+"""From overrides to a configuration: composed by Hydra, with every override held against what there is to set."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import hydra
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.object_type import ObjectType
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override, Transformer
+from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
+
+from specbench.cli.errors import nearest
+from specbench.cli.schema import takes_text
+from specbench.cli.settings import SCHEMAS, check_settings, takes
+
+MANY_JOBS = 256
+
+# The name of a target that is given by its folder or hub id alone.
+OmegaConf.register_new_resolver("basename", lambda path: Path(str(path)).name, replace=True)
+
+
+@contextmanager
+def configs(package: str) -> Iterator[None]:
+    """Hydra, looking for configurations in the importable package `package`."""
+    with hydra.initialize_config_module(package, version_base="1.3"):
+        yield
+
+
+def loader() -> Any:
+    """Hydra's own view of groups, options and files."""
+    return GlobalHydra.instance().config_loader()
+
+
+def compose(config: str, overrides: Sequence[str]) -> DictConfig:
+    """The configuration with Hydra's own settings under `hydra`; `${hydra:...}` resolves as it does in a sweep."""
+    cfg = hydra.compose(config, texts(config, overrides), return_hydra_config=True)
+    HydraConfig.instance().set_config(cfg)
+    return cfg
+
+
+def without_hydra(cfg: DictConfig) -> DictConfig:
+    """The configuration that a verb sees."""
+    cfg = cfg.copy()
+    with open_dict(cfg):
+        del cfg["hydra"]
+    return cfg
+
+
+def options(group: str, search: Sequence[str] = ()) -> list[str]:
+    """The options of a group, or nothing when there is no such group; `search` are overrides of hydra.searchpath."""
+    return loader().get_group_options(group, ObjectType.CONFIG, None, list(search))
+
+
+def known_options(group: str) -> list[str]:
+    """The same outside of the command line, too, where Hydra is not at work yet."""
+    with nullcontext() if GlobalHydra.instance().is_initialized() else configs("configs"):
+        return options(group)
+
+
+def groups() -> list[str]:
+    """Every group that holds options, without Hydra's own."""
+    return [name for name in loader().list_groups("") if name != "hydra" and options(name)]
+
+
+def with_filters(config: str, overrides: Sequence[str]) -> list[str]:
+    """`KEY=VALUE` becomes `filters.KEY=VALUE` for the keys of `filters`, and several values become a list:
+    `target=qwen3_4b benchmark=gsm8k,math500` says which runs are meant where no target or suite is to be built.
+    `where=method.draft.layers=2` is put in quotes, without which Hydra's grammar ends at the second sign.
+    """
+    keys = compose(config, []).filters.keys()
+    found = []
+    for word in overrides:
+        key, sign, value = word.partition("=")
+        short = key.removeprefix("filters.")
+        if key == "where" and "=" in value and value[0] not in "[\"'":
+            found.append(f'where="{value}"')
+            continue
+        if not sign or short not in keys or key not in (short, f"filters.{short}"):
+            found.append(word)
+            continue
+        several = "," in value and value[:1] not in ("[", "'", '"')
+        found.append(f"filters.{short}=[{value}]" if several else f"filters.{short}={value}")
+    return found
+
+
+def check(verb: str, config: str, overrides: Sequence[str]) -> None:
+    """Raise ValueError for an unknown group option, an unknown key (the nearest is named) or a value of a wrong type.
+
+    The values of a sweep are checked one by one, so that no job of it fails for that later.
+    """
+    named = [override for override in parse(overrides) if not override.key_or_group.startswith("hydra")]
+    search = [text for text in overrides if text.startswith("hydra.searchpath=")]
+    choices = [override for override in named if options(override.key_or_group, search)]
+    for override in choices:
+        for value in values(override):
+            _check_option(override.key_or_group, value, search)
+    chosen = compose(config, []).hydra.runtime.choices
+    for override in choices:
+        group = override.key_or_group
+        if group not in chosen and not override.is_add() and not override.is_force_add():
+            takes = [name for name in groups() if name in chosen]
+            known = ", ".join(takes) or "no groups"
+            raise ValueError(f"{verb} has no {group} to replace: it takes {known}, and +{group}=... adds one")
+    base = without_hydra(compose(config, [*search, *(_first(override) for override in choices)]))
+    for override in named:
+        if override not in choices and not override.is_delete():
+            _check_key(verb, config, base, override)
+
+
+def texts(config: str, overrides: Sequence[str]) -> list[str]:
+    """The overrides with quotes around values that look like a number and are a text: name=20260101, name=nan."""
+    model = SCHEMAS.get(config)
+    if model is None:
+        return list(overrides)
+    found = []
+    for word, override in zip(overrides, parse(overrides), strict=True):
+        given, path = values(override), override.key_or_group.split(".")
+        plain = [value for value in given if isinstance(value, (bool, int, float))]
+        if not plain or override.is_delete() or not takes_text(model, path):
+            found.append(word)
+            continue
+        key, _, raw = word.partition("=")
+        parts = raw.split(",") if override.is_sweep_override() else [raw]
+        if len(parts) == len(given):
+            parts = [f"'{part}'" if value in plain else part for part, value in zip(parts, given, strict=True)]
+        found.append(f"{key}={','.join(parts)}")
+    return found
+
+
+def jobs(cfg: DictConfig, overrides: Sequence[str]) -> list[list[str]]:
+    """The overrides of every job of a sweep, axes of the configuration included.
+
+    Of sweeps beyond MANY_JOBS, and of those of other sweepers than Hydra's own, every value of every axis, one at a
+    time; a glob or an interval cannot be listed and stays at its default.
+    """
+    named = {override.key_or_group for override in parse(overrides)}
+    own = str(cfg.hydra.sweeper.get("_target_", "")).endswith("BasicSweeper")
+    axes = (cfg.hydra.sweeper.get("params") or {}) if own else {}
+    words = [*overrides, *(f"{key}={value}" for key, value in axes.items() if key.lstrip("+") not in named)]
+    listed = []
+    for override in parse(texts(cfg.hydra.job.config_name, words)):
+        if not override.is_sweep_override():
+            listed.append([str(override.input_line)])
+        elif override.is_discrete_sweep():
+            key = str(override.input_line).partition("=")[0]
+            listed.append([f"{key}={value}" for value in override.sweep_string_iterator()])
+    if own and math.prod(map(len, listed)) <= MANY_JOBS:
+        return [list(job) for job in product(*listed)]
+    first = [axis[0] for axis in listed]
+    return [[*first[:at], value, *first[at + 1 :]] for at, axis in enumerate(listed) for value in axis]
+
+
+def check_choice(cfg: DictConfig) -> None:
+    """Raise ValueError for a choice of another method than the one that is trained: its label would be wrong."""
+    chosen = cfg.hydra.runtime.choices
+    name = chosen.get("choice")
+    if name is None:
+        return
+    for default in loader().repository.load_config(f"choice/{name}").defaults_list or ():
+        group = getattr(default, "group", None)
+        if group is not None and default.is_override():
+            key = group.lstrip("/")
+            if chosen.get(key) != default.value:
+                raise ValueError(
+                    f"choice={name} is a choice of {key}={default.value}, and {key}={chosen.get(key)} was asked for: "
+                    f"leave out {key}=, or choose another choice"
+                )
+
+
+def values(override: Override) -> list[Any]:
+    """What an override sets: one value, or those of a sweep; a glob or an interval cannot be listed and gives none."""
+    if not override.is_sweep_override():
+        return [override.value()]
+    if not override.is_discrete_sweep():
+        return []
+    return [Override._convert_value(value) for value in override.sweep_iterator(transformer=Transformer.identity)]
+
+
+def first_job(overrides: Sequence[str]) -> list[str]:
+    """The overrides with every sweep replaced by its first value."""
+    return [_first(override) for override in parse(overrides)]
+
+
+def parse(overrides: Sequence[str]) -> list[Override]:
+    """Hydra's reading of the overrides."""
+    return OverridesParser.create().parse_overrides(list(overrides))
+
+
+def _first(override: Override) -> str:
+    """The override itself, or with a sweep's first value."""
+    if not override.is_discrete_sweep():
+        return str(override.input_line)
+    first = next(iter(override.sweep_string_iterator()))
+    return f"{override.input_line.partition('=')[0]}={first}"
+
+
+def _check_option(group: str, value: Any, search: Sequence[str]) -> None:
+    for name in value if isinstance(value, list) else [value]:
+        known = options(group, search)
+        if isinstance(name, str) and name not in known and "/" not in name:
+            raise ValueError(f"{group} has no option '{name}'{nearest(name, known)} (there are {', '.join(known)})")
+
+
+def _check_key(verb: str, config: str, base: DictConfig, override: Override) -> None:
+    key = override.key_or_group
+    known = list(leaves(base))
+    parent, _, _ = key.rpartition(".")
+    added = override.is_add() or override.is_force_add()
+    exists = _has(base, key)
+    if not exists and not (added and parent and OmegaConf.is_dict(OmegaConf.select(base, parent))):
+        suggestion = nearest(key, [*known, *groups()])
+        raise ValueError(f"{verb} has no setting '{key}'{suggestion}; `specbench {verb} --help` lists them")
+    # The schema says more, and says it when the configuration is whole.
+    if exists and not takes(config, key, OmegaConf.to_container(base, resolve=False)):
+        default = OmegaConf.select(base, key, throw_on_missing=False)
+        for value in values(override):
+            if wrong := mismatch(default, value):
+                raise ValueError(f"{key} takes {wrong}, not {value!r}")
+
+
+def _has(cfg: DictConfig, key: str) -> bool:
+    node: Any = cfg
+    for part in key.split("."):
+        if OmegaConf.is_dict(node) and part in node.keys():  # noqa: SIM118 - `in` alone is false for a missing value
+            node = node._get_node(part) if OmegaConf.is_missing(node, part) else node[part]
+        elif OmegaConf.is_list(node) and part.isdigit() and int(part) < len(node):
+            node = node[int(part)]
+        else:
+            return False
+    return True
+
+
+def mismatch(default: Any, value: Any) -> str | None:
+    """What kind of value `default` stands for, when `value` is not of it; None when it may stand.
+
+    A text may be replaced by anything (`auto` by a number), null by anything, and everything by null.
+    """
+    if default is None or value is None or isinstance(default, str) or (isinstance(value, str) and "${" in value):
+        return None
+    if isinstance(default, (DictConfig, dict)):
+        return None if isinstance(value, dict) else "a group of settings"
+    if isinstance(default, (ListConfig, list)):
+        return None if isinstance(value, list) else "a list in brackets, as in [1,2]"
+    if isinstance(default, bool):
+        return None if isinstance(value, bool) else "true or false"
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return "a whole number" if isinstance(default, int) else "a number"
+    if isinstance(default, int) and not isinstance(value, int):
+        return "a whole number"
+    return None
+
+
+def leaves(cfg: DictConfig) -> dict[str, Any]:
+    """Every dotted key that can be set, groups of settings included, with its value; interpolations as written."""
+    found: dict[str, Any] = {}
+
+    def walk(tree: Any, where: str) -> None:
+        for key, value in tree.items():
+            path = f"{where}.{key}" if where else str(key)
+            found[path] = value
+            if isinstance(value, dict):
+                walk(value, path)
+
+    walk(OmegaConf.to_container(cfg, resolve=False), "")
+    return found
+
+
+def require(verb: str, config: str, cfg: DictConfig) -> None:
+    """Raise ValueError for a setting that has no default and was not given."""
+    missing = sorted(OmegaConf.missing_keys(without_hydra(cfg)))
+    if missing:
+        from specbench.cli.help import comments
+
+        said = comments(config, []).get(missing[0], "")
+        raise ValueError(f"{verb} needs {missing[0]}=...{f' ({said})' if said else ''}")
+
+
+def check_values(verb: str, config: str, cfg: DictConfig) -> None:
+    """Raise ValueError for what is missing, and for the first value that is not what the verb's settings may be."""
+    require(verb, config, cfg)
+    check_choice(cfg)
+    check_settings(config, without_hydra(cfg))
+
+
+def is_sweep(verb: str, cfg: DictConfig, overrides: Sequence[str]) -> bool:
+    """Whether the configuration asks for a sweep itself; one that leaves axes open and was not asked to is an error."""
+    if cfg.hydra.mode is not None and str(cfg.hydra.mode).endswith("MULTIRUN"):
+        return True
+    fixed = {override.key_or_group for override in parse(overrides)}
+    open_axes = [axis for axis in cfg.hydra.sweeper.get("params") or () if axis.lstrip("+") not in fixed]
+    if open_axes:
+        raise ValueError(f"this is a sweep over {', '.join(open_axes)}: add -m, as in `specbench {verb} -m ...`")
+    return False
+
+
+def sweep_defaults(verb: str, cfg: DictConfig, overrides: Sequence[str]) -> list[str]:
+    """Where a sweep keeps Hydra's own notes, unless the command line says so: below `root` with everything else."""
+    root = cfg.get("root", "outputs")
+    defaults = {
+        "hydra.sweep.dir": f"{root}/sweeps/{verb}/${{now:%Y-%m-%d_%H-%M-%S}}",
+        "hydra/job_logging": "none",
+    }
+    given = {override.partition("=")[0].lstrip("+") for override in overrides}
+    return [f"{key}={value}" for key, value in defaults.items() if key not in given]
+
+
+def as_yaml(cfg: DictConfig, part: str) -> str:
+    """The resolved configuration as YAML: `job` the verb's own, `hydra` Hydra's, `all` both."""
+    if part not in ("job", "hydra", "all"):
+        raise ValueError(f"--cfg takes job, hydra or all, not '{part}'")
+    if part == "job":
+        return OmegaConf.to_yaml(without_hydra(cfg), resolve=True)
+    return OmegaConf.to_yaml(cfg.hydra if part == "hydra" else cfg)

@@ -1,0 +1,759 @@
+"""Every setting of every verb: its type, its range, and the rules that bind several of them.
+
+The files in configs/ hold the defaults and what a setting means; here is what it may be. One model a root
+configuration; groups that several verbs take have one model of their own.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+from omegaconf import DictConfig, OmegaConf
+from pydantic import AfterValidator, Field, model_validator
+
+from specbench.cli import schema
+from specbench.cli.schema import Built, Group, Told, show
+from specbench.ranges import (
+    AboveZero,
+    AtLeastZero,
+    Bytes,
+    Count,
+    LayerId,
+    Natural,
+    Penalty,
+    Seconds,
+    Seed,
+    Share,
+    ShareAboveZero,
+    ShareBelowOne,
+    ShareWithin,
+    Slots,
+    Temperature,
+    Threads,
+    TokenId,
+    Tokens,
+)
+
+
+def _named(value: str) -> str:
+    """One part of a path: what a run is called is the name of its folder."""
+    if value in (".", "..") or re.search(r"[/\\\x00-\x1f\x7f]", value) or value != value.strip() or len(value) > 200:
+        raise ValueError("takes a name for a folder: without '/', not '.' or '..', of at most 200 characters")
+    return value
+
+
+def _path(value: str) -> str:
+    if re.search(r"[\x00-\x1f\x7f]", value):
+        raise ValueError("takes a path without control characters")
+    return value
+
+
+def _device(value: str) -> str:
+    if not re.fullmatch(r"auto|cpu|mps|cuda(:\d{1,3})?", value):
+        raise ValueError(f"takes {DEVICE}")
+    return value
+
+
+def _codec(value: str) -> str:
+    from specbench.data.cache.storage import storage
+
+    try:
+        storage(value)
+    except ValueError as error:
+        raise ValueError(str(error).partition(": ")[2] or str(error)) from None
+    return value
+
+
+def _family(value: str) -> str:
+    from specbench.models.backbone import FAMILIES
+
+    if value not in FAMILIES:
+        raise ValueError(f"takes one of {', '.join(FAMILIES)}, or null")
+    return value
+
+
+def _distinct(value: list[Any]) -> list[Any]:
+    if len({str(item) for item in value}) != len(value):
+        raise ValueError("takes a list without repetitions")
+    return value
+
+
+def _ascending(value: list[int]) -> list[int]:
+    if value != sorted(set(value)):
+        raise ValueError("takes layers in ascending order, each once")
+    return value
+
+
+def _sizes(value: dict[str, Any]) -> dict[str, Any]:
+    """Sizes of a model's raw configuration; what else is in it, the model library judges."""
+    for key, found in value.items():
+        if key in SIZES and (isinstance(found, bool) or not isinstance(found, int) or not 1 <= found <= 1 << 24):
+            raise ValueError(f"{key}={show(found)}: takes a whole number from 1 to {1 << 24}")
+        if key in POSITIVE and (isinstance(found, bool) or not isinstance(found, (int, float)) or not 0 < found < 1e12):
+            raise ValueError(f"{key}={show(found)}: takes a number above 0")
+    for whole, part in (("num_attention_heads", "num_key_value_heads"),):
+        if whole in value and part in value and value[whole] % value[part]:
+            raise ValueError(f"{part}={value[part]}: takes a divisor of {whole}={value[whole]}")
+    if not isinstance(value.get("model_type", ""), str):
+        raise ValueError(f"model_type={show(value['model_type'])}: takes the name of an architecture")
+    return value
+
+
+SIZES = frozenset(
+    [
+        "vocab_size",
+        "hidden_size",
+        "intermediate_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "num_key_value_heads",
+        "head_dim",
+        "max_position_embeddings",
+        "moe_intermediate_size",
+        "global_head_dim",
+        "num_global_key_value_heads",
+        "sliding_window",
+        "n_routed_experts",
+        "num_experts_per_tok",
+        "hc_mult",
+        "index_n_heads",
+        "index_head_dim",
+        "index_topk",
+        "o_groups",
+        "o_lora_rank",
+        "q_lora_rank",
+    ]
+)
+POSITIVE = ("rms_norm_eps", "rope_theta", "initializer_range", "final_logit_softcapping")
+DEVICE = "a device: auto, cpu, mps, cuda or cuda:NUMBER"
+ACCELERATORS = Literal["auto", "cpu", "cuda", "gpu", "mps", "tpu"]
+PRECISIONS = Literal[
+    "32-true", "32", "64-true", "16-mixed", "bf16-mixed", "16-true", "bf16-true", "bf16", "16", "transformer-engine"
+]
+
+Text = Annotated[str, Field(min_length=1), Told("a text")]
+Name = Annotated[
+    str, Field(min_length=1), AfterValidator(_named), Told("a name for a folder: a text without '/', not '.' or '..'")
+]
+Folder = Annotated[str, Field(min_length=1), AfterValidator(_path), Told("a path")]
+Device = Annotated[str, AfterValidator(_device), Told(DEVICE)]
+DType = Literal["float32", "bfloat16", "float16", "float64"]
+Codec = Annotated[str, AfterValidator(_codec), Told("the name of a codec")]
+Family = Annotated[str, AfterValidator(_family), Told("the name of a family of backbones")]
+Taps = Annotated[list[LayerId], Field(min_length=1), AfterValidator(_ascending)]
+Stops = list[TokenId]
+Texts = list[Text]
+RawConfig = Annotated[dict[str, Any], AfterValidator(_sizes), Told("the raw configuration of a model, by its keys")]
+Place = Annotated[Folder | list[Folder], Told("a path, or a list of paths")]
+PROGRAM = ("backbone", "tables", "target_layer_ids", "mask_token_id", "draft_vocabulary")
+TRAINED = ("draft", "target_tables", "objective", "max_steps", "anchor_seed")
+
+DraftArguments = Annotated[dict[str, Any], Built(kind="specbench.drafts.draft.Draft", given=PROGRAM)]
+ObjectiveArguments = Annotated[dict[str, Any], Built(of="specbench.losses.objective.Objective", tried=True)]
+Recipe = Annotated[dict[str, Any], Built(of="specbench.training.module.DraftTraining", given=TRAINED)]
+DataArguments = Annotated[
+    dict[str, Any],
+    Built(of="specbench.data.loading.step_data.StepData", given=("seed", "limit_samples", "rank", "world")),
+]
+Tracking = Annotated[dict[str, Any], Built(kind="specbench.runs.wandb_tracking.Tracking")]
+Suite = Annotated[dict[str, Any], Built(kind="specbench.data.prompts.benchmarks.Benchmarks")]
+Scheduler = Annotated[dict[str, Any], Built(kind="specbench.decoding.scheduling.Scheduler")]
+Profile = Annotated[dict[str, Any], Built(kind="specbench.decoding.cost_profile.CostProfile")]
+Patience = Annotated[dict[str, Any], Built(kind="specbench.data.answers.servers.Patience")]
+Source = Annotated[dict[str, Any], Built(given=("dropped",))]
+
+
+class Sampling(Group):
+    temperature: Temperature
+    top_p: ShareAboveZero
+    top_k: Natural
+    min_p: ShareBelowOne
+
+
+class AnswerSampling(Sampling):
+    repetition_penalty: AboveZero
+    presence_penalty: Penalty
+
+
+class Target(Group):
+    name: Name
+    id: Folder
+    revision: Text | None
+    target_layer_ids: Taps | None
+    mask_token_id: TokenId | None
+    stop_token_ids: Stops | None
+    dtype: DType
+    threads: Threads | None
+    device: Device
+    thinking: bool | None
+    max_length: Tokens
+    sampling: Sampling
+    seed: Seed = 0
+    config: RawConfig | None = None
+    shapes: RawConfig | None = None
+
+
+class Data(Group):
+    name: Name
+    source: Source
+    near_duplicate: ShareAboveZero | None
+    ngram: Count | None
+    decontaminate: Text | Texts | None
+
+
+class Method(Group):
+    name: Name
+    draft: DraftArguments
+    backbone: Family | None
+    vocabulary: Tokens | None
+    window: Tokens | None
+    objective: ObjectiveArguments
+    head: Text | None = None
+    loss: Text | None = None
+
+    @model_validator(mode="after")
+    def _a_label_says_what_is_built(self) -> Method:
+        if any(key.startswith(("markov", "confidence")) for key in self.draft):
+            from specbench.cli.assembly import fits
+
+            fits({"name": self.name, "draft": self.draft})
+        reads_markov = all(self.draft.get(key, True) for key in ("confidence_head", "confidence_with_markov"))
+        if self.draft.get("markov_rank") == 0 and reads_markov:
+            raise ValueError(
+                "method.draft.confidence_with_markov=true with markov_rank=0: the confidence head would read a Markov "
+                "embedding that is not there; use head=none, which turns it off"
+            )
+        built = "none" if self.draft.get("markov_rank") == 0 else self.draft.get("markov_head")
+        if self.head is not None and built is not None and self.head != built:
+            raise ValueError(
+                f"method.head={self.head} with markov_head={built}, markov_rank={self.draft.get('markov_rank')}: the "
+                f"runs would be labelled by a head that they do not have; choose head={built}"
+            )
+        return self
+
+
+class Probe(Group):
+    every: Count | None
+    prompts: Count
+    max_new_tokens: Tokens
+    temperature: Temperature
+
+
+class AfterTraining(Group):
+    limit: Count | None
+    max_new_tokens: Tokens
+
+
+class Lightning(Group):
+    accelerator: ACCELERATORS
+    devices: Annotated[Count | Literal["auto"] | list[Natural], Told("a number of devices, a list of them, or auto")]
+    num_nodes: Count
+    strategy: Annotated[
+        Literal["auto", "ddp", "ddp_spawn", "fsdp", "ddp_find_unused_parameters_true"] | dict[str, Any],
+        Told("auto, ddp, or the arguments of a strategy with its class as _target_"),
+    ]
+    precision: PRECISIONS
+    deterministic: bool | Literal["warn"] | None = None
+    benchmark: bool | None = None
+    detect_anomaly: bool = False
+    profiler: Literal["simple", "advanced", "pytorch"] | None = None
+    enable_progress_bar: bool | None = None
+
+
+class Trainer(Group):
+    max_steps: Count | None
+    epochs: Count | None
+    recipe: Recipe
+    data: DataArguments
+    probe: Probe
+    validate_every: Count | None
+    evaluation: AfterTraining
+    lightning: Lightning
+
+    @model_validator(mode="after")
+    def _it_ends(self) -> Trainer:
+        if self.max_steps is None and self.epochs is None:
+            raise ValueError("trainer.max_steps=null trainer.epochs=null: give one of them, so that training ends")
+        return self
+
+
+class Seeds(Group):
+    init: Seed
+    data: Seed
+    anchors: Seed
+
+
+class Study(Group):
+    """What `reproduce` reads of an experiment; the other verbs carry it."""
+
+    verb: Literal["train", "evaluate", "serve"] = "train"
+    train: dict[str, Any] = Field({})
+    calibrate: bool = False
+    caches: list[Codec] = Field([])
+    group_by: Texts = Field([])
+    baseline: dict[str, Text] = Field({})
+
+
+class Train(Group):
+    method: Method
+    target: Target
+    data: Data
+    suite: Suite
+    trainer: Trainer
+    tracking: Tracking
+    choice: Text | None = None
+    study: Study | None = None
+    root: Folder
+    force: bool
+    name: Name | None
+    cache: Folder | None
+    cache_codec: Codec | None
+    online: bool
+    plan: bool
+    memory: AboveZero | None
+    start: Folder
+    seed: Seeds
+    limit_samples: Count | None
+    cache_dtype: DType | None
+    on_damage: Literal["raise", "skip"]
+    evaluate: bool
+    temperatures: Annotated[list[Temperature], AfterValidator(_distinct)]
+    max_new_tokens: Tokens
+    batch_size: Count
+    limit: Count | None
+    evaluation_seed: Seed
+
+    @model_validator(mode="after")
+    def _evaluation_has_temperatures(self) -> Train:
+        if self.evaluate and not self.temperatures:
+            raise ValueError("temperatures=[]: give at least one, or evaluate=false")
+        return self
+
+
+class Stages(Group):
+    prompts: Texts
+    answers: Texts
+    cache: Texts
+
+
+class Reproduce(Train):
+    name: Text
+    yes: bool
+    codec: Codec
+    entity: Text | None
+    project: Text
+    stages: Stages
+
+
+class Evaluate(Group):
+    target: Target
+    suite: Suite
+    scheduler: Scheduler
+    tracking: Tracking
+    study: Study | None = None
+    root: Folder
+    force: bool
+    name: Name | None
+    draft: Folder
+    prompts: Folder | None
+    temperature: Temperature
+    top_k: Natural
+    top_p: ShareAboveZero
+    min_p: ShareBelowOne
+    max_new_tokens: Tokens
+    stop_token_ids: Stops | None
+    accounting: Literal["specbench", "deepspec"]
+    confidence_threshold: Share | None
+    slots: Slots | None
+    teacher_forced: bool
+    audit: bool
+    audit_spacings: AtLeastZero
+    thinking: bool | None
+    seed: Seed
+    batch_size: Count
+    token_budget: Count | None
+    device: Device
+    devices: Threads
+
+    @model_validator(mode="after")
+    def _what_goes_together(self) -> Evaluate:
+        for name in ("teacher_forced", "audit"):
+            if getattr(self, name) and self.draft == "plain":
+                raise ValueError(f"{name}=true examines what a draft proposes and draft=plain proposes nothing")
+        if self.audit and self.temperature != 0:
+            raise ValueError(
+                f"audit=true with temperature={show(self.temperature)}: the audit holds texts against the target's "
+                "own greedy text; use temperature=0"
+            )
+        if self.slots is not None and self.draft == "plain":
+            raise ValueError(f"slots={self.slots} with draft=plain: plain decoding proposes nothing; leave slots out")
+        return self
+
+
+class Packing(Group):
+    row_length: Tokens
+    vocabulary: Tokens
+
+
+class StepTimes(Group):
+    parts: Annotated[
+        list[Literal["dspark", "eagle3", "terms", "packing"]], Field(min_length=1), AfterValidator(_distinct)
+    ]
+    shape: Literal["small", "qwen3_4b"] | None
+    sizes: Annotated[dict[str, Any], Built(of="specbench.profiling.training_speed.StepShape")] | None
+    threads: Threads
+    repeats: Count
+    warmup: Natural
+    packing: Packing
+
+
+class Speed(Group):
+    target: Target
+    suite: Suite
+    root: Folder
+    name: Name | None
+    force: bool
+    what: Literal["decode", "train"]
+    draft: Folder | None
+    slots: Slots | None
+    prompts: Folder | None
+    batch_sizes: Annotated[list[Count], Field(min_length=1), AfterValidator(_distinct)]
+    lengths: Annotated[list[Slots], AfterValidator(_distinct)]
+    context: Tokens
+    repeats: Count
+    warmup: Natural
+    step_tokens: Tokens
+    check: list[Count]
+    clock_prompts: Count
+    batch_size: Count
+    clock_repeats: Count
+    clock_library: bool
+    max_new_tokens: Tokens
+    temperature: Temperature
+    thinking: bool | None
+    device: Device
+    stop_token_ids: Stops | None
+    train: StepTimes
+
+    @model_validator(mode="after")
+    def _something_is_timed(self) -> Speed:
+        if self.what == "decode" and self.draft is None:
+            raise ValueError(
+                "speed needs draft=... (a draft folder, a training run or a baseline), or `specbench speed train`"
+            )
+        if self.draft == "plain":
+            raise ValueError("draft=plain is what every draft is timed against; name another one")
+        return self
+
+
+class Prompts(Group):
+    data: Data
+    root: Folder
+    force: bool
+    validation: ShareBelowOne
+    near_duplicate: ShareAboveZero | None
+    ngram: Count | None
+    decontaminate: Text | Texts | None
+    prompts: Folder | None
+    seed: Seed
+
+
+class Answers(Group):
+    target: Target
+    data: Data
+    root: Folder
+    force: bool
+    split: Literal["train", "validation"]
+    count: Count | None
+    preview: Count | None
+    thinking: bool | None
+    sampling: AnswerSampling
+    max_new_tokens: Tokens
+    seed: Seed
+    servers: Annotated[Texts, AfterValidator(_distinct)]
+    model: Text
+    api_key: Annotated[str, Told("a text")]
+    concurrency: Threads
+    patience: Patience
+    device: Device
+    batch_size: Count
+    token_budget: Count | None
+    chunk: Count
+
+    @model_validator(mode="after")
+    def _servers_are_addresses(self) -> Answers:
+        for url in self.servers:
+            if not re.match(r"https?://[^/\s]+", url):
+                raise ValueError(f"servers={show(self.servers)}: takes base URLs, as in [http://localhost:8000/v1]")
+        return self
+
+
+class Cache(Group):
+    target: Target
+    data: Data
+    root: Folder
+    force: bool
+    plan: bool
+    answers: Folder | None
+    folder: Folder | None
+    codec: Codec
+    last_codec: Codec | None
+    last_rows: Literal["all", "supervised"]
+    max_length: Tokens
+    thinking: bool | None
+    shard_bytes: Bytes
+    batch_tokens: Tokens
+    device: Device
+
+
+class Calibrate(Group):
+    root: Folder
+    name: Name
+    force: bool
+    rounds: Folder
+    held_out: Folder | None
+    share: ShareWithin
+    seed: Seed
+    bins: Threads
+    draft: Folder | None
+
+
+class ServedPolicy(Group):
+    scheduler: Scheduler
+    rounds: Folder | None = None
+    calibration: Folder | None = None
+
+
+class Serve(Group):
+    profile: Profile
+    study: Study | None = None
+    root: Folder
+    name: Name
+    force: bool
+    rounds: Folder
+    calibration: Folder | None
+    concurrency: list[Count]
+    steps: Count
+    warmup: Natural
+    rate: list[AboveZero]
+    requests: Count
+    max_concurrency: Count
+    seed: Seed
+    floors: list[AboveZero]
+    baseline: Text
+    policies: dict[str, ServedPolicy | None]
+
+    @model_validator(mode="after")
+    def _there_is_load_and_a_baseline(self) -> Serve:
+        if not self.concurrency and not self.rate:
+            raise ValueError("concurrency=[] rate=[]: give users, arrivals or both, or there is no load")
+        kept = [name for name, policy in self.policies.items() if policy is not None]
+        if not kept:
+            raise ValueError("policies names none; keep at least one")
+        if self.baseline not in kept:
+            raise ValueError(f"baseline={self.baseline}: takes one of the policies, {', '.join(kept)}")
+        return self
+
+
+class Filters(Group):
+    target: Any
+    method: Any
+    suite: Any
+    benchmark: Any
+    domain: Any
+    temperature: Any
+    scheduler: Any
+    accounting: Any
+    thinking: Any
+
+    @model_validator(mode="after")
+    def _values_not_mappings(self) -> Filters:
+        for name, value in self:
+            if (
+                any(isinstance(item, Mapping) for item in (value if isinstance(value, list) else [value]))
+                or value == []
+            ):
+                raise ValueError(f"{name}={show(value)}: takes one value, several with commas, or null for any")
+        return self
+
+
+class Compare(Group):
+    root: Folder
+    name: Name
+    runs: Place
+    filters: Filters
+    where: Annotated[str | Texts, Told("conditions such as key=value or key!=value, or a list of them")]
+    group_by: Annotated[Text | Texts, Told("a key, or a list of keys")]
+    resamples: Count
+    seed: Seed
+    minimum_shared: Share
+    holm: bool
+    calibrations: list[Folder]
+    published: bool | None
+    figures: bool
+
+    @model_validator(mode="after")
+    def _conditions(self) -> Compare:
+        for word in self.where.split() if isinstance(self.where, str) else self.where:
+            if not re.fullmatch(r"[^=!\s]+!?=.*", word):
+                raise ValueError(f"where={show(self.where)}: takes conditions such as key=value or key!=value")
+        if self.runs == []:
+            raise ValueError("runs=[]: name at least one run, or a folder above some")
+        return self
+
+
+class Report(Compare):
+    title: Text | None
+    entity: Text | None
+    project: Text
+
+
+class Export(Group):
+    root: Folder
+    draft: Folder
+    format: Literal["deepspec", "vllm", "sglang"]
+    folder: Folder | None
+    target_id: Folder | None
+    evaluations: list[Folder] | None
+    licence: Text | None
+    push: Annotated[str, Field(pattern=r"^[\w.-]+/[\w.-]+$"), Told("a hub id OWNER/NAME")] | None
+    private: bool
+    force: bool
+
+
+class Import(Group):
+    root: Folder
+    draft: Folder
+    revision: Text | None
+    folder: Folder | None
+    target_id: Folder | None
+    target_layer_ids: Taps | None
+    force: bool
+
+
+class Sync(Group):
+    root: Folder
+    run: Folder | None
+
+
+class Rerun(Group):
+    run: Folder
+    name: Name | None
+    root: Folder | None
+    seconds: bool
+    strict: bool
+    force: bool
+
+
+class Remake(Group):
+    remake: bool
+    seconds: Seconds
+
+
+class Clock(Group):
+    prompts: Natural
+    repeats: Count
+    max_new_tokens: Tokens
+
+
+class Quickstart(Group):
+    tracking: Tracking
+    root: Folder
+    force: bool
+    seed: Seed
+    target: Remake
+    methods: Annotated[list[Name], Field(min_length=1), AfterValidator(_distinct)]
+    temperatures: Annotated[list[Temperature], Field(min_length=1), AfterValidator(_distinct)]
+    prompts: Count
+    held_out: Count
+    benchmark_prompts: Count
+    max_new_tokens: Tokens
+    clock: Clock
+    codec: Codec
+    steps: Count
+    docs: Folder | None
+
+    @model_validator(mode="after")
+    def _methods_exist(self) -> Quickstart:
+        from specbench.cli.overrides import known_options
+
+        if unknown := [name for name in self.methods if name not in known_options("method")]:
+            raise ValueError(
+                f"methods={show(self.methods)}: there is no method {unknown[0]} (there are "
+                f"{', '.join(known_options('method'))})"
+            )
+        return self
+
+
+class Pretrainer(Group):
+    max_steps: Count
+    accelerator: ACCELERATORS
+    devices: Count
+    enable_progress_bar: bool
+
+
+class Pretrain(Group):
+    root: Folder
+    force: bool
+    name: Name
+    folder: Folder
+    vocabulary: Annotated[int, Field(ge=260, le=1 << 20)]
+    dtype: DType
+    compile: bool
+    model: RawConfig
+    data: Annotated[dict[str, Any], Built(kind="specbench.training.pretraining.CorpusBatches", given=("tokenizer",))]
+    training: Annotated[dict[str, Any], Built(kind="specbench.training.pretraining.LanguageModeling", given=("model",))]
+    seed: Seed
+    every: Count
+    trainer: Pretrainer
+
+
+# By root configuration.
+SCHEMAS: dict[str, type[Group]] = {
+    "quickstart": Quickstart,
+    "pretrain": Pretrain,
+    "prompts": Prompts,
+    "answers": Answers,
+    "cache": Cache,
+    "train": Train,
+    "evaluate": Evaluate,
+    "speed": Speed,
+    "calibrate": Calibrate,
+    "serve": Serve,
+    "compare": Compare,
+    "report": Report,
+    "export": Export,
+    "import": Import,
+    "sync": Sync,
+    "rerun": Rerun,
+    "reproduce": Reproduce,
+}
+
+
+def check_settings(verb: str, cfg: DictConfig | Mapping[str, Any]) -> None:
+    """Raise ValueError naming the first setting of the resolved configuration that `verb` cannot work with.
+
+    `verb` is a verb or its root configuration; one without a schema passes. Reads no file and changes nothing.
+    """
+    from specbench.cli.verbs import VERBS
+
+    config = verb if verb in SCHEMAS else VERBS[verb].config if verb in VERBS else verb
+    model = SCHEMAS.get(config)
+    if model is None:
+        return
+    settings = OmegaConf.to_container(cfg, resolve=True) if OmegaConf.is_config(cfg) else cfg
+    schema.check(model, {key: value for key, value in settings.items() if key != "hydra"})
+
+
+def takes(config: str, key: str, settings: Mapping[str, Any] | None = None) -> str:
+    """What a setting of a root configuration takes, in words; "" where no schema says it.
+
+    `settings` are those of the whole configuration, which name the classes whose arguments may be meant.
+    """
+    model = SCHEMAS.get(config)
+    if model is None:
+        return ""
+    annotation, metadata = schema.annotation_at(model, key.split("."), settings)
+    return "" if annotation is Any and not metadata else schema.describe(annotation, metadata)

@@ -1,0 +1,112 @@
+"""What an experiment asks for: its configuration read as lists of runs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from importlib.resources import files
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+from hydra.core.global_hydra import GlobalHydra
+from omegaconf import DictConfig, OmegaConf
+
+from specbench.cli.errors import nearest
+from specbench.cli.overrides import configs, loader, options, parse
+
+VERBS = ("train", "evaluate", "serve")
+
+
+@dataclass(frozen=True)
+class Study:
+    """An experiment: every list of runs as the overrides of each.
+
+    `evaluations` is empty where each training is evaluated as its own `temperatures` say.
+    """
+
+    name: str
+    question: str
+    trainings: list[list[str]]
+    evaluations: list[list[str]] = field(default_factory=list)
+    simulations: list[list[str]] = field(default_factory=list)
+    calibrate: bool = False
+    caches: list[str] = field(default_factory=list)
+    group_by: list[str] = field(default_factory=list)
+    baseline: Mapping[str, str] = field(default_factory=dict)
+
+    def servings(self, methods: Sequence[str], decoded: Sequence[Path]) -> list[list[str]]:
+        """Overrides of every simulation, given whose rounds lie where; the baseline replays its own draft's."""
+        if not self.simulations:
+            return []
+        rounds = dict(zip(methods, decoded, strict=True))
+        own = self.baseline["method"]
+        if own not in rounds or len(rounds) < 2:
+            raise ValueError(
+                f"{self.name} compares with {own}, so it needs its draft and another one: leave out method="
+            )
+        fixed = f"policies.{self.baseline['policy']}.rounds={rounds.pop(own)}"
+        return [[*job, f"rounds={folder}", fixed] for folder in rounds.values() for job in self.simulations]
+
+
+def study_of(name: str, given: Sequence[str] = ()) -> Study:
+    """The experiment `name` with the overrides `given` for every training; one that sets an axis replaces it.
+
+    Errors: ValueError for an experiment that is not there, or whose `study` asks for an unknown verb.
+    """
+    # The command line is inside Hydra already, a library call is not.
+    with nullcontext() if GlobalHydra.instance().is_initialized() else configs("configs"):
+        known = options("experiment")
+        if name not in known:
+            raise ValueError(f"there is no experiment '{name}'{nearest(name, known)} (there are {', '.join(known)})")
+        found = loader().repository.load_config(f"experiment/{name}")
+        text = _text(found.path, name)
+    written = OmegaConf.to_container(found.config, resolve=False)
+    study, axes = written.get("study", {}), written["hydra"]["sweeper"]["params"]
+    verb, chosen = study.get("verb", "train"), [f"+experiment={name}"]
+    if verb not in VERBS:
+        raise ValueError(f"experiment {name}: study.verb={verb}; choose one of {', '.join(VERBS)}")
+    runs = [[*chosen, *job] for job in jobs(axes, given if verb == "train" else ())]
+    return Study(
+        name,
+        question(text),
+        [[*job, *given] for job in (runs if verb == "train" else jobs(study["train"], given))],
+        runs if verb == "evaluate" else [],
+        runs if verb == "serve" else [],
+        study.get("calibrate", False),
+        list(study.get("caches", [])),
+        list(study.get("group_by", [])),
+        study.get("baseline", {}),
+    )
+
+
+def jobs(axes: Mapping[str, Any], given: Sequence[str] = ()) -> list[list[str]]:
+    """Every combination of the axes' values as overrides, the last axis fastest, without axes that `given` sets."""
+    taken = {override.key_or_group for override in parse(given)}
+    return [list(job) for job in product(*(values(k, v) for k, v in axes.items() if k.lstrip("+") not in taken))]
+
+
+def values(axis: str, text: Any) -> list[str]:
+    """`layers` and `1,2` as `layers=1` and `layers=2`, read by Hydra's own grammar."""
+    override = parse([f"{axis}={text}"])[0]
+    if not override.is_discrete_sweep():
+        return [f"{axis}={text}"]
+    return [f"{axis}={value}" for value in override.sweep_string_iterator()]
+
+
+def with_values(cfg: DictConfig, **values: Any) -> DictConfig:
+    """A copy of `cfg` with these top-level settings."""
+    return OmegaConf.merge(cfg, values)
+
+
+def question(text: str) -> str:
+    """The first comment line of an experiment's file that is not Hydra's."""
+    lines = (line.lstrip("# ").strip() for line in text.splitlines() if line.startswith("#"))
+    return next((line for line in lines if line and not line.startswith("@package")), "")
+
+
+def _text(source: str, name: str) -> str:
+    kind, _, where = source.rpartition("://")
+    folder = files(where.replace("/", ".")) if kind == "pkg" else Path(where)
+    return folder.joinpath("experiment", f"{name}.yaml").read_text(encoding="utf-8")

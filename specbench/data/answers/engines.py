@@ -1,0 +1,246 @@
+"""Who answers: the law of an answer (Policy) and the two engines that draw it.
+
+ServerEngine asks OpenAI-compatible servers, InProcessEngine a callable that decodes batches of prompts. An engine hands
+every conversation over as soon as it is finished, in whatever order that is.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any, Protocol, runtime_checkable
+
+from specbench.data.answers.chat import prompt_ids
+from specbench.data.answers.servers import Patience, Refused, ServerPool
+from specbench.data.answers.templates import ChatError
+from specbench.data.prompts.deduplication import text_hash
+from specbench.decoding.sampling import Sampling
+
+Conversation = Mapping[str, Any]
+Emit = Callable[[str, dict[str, Any]], None]
+Generate = Callable[..., Iterator[tuple[int, Sequence[int], bool]]]
+
+
+@dataclass(frozen=True)
+class Policy:
+    """Everything that the law of an answer depends on.
+
+    model, revision, template: which target and which chat template (hash). thinking: passed to the template; None
+    leaves it out. date: at which a template that reads the clock is rendered; None for others. top_k 0, top_p 1,
+    min_p 0, repetition_penalty 1 and presence_penalty 0 are off. The penalties are two different things: the first
+    divides the logits of tokens seen, the second subtracts from them.
+    """
+
+    model: str
+    revision: str | None = None
+    template: str | None = None
+    thinking: bool | None = None
+    temperature: float | int = 0.7
+    top_p: float | int = 0.8
+    top_k: int = 20
+    min_p: float | int = 0.0
+    repetition_penalty: float | int = 1.0
+    presence_penalty: float | int = 0.0
+    max_new_tokens: int = 2048
+    seed: int = 0
+    date: str | None = None
+
+    def seed_of(self, id: str, turn: int) -> int:
+        """A turn's own seed (63 bits): independent of order, concurrency and what else is asked."""
+        return text_hash(f"{self.seed}/{id}/{turn}") >> 1
+
+    def request(self, turn_seed: int, options: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        """The settings as fields of a chat completion; what is off is not sent. `options` go to the chat template."""
+        extra: dict[str, Any] = {"return_token_ids": True}
+        extra |= {"top_k": self.top_k} if self.top_k else {}
+        extra |= {"min_p": self.min_p} if self.min_p else {}
+        extra |= {"repetition_penalty": self.repetition_penalty} if self.repetition_penalty != 1 else {}
+        given = ({} if self.thinking is None else {"enable_thinking": self.thinking}) | dict(options or {})
+        extra |= {"chat_template_kwargs": given} if given else {}
+        penalty = {"presence_penalty": self.presence_penalty} if self.presence_penalty else {}
+        return {
+            "temperature": self.temperature,
+            "top_p": self.top_p,
+            "max_tokens": self.max_new_tokens,
+            "seed": turn_seed & 0x7FFFFFFF,  # servers keep seeds in 32 bits
+            "extra_body": extra,
+            **penalty,
+        }
+
+
+@runtime_checkable
+class Engine(Protocol):
+    """Answers conversations. Calls emit("answer", row) or emit("failure", row) once for each of them."""
+
+    name: str
+
+    def answer(self, conversations: Iterator[Conversation], policy: Policy, emit: Emit) -> None: ...
+
+
+class _Open:
+    """A conversation being answered: its questions, and what has been said so far."""
+
+    def __init__(self, conversation: Conversation) -> None:
+        self.conversation = conversation
+        self.questions = [m for m in conversation["messages"] if m["role"] != "assistant"]
+        self.messages: list[dict[str, str]] = []
+        self.tokens: list[list[int] | None] = []
+        self.truncated: list[bool] = []
+
+    def ask(self) -> bool:
+        """Lay the next question; False when all are answered."""
+        while self.questions:
+            question = self.questions.pop(0)
+            self.messages.append({"role": question["role"], "content": question["content"]})
+            if question["role"] == "user":
+                return True
+        return False
+
+    def hear(self, text: str, tokens: Sequence[int] | None, truncated: bool) -> None:
+        """Book the answer to the question that was laid last."""
+        self.messages.append({"role": "assistant", "content": text})
+        self.tokens.append(None if tokens is None else list(tokens))
+        self.truncated.append(truncated)
+
+    def close(self, emit: Emit) -> None:
+        """Hand the conversation over; one without any question is a failure."""
+        if self.truncated:
+            emit("answer", self.row())
+        else:
+            emit("failure", self.failure("no question"))
+
+    def row(self) -> dict[str, Any]:
+        """The line of answers.jsonl."""
+        exact = self.tokens if all(t is not None for t in self.tokens) else None
+        kept = {k: self.conversation[k] for k in ("source", "domain") if k in self.conversation}
+        own = {"id": self.conversation["id"], "messages": self.messages}
+        return own | kept | {"answer_tokens": exact, "truncated": self.truncated}
+
+    def failure(self, cause: BaseException | str) -> dict[str, Any]:
+        """The line of failed.jsonl."""
+        return {"id": self.conversation["id"], "turn": len(self.truncated), "cause": str(cause)}
+
+
+class ServerEngine:
+    """Asks a pool of OpenAI-compatible servers, `concurrency` conversations at once on each.
+
+    options: further variables of the chat template (templates.server_options).
+    """
+
+    name = "servers"
+
+    def __init__(
+        self,
+        servers: Sequence[str],
+        model: str,
+        concurrency: int = 64,
+        patience: Patience | None = None,
+        api_key: str = "none",
+        options: Mapping[str, Any] | None = None,
+    ) -> None:
+        self._options = options
+        self._pool = ServerPool(
+            servers, model, concurrency=concurrency, patience=patience or Patience(), api_key=api_key
+        )
+        self._workers = concurrency * len(servers)
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """Tries that had to be repeated, and times that a server left the pool."""
+        return {"retries": self._pool.retries, "outages": self._pool.outages}
+
+    def answer(self, conversations: Iterator[Conversation], policy: Policy, emit: Emit) -> None:
+        """See Engine."""
+        try:
+            asyncio.run(self._answer(conversations, policy, emit))
+        except BaseExceptionGroup as group:
+            raise _first(group) from None
+
+    async def _answer(self, conversations: Iterator[Conversation], policy: Policy, emit: Emit) -> None:
+        async with self._pool, asyncio.TaskGroup() as group:
+            for _ in range(self._workers):
+                group.create_task(self._work(conversations, policy, emit))
+
+    async def _work(self, conversations: Iterator[Conversation], policy: Policy, emit: Emit) -> None:
+        for conversation in conversations:  # shared: every worker takes the next one when it is free
+            state = _Open(conversation)
+            try:
+                while state.ask():
+                    seed = policy.seed_of(conversation["id"], len(state.truncated))
+                    reply = await self._pool.chat(state.messages, **policy.request(seed, self._options))
+                    state.hear(reply.text, reply.tokens, reply.truncated)
+            except Refused as cause:
+                emit("failure", state.failure(cause))
+            else:
+                state.close(emit)
+
+
+class InProcessEngine:
+    """Asks a callable in this process, a turn of `chunk` conversations at a time.
+
+    generate(prompts, sampling, max_new_tokens, stop_token_ids, seeds) -> iterator of (index, output_ids, truncated),
+    in any order; output_ids hold the stop token where there was one.
+    """
+
+    name = "in process"
+
+    def __init__(self, generate: Generate, tokenizer: Any, stop_token_ids: Sequence[int], chunk: int = 512) -> None:
+        self._generate, self._tokenizer, self._chunk = generate, tokenizer, chunk
+        self._stops = list(stop_token_ids)
+        self.counts: dict[str, int] = {}
+
+    def answer(self, conversations: Iterator[Conversation], policy: Policy, emit: Emit) -> None:
+        """See Engine."""
+        if policy.repetition_penalty != 1 or policy.presence_penalty != 0:
+            raise ValueError(
+                f"repetition_penalty={policy.repetition_penalty}, presence_penalty={policy.presence_penalty}: decoding "
+                "in process has no penalties; set them to 1 and 0, or use servers=[...]"
+            )
+        while chunk := [_Open(c) for c in islice(conversations, self._chunk)]:
+            while chunk:
+                chunk = self._turn([s for s in chunk if self._asked(s, emit)], policy, emit)
+
+    def _asked(self, state: _Open, emit: Emit) -> bool:
+        """Lay the next question of a conversation; a finished one is handed over."""
+        if state.ask():
+            return True
+        state.close(emit)
+        return False
+
+    def _turn(self, states: list[_Open], policy: Policy, emit: Emit) -> list[_Open]:
+        """One turn of every conversation; returns those that can go on."""
+        prompts, asked = [], []
+        for state in states:
+            try:
+                exact = [t for t in state.tokens if t is not None]
+                prompts.append(prompt_ids(self._tokenizer, state.messages, policy.thinking, exact))
+                asked.append(state)
+            except ChatError as cause:
+                emit("failure", state.failure(cause))
+        if not asked:
+            return []
+        seeds = [policy.seed_of(s.conversation["id"], len(s.truncated)) for s in asked]
+        sampling = Sampling(policy.temperature, policy.top_k, policy.top_p, policy.min_p)
+        going = []
+        for index, output, truncated in self._generate(prompts, sampling, policy.max_new_tokens, self._stops, seeds):
+            state, output = asked[index], [int(t) for t in output]
+            spoken = output[:-1] if output and output[-1] in self._stops else output
+            if not spoken:
+                emit("failure", state.failure("an empty answer"))
+                continue
+            state.hear(self._tokenizer.decode(spoken, skip_special_tokens=False), output, bool(truncated))
+            if state.questions:
+                going.append(state)
+            else:
+                state.close(emit)
+        return going
+
+
+def _first(group: BaseExceptionGroup) -> BaseException:
+    """The first exception that is not a group."""
+    error: BaseException = group
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return error

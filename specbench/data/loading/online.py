@@ -1,0 +1,105 @@
+"""OnlineTarget: the same Steps without a cache. The target stays resident and its states are computed as they are read.
+
+Axes: B batch rows, T tokens.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from specbench.blocks import Batch, Context, Sample
+from specbench.data.cache.manifest import conversations_hash
+from specbench.data.cache.shards import Conversation
+from specbench.data.loading.order import ROWS
+from specbench.data.loading.step_data import StepData
+from specbench.data.loading.steps import empty_batch
+from specbench.models.embedding_head import Tables
+
+
+class OnlineTarget(StepData):
+    """Steps of `conversations` with states from `target`; arguments beyond StepData's:
+
+    dtype: of the states, by name, as a cache would hold them ("bfloat16" rounds as the bf16 cache does); None keeps the
+        target's own.
+    states_device: where the states are left; None keeps them on the target's device.
+
+    The rows of a step, their order and everything but the states' last digits are those of a cache built from the same
+    conversations: batches of another shape may round differently.
+    """
+
+    def __init__(
+        self,
+        target: Any,
+        conversations: Sequence[Conversation],
+        dtype: str | None = None,
+        states_device: str | None = None,
+        **order: Any,
+    ):
+        super().__init__(**order)
+        if not len(conversations):
+            raise ValueError("conversations is empty: the answers stage has to run first")
+        if self.shuffle_window is not None:
+            raise ValueError(f"shuffle_window={self.shuffle_window}: without a cache there are no shards to shuffle by")
+        self.target, self.conversations, self.states_device = target, conversations, states_device
+        self._dtype = dtype and getattr(torch, dtype)
+        self._lengths = np.array([len(one.tokens) for one in conversations], np.int64)
+        self._supervised = np.array([int(np.sum(one.loss_mask)) for one in conversations], np.int64)
+        self._content = conversations_hash(conversations)
+        self._lock = threading.Lock()
+
+    @property
+    def ids(self) -> Sequence[str]:
+        return [one.id for one in self.conversations]
+
+    @property
+    def lengths(self) -> ROWS:
+        return self._lengths
+
+    @property
+    def supervised(self) -> ROWS:
+        return self._supervised
+
+    @property
+    def shards(self) -> ROWS:
+        return np.zeros(len(self.conversations), np.int64)
+
+    @property
+    def content(self) -> str:
+        return self._content
+
+    @property
+    def tables(self) -> Tables:
+        """The target's frozen tables."""
+        return self.target.tables
+
+    def samples(self, rows: ROWS) -> list[Sample]:
+        chosen = [self.conversations[row] for row in rows]
+        with self._lock:  # the target captures one forward pass at a time
+            context = states_of(self.target, chosen)
+        taps = context.taps.to(self.states_device, self._dtype)
+        last = context.last.to(self.states_device, self._dtype)
+        found = []
+        for at, (row, one) in enumerate(zip(rows, chosen, strict=True)):
+            length = len(one.tokens)
+            tokens = torch.as_tensor(one.tokens, dtype=torch.int32)
+            loss_mask = torch.as_tensor(one.loss_mask, dtype=torch.bool)
+            found.append(Sample(tokens, loss_mask, taps[at, :length], last[at, :length], int(row)))
+        return found
+
+    def empty(self) -> Batch:
+        embedding = self.target.tables.embedding
+        return empty_batch(len(self.target.target_layer_ids), embedding.shape[-1], self._dtype or embedding.dtype)
+
+
+def states_of(target: Any, conversations: Sequence[Conversation]) -> Context:
+    """Target states of some conversations in one right-padded batch."""
+    lengths = torch.tensor([len(one.tokens) for one in conversations])
+    tokens = torch.zeros(len(conversations), int(lengths.max()), dtype=torch.long)
+    for row, one in zip(tokens, conversations, strict=True):
+        row[: len(one.tokens)] = torch.as_tensor(one.tokens, dtype=torch.long)
+    return target.states(tokens, lengths)

@@ -1,0 +1,340 @@
+"""Evaluation prompts: a suite of benchmarks, the same prompts on every machine, split exactly over ranks.
+
+A benchmark is data: where its rows are (a dataset of the hub, or the embedded corpus), how a row becomes a prompt (a
+Jinja template over the row's columns, or a column with turns), which rows are drawn, its domain and a version that is
+raised whenever any of it changes. Prompts can also be read from a folder of JSONL files, one a benchmark, whose lines
+hold `turns` (texts) or `prompt_ids` (already tokenised), or from a single file of any format and layout that foreign.py
+and turns.py know. There a `benchmark` or `category` names the benchmark of a row, as in Spec-Bench's and SPEED-Bench's
+question files, and a `question_id` serves as its id.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import groupby
+from pathlib import Path
+from typing import Annotated, Any
+
+import lightning as L
+import numpy as np
+from jinja2 import StrictUndefined, TemplateError
+from jinja2.sandbox import SandboxedEnvironment
+from torch.utils.data import DataLoader, IterableDataset
+
+from specbench.data.prompts import foreign_layouts as foreign
+from specbench.data.prompts import turns
+from specbench.data.prompts.deduplication import SHORTEST, text_hash, words
+from specbench.data.prompts.embedded_corpus import conversations
+from specbench.files import hub_datasets as hub
+from specbench.files.json_lines import text_id
+from specbench.ranges import Among, Count, Natural, Seed
+
+TURNS = ("all", "first")
+OWN = "own"  # domain of prompts that belong to no benchmark of the suite
+LARGEST = 2**31 - 1  # no vocabulary has more token ids
+# MT-Bench's questions keep their numbers and categories wherever they are copied to, ten of each from 81 on.
+MT_BENCH = ("writing", "roleplay", "reasoning", "math", "coding", "extraction", "stem", "humanities")
+log = logging.getLogger("specbench")
+_jinja = SandboxedEnvironment(undefined=StrictUndefined, keep_trailing_newline=True)
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One evaluation prompt: user turns as text, or one prompt as token ids; exactly one of the two is set."""
+
+    id: str
+    benchmark: str
+    domain: str
+    turns: tuple[str, ...] | None
+    prompt_ids: tuple[int, ...] | None
+    seed: int
+
+    @property
+    def length(self) -> int:
+        """Token ids, or characters of the text: what orders prompts from long to short."""
+        return len(self.prompt_ids) if self.prompt_ids is not None else sum(map(len, self.turns or ()))
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """Where a benchmark's rows are and how one becomes a prompt.
+
+    rows: how many are drawn (None: all), by the permutation that datasets.Dataset.shuffle(row_seed) uses.
+    dataset, revision, subset, split, files: a dataset of the hub; `files` are paths inside its repository.
+    template: Jinja over the row's columns; turns: a column holding the user turns. One of the two.
+    corpus: a domain of the embedded corpus, instead of a dataset.
+    """
+
+    name: str
+    domain: str
+    version: Natural = 1
+    rows: Count | None = None
+    row_seed: Seed = 0
+    dataset: str | None = None
+    revision: str | None = None
+    subset: str | Sequence[str] | None = None
+    split: str = "test"
+    files: Sequence[str] | None = None
+    template: str | None = None
+    turns: str | None = None
+    corpus: str | None = None
+
+    def render(self, row: Mapping[str, Any]) -> tuple[str, ...]:
+        """The user turns of one row. A column that is not there is an error that names it."""
+        try:
+            if self.template is not None:
+                return (_jinja.from_string(self.template).render(**row),)
+            found = tuple(turn["content"] for turn in turns.asked(row[self.turns or "turns"]))
+            if not found:
+                raise turns.Unfit("a row without turns")
+            return found
+        except (TemplateError, KeyError, TypeError, turns.Unfit) as error:
+            raise ValueError(
+                f"benchmark {self.name!r}: its template does not fit the data ({hub.first_line(error)}); the "
+                f"columns are {', '.join(row)}"
+            ) from error
+
+    def download(self) -> list[tuple[str, ...]]:
+        """Turns of every row of the hub's dataset, in its order."""
+        remedy = f"connect to the hub, or set prompts=FOLDER with FOLDER/{self.name}.jsonl in it, or use suite=embedded"
+        if self.files is not None:
+            at = f"@{self.revision}" if self.revision else ""
+            urls = [f"hf://datasets/{self.dataset}{at}/{file}" for file in self.files]
+            kind = "parquet" if self.files[0].endswith(".parquet") else "json"
+            parts = [hub.load(kind, data_files=urls, split="train", remedy=remedy, label=self.dataset)]
+        else:
+            subsets = [self.subset] if isinstance(self.subset, str) or self.subset is None else self.subset
+            parts = [
+                hub.load(self.dataset, subset, split=self.split, revision=self.revision, remedy=remedy)
+                for subset in subsets
+            ]
+        return [self.render(row) for part in parts for row in part]
+
+    def sample(self, count: int, limit: int | None = None) -> list[int]:
+        """Which of `count` rows are drawn; a `limit` keeps the first of them, so that smaller suites nest in larger."""
+        order = np.random.default_rng(self.row_seed).permutation(count)[: self.rows]
+        return [int(row) for row in order[:limit]]
+
+
+class Benchmarks(L.LightningDataModule):
+    """The prompts of a suite; a test batch is this rank's share of one benchmark, longest first.
+
+    prompts: folder of JSONL files, or one file, read instead of the hub and the corpus. A folder follows the suite
+        (benchmarks that have no file there are left out and named); a single file is taken whole.
+    limit: at most so many prompts of each benchmark. turns: "all", or "first" for the published protocol.
+    seed: from which every prompt's own seed is derived.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        benchmarks: Mapping[str, Benchmark] | Sequence[Benchmark],
+        prompts: str | Path | None = None,
+        limit: Count | None = None,
+        turns: Annotated[str, Among(TURNS)] = "all",
+        seed: Seed = 0,
+    ) -> None:
+        super().__init__()
+        if turns not in TURNS:
+            raise ValueError(f"turns={turns!r}: choose one of {', '.join(TURNS)}")
+        if limit is not None and limit < 1:
+            raise ValueError(f"limit={limit}: ask for at least one prompt, or null for all")
+        self.name, self.limit, self.turns, self.seed = name, limit, turns, seed
+        self.benchmarks = list(benchmarks.values()) if isinstance(benchmarks, Mapping) else list(benchmarks)
+        self.folder = None if prompts is None else Path(prompts).expanduser()
+        self.missing: list[str] = []
+        self._prompts: list[Prompt] | None = None
+
+    def load(self) -> list[Prompt]:
+        """All prompts of the suite, benchmark by benchmark."""
+        if self._prompts is None:
+            chosen = [p for b, pool in self._pools() for p in self._choose(b, pool)]
+            if not chosen:
+                if self.folder is not None and self.folder.is_file():
+                    raise ValueError(
+                        f"prompts={self.folder} holds no prompt: a line is one, with `turns` or `prompt_ids`"
+                    )
+                names = ", ".join(f"{b.name}.jsonl" for b in self.benchmarks)
+                raise ValueError(f"prompts={self.folder} holds no prompt of suite {self.name!r}: it looks for {names}")
+            self._prompts = chosen
+        return self._prompts
+
+    def texts(self) -> dict[str, list[str]]:
+        """The user turns of every row, drawn or not: what training prompts must not overlap.
+
+        Follow-ups of fewer than `SHORTEST` words ("And what is twice as much?") mean nothing alone and are left out.
+        """
+        return {
+            b.name: [t for p in pool for i, t in enumerate(p.turns or ()) if i == 0 or len(words(t)) >= SHORTEST]
+            for b, pool in self._pools()
+        }
+
+    def facts(self) -> dict[str, Any]:
+        """What identifies these prompts, for a run's record: where they were read from, with revision or digest."""
+        loaded = self.load()
+        counts = Counter(p.benchmark for p in loaded)
+        domains = {p.benchmark: p.domain for p in loaded}
+        known = {b.name: b for b in self.benchmarks}
+        described = {}
+        for name, count in counts.items():
+            b = known.get(name, Benchmark(name, domains[name]))
+            described[name] = {"domain": b.domain, "prompts": count}
+            if self.folder is None:
+                described[name] |= {"version": b.version, "dataset": b.dataset or b.corpus, "revision": b.revision}
+            else:
+                file = self.folder if self.folder.is_file() else self.folder / f"{name}.jsonl"
+                described[name] |= {"file": str(file), "sha256": hashlib.sha256(file.read_bytes()).hexdigest()}
+        return {
+            "suite": self.name,
+            "prompts": None if self.folder is None else str(self.folder),
+            "limit": self.limit,
+            "turns": self.turns,
+            "seed": self.seed,
+            "missing": self.missing,
+            "benchmarks": described,
+        }
+
+    def test_dataloader(self) -> DataLoader:
+        """Batches of list[Prompt]: this rank's share of one benchmark each. Nothing is padded or repeated."""
+        rank, world = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
+        own = for_rank(self.load(), rank, world)
+        names = list(dict.fromkeys(p.benchmark for p in self.load()))
+        own.sort(key=lambda p: names.index(p.benchmark))  # stable: longest first stays
+        return DataLoader(_Batches([list(g) for _, g in groupby(own, lambda p: p.benchmark)]), batch_size=None)
+
+    def transfer_batch_to_device(self, batch: list[Prompt], device: Any, dataloader_idx: int) -> list[Prompt]:
+        """Prompts are text and numbers: there is nothing to move."""
+        return batch
+
+    def _pools(self) -> Iterator[tuple[Benchmark, list[Prompt]]]:
+        """Every benchmark with all of its rows as prompts."""
+        if self.folder is not None and self.folder.is_file():
+            named = {b.name: b for b in self.benchmarks}
+            name = Path(self.folder.name.removesuffix(".gz")).stem
+            prompts = self._read(self.folder, named.get(name, Benchmark(name, OWN)), by_row=name not in named)
+            for benchmark in dict.fromkeys(p.benchmark for p in prompts):
+                pool = [p for p in prompts if p.benchmark == benchmark]
+                yield replace(named.get(benchmark, Benchmark(benchmark, pool[0].domain)), rows=None), pool
+            return
+        if self.folder is not None and not self.folder.is_dir():
+            raise ValueError(f"prompts={self.folder} does not exist: give a folder of JSONL files, or one such file")
+        if self.folder is not None:
+            self.missing = [b.name for b in self.benchmarks if not (self.folder / f"{b.name}.jsonl").is_file()]
+            if self.missing:
+                log.warning(
+                    "%s has no file for %s: left out of suite %s", self.folder, ", ".join(self.missing), self.name
+                )
+        for benchmark in self.benchmarks:
+            if benchmark.name in self.missing:
+                continue
+            if self.folder is not None:
+                yield benchmark, self._read(self.folder / f"{benchmark.name}.jsonl", benchmark)
+            elif benchmark.corpus is not None:
+                rows = conversations(benchmark.corpus, "benchmark")
+                pool = [(str(c["id"]), tuple(m["content"] for m in c["messages"] if m["role"] == "user")) for c in rows]
+                yield benchmark, [self._prompt(benchmark, id, turns, None) for id, turns in pool]
+            else:
+                pool = enumerate(benchmark.download())
+                yield benchmark, [self._prompt(benchmark, f"{benchmark.name}/{i}", turns, None) for i, turns in pool]
+
+    def _choose(self, benchmark: Benchmark, pool: Sequence[Prompt]) -> list[Prompt]:
+        whole = self.folder is not None and self.folder.is_file()
+        rows = range(len(pool)) if whole else benchmark.sample(len(pool), self.limit)
+        short = self.turns == "first"
+        return [replace(p, turns=p.turns[:1]) if short and p.turns else p for p in (pool[row] for row in rows)]
+
+    def _prompt(self, benchmark: Benchmark, id: str, turns, ids) -> Prompt:
+        return Prompt(id, benchmark.name, benchmark.domain, turns, ids, text_hash(f"{self.seed}/{id}") >> 1)
+
+    def _read(self, path: Path, benchmark: Benchmark, by_row: bool = False) -> list[Prompt]:
+        """All prompts of one file; a row that is none is an error with its number.
+
+        by_row: a row may name its own benchmark; else they all belong to `benchmark`.
+        """
+        rows, prompts = foreign.rows(path), []
+        places: dict[str, int] = {}
+        domains: dict[str, str] = {}
+        for number, row in rows:
+            try:
+                asked, ids = _content(row)
+                id = _id(row) or f"{benchmark.name}/{len(prompts)}"
+                name, domain = (_benchmark(row) if by_row else None) or (benchmark.name, benchmark.domain)
+            except ValueError as error:
+                raise rows.broken(number, str(error)) from None
+            first = places.setdefault(id, number)
+            if first != number:
+                raise rows.broken(number, f"repeats the id {id!r} of {rows.unit} {first}")
+            if domains.setdefault(name, domain) != domain:
+                why = f"puts benchmark {name!r} into domain {domain!r}, and rows before it into {domains[name]!r}"
+                raise rows.broken(number, why)
+            prompts.append(self._prompt(replace(benchmark, name=name, domain=domain), id, asked, ids))
+        return prompts
+
+
+def _content(row: Mapping[str, Any]) -> tuple[tuple[str, ...] | None, tuple[int, ...] | None]:
+    """User turns or token ids of a row; ValueError says why it has not one of the two."""
+    given, ids = row.get("turns"), row.get("prompt_ids")
+    if ids is None:
+        if given is not None and not ((given and turns.is_turns(given)) or _filled(given, str)):
+            raise ValueError("`turns` is not a list of texts with at least one word each")
+        if given is None and not any(row.get(key) for key in (*turns.LISTS, *turns.TEXTS, "instruction")):
+            raise ValueError("a prompt needs `turns` or `prompt_ids`, and not both")
+        found = turns.find(row)
+        if any(turn["role"] == "system" for turn in found):
+            raise ValueError("a system message, and prompts are user turns: write it into the first turn")
+        asked = tuple(turn["content"] for turn in found if turn["role"] == "user")
+        if not asked:
+            raise ValueError("no question")
+        return asked, None
+    if given is not None:
+        raise ValueError("a prompt needs `turns` or `prompt_ids`, and not both")
+    if not (_filled(ids, int) and min(ids) >= 0 and max(ids) <= LARGEST):
+        raise ValueError("`prompt_ids` is not a list of token ids (whole numbers from 0)")
+    return None, tuple(ids)
+
+
+def _id(row: Mapping[str, Any]) -> str | None:
+    value = next((row[key] for key in ("id", "question_id") if row.get(key) not in (None, "")), None)
+    return None if value is None else text_id(value)
+
+
+def _benchmark(row: Mapping[str, Any]) -> tuple[str, str] | None:
+    """Benchmark and domain that a row itself names."""
+    for key in ("benchmark", "category", "domain"):
+        if not isinstance(row.get(key, ""), (str, type(None))) or (row.get(key) or "x").strip() == "":
+            raise ValueError(f"`{key}` is no text")
+    number = row.get("question_id")
+    if (
+        str(number).isdecimal()
+        and 81 <= int(number) < 161
+        and row.get("category") == MT_BENCH[(int(number) - 81) // 10]
+    ):
+        return "mt-bench", "chat"
+    name = row.get("benchmark") or row.get("category")
+    return (name, row.get("domain") or OWN) if name else None
+
+
+def for_rank(prompts: Sequence[Prompt], rank: int, world: int) -> list[Prompt]:
+    """This rank's prompts, longest first. Together the ranks hold every prompt once, sizes differing by at most 1."""
+    if not 0 <= rank < world:
+        raise ValueError(f"rank={rank} of world={world}: ranks count from 0 to world - 1")
+    ordered = sorted(prompts, key=lambda p: (-p.length, p.benchmark, p.id))
+    return ordered[rank::world]
+
+
+def _filled(value: Any, kind: type) -> bool:
+    return isinstance(value, list) and bool(value) and set(map(type, value)) == {kind}
+
+
+class _Batches(IterableDataset):
+    """Iterable, so that no strategy of Lightning adds a sampler that pads the ranks to equal length."""
+
+    def __init__(self, batches: list[list[Prompt]]) -> None:
+        self.batches = batches
+
+    def __iter__(self) -> Iterator[list[Prompt]]:
+        return iter(self.batches)

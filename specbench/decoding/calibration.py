@@ -1,0 +1,218 @@
+"""Is the confidence head right, and making it right: reliability by slot and sequential temperature scaling.
+
+What is judged at slot k is the running product a_k = c_1 ... c_k against prefix acceptance, the event that the round
+accepted at least k tokens (DSpark paper, section 5 and figure 6). A slot is observed only in the rounds that proposed
+it. Cutting a proposal by its confidences c_1..c_k leaves the observed slots unbiased given those confidences; an
+accepted stop token ends a round at its own slot, and slots beyond count for nothing.
+
+Axes: R rounds, K slots, N observations.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int
+from torchmetrics.functional.classification import binary_auroc
+
+from specbench.decoding.scheduling import Scheduler
+from specbench.files.atomic import write_json
+
+SCHEMA = "specbench.calibration/1"
+BINS = 20
+GRID = tuple(float(10 ** (step / 100)) for step in range(-100, 101))  # 0.1 to 10 in steps of 2.3%, 1 among them
+
+
+@dataclass(frozen=True)
+class Reliability:
+    """A reliability diagram: per equal-width bin the count, the mean prediction and the observed rate (0 if empty)."""
+
+    count: Int[np.ndarray, " bins"]
+    predicted: Float[np.ndarray, " bins"]
+    observed: Float[np.ndarray, " bins"]
+
+    @property
+    def ece(self) -> float:
+        """Expected calibration error: the mean over observations of their bin's |predicted - observed|."""
+        return float((self.count * np.abs(self.predicted - self.observed)).sum() / self.count.sum())
+
+
+def reliability(predicted: Float[np.ndarray, " N"], observed: Bool[np.ndarray, " N"], bins: int = BINS) -> Reliability:
+    """Bin predictions into [0, 1/bins), ..., [1 - 1/bins, 1].
+
+    >>> round(reliability(np.array([0.81, 0.83, 0.32]), np.array([True, False, False])).ece, 4)
+    0.32
+    """
+    if len(predicted) == 0:
+        raise ValueError("no observation of this slot: record rounds that propose it (scheduler=fixed, length null)")
+    index = np.minimum((predicted * bins).astype(np.int64), bins - 1)
+    count = np.bincount(index, minlength=bins)
+    each = np.maximum(count, 1)
+    total = (np.bincount(index, weights=values, minlength=bins) for values in (predicted, observed))
+    predicted_mean, observed_mean = (values / each for values in total)
+    return Reliability(count, predicted_mean, observed_mean)
+
+
+def probabilities(logits: Float[np.ndarray, "R K"], temperatures: Sequence[float] = ()) -> Float[np.ndarray, "R K"]:
+    """c = sigmoid(logit / temperature of the slot) in fp64; without temperatures as the head says. NaN stays NaN."""
+    scaled = logits.astype(np.float64) / (np.asarray(temperatures) if len(temperatures) else 1.0)
+    return 0.5 * (1.0 + np.tanh(0.5 * scaled))
+
+
+def by_slot(
+    confidence: Float[np.ndarray, "R K"],
+    accepted: Int[np.ndarray, " R"],
+    proposed: Int[np.ndarray, " R"],
+    bins: int = BINS,
+) -> list[dict]:
+    """One row a slot: slot, n, survival, predicted, ece, auroc, brier and reliability (count, predicted, observed).
+
+    `confidence` are probabilities of conditional acceptance; their running product is judged. A slot nobody proposed
+    has n = 0 and None for every number; auroc is None where all rounds agree.
+    """
+    a = np.cumprod(confidence, axis=1)
+    rows = []
+    for k in range(1, confidence.shape[1] + 1):
+        seen = proposed >= k
+        row = dict.fromkeys(("survival", "predicted", "ece", "auroc", "brier", "reliability"))
+        if seen.any():
+            p, y = a[seen, k - 1], accepted[seen] >= k
+            diagram = reliability(p, y, bins)
+            row |= {
+                "survival": float(y.mean()),
+                "predicted": float(p.mean()),
+                "ece": diagram.ece,
+                "brier": float(((p - y) ** 2).mean()),
+                "reliability": {name: value.tolist() for name, value in asdict(diagram).items()},
+            }
+            if 0 < y.sum() < len(y):
+                row["auroc"] = float(binary_auroc(torch.from_numpy(p), torch.from_numpy(y.astype(np.int64))))
+        rows.append({"slot": k, "n": int(seen.sum()), **row})
+    return rows
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Temperatures of the confidence logits, and what they were fitted on.
+
+    `prompts` are the digests of the prompts of the fitted rounds, `fingerprint` the digest of the rounds themselves,
+    `observations[k-1]` how many rounds proposed slot k, `at_edge` the slots whose best temperature is the grid's end.
+    """
+
+    temperatures: tuple[float, ...]
+    prompts: frozenset[str]
+    fingerprint: str
+    observations: tuple[int, ...]
+    at_edge: tuple[int, ...] = ()
+
+    def apply(self, logits: Float[np.ndarray, "R K"]) -> Float[np.ndarray, "R K"]:
+        """Calibrated probabilities of conditional acceptance; fewer slots than were fitted are a shortened block."""
+        if logits.shape[1] > len(self.temperatures):
+            raise ValueError(
+                f"this calibration holds {len(self.temperatures)} slots and the draft's confidence has "
+                f"{logits.shape[1]}; fit it on rounds of this draft"
+            )
+        return probabilities(logits, self.temperatures[: logits.shape[1]])
+
+    def judge(
+        self,
+        logits: Float[np.ndarray, "R K"],
+        accepted: Int[np.ndarray, " R"],
+        proposed: Int[np.ndarray, " R"],
+        prompts: Sequence[str],
+        bins: int = BINS,
+    ) -> list[dict]:
+        """by_slot() before and after on held-out rounds: its rows with `calibrated` False, then True.
+
+        ValueError if any of the prompts is one that the temperatures were fitted on.
+        """
+        shared = self.prompts & set(prompts)
+        if shared:
+            raise ValueError(
+                f"{len(shared)} of {len(set(prompts))} prompts were used to fit this calibration; judge it on others"
+            )
+        sides = ((False, probabilities(logits)), (True, self.apply(logits)))
+        return [
+            {"calibrated": flag, **row} for flag, values in sides for row in by_slot(values, accepted, proposed, bins)
+        ]
+
+    def save(self, path: str | Path) -> None:
+        """Write JSON, whole or not at all; calibration.json beside the draft is where decoding looks for it."""
+        write_json(path, {"schema": SCHEMA, **asdict(self)})
+
+    @classmethod
+    def load(cls, path: str | Path) -> Calibration:
+        """Read what save() wrote."""
+        if not Path(path).is_file():
+            raise ValueError(f"there is no calibration at {path}; make one with `specbench calibrate`")
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+        if content.pop("schema", None) != SCHEMA:
+            raise ValueError(f"{path} is no calibration of schema {SCHEMA}; make it anew with `specbench calibrate`")
+        lists = {name: tuple(content[name]) for name in ("temperatures", "observations", "at_edge")}
+        return cls(prompts=frozenset(content["prompts"]), fingerprint=content["fingerprint"], **lists)
+
+
+def fit(
+    logits: Float[np.ndarray, "R K"],
+    accepted: Int[np.ndarray, " R"],
+    proposed: Int[np.ndarray, " R"],
+    prompts: Sequence[str],
+    grid: Sequence[float] = GRID,
+    bins: int = BINS,
+) -> Calibration:
+    """Sequential temperature scaling (paper, section 5): for k = 1..K the temperature of slot k that minimises the
+    expected calibration error of the running product up to k, with slots before k held at their calibrated values.
+
+    `prompts[r]` names the prompt of round r. Of equal errors the temperature nearest to 1 is taken. ValueError where
+    a slot was never proposed, because no temperature follows from nothing.
+    """
+    slots = logits.shape[1]
+    observations = tuple(int((proposed >= k).sum()) for k in range(1, slots + 1))
+    if 0 in observations:
+        raise ValueError(
+            f"slot {observations.index(0) + 1} was never proposed in the {len(proposed)} rounds; fit on rounds that "
+            "verify whole proposals (scheduler=fixed, length null)"
+        )
+    nearest_first = sorted(grid, key=lambda t: abs(np.log(t)))
+    earlier, temperatures = np.ones(len(logits)), []
+    for k in range(1, slots + 1):
+        seen, own = proposed >= k, logits[:, k - 1 : k]
+        y = accepted[seen] >= k
+        errors = [reliability(earlier[seen] * probabilities(own[seen], (t,))[:, 0], y, bins).ece for t in nearest_first]
+        temperatures.append(float(nearest_first[int(np.argmin(errors))]))
+        earlier = earlier * probabilities(own, temperatures[-1:])[:, 0]
+    mark = hashlib.sha256("".join(prompts).encode())
+    for values in (np.nan_to_num(logits), accepted, proposed):
+        mark.update(np.ascontiguousarray(values, dtype="<f8").tobytes())
+    edges = tuple(k for k, t in enumerate(temperatures, start=1) if t in (min(grid), max(grid)))
+    return Calibration(tuple(temperatures), frozenset(prompts), mark.hexdigest()[:16], observations, edges)
+
+
+@dataclass(frozen=True)
+class Calibrated(Scheduler):
+    """Another scheduler on calibrated confidences. Scaling slot k reads c_k alone, so what was lossless stays so."""
+
+    scheduler: Scheduler
+    calibration: Calibration
+
+    @property
+    def lossless(self) -> bool:
+        return self.scheduler.lossless
+
+    @property
+    def label(self) -> str:
+        return f"{self.scheduler.label}, calibrated"
+
+    def reset(self) -> None:
+        self.scheduler.reset()
+
+    def choose(self, confidence, proposed, requests, accepted):
+        with np.errstate(divide="ignore"):  # a certain 0 or 1 is an infinite logit and stays certain
+            logits = np.log(confidence) - np.log1p(-confidence)
+        return self.scheduler.lengths(self.calibration.apply(logits), proposed, requests, accepted)

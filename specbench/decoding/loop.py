@@ -1,0 +1,299 @@
+"""Batched decoding: speculative rounds of a draft and a target, and plain decoding as their baseline.
+
+Requests of any length share one batch; each keeps its own length, roll-back and random generator, so its output does
+not depend on its neighbours. Requests join as others leave.
+
+    round: draft.propose -> scheduler -> target.extend(anchor + proposal) -> verify -> advance target, commit draft
+
+Axes: B requests, K slots, S tokens of a verified block, C taps, D hidden, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from specbench.blocks import Context
+from specbench.decoding.sampling import Sampler, Sampling, draw, warp
+from specbench.decoding.scheduling import FixedLength, Scheduler
+from specbench.decoding.verification import verify, verify_greedy
+from specbench.drafts.draft import Proposal, Proposer
+from specbench.models.target import Target, TargetState
+
+ACCOUNTINGS = ("specbench", "deepspec")
+
+
+@dataclass(frozen=True)
+class Round:
+    """One round of one request. `tokens` are what it commits; times are those of its whole batch, in seconds."""
+
+    proposed: int
+    accepted: int
+    tokens: tuple[int, ...]
+    confidence: tuple[float, ...] | None
+    draft_seconds: float
+    verify_seconds: float
+    seconds: float
+    stop: bool
+
+    @property
+    def committed(self) -> int:
+        """Tokens that count: accepted and the next one, or the accepted ones where a stop token ended the text."""
+        return len(self.tokens)
+
+
+@dataclass
+class Decoded:
+    """One finished request. `output_ids`: the generated tokens, cut at the stop token or at max_new_tokens. `seconds`:
+    of everything that it took part in. `prefill_seconds`: its share of joining, prefill and the copy into the batch."""
+
+    index: int
+    prompt_ids: list[int]
+    output_ids: list[int] = field(default_factory=list)
+    rounds: list[Round] = field(default_factory=list)
+    truncated: bool = False
+    seconds: float = 0.0
+    prefill_seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class Limits:
+    """When a request ends and how many run at once. `token_budget` bounds the sum of prompt + new tokens in flight."""
+
+    max_new_tokens: int = 256
+    stop_token_ids: tuple[int, ...] = ()
+    batch_size: int = 1
+    token_budget: int | None = None
+    accounting: str = "specbench"
+
+    def __post_init__(self) -> None:
+        if self.accounting not in ACCOUNTINGS:
+            raise ValueError(f"accounting={self.accounting!r}: choose one of {', '.join(ACCOUNTINGS)}")
+        for name in ("max_new_tokens", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)}: give at least 1")
+
+    @property
+    def last_round_at(self) -> int:
+        """Rounds run while fewer tokens than this are out; the released evaluator runs one more than is needed."""
+        return self.max_new_tokens + (self.accounting == "deepspec")
+
+
+@dataclass
+class _Lanes:
+    """The requests in flight, row by row."""
+
+    requests: list[Decoded]
+    anchor: Tensor
+    target: TargetState
+    draft: Any
+    sampler: Sampler
+
+    def select(self, rows: list[int]) -> _Lanes:
+        index = torch.tensor(rows, device=self.anchor.device)
+        draft = None if self.draft is None else self.draft.select(index)
+        kept = [self.requests[r] for r in rows]
+        return _Lanes(kept, self.anchor[index], self.target.select(index), draft, self.sampler.select(rows))
+
+    def merge(self, other: _Lanes) -> _Lanes:
+        draft = None if self.draft is None else self.draft.merge(other.draft)
+        anchor = torch.cat([self.anchor, other.anchor])
+        sampler = self.sampler.merge(other.sampler)
+        return _Lanes(self.requests + other.requests, anchor, self.target.merge(other.target), draft, sampler)
+
+
+def speculative_decode(
+    target: Target,
+    draft: Proposer,
+    prompts: Sequence[Sequence[int]],
+    sampling: Sampling,
+    limits: Limits,
+    seeds: Sequence[int] | None = None,
+    scheduler: Scheduler | None = None,
+    slots: int | None = None,
+) -> Iterator[Decoded]:
+    """Decode every prompt with `draft`; finished requests come as they finish, `Decoded.index` says which.
+
+    The output has the target's law under `sampling`; at temperature 0 it is the target's own greedy text (in exact
+    arithmetic). `slots` shortens the proposals. Errors: ValueError for an empty prompt or an unusable scheduler.
+    """
+    scheduler = scheduler or FixedLength()
+    if not scheduler.lossless:
+        raise ValueError(f"scheduler {scheduler.label} can change the output and serves simulations only")
+    scheduler.reset()
+    yield from _run(target, draft, prompts, sampling, limits, seeds, scheduler, slots)
+
+
+def decode(
+    target: Target,
+    prompts: Sequence[Sequence[int]],
+    sampling: Sampling,
+    limits: Limits,
+    seeds: Sequence[int] | None = None,
+) -> Iterator[Decoded]:
+    """Plain decoding: one target step a token. The baseline, and how a target answers prompts in process."""
+    yield from _run(target, None, prompts, sampling, limits, seeds, FixedLength(), None)
+
+
+def _run(target, draft, prompts, sampling, limits, seeds, scheduler, slots) -> Iterator[Decoded]:
+    empty = [i for i, prompt in enumerate(prompts) if len(prompt) == 0]
+    if empty:
+        raise ValueError(f"prompt {empty[0]} holds no token; every prompt needs at least one")
+    seeds = list(range(len(prompts))) if seeds is None else seeds
+    waiting = deque(Decoded(i, list(map(int, prompt))) for i, prompt in enumerate(prompts))
+    lanes: _Lanes | None = None
+    while waiting or lanes is not None:
+        joining = _admit(waiting, lanes, limits)
+        if joining:
+            started = clock(target.device)
+            fresh = _begin(target, draft, joining, sampling, [seeds[r.index] for r in joining])
+            lanes = fresh if lanes is None else lanes.merge(fresh)
+            joined = (clock(target.device) - started) / len(joining)
+            for request in joining:
+                request.prefill_seconds = joined
+        done = _done(lanes, limits)
+        if not done:
+            _round(target, draft, lanes, limits, scheduler, slots)
+            done = _done(lanes, limits)
+        for r in done:
+            yield _finish(lanes.requests[r], limits)
+        if done:
+            alive = [r for r in range(len(lanes.requests)) if r not in done]
+            lanes = lanes.select(alive) if alive else None
+
+
+def _done(lanes: _Lanes, limits: Limits) -> list[int]:
+    """Rows whose text ended at a stop token or is long enough."""
+    texts = [request.output_ids for request in lanes.requests]
+    return [r for r, ids in enumerate(texts) if ids[-1] in limits.stop_token_ids or len(ids) >= limits.last_round_at]
+
+
+def _admit(waiting: deque[Decoded], lanes: _Lanes | None, limits: Limits) -> list[Decoded]:
+    """Requests that may join now: free lanes, and room in the token budget (a lone request always fits).
+
+    They join in groups of at least an eighth of the batch, because every join costs a prefill and a copy of the caches.
+    """
+    running = [] if lanes is None else lanes.requests
+    if running and limits.batch_size - len(running) < min(len(waiting), limits.batch_size // 8):
+        return []
+    used = sum(len(r.prompt_ids) + limits.max_new_tokens for r in running)
+    joining: list[Decoded] = []
+    while waiting and len(running) + len(joining) < limits.batch_size:
+        size = len(waiting[0].prompt_ids) + limits.max_new_tokens
+        if limits.token_budget is not None and used and used + size > limits.token_budget:
+            break
+        used += size
+        joining.append(waiting.popleft())
+    return joining
+
+
+@torch.inference_mode()
+def _begin(target: Target, draft: Proposer | None, requests: list[Decoded], sampling: Sampling, seeds) -> _Lanes:
+    """Prefill: every request gets its first token, which belongs to no round."""
+    started = time.perf_counter()
+    lengths = torch.tensor([len(r.prompt_ids) for r in requests], device=target.device)
+    tokens = torch.zeros(len(requests), int(lengths.max()), dtype=torch.long, device=target.device)
+    for b, request in enumerate(requests):
+        tokens[b, : len(request.prompt_ids)] = torch.tensor(request.prompt_ids)
+    state, context = target.prefill(tokens, lengths)
+    sampler = Sampler(sampling, seeds)
+    rows = torch.arange(len(requests), device=target.device)
+    anchor = sampler(target.logits(context.last[rows, lengths - 1])[:, None])[0][:, 0]
+    drafted = None if draft is None else draft.begin(context, tokens)
+    for request, token in zip(requests, anchor.tolist(), strict=True):
+        request.output_ids.append(token)
+        request.seconds += clock(target.device) - started
+    return _Lanes(requests, anchor, state, drafted, sampler)
+
+
+@torch.inference_mode()
+def _round(target: Target, draft: Proposer | None, lanes: _Lanes, limits: Limits, scheduler: Scheduler, slots) -> None:
+    """One forward of the target for the whole batch."""
+    started = time.perf_counter()
+    device, B = lanes.anchor.device, len(lanes.requests)
+    if draft is None:
+        proposal = Proposal(lanes.anchor.new_empty(B, 0), None, None)
+        lengths = np.zeros(B, dtype=np.int64)
+    else:
+        proposal = draft.propose(lanes.draft, lanes.anchor, lanes.sampler, slots)
+        lengths = _lengths(proposal, draft, lanes, limits, scheduler)
+    longest = int(lengths.max(initial=0))
+    proposed = proposal.tokens[:, :longest]
+    counts = torch.from_numpy(lengths).to(device)
+    drafted = clock(device)
+    block = torch.cat([lanes.anchor[:, None], proposed], 1)
+    context = target.extend(lanes.target, block)
+    logits = target.logits(context.last)
+    if lanes.sampler.sampling.greedy:
+        accepted, following = verify_greedy(proposed, logits.argmax(-1), counts)
+    elif draft is None:
+        accepted = counts
+        following = draw(warp(logits[:, 0], lanes.sampler.sampling), lanes.sampler.uniforms(1, device)[:, 0])
+    else:
+        probabilities = None if proposal.probabilities is None else proposal.probabilities[:, :longest]
+        uniforms = lanes.sampler.uniforms(proposal.tokens.shape[1] + 1, device)
+        # Every request spends the same number of draws a round, however far its neighbours' proposals reach.
+        uniforms = torch.cat([uniforms[:, :longest], uniforms[:, -1:]], 1)
+        warped = warp(logits, lanes.sampler.sampling)
+        accepted, following = verify(proposed, probabilities, warped, counts, uniforms)
+    host = torch.cat([accepted[:, None], following[:, None], proposed], 1).tolist()
+    verified = time.perf_counter()
+    lanes.target.advance(accepted + 1)
+    if draft is not None:
+        keep = int(max(row[0] for row in host)) + 1
+        committed = Context(context.taps[:, :keep], context.last[:, :keep], accepted + 1)
+        lanes.draft = draft.commit(lanes.draft, committed, block[:, :keep])
+    lanes.anchor = following
+    ended = clock(device)
+    times = (drafted - started, verified - drafted, ended - started)
+    confidence = None if proposal.confidence is None else proposal.confidence.tolist()
+    for b, (request, row) in enumerate(zip(lanes.requests, host, strict=True)):
+        request.seconds += times[2]
+        scores = None if confidence is None else tuple(confidence[b])
+        _book(request, row, int(lengths[b]), scores, times, limits, draft is not None)
+
+
+def _lengths(proposal: Proposal, draft: Proposer, lanes: _Lanes, limits: Limits, scheduler: Scheduler) -> np.ndarray:
+    confidence = None
+    if proposal.confidence is not None:
+        confidence = torch.sigmoid(proposal.confidence.float()).cpu().numpy()
+    proposed = np.full(len(lanes.requests), proposal.tokens.shape[1], dtype=np.int64)
+    if limits.accounting == "deepspec" and draft.halts_on_stop and limits.stop_token_ids:
+        stops = np.isin(proposal.tokens.cpu().numpy(), limits.stop_token_ids)
+        first = np.where(stops.any(1), stops.argmax(1) + 1, proposed)
+        proposed = np.minimum(proposed, first)
+    return scheduler.lengths(confidence, proposed, [request.index for request in lanes.requests])
+
+
+def _book(request: Decoded, row: list[int], length: int, confidence, times, limits: Limits, speculative: bool) -> None:
+    """Enter one request's round: an accepted stop token ends the text there, and only slots up to it count."""
+    accepted, following, tokens = row[0], row[1], row[2:]
+    kept = [*tokens[:accepted], following]
+    stop_at = next((i for i, token in enumerate(tokens[:accepted]) if token in limits.stop_token_ids), None)
+    if stop_at is not None:
+        kept, accepted, length = kept[: stop_at + 1], stop_at + 1, stop_at + 1
+    if speculative:
+        stop = kept[-1] in limits.stop_token_ids
+        request.rounds.append(Round(length, accepted, tuple(kept), confidence, *times, stop))
+    request.output_ids.extend(kept)
+
+
+def _finish(request: Decoded, limits: Limits) -> Decoded:
+    stopped = request.output_ids[-1] in limits.stop_token_ids and len(request.output_ids) <= limits.max_new_tokens
+    request.truncated = not stopped
+    request.output_ids = request.output_ids[: limits.max_new_tokens]
+    return request
+
+
+def clock(device: torch.device) -> float:
+    """Seconds, once the device has done what it was asked for."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()

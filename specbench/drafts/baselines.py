@@ -1,0 +1,272 @@
+"""Drafts that need no training, for the same decoding loop, records and clock as trained ones.
+
+    NGram    prompt lookup: what followed the longest recent suffix when it last occurred (Saxena 2023)
+    Oracle   the target's own greedy continuation: every slot is accepted at temperature 0, the upper row of a table
+    Small    a standalone language model of the same tokenizer (Leviathan et al. 2023; Chen et al. 2023)
+
+The first two propose without probabilities: a one-hot law, which verification takes as such, so the output keeps the
+target's law at every temperature. Their time is that of this implementation; the oracle's includes running the target.
+
+Axes: B requests, S tokens, K slots, R tokens not yet run, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from specbench.blocks import Context
+from specbench.drafts.draft import Proposal, Sample
+from specbench.models.target import Target, TargetState
+
+BASELINES = ("ngram", "oracle")
+SMALL = "small:"
+SLOTS = 7
+
+
+class Baseline(nn.Module):
+    """What the decoding loop asks of a draft beside begin, propose and commit."""
+
+    halts_on_stop = False
+    # Digest of the weights that propose, where they are not the target's.
+    weights_hash: str | None = None
+
+    def __init__(self, block_size: int):
+        super().__init__()
+        if block_size < 1:
+            raise ValueError(f"block_size={block_size}: a block holds at least one slot")
+        self.block_size = block_size
+
+
+@dataclass
+class Texts:
+    """The tokens of every request so far, without its anchor."""
+
+    rows: list[list[int]]
+
+    def select(self, rows: Int[Tensor, " R"]) -> Texts:
+        """The texts of the chosen rows."""
+        return Texts([self.rows[r] for r in rows.tolist()])
+
+    def merge(self, other: Texts) -> Texts:
+        """Both states' texts."""
+        return Texts(self.rows + other.rows)
+
+
+def lookup(text: Sequence[int], count: int, longest: int) -> list[int]:
+    """The `count` tokens that followed the latest earlier occurrence of the longest suffix (at most `longest` tokens).
+
+    A continuation that reaches the end of the text goes on with what it has itself proposed; without any earlier
+    occurrence the last token is repeated.
+
+    >>> lookup([1, 2, 3, 9, 1, 2], 3, longest=3)
+    [3, 9, 1]
+    >>> lookup([7, 8, 7, 8], 3, longest=2)
+    [7, 8, 7]
+    """
+    text = list(text)
+    for size in range(min(longest, len(text) - 1), 0, -1):
+        suffix = text[-size:]
+        for start in range(len(text) - size - 1, -1, -1):
+            if text[start : start + size] == suffix:
+                for k in range(count):
+                    text.append(text[start + size + k])
+                return text[-count:]
+    return [text[-1]] * count
+
+
+class NGram(Baseline):
+    """Prompt lookup over the request's own prompt and answer."""
+
+    def __init__(self, block_size: int = SLOTS, longest: int = 3):
+        super().__init__(block_size)
+        if longest < 1:
+            raise ValueError(f"longest={longest}: match at least one token")
+        self.longest = longest
+
+    def begin(self, context: Context, tokens: Int[Tensor, "B T"]) -> Texts:
+        return self.commit(Texts([[] for _ in tokens]), context, tokens)
+
+    def commit(self, state: Texts, context: Context, tokens: Int[Tensor, "B S"]) -> Texts:
+        new = zip(state.rows, tokens.tolist(), context.lengths.tolist(), strict=True)
+        return Texts([row + ids[:count] for row, ids, count in new])
+
+    def propose(self, state: Texts, anchor: Int[Tensor, " B"], sample: Sample, slots: int | None = None) -> Proposal:
+        count = self.block_size if slots is None else min(slots, self.block_size)
+        pairs = zip(state.rows, anchor.tolist(), strict=True)
+        found = [lookup([*row, first], count, self.longest) for row, first in pairs]
+        return Proposal(torch.tensor(found, device=anchor.device), None, None)
+
+
+class Oracle(Baseline):
+    """The target as its own draft: a perfect one at temperature 0, the best deterministic one above."""
+
+    def __init__(self, target: Target, block_size: int = SLOTS):
+        super().__init__(block_size)
+        self._target = (target,)  # not a submodule: its parameters belong to no draft
+
+    def begin(self, context: Context, tokens: Int[Tensor, "B T"]) -> TargetState:
+        return self._target[0].prefill(tokens, context.lengths)[0]
+
+    def commit(self, state: TargetState, context: Context, tokens: Int[Tensor, "B S"]) -> TargetState:
+        self._target[0].extend(state, tokens)
+        state.advance(context.lengths)
+        return state
+
+    def propose(
+        self, state: TargetState, anchor: Int[Tensor, " B"], sample: Sample, slots: int | None = None
+    ) -> Proposal:
+        target, count = self._target[0], self.block_size if slots is None else min(slots, self.block_size)
+        every = torch.arange(len(anchor), device=anchor.device)
+        ahead, tokens = state.select(every), [anchor]
+        for _ in range(count):
+            states = target.extend(ahead, tokens[-1][:, None])
+            ahead.advance(1)
+            tokens.append(target.logits(states.last)[:, 0].argmax(-1))
+        return Proposal(torch.stack(tokens[1:], 1), None, None)
+
+
+@dataclass
+class SmallState:
+    """A small model's requests: its keys and values, and the committed tokens that it has not run yet.
+
+    `waiting` (B, R) holds `counts` tokens a row, right-padded. `ahead` is how many tokens of the last proposal stand in
+    the cache behind the rows' lengths: those that verification keeps are not run again.
+    """
+
+    model: TargetState
+    waiting: Int[Tensor, "B R"]
+    counts: Int[Tensor, " B"]
+    ahead: int = 0
+
+    def select(self, rows: Int[Tensor, " R"]) -> SmallState:
+        """The state of the chosen rows."""
+        return SmallState(self.model.select(rows), self.waiting[rows], self.counts[rows], self.ahead)
+
+    def merge(self, other: SmallState) -> SmallState:
+        """Both states' rows."""
+        width = max(self.waiting.shape[1], other.waiting.shape[1])
+        waiting = torch.cat([F.pad(s.waiting, (0, width - s.waiting.shape[1])) for s in (self, other)])
+        ahead = min(self.ahead, other.ahead)
+        return SmallState(self.model.merge(other.model), waiting, torch.cat([self.counts, other.counts]), ahead)
+
+
+class Small(Baseline):
+    """A standalone causal language model as draft, one token after the other, on its own cache.
+
+    `vocabulary` is the target's: logits of a table padded to another size are cut or filled up to it.
+    """
+
+    def __init__(self, model: Target, vocabulary: int, block_size: int = SLOTS):
+        super().__init__(block_size)
+        self._model = (model,)  # not a submodule: it is never trained, saved or wrapped
+        self.vocabulary, self.weights_hash = vocabulary, model.weights_hash
+
+    @property
+    def parameters_count(self) -> int:
+        """Parameters of the small model, its tables included."""
+        return sum(parameter.numel() for parameter in self._model[0].model.parameters())
+
+    def begin(self, context: Context, tokens: Int[Tensor, "B T"]) -> SmallState:
+        state = self._model[0].prefill(self._known(tokens), context.lengths)[0]
+        return SmallState(state, tokens[:, :0], torch.zeros_like(context.lengths))
+
+    def commit(self, state: SmallState, context: Context, tokens: Int[Tensor, "B S"]) -> SmallState:
+        assert not int(state.counts.max()), "commit follows begin or propose"
+        run = context.lengths.clamp_max(state.ahead)
+        state.model.advance(run)
+        rest, counts = tokens[:, state.ahead :], context.lengths - run
+        return SmallState(state.model, rest, counts)
+
+    def propose(
+        self, state: SmallState, anchor: Int[Tensor, " B"], sample: Sample, slots: int | None = None
+    ) -> Proposal:
+        count = self.block_size if slots is None else min(slots, self.block_size)
+        rows = torch.arange(len(anchor), device=anchor.device)
+        block = F.pad(state.waiting, (0, 1))
+        block[rows, state.counts] = anchor
+        logits = self._logits(state.model, block)[rows, state.counts]
+        state.model.advance(state.counts)
+        state.waiting, state.counts = state.waiting[:, :0], torch.zeros_like(state.counts)
+        tokens, probabilities = [], []
+        for k in range(count):
+            token, drawn = sample(logits[:, None])
+            tokens.append(token)
+            probabilities.append(drawn)
+            if k + 1 < count:
+                state.model.advance(1)
+                logits = self._logits(state.model, token)[:, 0]
+        state.model.advance(1 - count)
+        state.ahead = count
+        return Proposal(torch.cat(tokens, 1), None if drawn is None else torch.cat(probabilities, 1), None)
+
+    def _logits(self, state: TargetState, tokens: Int[Tensor, "B S"]) -> Float[Tensor, "B S V"]:
+        model = self._model[0]
+        logits = model.logits(model.extend(state, self._known(tokens)).last)[..., : self.vocabulary]
+        return F.pad(logits, (0, self.vocabulary - logits.shape[-1]), value=-torch.inf)
+
+    def _known(self, tokens: Int[Tensor, "B S"]) -> Int[Tensor, "B S"]:
+        """Tokens beyond the small model's own table, which hold nothing but padding, are read as its last one."""
+        return tokens.clamp_max(len(self._model[0].tables.embedding) - 1)
+
+
+def small(folder: str | Path, target: Target, block_size: int = SLOTS) -> Small:
+    """The language model of a folder or hub id (ID@REVISION pins it) as draft of `target`, on its device and in its
+    dtype. Errors: ValueError for a model of another vocabulary.
+    """
+    id, revision = pinned(str(folder))
+    model = Target.load(id, [], revision, target.dtype, target.device)
+    own, theirs = (len(t.tables.head) for t in (target, model))
+    if target.tokenizer is None or model.tokenizer is None:
+        if own != theirs:
+            raise ValueError(
+                f"draft={SMALL}{folder} has {theirs} tokens and target {target.name} has {own}, and no tokenizer says "
+                "that they share a vocabulary; give a model of the target's own tokenizer"
+            )
+    else:
+        words, others = ({i: word for word, i in t.tokenizer.get_vocab().items()} for t in (target, model))
+        differing = sorted(i for i in words if words[i] != others.get(i))
+        if differing:
+            first = differing[0]
+            raise ValueError(
+                f"draft={SMALL}{folder} has another vocabulary than target {target.name}: {len(differing)} of its "
+                f"{len(words)} tokens differ (token {first} is {words[first]!r} and there {others.get(first)!r}); give "
+                "a model of the target's own tokenizer"
+            )
+    return Small(model, own, block_size)
+
+
+def pinned(name: str) -> tuple[str, str | None]:
+    """ID@REVISION as its two parts; a folder is itself, whatever its name.
+
+    >>> pinned("Qwen/Qwen3-0.6B@c1899de")
+    ('Qwen/Qwen3-0.6B', 'c1899de')
+    """
+    id, at, revision = name.rpartition("@")
+    return (id, revision) if at and revision and not Path(name).exists() else (name, None)
+
+
+def short_name(name: str) -> str:
+    """The last part of a folder or hub id, with its revision: what runs and tables call a draft by."""
+    id, revision = pinned(name)
+    return Path(id).name + ("" if revision is None else f"-{revision.replace('/', '-')}")
+
+
+def is_baseline(name: str) -> bool:
+    """Whether `draft=` names a baseline and not a draft folder."""
+    return name in BASELINES or str(name).startswith(SMALL)
+
+
+def baseline(name: str, target: Target, block_size: int = SLOTS) -> Baseline:
+    """The baseline of a name in BASELINES, or small:FOLDER_OR_ID[@REVISION]."""
+    if name.startswith(SMALL):
+        return small(name.removeprefix(SMALL), target, block_size)
+    if name not in BASELINES:
+        raise ValueError(f"draft={name}: the baselines are {', '.join(BASELINES)} and {SMALL}FOLDER")
+    return NGram(block_size) if name == "ngram" else Oracle(target, block_size)

@@ -1,0 +1,156 @@
+"""DSpark (Cheng et al. 2026): a block-parallel draft whose slots are tied by a low-rank Markov head.
+
+    context features, block attention (eq. 2, 3)            -> parallel.ParallelDraft
+    logits_k = U_k + B_k (eq. 4)                            -> DSpark.project
+    B_k = W1[x_{k-1}] W2 (eq. 5)                            -> MarkovHead, kind "vanilla"
+    B_k = (sigmoid(G [h_k ; W1[x]] + b) * W1[x]) W2         -> MarkovHead, kind "gated"
+    s_k = sigmoid(g) s_{k-1} + (1 - sigmoid(g)) tanh(c), B_k = W2 tanh(o) (eq. 6) -> MarkovHead, kind "rnn"
+    c_k = sigmoid(w [h_k ; W1[x_{k-1}]] + b) (eq. 7)        -> ConfidenceHead
+
+Deviations from the paper: none in the forward pass. The Markov bias is added after the family's logit soft-cap.
+`W2 = 0` at initialisation, so training starts from the unbiased draft.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Annotated
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from specbench.blocks import Batch, Blocks, slot_positions, take
+from specbench.drafts.draft import Proposal, Sample
+from specbench.drafts.parallel import ParallelDraft
+from specbench.models.fast.projection import SharedLookups, add_linear_, return_memory
+from specbench.ranges import Among, Rank
+
+MARKOV_HEADS = ("vanilla", "gated", "rnn")
+# Bytes of an embedding's gradient from which the memory freed before it is worth asking back (a few milliseconds).
+LARGE_GRADIENT = 64 * 2**20
+
+
+class MarkovHead(nn.Module):
+    """Previous tokens (and hidden states) -> latent (..., K, R); `markov_w2` turns a latent into a vocabulary bias."""
+
+    def __init__(self, kind: str, rank: int, vocab_size: int, draft_vocab_size: int, hidden_size: int):
+        super().__init__()
+        if kind not in MARKOV_HEADS:
+            raise ValueError(f"markov_head={kind!r}: choose one of {', '.join(MARKOV_HEADS)}")
+        self.kind, self.rank = kind, rank
+        self.markov_w1 = nn.Embedding(vocab_size, rank)
+        self.markov_w2 = nn.Linear(rank, draft_vocab_size, bias=False)
+        nn.init.zeros_(self.markov_w2.weight)
+        self.gate_proj = nn.Linear(hidden_size + rank, rank) if kind == "gated" else None
+        self.joint_proj = nn.Linear(2 * rank + hidden_size, 3 * rank) if kind == "rnn" else None
+
+    def step(self, state: Tensor | None, hidden: Float[Tensor, "*b D"], previous: Int[Tensor, "*b"]):
+        """One slot: (state, hidden, previous token) -> (state, latent)."""
+        return self.mix(state, hidden, F.embedding(previous, self.markov_w1.weight))
+
+    def mix(self, state: Tensor | None, hidden: Float[Tensor, "*b D"], embedded: Float[Tensor, "*b R"]):
+        """`step` from the previous token's embedding."""
+        if self.kind == "vanilla":
+            return None, embedded
+        if self.kind == "gated":
+            return None, torch.sigmoid(self.gate_proj(torch.cat([hidden, embedded], -1))) * embedded
+        state = torch.zeros_like(embedded) if state is None else state
+        gate, candidate, out = self.joint_proj(torch.cat([state, embedded, hidden], -1)).chunk(3, -1)
+        gate = torch.sigmoid(gate)
+        return gate * state + (1 - gate) * torch.tanh(candidate), torch.tanh(out)
+
+    def forward(self, hidden: Float[Tensor, "*b K D"], previous: Int[Tensor, "*b K"]) -> Float[Tensor, "*b K R"]:
+        # One lookup of all slots: each would make a gradient of its own as large as the whole embedding.
+        embedded = self.markov_w1(previous)
+        if self.kind != "rnn":
+            return self.mix(None, hidden, embedded)[1]
+        state, latents = None, []
+        for k in range(hidden.shape[-2]):
+            state, latent = self.mix(state, hidden[..., k, :], embedded[..., k, :])
+            latents.append(latent)
+        return torch.stack(latents, -2)
+
+
+class ConfidenceHead(nn.Module):
+    """Acceptance logit of a slot from its hidden state, with or without the Markov embedding of the token before."""
+
+    def __init__(self, input_size: int):
+        super().__init__()
+        self.proj = nn.Linear(input_size, 1)
+
+    def forward(self, x: Float[Tensor, "*b X"]) -> Float[Tensor, "*b"]:
+        return self.proj(x).squeeze(-1)
+
+
+class DSpark(ParallelDraft):
+    """`markov_rank: 0` removes the Markov head (then this is DFlash with a confidence head)."""
+
+    def __init__(
+        self,
+        *args,
+        markov_head: Annotated[str, Among(MARKOV_HEADS)] = "vanilla",
+        markov_rank: Rank = 256,
+        confidence_head: bool = True,
+        confidence_with_markov: bool = True,
+        **kwargs,
+    ):
+        super().__init__(*args, **kwargs)
+        D, V, W = self.backbone.hidden_size, self.backbone.vocab_size, len(self.tables.head)
+        if markov_rank < 0:
+            raise ValueError(f"markov_rank={markov_rank}: give a rank of at least 0 (0: no Markov head)")
+        if markov_rank == 0 and confidence_head and confidence_with_markov:
+            raise ValueError("confidence_with_markov=true needs a Markov head; set markov_rank or turn it off")
+        self.markov_head = MarkovHead(markov_head, markov_rank, V, W, D) if markov_rank else None
+        self.confidence_with_markov = confidence_with_markov
+        size = D + (markov_rank if confidence_with_markov else 0)
+        self.confidence_head = ConfidenceHead(size) if confidence_head else None
+
+    def forward(self, batch: Batch) -> Blocks:
+        """The Markov embeddings are looked up first. Backward goes the other way round: their gradient, as large as the
+        vocabulary, is then made when the activations of the layers are gone."""
+        if self.markov_head is None or torch.compiler.is_compiling() or not torch.is_grad_enabled():
+            return super().forward(batch)
+        previous = take(batch.tokens, slot_positions(batch, self.block_size)[1])
+        with SharedLookups() as lookups:
+            embedded, table = self.markov_head.markov_w1(previous), self.markov_head.markov_w1.weight
+        if embedded.requires_grad and table.nbytes >= LARGE_GRADIENT:
+            embedded.register_hook(return_memory)
+        return replace(super().forward(batch), previous=previous, lookups=lookups)
+
+    def features(self, hidden: Float[Tensor, "*b K D"], previous: Int[Tensor, "*b K"]) -> Float[Tensor, "*b K F"]:
+        """[hidden ; Markov latent]: the vocabulary-sized work is left to `project`."""
+        return hidden if self.markov_head is None else torch.cat([hidden, self.markov_head(hidden, previous)], -1)
+
+    def project(self, features: Float[Tensor, "*r F"]) -> Float[Tensor, "*r W"]:
+        if self.markov_head is None:
+            return self.tables.logits(features)
+        hidden, latent = features.split([self.backbone.hidden_size, self.markov_head.rank], -1)
+        # In place, so that a chunk of the objective never holds a second tensor of vocabulary size.
+        return add_linear_(self.tables.logits(hidden), latent, self.markov_head.markov_w2.weight)
+
+    def projection_parameters(self) -> list[nn.Parameter]:
+        markov = [] if self.markov_head is None else [self.markov_head.markov_w2.weight]
+        return [*super().projection_parameters(), *markov]
+
+    def confidence(self, hidden: Float[Tensor, "*b K D"], previous: Int[Tensor, "*b K"]) -> Tensor | None:
+        if self.confidence_head is None:
+            return None
+        if not self.confidence_with_markov:
+            return self.confidence_head(hidden)
+        return self.confidence_head(torch.cat([hidden, self.markov_head.markov_w1(previous)], -1))
+
+    def draw(self, hidden: Float[Tensor, "B K D"], anchor: Int[Tensor, " B"], sample: Sample) -> Proposal:
+        """Base logits of all slots at once, then one low-rank bias a slot, left to right."""
+        if self.markov_head is None:
+            return self.draw_at_once(hidden, anchor, sample)
+        base, slots = self.tables.logits(hidden).unbind(1), hidden.unbind(1)
+        bias, state = self.markov_head.markov_w2.weight.t(), None
+
+        def logits(k: int, previous: list[Tensor]) -> Tensor:
+            nonlocal state
+            state, latent = self.markov_head.step(state, slots[k], previous[-1])
+            return torch.addmm(base[k], latent, bias)[:, None]
+
+        return self.draw_each(hidden, anchor, sample, logits)

@@ -1,0 +1,54 @@
+"""EAGLE-3 (Li et al., arXiv 2503.01840): a recurrent draft on fused target features, trained by unrolling.
+
+    g_t = W_c taps_t, no norm                                        -> source
+    y = [input_norm(e) ; feature_norm(f)] -> q, k, v; residual on f  -> backbone.Layer(paired=True)
+    training-time test: K unrolled steps                             -> recurrent.RecurrentDraft
+    logits = lm_head(norm(f'))                                       -> Draft.project
+
+EAGLE-3.1 (speculators pull request 610, vLLM pull requests 42764 and 46488) and the drafts of gpt-oss:
+
+    g_t = W_c [RMSNorm_1(tap_1) ; ... ; RMSNorm_C(tap_C)]            -> fc_norm, tensors fc_norm.{i}.weight (D)
+    o_k = norm(f'_k); step k+1 reads o_k instead of f'_k             -> norm_output
+    g_t = W_c RMSNorm(taps_t)                                        -> norm_before_fc, tensor input_norm.weight (C D)
+
+Deviations: drafts of more than one layer pair every layer with the embedding; released checkpoints have one layer.
+"""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from specbench.drafts.recurrent import RecurrentDraft
+
+
+class Eagle3(RecurrentDraft):
+    """Feature fusion over C taps, then one paired layer.
+
+    `fc_norm`: a norm of each tap before the fusion. `norm_before_fc`: one norm of all taps together. `norm_output`: a
+    step passes its normed output on, where plain EAGLE-3 passes the output itself. Errors: ValueError for both norms
+    before the fusion at once, which no format has.
+    """
+
+    paired = True
+    halts_on_stop = True
+
+    def __init__(self, *args, fc_norm: bool = False, norm_before_fc: bool = False, norm_output: bool = False, **kwargs):
+        super().__init__(*args, **kwargs)
+        if fc_norm and norm_before_fc:
+            raise ValueError("fc_norm=true and norm_before_fc=true: norm the taps one by one or all together, not both")
+        D, eps, taps = self.backbone.hidden_size, self.backbone.norm_eps, len(self.target_layer_ids)
+        self.feeds_normed_output = norm_output
+        self.fc = nn.Linear(taps * D, D, bias=False)
+        self.fc_norm = nn.ModuleList(nn.RMSNorm(D, eps=eps) for _ in range(taps)) if fc_norm else None
+        self.input_norm = nn.RMSNorm(taps * D, eps=eps) if norm_before_fc else None
+
+    def source(self, taps: Float[Tensor, "B T C D"], last: Float[Tensor, "B T D"]) -> Float[Tensor, "B T D"]:
+        if self.fc_norm is not None:
+            taps = torch.stack([norm(tap) for norm, tap in zip(self.fc_norm, taps.unbind(-2), strict=True)], -2)
+        taps = taps.flatten(-2)
+        return self.fc(taps if self.input_norm is None else self.input_norm(taps))
+
+    def enter(self, feature: Float[Tensor, "*b D"], embedding: Float[Tensor, "*b D"]) -> Float[Tensor, "*b D"]:
+        return feature

@@ -1,0 +1,36 @@
+"""MTP (DeepSeek-V3's multi-token prediction module as a draft): one shared module unrolled K times; K = 1 is MTP-1.
+
+    h_0 = last at a-1                                               -> source
+    h_k = layer(P [norm_h(h_{k-1}) ; norm_e(e(x_{a+k-1}))])          -> enter, recurrent.RecurrentDraft
+    logits = lm_head(norm(h_k))                                     -> Draft.project
+
+Deviations: one module serves every step, where DeepSeek-V3 trains a module a depth. Taps are not read; the target's
+final hidden state is.
+"""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from specbench.drafts.recurrent import RecurrentDraft
+
+
+class MTP(RecurrentDraft):
+    """Projection of [feature ; embedding] into a standard layer."""
+
+    reads_taps = False
+    reads_last = True
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        D, eps = self.backbone.hidden_size, self.backbone.norm_eps
+        self.feature_norm, self.embedding_norm = nn.RMSNorm(D, eps=eps), nn.RMSNorm(D, eps=eps)
+        self.proj = nn.Linear(2 * D, D, bias=False)
+
+    def source(self, taps: Float[Tensor, "B T C D"], last: Float[Tensor, "B T D"]) -> Float[Tensor, "B T D"]:
+        return last
+
+    def enter(self, feature: Float[Tensor, "*b D"], embedding: Float[Tensor, "*b D"]) -> Float[Tensor, "*b D"]:
+        return self.proj(torch.cat([self.feature_norm(feature), self.embedding_norm(embedding)], -1))

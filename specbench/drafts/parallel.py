@@ -1,0 +1,201 @@
+"""ParallelDraft: anchor in, one forward of K slots out (DFlash, DSpark).
+
+Shared equations: ctx = RMSNorm(W_c taps) (DSpark eq. 2); keys and values of context and block come from the same
+projections (eq. 3); every slot sees the context strictly before the anchor and its whole own block, both ways, or
+with a causal block (JetSpec; z-lab's sliding layers) its own block up to itself.
+
+Axes: B batch, T tokens, N blocks, K slots, I inputs of a block, C taps, D hidden.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from specbench.blocks import PADDING, Batch, Blocks, Context, assemble, take
+from specbench.drafts.draft import Draft, Proposal, Sample, State
+from specbench.models.attention import Span, Visibility, attend, attend_flex, attend_spans, block_mask, spans
+from specbench.models.backbone import Backbone, Layer, RotaryEmbedding
+from specbench.models.embedding_head import Tables
+from specbench.models.fast.folded_layers import Stack
+from specbench.ranges import Count, LayerId, Layers, Slots
+
+# What a block costs in a layer beside its context, counted in context keys; many small pieces cost more than one large
+# one, so they must save half (8 conversations of 130 to 250 tokens: 0.19 s a step in one piece, 0.27 s in eight).
+LAYER_KEYS = 256
+
+
+def _work(span: Span) -> int:
+    return (span.last_block - span.first_block) * (span.last - span.first + LAYER_KEYS)
+
+
+class ParallelDraft(Draft):
+    """A block-parallel draft.
+
+    `sample_from_anchor`: the anchor's own output predicts slot 1 (K inputs); otherwise the block is the anchor and K
+    masks and only masks predict (the original DFlash). `causal_block`: slot j attends to the slots i <= j of its block
+    only. `full_layers`: layers, counted from 0, that see all of the context and of their block whatever the backbone's
+    window and `causal_block` say to the others (z-lab's drafts mix sliding layers with full ones). `checkpointing`
+    recomputes layers in the backward pass.
+    `by_span` says whether blocks are computed conversation by conversation where there is no CUDA, or all of the batch
+    in one dense piece, padding included (None: as there is less to do). Both give the same; dense is the oracle.
+    """
+
+    by_span: bool | None = None
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        tables: Tables,
+        target_layer_ids: tuple[int, ...] | list[int],
+        mask_token_id: int,
+        layers: Layers = 5,
+        block_size: Slots = 7,
+        anchors: Count | None = 512,
+        sample_from_anchor: bool = True,
+        causal_block: bool = False,
+        full_layers: Sequence[LayerId] = (),
+        checkpointing: bool = False,
+        train_tables: bool = False,
+        draft_vocabulary: Int[Tensor, " W"] | None = None,
+    ):
+        super().__init__(backbone, tables, target_layer_ids, block_size, anchors, train_tables, draft_vocabulary)
+        if not 0 <= mask_token_id < backbone.vocab_size:
+            raise ValueError(f"mask_token_id={mask_token_id} is outside the vocabulary of {backbone.vocab_size}")
+        if not set(full_layers) <= set(range(layers)):
+            raise ValueError(f"full_layers={list(full_layers)}: this draft has layers 0 to {layers - 1}")
+        D, eps = backbone.hidden_size, backbone.norm_eps
+        self.full_layers = frozenset(full_layers)
+        self.mask_token_id, self.sample_from_anchor = mask_token_id, sample_from_anchor
+        self.causal_block, self.checkpointing = causal_block, checkpointing
+        self.fc = nn.Linear(len(self.target_layer_ids) * D, D, bias=False)
+        self.hidden_norm, self.norm = nn.RMSNorm(D, eps=eps), nn.RMSNorm(D, eps=eps)
+        self.layers = nn.ModuleList(Layer(backbone) for _ in range(layers))
+        self.rope = RotaryEmbedding(backbone)
+        self.stack = Stack(self.layers, backbone, reads_context=True)
+
+    @property
+    def inputs(self) -> int:
+        """Tokens that enter a block: K, or K + 1 when the anchor's output predicts nothing."""
+        return self.block_size if self.sample_from_anchor else self.block_size + 1
+
+    def context(self, taps: Float[Tensor, "B T C D"]) -> Float[Tensor, "B T D"]:
+        """Context features, shared by all layers (DSpark eq. 2)."""
+        return self.hidden_norm(self.fc(taps.flatten(-2)))
+
+    def block_inputs(self, anchor: Int[Tensor, "*b"], inputs: int) -> Float[Tensor, "*b I D"]:
+        """Embeddings of the anchor and the mask tokens behind it."""
+        tokens = anchor.new_full((*anchor.shape, inputs), self.mask_token_id)
+        tokens[..., 0] = anchor
+        return self.tables.embed(tokens)
+
+    def forward(self, batch: Batch) -> Blocks:
+        anchors, real = batch.anchors.clamp_min(0), batch.anchors != PADDING
+        position = take(batch.position, anchors)[..., None] + torch.arange(self.inputs, device=anchors.device)
+        first = take(batch.tokens, anchors)
+        visible = Visibility(
+            limit=torch.where(batch.anchors == PADDING, 0, batch.anchors),
+            document=batch.document,
+            owner=take(batch.document, anchors),
+            query_position=position,
+            key_position=batch.position,
+            window=self.backbone.window,
+            causal_own=self.causal_block,
+        )
+        (B, N), T, Q = anchors.shape, batch.tokens.shape[1], self.inputs
+        # One row of the real blocks, conversation by conversation, where no kernel skips what is masked.
+        pieces = None if first.is_cuda or self.by_span is False else spans(visible, *real.nonzero(as_tuple=True))
+        flat = bool(pieces) and (self.by_span or 2 * sum(map(_work, pieces)) < B * N * (T + LAYER_KEYS))
+        # By whether a layer is one of the full ones.
+        views = {False: visible}
+        if self.full_layers:
+            views[True] = replace(visible, window=None, causal_own=False)
+        if flat:
+            attention, masks = (
+                attend_spans,
+                {full: spans(view, *real.nonzero(as_tuple=True)) for full, view in views.items()},
+            )
+            first, position = first[real][None], position[real][None]
+        elif first.is_cuda:
+            attention = attend_flex
+            masks = {full: block_mask(view, (B, N, Q, T, Q)) for full, view in views.items()}
+        else:
+            attention, masks = attend, {full: view.context_mask(T, Q) for full, view in views.items()}
+        # A block mask holds the rule of own keys itself.
+        own_masks = {full: None if first.is_cuda else view.own_mask(Q, Q) for full, view in views.items()}
+        x = self.block_inputs(first, Q)
+        context = self.context(batch.taps.to(x.dtype))
+        block_rope, context_rope = self.rope(position, x.dtype), self.rope(batch.position, x.dtype)
+
+        def run(layer: Layer, full: bool, x: Tensor) -> Tensor:
+            y = layer.normed(x)
+            query, own = layer.self_attn.queries(y, block_rope), layer.self_attn.keys_values(y, block_rope)
+            keys = layer.self_attn.keys_values(context, context_rope)
+            rules = masks[full], self.backbone.scale, own_masks[full], self.backbone.attention_soft_cap
+            return layer.finish(x, attention(query, keys, own, *rules))
+
+        for i, layer in enumerate(self.layers):
+            if self.checkpointing and self.training:
+                x = torch.utils.checkpoint.checkpoint(run, layer, i in self.full_layers, x, use_reentrant=False)
+            else:
+                x = run(layer, i in self.full_layers, x)
+        hidden = self.norm(x)
+        if flat:
+            hidden = hidden.new_zeros(B, N, Q, hidden.shape[-1]).masked_scatter(real[..., None, None], hidden)
+        return assemble(batch, hidden if self.sample_from_anchor else hidden[:, :, 1:])
+
+    def commit(self, state: State, context: Context, tokens: Int[Tensor, "B S"]) -> State:
+        features = self.context(context.taps)
+        rope = self.rope.behind(state.cache, features.shape[1], features.dtype)
+        self.stack.store_context(features, rope, state.cache)
+        state.cache.advance(context.lengths)
+        return state
+
+    def propose(self, state: State, anchor: Int[Tensor, " B"], sample: Sample, slots: int | None = None) -> Proposal:
+        x, cache = self.block_inputs(anchor, self.inputs), state.cache
+        rope = self.rope.behind(cache, self.inputs, x.dtype)
+        masks = {False: cache.visible(self.inputs, causal=self.causal_block, window=self.backbone.window)}
+        if self.full_layers:
+            masks[True] = cache.visible(self.inputs, causal=False)
+        for i in range(len(self.layers)):
+            # The block's own keys stand behind the context without counting; the next commit overwrites them.
+            x = self.stack.extend(i, x, rope, cache, masks[i in self.full_layers])
+        hidden = self.norm(x if self.sample_from_anchor else x[:, 1:])
+        return self.draw(hidden[:, :slots], anchor, sample)
+
+    def draw(self, hidden: Float[Tensor, "B K D"], anchor: Int[Tensor, " B"], sample: Sample) -> Proposal:
+        """Sample the slots left to right; a method whose slots do not depend on each other draws them at once."""
+
+        def logits(k: int, previous: list[Tensor]) -> Tensor:
+            seen = torch.stack(previous, 1)
+            return self.project(self.features(hidden[:, : k + 1], seen)[:, k : k + 1])
+
+        return self.draw_each(hidden, anchor, sample, logits)
+
+    def draw_each(
+        self,
+        hidden: Float[Tensor, "B K D"],
+        anchor: Int[Tensor, " B"],
+        sample: Sample,
+        logits: Callable[[int, list[Tensor]], Float[Tensor, "B 1 V"]],
+    ) -> Proposal:
+        """Sample slot k (from 0) from `logits(k, previous)`, `previous` being the anchor and the k tokens before it."""
+        previous, probabilities = [anchor], []
+        for k in range(hidden.shape[1]):
+            tokens, drawn = sample(logits(k, previous))
+            previous.append(self.to_target(tokens[:, 0]))
+            probabilities.append(drawn)
+        tokens = torch.stack(previous, 1)
+        drawn = None if probabilities[0] is None else self.widen(torch.cat(probabilities, 1))
+        return Proposal(tokens[:, 1:], drawn, self.confidence(hidden, tokens[:, :-1]))
+
+    def draw_at_once(self, hidden: Float[Tensor, "B K D"], anchor: Int[Tensor, " B"], sample: Sample) -> Proposal:
+        """Sample all slots from one projection, for drafts whose logits do not depend on `previous`."""
+        tokens, drawn = sample(self.project(hidden))
+        proposal = Proposal(self.to_target(tokens), self.widen(drawn), None)
+        previous = torch.cat([anchor[:, None], proposal.tokens[:, :-1]], 1)
+        return replace(proposal, confidence=self.confidence(hidden, previous))

@@ -1,0 +1,193 @@
+"""RecurrentDraft: one module unrolled K steps from every anchor (EAGLE-3, MTP).
+
+A chain starts at position t = a-1 with the target's feature there and the anchor's embedding; step k reads step k-1's
+output and the embedding of token a+k-1, at rope position a-1 + (k-1), and predicts a+k. It sees the step-1 keys of
+its conversation at every position <= t and its own keys of steps 2..k, never another chain's. Step-1 keys are true
+context: they pair each target feature with the token after it.
+
+Axes: B batch, T tokens, N chains, K steps, C taps, D hidden.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from specbench.blocks import PADDING, SUPERVISIONS, Batch, Blocks, Context, assemble, slot_positions, take
+from specbench.drafts.draft import Draft, Proposal, Sample, State
+from specbench.models.attention import Visibility, attend, attend_flex, block_mask
+from specbench.models.backbone import Backbone, Layer, Rope, RotaryEmbedding
+from specbench.models.embedding_head import Tables
+from specbench.models.fast.folded_layers import Stack
+from specbench.models.kv_cache import KVCache
+from specbench.ranges import Among, Count, Layers, Slots
+
+Pairs = list[tuple[Tensor, Tensor]]
+
+
+class RecurrentDraft(Draft):
+    """Subclasses say which target state is the feature (`source`) and what enters the layers (`enter`).
+
+    `supervision`: "predicted" looks at the loss mask of the predicted tokens, "unshifted" is the released Eagle3's way.
+    """
+
+    paired = False
+    # Whether a step reads the normed output of the one before it, or its output as it is.
+    feeds_normed_output = False
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        tables: Tables,
+        target_layer_ids: tuple[int, ...] | list[int],
+        mask_token_id: int | None = None,
+        layers: Layers = 1,
+        block_size: Slots = 7,
+        anchors: Count | None = None,
+        supervision: Annotated[str, Among(SUPERVISIONS)] = "predicted",
+        train_tables: bool = False,
+        draft_vocabulary: Int[Tensor, " W"] | None = None,
+    ):
+        super().__init__(backbone, tables, target_layer_ids, block_size, anchors, train_tables, draft_vocabulary)
+        if supervision not in SUPERVISIONS:
+            raise ValueError(f"supervision={supervision!r}: choose one of {', '.join(SUPERVISIONS)}")
+        self.supervision = supervision
+        self.layers = nn.ModuleList(Layer(backbone, paired=self.paired) for _ in range(layers))
+        self.norm = nn.RMSNorm(backbone.hidden_size, eps=backbone.norm_eps)
+        self.rope = RotaryEmbedding(backbone)
+        self.stack = Stack(self.layers, backbone)
+
+    def source(self, taps: Float[Tensor, "B T C D"], last: Float[Tensor, "B T D"]) -> Float[Tensor, "B T D"]:
+        """The feature that a chain starts from, at every position."""
+        raise NotImplementedError
+
+    def enter(self, feature: Float[Tensor, "*b D"], embedding: Float[Tensor, "*b D"]) -> Float[Tensor, "*b D"]:
+        """What enters the first layer."""
+        raise NotImplementedError
+
+    def forward(self, batch: Batch) -> Blocks:
+        anchors, T = batch.anchors.clamp_min(0), batch.tokens.shape[1]
+        limit = torch.where(batch.anchors == PADDING, 0, batch.anchors)
+        owner, start = take(batch.document, anchors), (take(batch.position, anchors) - 1).clamp_min(0)
+        source = self.source(batch.taps.to(self.norm.weight.dtype), batch.last.to(self.norm.weight.dtype))
+        # Pair the feature at t with the token at t+1; the last position of a conversation pairs with nothing real,
+        # and no chain may see it because a chain's anchor lies inside its conversation.
+        after = torch.cat([batch.tokens[:, 1:], batch.tokens[:, :1]], 1)
+        context = self.context(source, after, batch)
+        before = (anchors - 1).clamp_min(0)
+        feature = take(source, before)
+        tokens = take(batch.tokens, slot_positions(batch, self.block_size)[1])
+        own: list[Pairs] = [[] for _ in self.layers]
+        outputs, masks, window = [], {}, self.backbone.window
+        for k in range(self.block_size):
+            position = start + k
+            # Own key 0 is step 2's, one position after the chain's start.
+            visible = Visibility(limit, batch.document, owner, position[..., None], batch.position, window, ahead=k - 1)
+            # Without a window the context mask is the same at every step.
+            key = k if window is not None or source.is_cuda else 0
+            if key not in masks:
+                shape = (*anchors.shape, 1, T, k)
+                masks = {key: block_mask(visible, shape) if source.is_cuda else visible.context_mask(T, 1)}
+            own_mask = None if source.is_cuda else visible.own_mask(1, k)
+            feature = self.step(feature, tokens[..., k], position, context, own, masks[key], own_mask, first=k == 0)
+            if self.feeds_normed_output:
+                feature = self.norm(feature)
+            outputs.append(feature)
+        hidden = torch.stack(outputs, 2)
+        return assemble(batch, hidden if self.feeds_normed_output else self.norm(hidden), self.supervision)
+
+    def context(self, source: Tensor, after: Int[Tensor, "B T"], batch: Batch) -> Pairs:
+        """Step-1 keys and values of every position and layer: a causal pass (the last layer needs no queries)."""
+        embedding = self.tables.embed(after)
+        x, rope = self.enter(source, embedding), self.rope(batch.position, source.dtype)
+        pairs, mask = [], None
+        for i, layer in enumerate(self.layers):
+            y = layer.normed(x, embedding)
+            pairs.append(layer.self_attn.keys_values(y, rope))
+            if i + 1 == len(self.layers):
+                break
+            if mask is None:
+                rows = torch.arange(y.shape[1], device=y.device).expand(batch.tokens.shape)
+                position, window = batch.position, self.backbone.window
+                seen = Visibility(rows + 1, batch.document, batch.document, position[..., None], position, window)
+                mask = seen.context_mask(y.shape[1], 1)
+            query = layer.self_attn.queries(y, rope)[:, :, None]
+            seen = attend(query, pairs[-1], None, mask, self.backbone.scale, None, self.backbone.attention_soft_cap)
+            x = layer.finish(x, seen[:, :, 0])
+        return pairs
+
+    def step(
+        self,
+        feature: Float[Tensor, "B N D"],
+        tokens: Int[Tensor, "B N"],
+        position: Int[Tensor, "B N"],
+        context: Pairs,
+        own: list[Pairs],
+        mask,
+        own_mask: Bool[Tensor, "1 S"] | None,
+        first: bool,
+    ) -> Float[Tensor, "B N D"]:
+        """One step of every chain; appends its keys to `own` unless they are already among the context's."""
+        embedding, rope = self.tables.embed(tokens), self.rope(position, feature.dtype)
+        x = self.enter(feature, embedding)
+        for i, layer in enumerate(self.layers):
+            y = layer.normed(x, embedding)
+            query = layer.self_attn.queries(y, rope)[:, :, None]
+            if not first:
+                own[i].append(layer.self_attn.keys_values(y, rope))
+            mine = tuple(torch.stack(side, 2) for side in zip(*own[i], strict=True)) or None
+            run = attend if isinstance(mask, Tensor) else attend_flex
+            seen = run(query, context[i], mine, mask, self.backbone.scale, own_mask, self.backbone.attention_soft_cap)
+            x = layer.finish(x, seen[:, :, 0])
+        return x
+
+    def commit(self, state: State, context: Context, tokens: Int[Tensor, "B S"]) -> State:
+        source = self.source(context.taps, context.last)
+        counts = context.lengths
+        last = source[torch.arange(len(tokens), device=tokens.device), counts - 1]
+        if state.feature is None:
+            feature, after, counts = source[:, :-1], tokens[:, 1:], counts - 1
+        else:
+            feature, after = torch.cat([state.feature[:, None], source[:, :-1]], 1), tokens
+        state.feature = last
+        cache, new = state.cache, feature.shape[1]
+        embedding = self.tables.embed(after)
+        x, rope = self.enter(feature, embedding), self.rope.behind(cache, new, feature.dtype)
+        *inner, last_layer = range(len(self.layers))
+        mask = cache.visible(new, window=self.backbone.window) if inner else None
+        for i in inner:
+            x = self.stack.extend(i, x, rope, cache, mask, embedding)
+        self.stack.store(last_layer, x, rope, cache, embedding)
+        cache.advance(counts)
+        return state
+
+    def propose(self, state: State, anchor: Int[Tensor, " B"], sample: Sample, slots: int | None = None) -> Proposal:
+        steps = self.block_size if slots is None else min(slots, self.block_size)
+        feature, token, cache = state.feature[:, None], anchor[:, None], state.cache
+        ropes = zip(*(side.split(1, 1) for side in self.rope.behind(cache, steps, feature.dtype)), strict=True)
+        hidden, previous, probabilities = [], [token], []
+        for k, rope in enumerate(ropes):
+            feature = self.step_stored(feature, token, rope, cache, k)
+            hidden.append(self.norm(feature))
+            if self.feeds_normed_output:
+                feature = hidden[-1]
+            tokens, drawn = sample(self.project(self.features(hidden[-1], token)))
+            token = self.to_target(tokens)
+            previous.append(token)
+            probabilities.append(drawn)
+        tokens = torch.cat(previous, 1)
+        drawn = None if probabilities[0] is None else self.widen(torch.cat(probabilities, 1))
+        return Proposal(tokens[:, 1:], drawn, self.confidence(torch.cat(hidden, 1), tokens[:, :-1]))
+
+    def step_stored(
+        self, feature: Float[Tensor, "B 1 D"], token: Int[Tensor, "B 1"], rope: Rope, cache: KVCache, k: int
+    ) -> Float[Tensor, "B 1 D"]:
+        """`step` while decoding: the keys of step k stand behind the context without counting."""
+        embedding, mask = self.tables.embed(token), cache.visible(1, behind=k, window=self.backbone.window)
+        x = self.enter(feature, embedding)
+        for i in range(len(self.layers)):
+            x = self.stack.extend(i, x, rope, cache, mask, embedding, behind=k)
+        return x

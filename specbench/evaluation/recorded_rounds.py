@@ -1,0 +1,158 @@
+"""Recorded rounds of real decoding, read back from rounds.jsonl for calibration and for the load simulator.
+
+One line a prompt: prompt_ids, output_ids (generated tokens, the prefill's first one included), and one entry a round
+in proposed, accepted, seconds and, from a draft with a confidence head, confidence (acceptance LOGITS of its slots).
+
+Axes: R rounds, K slots.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float, Int
+
+from specbench.runs.run_folder import read_lines
+
+
+@dataclass(frozen=True)
+class PromptRounds:
+    """The rounds of one prompt. `logits` is NaN where no confidence was recorded; `tokens` is what they committed.
+
+    `prompt` names the conversation: the digest of its first turn's prompt, so that no turn of it is held out from
+    another.
+    """
+
+    prompt: str
+    proposed: Int[np.ndarray, " R"]
+    accepted: Int[np.ndarray, " R"]
+    seconds: Float[np.ndarray, " R"]
+    tokens: int
+    logits: Float[np.ndarray, "R K"] | None = None
+
+
+@dataclass(frozen=True)
+class Rounds:
+    """Rounds of many prompts laid end to end; `prompts[r]` is the digest of the prompt of round r."""
+
+    proposed: Int[np.ndarray, " R"]
+    accepted: Int[np.ndarray, " R"]
+    logits: Float[np.ndarray, "R K"]
+    prompts: tuple[str, ...]
+
+
+def digest(prompt_ids: Sequence[int]) -> str:
+    """A prompt's name: 16 hexadecimal digits of the SHA-256 of its token ids, the same on every machine."""
+    return hashlib.sha256(np.asarray(prompt_ids, dtype="<i8").tobytes()).hexdigest()[:16]
+
+
+def rounds_file(path: str | Path) -> Path:
+    """The file of rounds that a run folder, or its own path, means."""
+    return Path(path) / "rounds.jsonl" if Path(path).is_dir() else Path(path)
+
+
+def read_rounds(path: str | Path) -> list[PromptRounds]:
+    """Read rounds.jsonl (or the run folder that holds it). ValueError where a line contradicts itself."""
+    path = rounds_file(path)
+    if not path.is_file():
+        raise ValueError(
+            f"there are no recorded rounds at {path}; decode with `specbench evaluate` and name its folder"
+        )
+    return from_lines(read_lines(path), str(path))
+
+
+def from_lines(lines: Iterable[Mapping[str, Any]], name: str = "rounds") -> list[PromptRounds]:
+    """Check and pad the lines of rounds.jsonl; `name` stands in error messages. Prompts without a round are left out
+    (a stop token straight from the prefill) and are the only ones that are."""
+    lines = list(lines)
+    for number, line in enumerate(lines, start=1):
+        _require(line, name, number)
+    width = max((len(row) for line in lines for row in line.get("confidence") or ()), default=0)
+    prompts = []
+    for index, (line, prompt) in enumerate(zip(lines, conversations(lines), strict=True)):
+        proposed, accepted = (np.asarray(line[key], dtype=np.int64) for key in ("proposed", "accepted"))
+        seconds = np.asarray(line["seconds"], dtype=np.float64)
+        if not len(proposed) == len(accepted) == len(seconds):
+            raise ValueError(f"{name} line {index + 1}: {len(proposed)} proposals, {len(accepted)} acceptances")
+        if len(proposed) == 0:
+            continue
+        if (accepted > proposed).any() or (accepted < 0).any():
+            raise ValueError(f"{name} line {index + 1}: a round accepts more than it proposed; the record is damaged")
+        tokens, most = len(line["output_ids"]) - 1, int(accepted.sum()) + len(accepted)
+        if not most - int(proposed.max()) - 1 <= tokens <= most:
+            raise ValueError(
+                f"{name} line {index + 1}: output_ids hold {tokens} tokens after the first and the rounds commit "
+                f"{most}; output_ids must be the generated tokens without the prompt"
+            )
+        prompts.append(PromptRounds(prompt, proposed, accepted, seconds, tokens, _logits(line, index, name, width)))
+    return prompts
+
+
+def conversations(lines: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The name of each line's conversation: the digest of its first turn's prompt, or of its own without one."""
+    opening = {_conversation(line): digest(line["prompt_ids"]) for line in lines if line.get("turn") == 0}
+    return [opening.get(_conversation(line)) or digest(line["prompt_ids"]) for line in lines]
+
+
+def _require(line: Mapping[str, Any], name: str, number: int) -> None:
+    """ValueError for a line whose fields are not lists of what they should be."""
+    kinds = {"prompt_ids": {int}, "output_ids": {int}, "proposed": {int}, "accepted": {int}, "seconds": {int, float}}
+    for key, kind in kinds.items():
+        value = line.get(key)
+        if not isinstance(value, list) or set(map(type, value)) - kind or (value and min(value) < 0):
+            raise ValueError(f"{name} line {number}: `{key}` is not a list of numbers from 0; record the rounds anew")
+        if kind == {int} and value and max(value) >= 2**31:
+            raise ValueError(f"{name} line {number}: `{key}` holds a number of 2**31 or more; record the rounds anew")
+    rows = line.get("confidence") or []
+    numbers = isinstance(rows, list) and all(
+        isinstance(row, list) and not set(map(type, row)) - {int, float} for row in rows
+    )
+    if not numbers or (rows and line["proposed"] and len(rows) != len(line["proposed"])):
+        raise ValueError(
+            f"{name} line {number}: `confidence` is not one list of numbers a round; record the rounds anew"
+        )
+
+
+def _conversation(line: Mapping[str, Any]) -> tuple[Any, Any]:
+    return line.get("benchmark"), line.get("prompt_id")
+
+
+def _logits(line: Mapping[str, Any], index: int, name: str, width: int) -> Float[np.ndarray, "R K"] | None:
+    rows = line.get("confidence")
+    if not rows:
+        return None
+    logits = np.full((len(rows), width), np.nan)
+    for row, values, proposed in zip(logits, rows, line["proposed"], strict=True):
+        if len(values) < proposed:
+            raise ValueError(f"{name} line {index + 1}: {proposed} slots proposed and {len(values)} confidences")
+        row[: len(values)] = values
+    return logits
+
+
+def flatten(prompts: Sequence[PromptRounds]) -> Rounds:
+    """All rounds of all prompts as flat arrays. ValueError where a prompt carries no confidence."""
+    if not prompts or any(p.logits is None for p in prompts):
+        raise ValueError("these rounds carry no confidence; decode with a draft that has a confidence head")
+    return Rounds(
+        proposed=np.concatenate([p.proposed for p in prompts]),
+        accepted=np.concatenate([p.accepted for p in prompts]),
+        logits=np.concatenate([p.logits for p in prompts]),
+        prompts=tuple(p.prompt for p in prompts for _ in p.proposed),
+    )
+
+
+def split(
+    prompts: Sequence[PromptRounds], share: float, seed: int = 0
+) -> tuple[list[PromptRounds], list[PromptRounds]]:
+    """Two disjoint sets of prompts, the first with `share` of the distinct ones; a repeated prompt goes to one side."""
+    names = sorted({p.prompt for p in prompts})
+    count = round(share * len(names))
+    if not 0 < count < len(names):
+        raise ValueError(f"share={share} of {len(names)} prompts leaves one side empty; record more prompts")
+    first = set(np.random.default_rng(seed).permutation(names)[:count].tolist())
+    return [p for p in prompts if p.prompt in first], [p for p in prompts if p.prompt not in first]

@@ -1,0 +1,204 @@
+"""The layers of a draft or a target run over a key-value cache: as their modules say, or folded.
+
+A decoding step of a small model, or of any model at batch 1, is bound by what is spent around each operation, not by
+the operation. A folded layer asks for a quarter of them: query, key and value projections are one matrix with the
+norm's weight inside, gate and up projections another, residuals are added by the product before them, and
+norm(x) = x / hypot(|x|, sqrt(n eps)) leaves its sqrt(n) in the weight. The modules are the oracle and do everything
+that folding does not cover.
+
+Axes: B rows, S new tokens, R = B S, L layers, D hidden, H query and G key-value heads, d head size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from specbench.models.attention import attend_stored
+from specbench.models.backbone import ACTIVATIONS, Backbone, Layer, Rope, rotate
+from specbench.models.kv_cache import KVCache
+
+# A folded layer is a copy. Beyond this size the products outweigh what is spent around them, and the memory counts.
+FOLDED_BYTES = 256 * 2**20
+
+
+class Stack:
+    """Layers of one backbone that extend a KVCache. `renew` before a request begins: it folds them anew if they were
+    changed since; until the next one, folded layers keep the weights that it saw. Changes through `Tensor.data`, which
+    autograd does not count, go unseen. `reads_context`: `store_context` will be asked for. `folds` False keeps to the
+    modules, and so does autocast, which would cast the folded norms too.
+    """
+
+    def __init__(self, layers: Iterable[Layer], backbone: Backbone, reads_context: bool = False):
+        self.layers, self.backbone, self.reads_context = list(layers), backbone, reads_context
+        self.folds = True
+        self._steps: Plain | Folded = Plain(self.layers, backbone)
+        self._seen: tuple | None = None
+
+    def renew(self) -> None:
+        """Take the layers' present weights."""
+        parameters = [p for layer in self.layers for p in layer.parameters()]
+        folds = self.folds and not torch.is_autocast_enabled(parameters[0].device.type)
+        seen = (folds, *((p.data_ptr(), p.device, _version(p)) for p in parameters))
+        if seen == self._seen:
+            return
+        self._seen = seen
+        if folds and foldable(self.backbone, parameters):
+            with torch.inference_mode(False), torch.no_grad():
+                self._steps = Folded(self.layers, self.backbone, self.reads_context)
+        else:
+            self._steps = Plain(self.layers, self.backbone)
+
+    def forget(self) -> None:
+        """Take the weights anew at the next `renew`, whatever they look like."""
+        self._seen = None
+
+    def extend(
+        self,
+        layer: int,
+        x: Float[Tensor, "B S D"],
+        rope: Rope,
+        cache: KVCache,
+        mask: Tensor | None,
+        embedding: Float[Tensor, "B S D"] | None = None,
+        behind: int = 0,
+    ) -> Float[Tensor, "B S D"]:
+        """One layer for S new tokens a row; their keys and values go `behind` entries after each row's length.
+        `embedding`: what a paired layer reads beside x (others do not look at it). `mask`: KVCache.visible."""
+        return self._steps.extend(layer, x, rope, cache, mask, embedding, behind)
+
+    def store(
+        self,
+        layer: int,
+        x: Float[Tensor, "B S D"],
+        rope: Rope,
+        cache: KVCache,
+        embedding: Float[Tensor, "B S D"] | None = None,
+    ) -> None:
+        """The keys and values of `extend` alone."""
+        self._steps.store(layer, x, rope, cache, embedding)
+
+    def store_context(self, features: Float[Tensor, "B S D"], rope: Rope, cache: KVCache) -> None:
+        """Keys and values of every layer straight from context features, which no layer's norm touches."""
+        self._steps.store_context(features, rope, cache)
+
+
+def foldable(backbone: Backbone, parameters: Sequence[nn.Parameter]) -> bool:
+    """Whether Folded covers these layers: pre-norm, no biases, fp32 (shorter formats round norms elsewhere), small."""
+    plain = not (backbone.sandwich or backbone.attention_bias or backbone.values_from_keys or backbone.value_norm)
+    return (
+        plain
+        and not backbone.norm_before_residual
+        and all(p.dtype == torch.float32 for p in parameters)
+        and sum(p.numel() * p.element_size() for p in parameters) <= FOLDED_BYTES
+    )
+
+
+class Plain:
+    """The steps as the modules compute them."""
+
+    def __init__(self, layers: list[Layer], backbone: Backbone):
+        self.layers, self.scale, self.soft_cap = layers, backbone.scale, backbone.attention_soft_cap
+
+    def extend(self, layer, x, rope, cache, mask, embedding, behind) -> Tensor:
+        module = self.layers[layer]
+        y = module.normed(x, embedding)
+        query = module.self_attn.queries(y, rope)
+        stored = cache.write(layer, *module.self_attn.keys_values(y, rope), behind)
+        return module.finish(x, attend_stored(query, stored, mask, self.scale, self.soft_cap))
+
+    def store(self, layer, x, rope, cache, embedding) -> None:
+        module = self.layers[layer]
+        cache.write(layer, *module.self_attn.keys_values(module.normed(x, embedding), rope))
+
+    def store_context(self, features, rope, cache) -> None:
+        for layer, module in enumerate(self.layers):
+            cache.write(layer, *module.self_attn.keys_values(features, rope))
+
+
+class Folded:
+    """The same steps from folded copies of the layers' weights."""
+
+    def __init__(self, layers: list[Layer], backbone: Backbone, reads_context: bool):
+        self.heads, self.kv_heads, self.head_dim = backbone.heads, backbone.kv_heads, backbone.head_dim
+        self.activation = ACTIVATIONS[backbone.activation]
+        device = layers[0].mlp.down_proj.weight.device
+        self.floor, self.head_floor = (
+            torch.tensor((size * backbone.norm_eps) ** 0.5, device=device)
+            for size in (backbone.hidden_size, backbone.head_dim)
+        )
+        root, head_root = backbone.hidden_size**0.5, backbone.head_dim**0.5
+        self.scale, self.paired = backbone.scale, layers[0].hidden_norm is not None
+        self.project, self.out, self.gate_up, self.down, self.head_weights = [], [], [], [], []
+        for layer in layers:
+            attention, mlp = layer.self_attn, layer.mlp
+            norms = [layer.input_layernorm, *([] if layer.hidden_norm is None else [layer.hidden_norm])]
+            entering = torch.cat([norm.weight for norm in norms]) * root
+            joined = torch.cat([p.weight for p in (attention.q_proj, attention.k_proj, attention.v_proj)])
+            self.project.append((joined * entering).t().contiguous())
+            self.out.append(attention.o_proj.weight.t().clone())
+            entering_mlp = layer.post_attention_layernorm.weight * root
+            wide = torch.cat([mlp.gate_proj.weight, mlp.up_proj.weight]) * entering_mlp
+            self.gate_up.append(wide.t().contiguous())
+            self.down.append(mlp.down_proj.weight.t().clone())
+            if backbone.head_norms:
+                sides = ((attention.q_norm, self.heads), (attention.k_norm, self.kv_heads))
+                self.head_weights.append(torch.cat([n.weight.expand(count, -1) for n, count in sides]) * head_root)
+        if reads_context:
+            pairs = [(layer.self_attn.k_proj.weight, layer.self_attn.v_proj.weight) for layer in layers]
+            self.context = torch.cat([*(k for k, _ in pairs), *(v for _, v in pairs)]).t().contiguous()
+
+    def extend(self, layer, x, rope, cache, mask, embedding, behind) -> Tensor:
+        B, S, D = x.shape
+        rows = x.reshape(B * S, D)
+        heads = torch.mm(self.entering(rows, embedding), self.project[layer]).view(B, S, -1, self.head_dim)
+        turned = self.turn(heads.narrow(2, 0, self.heads + self.kv_heads), layer, rope)
+        keys = turned.narrow(2, self.heads, self.kv_heads)
+        stored = cache.write(layer, keys, heads.narrow(2, self.heads + self.kv_heads, self.kv_heads), behind)
+        seen = attend_stored(turned.narrow(2, 0, self.heads), stored, mask, self.scale)
+        rows = torch.addmm(rows, seen.reshape(B * S, -1), self.out[layer])
+        gate, up = torch.mm(unit(rows, self.floor), self.gate_up[layer]).chunk(2, -1)
+        return torch.addmm(rows, self.activation(gate) * up, self.down[layer]).view(B, S, D)
+
+    def store(self, layer, x, rope, cache, embedding) -> None:
+        B, S, D = x.shape
+        y, queries = self.entering(x.reshape(B * S, D), embedding), self.heads * self.head_dim
+        heads = torch.mm(y, self.project[layer][:, queries:]).view(B, S, -1, self.head_dim)
+        keys = heads.narrow(2, 0, self.kv_heads)
+        turned = self.turn(keys, layer, rope, slice(self.heads, None))
+        cache.write(layer, turned, heads.narrow(2, self.kv_heads, self.kv_heads))
+
+    def store_context(self, features, rope, cache) -> None:
+        (B, S, D), G = features.shape, self.kv_heads
+        heads = torch.mm(features.reshape(B * S, D), self.context).view(B, S, -1, self.head_dim)
+        L = len(self.project)
+        keys = heads.narrow(2, 0, L * G)
+        if self.head_weights:
+            weights = torch.cat([w[self.heads :] for w in self.head_weights])
+            keys = unit(keys, self.head_floor) * weights
+        keys = rotate(keys, rope)
+        for layer in range(L):
+            cache.write(layer, keys.narrow(2, layer * G, G), heads.narrow(2, (L + layer) * G, G))
+
+    def entering(self, rows: Float[Tensor, "R D"], embedding: Float[Tensor, "B S D"] | None) -> Tensor:
+        """What the joined projection reads."""
+        y = unit(rows, self.floor)
+        return torch.cat([unit(embedding.reshape_as(rows), self.floor), y], -1) if self.paired else y
+
+    def turn(self, heads: Float[Tensor, "B S h d"], layer: int, rope: Rope, which: slice = slice(None)) -> Tensor:
+        """Heads normed and rotated; `which` of the query and key heads they are."""
+        if self.head_weights:
+            heads = unit(heads, self.head_floor) * self.head_weights[layer][which]
+        return rotate(heads, rope)
+
+
+def unit(x: Float[Tensor, "*b n"], floor: Float[Tensor, ""]) -> Float[Tensor, "*b n"]:
+    """RMSNorm without weight and without the factor sqrt(n); `floor` is sqrt(n eps)."""
+    return x / torch.hypot(torch.linalg.vector_norm(x, dim=-1, keepdim=True), floor)
+
+
+def _version(parameter: nn.Parameter) -> int:
+    return 0 if parameter.is_inference() else parameter._version

@@ -1,0 +1,304 @@
+"""What a round costs: cost curves of target and draft, the speedup they predict, and the one the clock shows.
+
+A time is the median of repeats after warm-up, with the first and third quartile beside it, on a synchronised
+clock. Only measuring happens here; a number belongs to the machine it was taken on.
+
+Axes: B requests, S tokens a request in one forward pass, K slots.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from specbench.blocks import Context
+from specbench.decoding.cost_profile import CostProfile
+from specbench.decoding.loop import Decoded, Limits, clock, decode, speculative_decode
+from specbench.decoding.sampling import Sampler, Sampling
+from specbench.decoding.scheduling import FixedLength, Scheduler
+from specbench.drafts.draft import Proposer
+from specbench.models.target import Target
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds of one action (median where nothing else is said) and quartiles of `repeats` calls."""
+
+    seconds: float
+    low: float
+    high: float
+    repeats: int
+
+
+def timed(
+    action: Callable[[Any], Any],
+    device: torch.device,
+    repeats: int = 20,
+    warmup: int = 3,
+    prepare: Callable[[], Any] = lambda: None,
+) -> Timing:
+    """Time `action(prepare())`, the preparation left out, after `warmup` untimed calls."""
+    if repeats < 1:
+        raise ValueError(f"repeats={repeats}: time at least one call")
+    taken = []
+    for call in range(warmup + repeats):
+        ready = prepare()
+        started = clock(device)
+        action(ready)
+        if call >= warmup:
+            taken.append(clock(device) - started)
+    return _timing(taken)
+
+
+def _timing(taken: Sequence[float]) -> Timing:
+    low, median, high = np.quantile(taken, [0.25, 0.5, 0.75])
+    return Timing(float(median), float(low), float(high), len(taken))
+
+
+@torch.inference_mode()
+def target_cost(
+    target: Target,
+    batch_sizes: Sequence[int],
+    lengths: Sequence[int],
+    context: int = 128,
+    repeats: int = 20,
+    warmup: int = 3,
+) -> list[dict]:
+    """T(B, S): seconds in which the target extends B requests of `context` tokens by S and gives their logits.
+
+    S = 1 is plain decoding, S = K + 1 verifies K slots. One row a (B, S): part, requests, length, tokens (B S),
+    context, seconds, low, high, repeats.
+    """
+    rows = []
+    for B in batch_sizes:
+        state, _ = target.prefill(*_prompts(target, B, context))
+        blocks = [_tokens(target, B, S) for S in lengths]
+        taken: list[list[float]] = [[] for _ in lengths]
+        for call in range(warmup + repeats):
+            # In turns, because the curve is a matter of ratios and a machine's clock wanders.
+            for seconds, block in zip(taken, blocks, strict=True):
+                started = clock(target.device)
+                target.logits(target.extend(state, block).last)
+                if call >= warmup:
+                    seconds.append(clock(target.device) - started)
+        rows += [_row("target", B, S, context, _timing(found)) for S, found in zip(lengths, taken, strict=True)]
+    return rows
+
+
+@torch.inference_mode()
+def draft_cost(
+    target: Target,
+    draft: Proposer,
+    batch_sizes: Sequence[int],
+    lengths: Sequence[int],
+    context: int = 128,
+    repeats: int = 20,
+    warmup: int = 3,
+) -> list[dict]:
+    """Seconds in which the draft proposes K greedy slots for B requests, and commits K + 1 tokens afterwards.
+
+    Rows as target_cost's, `length` being K, with the parts `propose` and `commit`.
+    """
+    rows = []
+    for B in batch_sizes:
+        tokens, counts = _prompts(target, B, context)
+        held, states = target.prefill(tokens, counts)
+        begun, every = draft.begin(states, tokens), torch.arange(B, device=target.device)
+        anchor, sampler = _tokens(target, B, 1)[:, 0], Sampler(Sampling(), range(B))
+        for K in lengths:
+            if not 1 <= K <= draft.block_size:
+                raise ValueError(f"length {K}: this draft proposes 1 to {draft.block_size} slots")
+            block = _tokens(target, B, K + 1)
+            true = target.extend(held, block)
+            committed = Context(true.taps, true.last, torch.full_like(counts, K + 1))
+            propose = timed(
+                lambda _, K=K, state=begun, anchor=anchor, draw=sampler: draft.propose(state, anchor, draw, K),
+                target.device,
+                repeats,
+                warmup,
+            )
+            commit = timed(
+                lambda state, seen=committed, block=block: draft.commit(state, seen, block),
+                target.device,
+                repeats,
+                warmup,
+                prepare=lambda state=begun, every=every: state.select(every),
+            )
+            rows += [_row("propose", B, K, context, propose), _row("commit", B, K, context, commit)]
+    return rows
+
+
+def step_cost(
+    target: Target,
+    draft: Proposer,
+    prompts: Sequence[Sequence[int]],
+    batch_sizes: Sequence[int],
+    lengths: Sequence[int],
+    max_new_tokens: int = 64,
+    sampling: Sampling | None = None,
+) -> list[dict]:
+    """Seconds of a whole engine step (proposal, forward pass, verification, bookkeeping, and what passes between two
+    steps), from decoding for real.
+
+    For every B the first B prompts are decoded at once, K slots proposed and l of them verified for l in `lengths`;
+    only rounds with all B requests in flight count, and stop tokens end nothing. Rows as target_cost's with the part
+    `step`, tokens = B (l + 1), `repeats` the rounds. Here `seconds` is the MEAN: steps vary to one side, and a
+    throughput that is simulated from their median comes out too high.
+    """
+    if len(prompts) < max(batch_sizes):
+        raise ValueError(f"{len(prompts)} prompts cannot fill a batch of {max(batch_sizes)}; give at least as many")
+    rows = []
+    for B in batch_sizes:
+        context = sum(map(len, prompts[:B])) // B
+        for length in lengths:
+            limits = Limits(max_new_tokens, batch_size=B)
+            started = clock(target.device)
+            done = list(
+                speculative_decode(
+                    target, draft, prompts[:B], sampling or Sampling(), limits, scheduler=FixedLength(length)
+                )
+            )
+            total = clock(target.device) - started
+            # Who needs the most rounds sees every step; what its prefill and rounds do not hold is spent between them.
+            last = max(done, key=lambda request: len(request.rounds))
+            between = (total - last.seconds) / len(last.rounds)
+            full = min(len(request.rounds) for request in done)
+            seconds = [r.seconds + between for r in last.rounds[:full]]
+            low, high = np.quantile(seconds, [0.25, 0.75])
+            timing = Timing(float(np.mean(seconds)), float(low), float(high), full)
+            rows.append(_row("step", B, length + 1, context, timing))
+    return rows
+
+
+def cost_profile(rows: Sequence[dict], label: str, slots: int | None = None, part: str = "target") -> CostProfile:
+    """SPS(B) from rows of target_cost, or with part="step" from those of step_cost, which hold the draft's time too.
+
+    With `slots` the draft's time for K = slots is added from the rows of draft_cost. Forward passes of equally many
+    tokens but other shapes are pooled by their median.
+    """
+    pairs = [(row["tokens"], 1.0 / row["seconds"]) for row in rows if row["part"] == part]
+    if not pairs:
+        raise ValueError(f"there is no row of part {part}; measure it with {part}_cost")
+    profile = CostProfile.from_pairs(pairs, label)
+    if slots is None:
+        return profile
+    each: dict[int, float] = {}
+    for row in rows:
+        if row["part"] in ("propose", "commit") and row["length"] == slots:
+            each[row["requests"]] = each.get(row["requests"], 0.0) + row["seconds"]
+    if not each:
+        raise ValueError(f"slots={slots}: there is no draft row of that length; measure it with draft_cost")
+    sizes = sorted(each)
+    return profile.with_draft(sizes, [each[size] for size in sizes])
+
+
+def predicted_speedup(accepted_length: float, t_draft: float, t_verify: float, t_plain: float) -> float:
+    """Accepted length x T(1) / (T_draft + T(K + 1)): tokens a second against plain decoding, from the cost curve.
+
+    >>> predicted_speedup(3.0, t_draft=0.5, t_verify=1.5, t_plain=1.0)
+    1.5
+    """
+    return accepted_length * t_plain / (t_draft + t_verify)
+
+
+def wall_clock(
+    target: Target,
+    draft: Proposer,
+    prompts: Sequence[Sequence[int]],
+    sampling: Sampling,
+    limits: Limits,
+    repeats: int = 3,
+    warmup: int = 1,
+    scheduler: Scheduler | None = None,
+    slots: int | None = None,
+    library: bool = False,
+) -> dict:
+    """The measured speedup: plain and speculative decoding of the same prompts, interleaved in this process.
+
+    Before, `warmup` batches are decoded every way untimed. Each repeat decodes all prompts every way, in turns the one
+    and the other first. Returns plain and speculative tokens a second (all requests' tokens / seconds of the clock) and
+    tokens_per_second_per_request (tokens / seconds that their requests spent in flight), medians of the repeats,
+    speedup with its smallest and largest repeat, accepted_length, and the mean draft, verify and overhead seconds a
+    round. With `library` (batch 1 and temperature 0 only) the library's own generation of the same prompts takes its
+    turn: library_tokens_per_second, and what either loop reaches of it as loop_plain and loop_speculative.
+    """
+    if library and (limits.batch_size != 1 or not sampling.greedy):
+        raise ValueError("the library's generation is timed at batch_size=1 and temperature=0 only")
+    first = list(prompts[: limits.batch_size])
+    ways = ["plain", "speculative", *(["library"] if library else [])]
+    speeds: dict[str, list[float]] = {way: [] for way in ways}
+    rounds: list = []
+    each: list[float] = []
+
+    def once(way: str, asked: Sequence[Sequence[int]] = prompts) -> list[Decoded]:
+        if way == "plain":
+            return list(decode(target, asked, sampling, limits))
+        if way == "library":
+            generated = (target.generate(p, limits.max_new_tokens, limits.stop_token_ids) for p in asked)
+            return [Decoded(i, list(p), ids) for i, (p, ids) in enumerate(zip(asked, generated, strict=True))]
+        return list(speculative_decode(target, draft, asked, sampling, limits, None, scheduler, slots))
+
+    for _ in range(warmup):
+        for way in ways:
+            once(way, first)
+    for repeat in range(repeats):
+        for way in ways if repeat % 2 else reversed(ways):
+            started = clock(target.device)
+            done = once(way)
+            seconds = clock(target.device) - started
+            speeds[way].append(sum(len(d.output_ids) for d in done) / seconds)
+            if way == "speculative":
+                each.append(sum(len(d.output_ids) for d in done) / sum(d.seconds for d in done))
+            rounds += [r for d in done for r in d.rounds]
+    if not rounds:
+        raise ValueError("no round was decoded; give prompts whose answers hold more than one token")
+    ratios = np.divide(speeds["speculative"], speeds["plain"])
+    split = np.array([(r.draft_seconds, r.verify_seconds, r.seconds) for r in rounds]).mean(0)
+    against = {
+        f"loop_{way}": float(np.median(np.divide(speeds[way], speeds["library"]))) for way in ways[:2] if library
+    }
+    if library:
+        against["library_tokens_per_second"] = float(np.median(speeds["library"]))
+    return against | {
+        "plain_tokens_per_second": float(np.median(speeds["plain"])),
+        "tokens_per_second": float(np.median(speeds["speculative"])),
+        "tokens_per_second_per_request": float(np.median(each)),
+        "speedup": float(np.median(ratios)),
+        "speedup_low": float(ratios.min()),
+        "speedup_high": float(ratios.max()),
+        "accepted_length": sum(r.committed for r in rounds) / len(rounds),
+        "draft_seconds": float(split[0]),
+        "verify_seconds": float(split[1]),
+        "overhead_seconds": float(split[2] - split[0] - split[1]),
+        "repeats": repeats,
+    }
+
+
+def scheduler_cost(scheduler: Scheduler, requests: int = 256, slots: int = 7, repeats: int = 1000) -> Timing:
+    """Seconds of one schedule on the host, for confidences drawn once from a fixed seed."""
+    confidence = np.random.default_rng(0).random((requests, slots)) ** 0.2
+    proposed, names = np.full(requests, slots), list(range(requests))
+    accepted = (confidence > 0.5).cumprod(1).sum(1)
+    return timed(lambda _: scheduler.lengths(confidence, proposed, names, accepted), torch.device("cpu"), repeats)
+
+
+def _prompts(target: Target, requests: int, context: int) -> tuple[torch.Tensor, torch.Tensor]:
+    return _tokens(target, requests, context), torch.full((requests,), context, device=target.device)
+
+
+def _tokens(target: Target, requests: int, count: int) -> torch.Tensor:
+    """Random token ids: a forward pass costs the same whatever they are."""
+    generator = torch.Generator().manual_seed(0)
+    vocabulary = len(target.tables.embedding)
+    return torch.randint(vocabulary, (requests, count), generator=generator).to(target.device)
+
+
+def _row(part: str, requests: int, length: int, context: int, timing: Timing) -> dict:
+    tokens = requests * length
+    sizes = {"part": part, "requests": requests, "length": length, "tokens": tokens, "context": context}
+    spread = {"seconds": timing.seconds, "low": timing.low, "high": timing.high, "repeats": timing.repeats}
+    return sizes | spread

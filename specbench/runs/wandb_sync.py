@@ -1,0 +1,81 @@
+"""W&B runs that were made offline: uploaded later by W&B's own client, and then looked for on the server.
+
+The client ends well, and marks a run as synced, even when the server refused its artifacts or files. So what arrived is
+asked for afterwards, and the mark is taken off a run of which something is missing.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import os
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from specbench.files.atomic import read_json
+from specbench.runs.wandb_tracking import SERVER, has_key, reachable, uploaded
+
+
+def offline_runs(folder: str | Path) -> list[Path]:
+    """Run folders at or below `folder` that hold W&B runs which no sync has uploaded."""
+    records = sorted(Path(folder).rglob("tracking.json"))
+    return [record.parent for record in records if unsynced(record.parent)]
+
+
+def unsynced(run: Path) -> list[Path]:
+    """The W&B directories of one run folder that were not uploaded: W&B leaves a mark beside those that were."""
+    logs = sorted(run.glob("wandb/offline-run-*/run-*.wandb"))
+    return [log.parent for log in logs if not log.with_name(f"{log.name}.synced").exists()]
+
+
+def sync(run: str | Path) -> list[str]:
+    """Upload one run folder's offline W&B runs and verify what arrived; returns what is wrong, one line each.
+
+    Raises ValueError without a key, when artifact files have gone or when the upload fails.
+    """
+    run = Path(run)
+    record = read_json(run / "tracking.json", None)
+    if record is None:
+        raise ValueError(f"{run} was not tracked by W&B: it has no tracking.json")
+    if not has_key():
+        raise ValueError("there is no W&B key to upload with: run `wandb login` or set WANDB_API_KEY")
+    if not reachable():
+        raise ValueError(f"{os.environ.get('WANDB_BASE_URL', SERVER)} cannot be reached: sync where there is a network")
+    gone = [file for artifact in record["artifacts"] for file in artifact["files"] if not Path(file).exists()]
+    if gone:
+        raise ValueError(f"{gone[0]} is part of an artifact of {run} and is gone: W&B would leave it out in silence")
+    own = {"WANDB_MODE": "online", "WANDB_DIR": str(run.resolve())}  # its notes beside the run, not where one stands
+    environment = {**os.environ, **own, "WANDB_DATA_DIR": str(run.resolve() / "wandb" / "data")}
+    for directory in unsynced(run):
+        done = subprocess.run(
+            [sys.executable, "-m", "wandb", "sync", "--yes", str(directory)],
+            env=environment,
+            capture_output=True,
+            text=True,
+        )
+        if done.returncode:
+            lines = (done.stderr + done.stdout).strip().splitlines()
+            raise ValueError(f"wandb sync of {directory} failed: {lines[-1] if lines else done.returncode}")
+    missing = _missing(run, record)
+    if missing:  # the client counts even a refused artifact as synced, and would not send it again
+        for mark in run.glob("wandb/offline-run-*/*.synced"):
+            mark.unlink()
+    return missing
+
+
+def _missing(run: Path, record: Mapping[str, Any]) -> list[str]:
+    """What the server does not hold of a run that was uploaded: artifacts by digest, files of the record by MD5."""
+    mirrored = sorted((run / "wandb" / "record").glob("*"))
+    names = [f"record/{file.name}" for file in mirrored]
+    arrived, stored = uploaded(record["entity"], record["project"], record["id"], names)
+    lost = [item["name"] for item in record["artifacts"] if item["digest"] not in arrived]
+    missing = [f"{run}: artifact {name} did not arrive" for name in lost]
+    for file in mirrored:
+        digest = hashlib.md5(file.read_bytes(), usedforsecurity=False).digest()
+        found = stored.get(f"record/{file.name}", "")
+        if found not in (None, base64.b64encode(digest).decode(), digest.hex()):  # None: this server keeps no MD5
+            missing.append(f"{run}: record/{file.name} {'arrived damaged' if found else 'did not arrive'}")
+    return missing

@@ -1,0 +1,267 @@
+"""W&B behind one door: runs through Lightning's logger, tables, images, artifacts.
+
+The run folder is written first and whole; W&B mirrors it. Offline runs land in RUN/wandb/ together with the staging of
+their tables, so that the folder stays complete until `syncing` uploads it. Lineage (cache, checkpoint, parent runs) is
+written into the config and the record as well, because W&B keeps none of it offline.
+"""
+
+from __future__ import annotations
+
+import netrc
+import os
+import secrets
+import shutil
+import socket
+import sys
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Annotated, Any
+from urllib.parse import urlparse
+
+from lightning.pytorch.loggers import Logger, WandbLogger
+
+from specbench.files.atomic import plain, read_json, replacing, write_json
+from specbench.ranges import Among
+from specbench.runs.folder_logger import FolderLogger
+from specbench.runs.run_folder import RunFolder
+
+SERVER = "https://api.wandb.ai"
+MODES = ("auto", "online", "offline", "disabled")
+# W&B writes a config.yaml of its own beside these, hence the folder.
+RECORD = ("summary.json", "config.yaml", "provenance.json", "metrics.jsonl", "records.parquet")
+STEP = "trainer/global_step"
+_notices: set[str] = set()
+
+
+class Tracking:
+    """How runs are mirrored to W&B.
+
+    `mode`: `online` needs a key; `offline` writes beside the run folder for a later `sync`; `disabled` imports nothing;
+    `auto` is online with a key and a server in reach, else offline; WANDB_MODE in the environment overrules it.
+    Use: `start(run)`, give `loggers` to the Trainer, then `table`, `image`, `artifact`, `summary`, and `finish`.
+    """
+
+    def __init__(
+        self,
+        mode: Annotated[str, Among(MODES)] = "auto",
+        project: str = "specbench",
+        entity: str | None = None,
+        group: str | None = None,
+        job_type: str | None = None,
+        tags: Sequence[str] = (),
+    ) -> None:
+        if mode not in MODES:
+            raise ValueError(f"tracking.mode is one of {', '.join(MODES)}, not '{mode}'")
+        self.mode, self.project, self.entity, self.group, self.job_type = mode, project, entity, group, job_type
+        self.tags = [str(tag) for tag in tags]
+        self.run: RunFolder | None = None
+        self.wandb: WandbLogger | None = None
+        self._record: dict[str, Any] = {}
+
+    def start(self, run: RunFolder, headline: Mapping[str, Any] | None = None) -> Tracking:
+        """Begin to mirror `run`; opening the same run again continues the same W&B run.
+
+        `headline` are the top-level config keys that filters and groupings use: method, target, suite, seed, cache, ...
+        The whole resolved configuration goes under the key `settings`.
+        """
+        self.run = run
+        mode = self.resolved_mode()
+        if mode == "disabled" or not run.writes:
+            return self
+        old = read_json(run.path / "tracking.json", {})
+        self._record = {
+            "id": old.get("id") or secrets.token_hex(4),
+            "mode": mode,
+            "project": self.project,
+            "entity": self.entity,
+            "artifacts": old.get("artifacts", []),
+        }
+        os.environ["WANDB_MODE"] = mode
+        os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
+        os.environ.setdefault("WANDB_SILENT", "true")  # its notices; what goes wrong is raised all the same
+        os.environ["WANDB_DIR"] = str(run.path.resolve())
+        os.environ["WANDB_DATA_DIR"] = str(run.path.resolve() / "wandb" / "data")
+        self.wandb = self._logger(mode)
+        config = {"run": run.name, "kind": run.kind, **(headline or {}), "settings": run.config}
+        self.wandb.experiment.config.update(plain(config), allow_val_change=True)
+        self._record["url"] = self.wandb.experiment.url if mode == "online" else None
+        self._save()
+        if mode == "offline":
+            root = run.path.parents[2]
+            _say(f"W&B is offline: `specbench sync root={root}` uploads these runs once there is a key and a network")
+        return self
+
+    def resolved_mode(self) -> str:
+        """The mode that `auto` stands for here; raises ValueError when `online` has no key."""
+        mode = os.environ.get("WANDB_MODE", "auto") if self.mode == "auto" else self.mode
+        mode = {"dryrun": "offline", "run": "online"}.get(mode, mode)
+        if mode not in MODES:
+            raise ValueError(f"WANDB_MODE is one of online, offline, disabled, not '{mode}'")
+        if mode == "auto":
+            return "online" if has_key() and reachable() else "offline"
+        if mode == "online" and not has_key():
+            raise ValueError("tracking is online but there is no W&B key: run `wandb login`, or use tracking=offline")
+        return mode
+
+    def _logger(self, mode: str) -> WandbLogger:
+        import wandb
+
+        assert self.run is not None
+        try:
+            # Begun here and handed over: the logger's own wandb.init warns about settings that it cannot leave out.
+            experiment = wandb.init(
+                name=self.run.name,
+                project=self.project,
+                entity=self.entity,
+                dir=self.run.path.resolve(),
+                id=self._record["id"],
+                resume="allow" if mode == "online" else None,
+                group=self.group,
+                job_type=self.job_type or self.run.kind,
+                tags=self.tags,
+                reinit="finish_previous",  # a job of a sweep that failed may have left one open
+                settings=wandb.Settings(silent=True, console="off"),
+            )
+        except wandb.errors.CommError as error:
+            raise ValueError(f"W&B cannot be reached ({error}): use tracking=offline and sync later") from error
+        experiment.define_metric(STEP)
+        experiment.define_metric("*", step_metric=STEP, step_sync=True)
+        return WandbLogger(experiment=experiment, save_dir=str(self.run.path), project=self.project)
+
+    @property
+    def loggers(self) -> list[Logger]:
+        """For the Trainer: the run folder first, then W&B where it is on."""
+        assert self.run is not None, "start() comes first"
+        return [FolderLogger(self.run), *([self.wandb] if self.wandb is not None else [])]
+
+    def table(self, key: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], step: int | None = None) -> None:
+        """A W&B table, for example accepted length and conditional acceptance by slot."""
+        if self.wandb is not None:
+            self.wandb.log_table(key, columns=list(columns), data=plain(rows), step=step)
+
+    def image(self, key: str, path: str | Path, step: int | None = None) -> None:
+        """A figure that lies in a file."""
+        if self.wandb is not None:
+            self.wandb.log_image(key, [str(path)], step=step)
+
+    def summary(self, values: Mapping[str, Any]) -> None:
+        """Headline numbers of the run; a metric with an interval becomes KEY, KEY/low and KEY/high."""
+        if self.wandb is not None:
+            for key, value in _leaves(plain(values)).items():
+                self.wandb.experiment.summary[key] = value
+
+    def artifact(self, name: str, kind: str, path: str | Path, **metadata: Any) -> str | None:
+        """Log the file or folder at `path` as an artifact of type `kind` (cache, draft, figures); returns its digest.
+
+        Files are not copied: W&B reads them where they lie, at once when online and at `sync` when offline.
+        """
+        if self.wandb is None:
+            return None
+        import wandb
+
+        path = Path(path).resolve()
+        artifact = wandb.Artifact(name, kind, metadata=plain(metadata))
+        files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
+        for file in files:
+            inside = str(file.relative_to(path)) if path.is_dir() else file.name
+            artifact.add_file(str(file), name=inside, policy="immutable", skip_cache=True)
+        logged = self.wandb.experiment.log_artifact(artifact)
+        if self._record["mode"] == "online":
+            logged.wait()
+        entry = {"name": name, "type": kind, "digest": artifact.digest, "files": [str(file) for file in files]}
+        if entry not in self._record["artifacts"]:
+            self._record["artifacts"].append(entry)
+        self._save()
+        return artifact.digest
+
+    def uses(self, name: str, kind: str, **facts: Any) -> None:
+        """Record that this run read the artifact `name` of type `kind`: cache -> draft -> evaluation.
+
+        Always in the W&B config under `lineage`; online as an edge of W&B's graph too, where the artifact is there.
+        """
+        if self.wandb is None:
+            return
+        lineage = {**self.wandb.experiment.config.get("lineage", {}), kind: plain({"name": name, **facts})}
+        self.wandb.experiment.config.update({"lineage": lineage}, allow_val_change=True)
+        if self._record["mode"] == "online":
+            import wandb
+
+            with suppress(wandb.errors.CommError):  # never uploaded by anybody: the config holds the lineage
+                self.wandb.experiment.use_artifact(f"{name}:latest", type=kind)
+
+    def finish(self, succeeded: bool = True) -> None:
+        """Mirror the record's files under `record/` and close the W&B run; safe to call twice and after an error.
+
+        Call it after `RunFolder.finish`, so that the mirrored summary.json is the final one.
+        """
+        if self.wandb is not None and self.run is not None:
+            for file in RECORD:
+                if (self.run.path / file).exists():
+                    with replacing(self.run.path / "wandb" / "record" / file) as copy:
+                        shutil.copyfile(self.run.path / file, copy)
+            mirror = self.run.path.resolve() / "wandb"
+            self.wandb.experiment.save(str(mirror / "record" / "*"), base_path=str(mirror), policy="end")
+            self.wandb.experiment.finish(exit_code=0 if succeeded else 1)
+            self.wandb = None
+
+    def _save(self) -> None:
+        assert self.run is not None
+        write_json(self.run.path / "tracking.json", self._record)
+
+
+def has_key() -> bool:
+    """Whether W&B has credentials here, without asking anybody."""
+    if os.environ.get("WANDB_API_KEY"):
+        return True
+    host = urlparse(os.environ.get("WANDB_BASE_URL", SERVER)).hostname or ""
+    with suppress(OSError, netrc.NetrcParseError):
+        return netrc.netrc(os.environ.get("NETRC")).authenticators(host) is not None
+    return False
+
+
+def reachable(seconds: float = 5.0) -> bool:
+    """Whether a connection to the W&B server can be opened; behind a proxy that is taken for granted."""
+    server = urlparse(os.environ.get("WANDB_BASE_URL", SERVER))
+    if os.environ.get(f"{server.scheme}_proxy") or os.environ.get(f"{server.scheme.upper()}_PROXY"):
+        return True
+    port = server.port or (80 if server.scheme == "http" else 443)
+    try:
+        socket.create_connection((server.hostname or "", port), seconds).close()
+    except OSError:
+        return False
+    return True
+
+
+def uploaded(
+    entity: str | None, project: str, run: str, files: Sequence[str]
+) -> tuple[set[str], dict[str, str | None]]:
+    """What the server holds of a run: the digests of its artifacts, and the MD5 of those of `files` that are there.
+
+    Raises ValueError when the server does not know the run or the key.
+    """
+    import wandb
+
+    try:
+        api = wandb.Api()
+        found = api.run(f"{entity or api.default_entity}/{project}/{run}")
+        digests = {artifact.digest for artifact in found.logged_artifacts() if artifact.state == "COMMITTED"}
+        return digests, {file.name: file.md5 for file in found.files(names=list(files))} if files else {}
+    except Exception as error:  # its reader fails in ways that share no class
+        raise ValueError(f"W&B does not say what it holds of run {run} in {project}: {error}") from error
+
+
+def _leaves(tree: Mapping[str, Any], where: str = "") -> dict[str, Any]:
+    """Nested numbers as flat keys joined by slashes; {"value": x, "low": ...} keeps x under the bare key."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        path = where if key == "value" and where else f"{where}/{key}" if where else key
+        flat.update(_leaves(value, path) if isinstance(value, Mapping) else {path: value})
+    return flat
+
+
+def _say(line: str) -> None:
+    """Print a line to stderr, once in a process."""
+    if line not in _notices:
+        _notices.add(line)
+        print(line, file=sys.stderr)

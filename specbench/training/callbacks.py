@@ -1,0 +1,140 @@
+"""Callbacks of draft training: real decoding as the judge of checkpoints, and a clean stop on signals."""
+
+from __future__ import annotations
+
+import math
+import os
+import signal
+from collections.abc import Sequence
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import lightning as L
+import torch
+import torch.distributed as dist
+from lightning.pytorch.callbacks import Callback
+
+from specbench.decoding.loop import Limits, speculative_decode
+from specbench.decoding.sampling import Sampling
+from specbench.models.target import Target
+
+PROBE_KEY = "probe/accepted_length"
+
+
+class DecodeProbe(Callback):
+    """Decode held-out prompts every `every` optimiser steps; the accepted length chooses the checkpoint.
+
+    Training accuracy can rise while accepted length falls, so the judge is the number that users get. The prompts
+    are split over ranks and the counts are summed. Decoding uses seeds of its own, never the training generators.
+    With `folder`, last.ckpt is written after every probe and best.ckpt after every one that beats all before it.
+    """
+
+    def __init__(
+        self,
+        target: Target,
+        prompts: Sequence[Sequence[int]],
+        every: int,
+        sampling: Sampling | None = None,
+        max_new_tokens: int = 64,
+        batch_size: int = 16,
+        folder: Path | None = None,
+    ):
+        if not prompts:
+            raise ValueError("the decode probe has no prompt; give it some, or set probe.every=null")
+        if every < 1:
+            raise ValueError(f"probe.every={every}: probe every 1 or more steps, or set it to null")
+        self.target, self.prompts, self.every = target, prompts, every
+        self.sampling = sampling or Sampling()
+        self.limits = Limits(max_new_tokens, target.stop_token_ids, batch_size)
+        self.folder, self.best = folder, -math.inf
+        self.history: list[tuple[int, float]] = []
+
+    def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, *args: Any) -> None:
+        if trainer.global_step % self.every == 0 or trainer.global_step == trainer.max_steps:
+            self.probe(trainer, module)
+
+    def probe(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        """Run the probe now and log accepted length and rounds."""
+        rank, world = trainer.global_rank, trainer.world_size
+        mine = list(range(rank, len(self.prompts), world))
+        counts = torch.zeros(2, dtype=torch.float64, device=module.device)
+        prompts = [self.prompts[i] for i in mine]
+        # Lightning casts within its own steps only, and under mixed precision draft and target differ in dtype.
+        with module.whole() as draft, trainer.precision_plugin.forward_context():
+            training = draft.training
+            draft.eval()
+            for done in speculative_decode(self.target, draft, prompts, self.sampling, self.limits, seeds=mine):
+                counts += torch.tensor([sum(r.committed for r in done.rounds), len(done.rounds)], device=module.device)
+            draft.train(training)
+        if world > 1:
+            dist.all_reduce(counts)
+        length = float(counts[0] / counts[1].clamp_min(1))
+        self.history.append((trainer.global_step, length))
+        module.log(PROBE_KEY, length, prog_bar=True)
+        module.log("probe/rounds", float(counts[1]))
+        if self.folder is not None:
+            better, self.best = length > self.best, max(self.best, length)
+            for name in ("best", "last") if better else ("last",):
+                save_checkpoint(trainer, self.folder / f"{name}.ckpt")
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"history": self.history, "best": self.best}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.history, self.best = [tuple(entry) for entry in state["history"]], state["best"]
+
+
+class KeepLast(Callback):
+    """last.ckpt every `every` optimiser steps and at the end, for runs without a probe."""
+
+    def __init__(self, folder: Path, every: int):
+        self.folder, self.every = folder, every
+
+    def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, *args: Any) -> None:
+        if trainer.global_step % self.every == 0 or trainer.global_step == trainer.max_steps:
+            save_checkpoint(trainer, self.folder / "last.ckpt")
+
+
+def save_checkpoint(trainer: L.Trainer, path: Path) -> None:
+    """Write a checkpoint whole or not at all; every rank must call it."""
+    temporary = path.with_suffix(".tmp")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    trainer.save_checkpoint(temporary)
+    if trainer.is_global_zero:
+        os.replace(temporary, path)
+
+
+class GracefulStop(Callback):
+    """SIGTERM and Ctrl-C end training at the next optimiser step, with a checkpoint in `folder`.
+
+    The handler only sets a flag: Lightning's own handler talks to other ranks from inside the signal and can hang.
+    """
+
+    def __init__(self, folder: Path | None = None) -> None:
+        self.folder = folder
+        self.received: int | None = None
+        self._previous: dict[int, Any] = {}
+
+    def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            self._previous[number] = signal.signal(number, self._flag)
+
+    def _flag(self, number: int, frame: FrameType | None) -> None:
+        self.received = number
+
+    def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, *args: Any) -> None:
+        asked = self.received or 0
+        if trainer.world_size > 1:
+            flag = torch.tensor(asked, device=module.device)
+            dist.all_reduce(flag, op=dist.ReduceOp.MAX)
+            asked = int(flag)
+        if asked:
+            self.received = asked
+            trainer.should_stop = True
+            if self.folder is not None:
+                save_checkpoint(trainer, self.folder / "last.ckpt")
+
+    def on_train_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)

@@ -1,0 +1,75 @@
+"""What training a draft takes on a GPU, from shapes alone: an estimate, computed without weights.
+
+Counted: fp32 master weights, gradients and Adam moments of the trained parameters, the frozen tables in bf16 (or fp32),
+saved activations of the block queries and the context, the batch's target states, and one vocabulary-sized chunk.
+Sharded over n ranks (FSDP2), master weights, gradients and moments are divided by n; the whole weights and gradients of
+a micro-batch's backward pass come on top.
+Not counted: allocator fragmentation, compiler workspaces, communication buffers. FlexAttention saves no score matrix.
+
+Axes: T tokens, N anchors, K slots, D hidden, M feed-forward, C taps.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from specbench.drafts.draft import Draft
+from specbench.drafts.parallel import ParallelDraft
+
+CHUNK_ROWS = 512  # rows of vocabulary size that the objective holds on a GPU, in fp32, three at once
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """Bytes. `fixed` does not depend on the micro-batch, `per_sample` is one conversation of the longest length."""
+
+    parameters: int
+    trainable: int
+    fixed: float
+    per_sample: float
+    memory: float | None
+
+    @property
+    def largest_micro_batch(self) -> int | None:
+        """Conversations that fit into nine tenths of `memory` GiB; None when no GPU was named."""
+        if self.memory is None:
+            return None
+        return max(0, int((0.9 * self.memory * GIB - self.fixed) // self.per_sample))
+
+    def text(self) -> str:
+        """The plan as the command line prints it."""
+        lines = [
+            f"parameters        {self.parameters:,} ({self.trainable:,} trained)",
+            f"fixed memory      {self.fixed / GIB:.2f} GiB (weights, gradients, Adam moments, tables, one chunk)",
+            f"a conversation    {self.per_sample / GIB:.3f} GiB (estimate)",
+        ]
+        if self.memory is None:
+            lines.append("micro-batch       name a GPU with memory=GIB to see what fits")
+        else:
+            lines.append(f"micro-batch       {self.largest_micro_batch} conversations in {self.memory:.0f} GiB")
+        return "\n".join(lines)
+
+
+def footprint(draft: Draft, length: int, precision: str, memory: float | None = None, shards: int = 1) -> Footprint:
+    """The footprint, on one of `shards` ranks, of training `draft` on conversations of `length` tokens under
+    Lightning's `precision`."""
+    size = 2 if "16" in precision else 4
+    trainable = sum(p.numel() for p in draft.parameters() if p.requires_grad)
+    tables = draft.tables.embedding.numel() + draft.tables.head.numel()
+    frozen = 0 if draft.tables.trainable else tables
+    facts, layers = draft.backbone, len(draft.layers)
+    states_of_weights = 16 if shards == 1 else 8 + 16 / shards
+    fixed = states_of_weights * trainable + size * frozen + 3 * 4 * CHUNK_ROWS * facts.vocab_size
+    anchors = min(length, draft.anchors_per_sample or length)
+    queries = anchors * draft.block_size
+    attention = (2 * facts.heads + 2 * facts.kv_heads) * facts.head_dim
+    per_query = layers * (6 * facts.hidden_size + 4 * facts.intermediate_size + 2 * attention)
+    checkpointed = isinstance(draft, ParallelDraft) and draft.checkpointing
+    if checkpointed:
+        per_query = layers * facts.hidden_size + per_query / layers
+    context = length * (3 * facts.hidden_size + layers * 2 * 2 * facts.kv_heads * facts.head_dim)
+    states = length * (len(draft.target_layer_ids) + 1) * facts.hidden_size
+    per_sample = size * (queries * (per_query + 2 * facts.hidden_size) + context + states)
+    parameters = tables + sum(p.numel() for p in draft.parameters())
+    return Footprint(parameters, trainable, float(fixed), float(per_sample), memory)

@@ -1,0 +1,289 @@
+"""DraftTraining: one LightningModule that trains any draft method.
+
+One Lightning batch is one optimiser step: a lazy handle over its micro-batches. Every micro-batch adds a SUM of
+weighted terms; gradients are divided once by the sum of weights over all ranks and micro-batches, so long and short
+conversations, one GPU and eight, few and many micro-batches give the same step.
+
+Axes: B batch, N blocks, K slots.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import lightning as L
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor
+
+from specbench.blocks import Batch, with_anchors
+from specbench.data.loading.target_cache import Step
+from specbench.drafts.draft import Draft
+from specbench.losses.objective import Loss, Objective
+from specbench.metrics.rounds import SlotMetrics
+from specbench.models.embedding_head import Tables
+from specbench.ranges import (
+    AboveZero,
+    AtLeastZero,
+    Betas,
+    Count,
+    LearningRate,
+    Seed,
+    Share,
+    ShareAboveZero,
+    ShareWithin,
+)
+
+
+def warmup_cosine(step: int, total: int, warmup: int) -> float:
+    """Learning-rate factor: linear from 0 over `warmup` steps, then half a cosine to 0 at `total`."""
+    if step < warmup:
+        return (step + 1) / warmup
+    return 0.5 * (1 + math.cos(math.pi * min(1.0, (step - warmup) / max(1, total - warmup))))
+
+
+class DraftTraining(L.LightningModule):
+    """Wraps a draft, an objective and an optimiser recipe.
+
+    `anchor_seed` and the epoch seed the anchors; `max_steps` is the length of the learning-rate schedule in optimiser
+    steps. Defaults are the published recipe: AdamW, lr 6e-4, no weight decay, warm-up 4%, cosine to 0, clip 1.0.
+    `layer_decay` multiplies the learning rate a layer away from the head (1: off); `ema` is the decay of an exponential
+    moving average of the weights (None: off), which then is what gets validated, probed and written.
+    """
+
+    def __init__(
+        self,
+        draft: Draft,
+        target_tables: Tables,
+        objective: Objective,
+        max_steps: int,
+        lr: LearningRate = 6e-4,
+        betas: Betas = (0.9, 0.999),
+        weight_decay: AtLeastZero = 0.0,
+        warmup: Share = 0.04,
+        gradient_clip: AboveZero | None = 1.0,
+        layer_decay: ShareAboveZero = 1.0,
+        anchor_seed: Seed = 0,
+        log_every: Count = 10,
+        compile: bool = False,
+        ema: ShareWithin | None = None,
+    ):
+        super().__init__()
+        self.automatic_optimization = False
+        self.strict_loading = False
+        if max_steps < 1:
+            raise ValueError(f"max_steps={max_steps}: train for at least one step")
+        if draft.supervision == "unshifted" and ("ce" in objective.coefficients or objective.slot_weight.dynamic):
+            raise ValueError(
+                "supervision=unshifted reaches one token beyond every conversation, where there is no label: "
+                "use soft_ce, kl or tv with a static slot weight"
+            )
+        self.draft, self.objective = draft, objective
+        # In a tuple, so that the target's tables are neither a second copy in checkpoints nor wrapped by a strategy.
+        self._target_tables = (target_tables,)
+        self.recipe = {"lr": lr, "betas": tuple(betas), "weight_decay": weight_decay}
+        self.max_steps, self.warmup, self.gradient_clip = max_steps, max(1, round(warmup * max_steps)), gradient_clip
+        self.layer_decay, self.anchor_seed, self.log_every = layer_decay, anchor_seed, log_every
+        self.train_slots = SlotMetrics(draft.block_size)
+        self.val_slots = SlotMetrics(draft.block_size)
+        self.supervised = 0
+        if ema is not None and not 0 < ema < 1:
+            raise ValueError(f"ema={ema}: give a decay between 0 and 1, such as 0.999, or null")
+        self.ema, self.average = ema, None
+        if ema is not None:
+            # The tables are shared, not copied: they are as large as everything else together.
+            shared = {} if draft.tables.trainable else {id(draft.tables): draft.tables}
+            self.average = copy.deepcopy(draft, shared).requires_grad_(False)
+        self.sharded = False
+        self.compiles = compile
+        if compile:
+            self.draft.compile()
+
+    @property
+    def published(self) -> Draft:
+        """The weights that are validated, probed and written: the moving average where there is one."""
+        return self.draft if self.average is None else self.average
+
+    def configure_model(self) -> None:
+        """Shard weights, gradients and optimiser state over the ranks where the strategy is ModelParallel (FSDP2).
+
+        A draft is one unit: the objective reads its parameters beside its forward pass, so they are whole from the
+        forward pass to the end of the backward pass of a micro-batch, and shards of 1/ranks in between.
+        """
+        mesh = self.device_mesh
+        if mesh is None or self.sharded:
+            return
+        if mesh["tensor_parallel"].size() > 1:
+            raise ValueError(
+                f"tensor_parallel_size={mesh['tensor_parallel'].size()}: a draft's matrices are not split; give the "
+                "strategy tensor_parallel_size=1 and data_parallel_size the number of ranks"
+            )
+        if self.compiles:
+            raise ValueError(
+                "recipe.compile=true does not go with a sharded draft; set it to false or use strategy=ddp"
+            )
+        if not hasattr(FSDPModule, "set_reduce_scatter_unused_params"):
+            raise ValueError(f"torch {torch.__version__} is too old to shard a draft: use 2.13, or strategy=ddp")
+        for module in [m for m in (self.draft, self.average) if m is not None]:
+            fully_shard(module, mesh=mesh["data_parallel"], reshard_after_forward=False)
+            # Sums, as everywhere here; and ranks without a supervised slot take part in them.
+            module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)
+            module.set_reduce_scatter_unused_params(True)
+        self.sharded = True
+
+    @contextmanager
+    def whole(self) -> Iterator[Draft]:
+        """The published draft with all of its weights on every rank, to decode with. Every rank must enter."""
+        draft = self.published
+        if self.sharded:
+            draft.unshard()
+            # Gathered weights lie where the last ones lay, so nothing else tells that they changed.
+            if draft.stack is not None:
+                draft.stack.forget()
+        try:
+            yield draft
+        finally:
+            if self.sharded:
+                draft.reshard()
+
+    @property
+    def target_tables(self) -> Tables:
+        return self._target_tables[0]
+
+    def setup(self, stage: str) -> None:
+        self._target_tables = (self.target_tables.to(self.device),)
+
+    def configure_optimizers(self) -> Any:
+        groups = self._groups() if self.layer_decay != 1.0 else [p for p in self.draft.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(groups, **self.recipe)
+        schedule = torch.optim.lr_scheduler.LambdaLR(
+            optimizer, lambda step: warmup_cosine(step, self.max_steps, self.warmup)
+        )
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def _groups(self) -> list[dict[str, Any]]:
+        depth = len(self.draft.layers)
+        by_layer: dict[int, list[Tensor]] = {}
+        for name, parameter in self.draft.named_parameters():
+            layer = int(name.split(".")[1]) if name.startswith("layers.") else depth - 1
+            by_layer.setdefault(depth - 1 - layer, []).append(parameter)
+        lr = self.recipe["lr"]
+        return [{"params": ps, "lr": lr * self.layer_decay**away} for away, ps in sorted(by_layer.items())]
+
+    def loss(self, draft: Draft, batch: Batch, epoch: int) -> Loss:
+        """Loss sums of one micro-batch; its anchors depend on the anchor seed, the epoch and each conversation."""
+        batch = with_anchors(batch, draft.anchors_per_sample, (self.anchor_seed, epoch), draft.supervision)
+        batch = batch.to(self.device, self.target_tables.embedding.dtype)
+        positions = batch.tokens.numel()
+        return self.objective(draft, self.target_tables, draft(batch), positions=positions)
+
+    def training_step(self, step: Step, index: int) -> None:
+        optimizer, total = self.optimizers(), torch.zeros((), dtype=torch.float64, device=self.device)
+        value, supervised = torch.zeros_like(total), torch.zeros_like(total)
+        optimizer.zero_grad()
+        for batch in step.micro:
+            loss = self.loss(self.draft, batch, step.epoch)
+            # Not manual_backward: gradients are summed over ranks once, below, after all micro-batches.
+            loss.value.backward()
+            total += loss.weight.double()
+            value += loss.value.detach().double()
+            supervised += loss.slots.count.sum()
+            self.train_slots.update(loss.slots)
+        self._reduce(total, value, supervised)
+        self.supervised += int(supervised)
+        if total == 0:
+            raise ValueError(
+                f"optimiser step {step.number} holds no supervised slot; the conversations are too short for a block, "
+                "or their loss masks are empty"
+            )
+        parameters = [p for p in self.draft.parameters() if p.grad is not None]
+        for parameter in parameters:
+            _local(parameter.grad).div_(total.to(parameter.grad.dtype))
+        norm = torch.nn.utils.clip_grad_norm_(parameters, self.gradient_clip or torch.inf)
+        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+        optimizer.step()
+        self.lr_schedulers().step()
+        if self.average is not None:
+            with torch.no_grad():
+                pairs = zip(self.average.parameters(), self.draft.parameters(), strict=True)
+                for mean_weight, weight in pairs:
+                    _local(mean_weight).lerp_(_local(weight), 1 - self.ema)
+        mean = value / total
+        if not torch.isfinite(mean):
+            raise ValueError(f"the loss is {float(mean)} at step {step.number}; lower trainer.lr or check the cache")
+        # The progress bar and the loggers read numbers every `log_every` steps; each read costs a synchronisation.
+        if (step.number + 1) % self.log_every == 0:
+            rate = optimizer.param_groups[0]["lr"]
+            self.log_dict({"train/loss": mean.float(), "train/gradient_norm": norm, "train/lr": rate}, prog_bar=False)
+            self.log_dict({f"train/{k}": v for k, v in self.train_slots.compute().items()})
+            self.log("loss", mean.float(), prog_bar=True, logger=False)
+            self.train_slots.reset()
+
+    def _reduce(self, *sums: Tensor) -> None:
+        """Add up these numbers over ranks, in place, and the gradients unless sharding did so already."""
+        if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+            return
+        scalars = torch.stack(sums)
+        dist.all_reduce(scalars)
+        for one, everywhere in zip(sums, scalars, strict=True):
+            one.copy_(everywhere)
+        if self.sharded:
+            return
+        for parameter in self.draft.parameters():
+            if parameter.requires_grad and parameter.grad is None:
+                # A rank whose share holds no supervised slot still takes part in the sum.
+                parameter.grad = torch.zeros_like(parameter)
+        gradients = [p.grad for p in self.draft.parameters() if p.requires_grad]
+        flat = torch._utils._flatten_dense_tensors(gradients)
+        dist.all_reduce(flat)
+        for gradient, part in zip(gradients, torch._utils._unflatten_dense_tensors(flat, gradients), strict=True):
+            gradient.copy_(part)
+
+    def validation_step(self, step: Step, index: int) -> None:
+        for batch in step.micro:
+            self.val_slots.update(self.loss(self.published, batch, 0).slots)
+        if self.sharded:
+            self.published.reshard()
+
+    def on_validation_epoch_end(self) -> None:
+        self.log_dict({f"val/{k}": v for k, v in self.val_slots.compute().items()})
+        self.val_slots.reset()
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """The draft alone: metrics are transient and the tables belong to the cache."""
+        full = super().state_dict(*args, **kwargs)
+        return {k: v for k, v in full.items() if not k.startswith(("train_slots.", "val_slots."))}
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["supervised"] = self.supervised
+
+    def on_load_checkpoint(self, checkpoint: Mapping[str, Any]) -> None:
+        self.supervised = checkpoint["supervised"]
+
+
+def _local(tensor: Tensor) -> Tensor:
+    """This rank's part of a sharded tensor, the tensor itself otherwise."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def trainable_parameters(draft: Draft) -> int:
+    """Number of trainable parameters."""
+    return sum(p.numel() for p in draft.parameters() if p.requires_grad)
+
+
+def digest(tensors: Iterable[tuple[str, Tensor]]) -> str:
+    """A digest of named tensors: the identity of a checkpoint in every record that uses it."""
+    import xxhash
+
+    state = xxhash.xxh3_128()
+    for key, value in sorted(tensors, key=lambda pair: pair[0]):
+        state.update(key.encode())
+        state.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return state.hexdigest()
