@@ -16,7 +16,9 @@ COLUMNS = ("slot", "conditional", "low", "high", "n", "survival")
 
 
 def mirror(tracking: Tracking, run: RunFolder, method: str, numbers: Mapping[str, Any]) -> None:
-    """Log `numbers` (analysis.statistics.headline) of an evaluation whose rounds.jsonl is written; figures go to RUN/figures too.
+    """Log `numbers` (analysis.statistics.headline) of an evaluation whose rounds.jsonl is written.
+
+    Figures go to RUN/figures too.
 
     Nothing is drawn, and no library for it imported, where tracking is disabled.
     """

@@ -1,4 +1,4 @@
-"""The contract of methods/draft.py, for every committed method and family."""
+"""The contract of drafts/draft.py, for every committed method and family."""
 
 import dataclasses
 

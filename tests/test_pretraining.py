@@ -20,7 +20,7 @@ from specbench.data.prompts.embedded_corpus import DOMAINS, conversations
 from specbench.models import target as targets
 from specbench.training.pretraining import CorpusBatches, LanguageModeling, initialise, split_parameters, token_losses
 
-EMBEDDED = Path(targets.__file__).parent / "data" / "embedded"
+EMBEDDED = Path(targets.__file__).parents[1] / "data" / "embedded"
 TALK = [
     {"role": "user", "content": "Add 12 and 7."},
     {"role": "assistant", "content": "12 + 7 = 19.\nThe answer is 19."},

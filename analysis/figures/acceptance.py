@@ -1,7 +1,7 @@
 """Figures of accepted drafts: acceptance and survival by slot, suffix decay, accepted length along an axis.
 
-Every function takes frames of `analysis.tables.frames` and returns a matplotlib Figure sized for print: one column is 3.3 in.
-Bands and bars are 95% intervals (cluster bootstrap over prompts).
+Every function takes frames of `analysis.tables.frames` and returns a matplotlib Figure sized for print: a column is
+3.3 in. Bands and bars are 95% intervals (cluster bootstrap over prompts).
 """
 
 from __future__ import annotations
@@ -170,8 +170,8 @@ def by_place(positions: pd.DataFrame, contexts: pd.DataFrame) -> Figure:
     """Accepted length against the generated tokens before a round, and against its context, a line a variant.
 
     Args:
-        positions, contexts: by_position and by_context of `analysis.tables.positions.frames`, one domain of one section. A bin
-            that fewer than FEW rounds fell into has a hollow marker; one of a single prompt has no band.
+        positions, contexts: by_position and by_context of `analysis.tables.positions.frames`, one domain of one
+            section. A bin that fewer than FEW rounds fell into has a hollow marker; one of a single prompt has no band.
     """
     shown = looks([*positions["variant"], *contexts["variant"]])
     figure = Figure(figsize=(COLUMN, 0.35 + PANEL))

@@ -16,7 +16,7 @@ from matplotlib import style as mplstyle
 from matplotlib.figure import Figure
 from matplotlib.legend import Legend
 
-STYLE = Path(__file__).parent / "specbench.mplstyle"
+STYLE = Path(__file__).parents[1] / "specbench.mplstyle"
 COLUMN = 3.3
 PAGE = 6.9
 GREY = "0.45"

@@ -1,4 +1,4 @@
-"""The report's content, once, for every way of showing it: an HTML page (`analysis.html.page`) and W&B blocks (here)."""
+"""The report's content, once, for every way of showing it: HTML (`analysis.html.page`) and W&B blocks (here)."""
 
 from __future__ import annotations
 

@@ -34,7 +34,8 @@ def headline(records: Sequence[Mapping[str, Any]], resamples: int = 2000, seed: 
     """Every headline metric as {value, low, high, count}, the slot curves, and the same by benchmark.
 
     `count` is rounds; a quantity that has no value (no round, one prompt) is null. Records with teacher-forced sums add
-    expected_length, length_gap and a curve `teacher_forced` (analysis.statistics.teacher_forced); their counts are anchors.
+    expected_length, length_gap and a curve `teacher_forced` (analysis.statistics.teacher_forced),
+    whose counts are anchors.
     """
     whole = _numbers(records, resamples, seed)
     names = sorted({r["benchmark"] for r in records})

@@ -1,7 +1,7 @@
 """Intervals, paired differences, the spread over training seeds, and Holm's correction.
 
 Axes: P prompts, F summed features, R resamples. Prompts are the clusters: a resample draws whole prompts with
-replacement, with all their turns and seeds, and the quantities of `analysis.statistics.histograms` are computed from its sums.
+replacement, with all their turns and seeds; the quantities of `analysis.statistics.histograms` follow from its sums.
 
 Intervals are 95% percentile intervals whose tails are moved outwards for few prompts (the expanded percentile
 interval of T. Hesterberg, "What Teachers Should Know about the Bootstrap", 2015, section 4.3): without it, small

@@ -1,6 +1,7 @@
 """The tables as frames: accepted length, macro averages, conditional acceptance, differences, seeds, costs.
 
-Each function takes the groups of `analysis.tables.groups.collect` and returns one row a line of the table, ready for CSV.
+Each function takes the groups of `analysis.tables.groups.collect` and returns one row a line of the table, as CSV
+needs it.
 `analysis.tables.sheets` arranges them for people.
 """
 

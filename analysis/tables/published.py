@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pandas as pd
 
-PAPER = Path(__file__).parent / "paper"
+PAPER = Path(__file__).parents[1] / "paper"
 SOURCE = "DSpark paper (Cheng et al. 2026), table 1"
 
 

@@ -1,7 +1,7 @@
 """The tables as people read them: method x benchmark in the paper's layout, differences, seeds, costs, published.
 
-A `Sheet` is a table of texts with a few facts beside them; `analysis.tables.writers` turns it into Markdown, LaTeX, HTML or
-a terminal table.
+A `Sheet` is a table of texts with a few facts beside them; `analysis.tables.writers` turns it into Markdown, LaTeX,
+HTML or a terminal table.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def main(
 ) -> list[Sheet]:
     """One sheet a section: variants down, benchmarks across by domain, macro averages at the end of each domain.
 
-    Where `costs` (analysis.tables.costs) holds measured speedups, two columns at the end show them beside the predicted ones.
+    Where `costs` (analysis.tables.costs) holds measured speedups, two last columns show them beside predicted ones.
     """
     sheets = []
     for section, part in grouping.sections(found):

@@ -17,6 +17,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override, Transformer
 from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
 
+from specbench.cli.comments import comments
 from specbench.cli.errors import nearest
 from specbench.cli.schema import takes_text
 from specbench.cli.settings import SCHEMAS, check_settings, takes
@@ -277,8 +278,6 @@ def require(verb: str, config: str, cfg: DictConfig) -> None:
     """Raise ValueError for a setting that has no default and was not given."""
     missing = sorted(OmegaConf.missing_keys(without_hydra(cfg)))
     if missing:
-        from specbench.cli.help import comments
-
         said = comments(config, []).get(missing[0], "")
         raise ValueError(f"{verb} needs {missing[0]}=...{f' ({said})' if said else ''}")
 

@@ -168,7 +168,7 @@ def say(line: str) -> None:
         print(line, file=sys.stderr, flush=True)
 
 
-def duration(seconds: float) -> str:
+def duration(seconds: float | int) -> str:
     """4.2 s, 3 min 20 s, 2 h 05 min."""
     if seconds < 60:
         return f"{seconds:.1f} s"

@@ -16,7 +16,7 @@ import torch
 
 from specbench.files.atomic import changes
 
-SOURCE = Path(__file__).resolve().parents[1]
+SOURCE = Path(__file__).resolve().parents[2]
 PACKAGES = (
     *("specbench", "torch", "lightning", "transformers", "tokenizers", "datasets", "webdataset", "torchmetrics"),
     *("hydra-core", "omegaconf", "wandb", "safetensors", "numpy", "pandas", "pyarrow", "scipy", "zstandard", "xxhash"),

@@ -1,4 +1,4 @@
-"""Throughput, per-user speed and verification budget of a policy under load, by simulation (specbench.serving.simulator).
+"""Throughput, per-user speed and verification budget of a policy under load, by simulation (see simulator.py).
 
 Everything in here is computed from recorded rounds and a cost profile and is marked `simulation: True`: it says what
 an engine with that profile would do, not what one did. The shapes are those of the paper's figures 7 and 8.
