@@ -52,13 +52,14 @@ def _main(words: list[str], verbs: Mapping[str, Verb], package: str) -> int:
         raise ValueError(f"there is no verb '{name}'{nearest(name, verbs)}; `specbench --help` lists them")
     options, overrides = _split(name, rest)
     quiet()
+    from specbench.cli import config_groups
     from specbench.cli import overrides as composing
     from specbench.cli import target_argument as targeting
 
     verb = verbs[name]
     if verb.takes:
         overrides = [word if "=" in word or word[:1] == "~" else f"{verb.takes}={word}" for word in overrides]
-    with composing.configs(package):
+    with config_groups.configs(package):
         if "help" in options:
             from specbench.cli.help import page
 
@@ -66,7 +67,7 @@ def _main(words: list[str], verbs: Mapping[str, Verb], package: str) -> int:
             return 0
         if verb.filters:
             overrides = composing.with_filters(verb.config, overrides)
-        overrides = targeting.expand(overrides, composing.options("target"))
+        overrides = targeting.expand(overrides, config_groups.options("target"))
         composing.check(name, verb.config, overrides)
         cfg = composing.compose(verb.config, composing.first_job(overrides) if "multirun" in options else overrides)
         sweep = "multirun" in options or composing.is_sweep(name, cfg, overrides)

@@ -11,7 +11,8 @@ from omegaconf import OmegaConf
 from experiments import train
 from experiments.quickstart import stage
 from specbench.cli.assembly import composed
-from specbench.cli.overrides import check, configs
+from specbench.cli.config_groups import configs
+from specbench.cli.overrides import check
 from specbench.cli.studies import jobs, question, study_of
 from specbench.cli.verbs import VERBS
 from specbench.runs.run_folder import read_summary

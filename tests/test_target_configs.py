@@ -14,7 +14,7 @@ from omegaconf import OmegaConf
 from experiments.planning import print_plan, shapes
 from specbench.cli import assembly
 from specbench.cli.assembly import build_draft, composed
-from specbench.cli.overrides import configs
+from specbench.cli.config_groups import configs
 from specbench.cli.target_argument import expand
 from specbench.models.backbone import backbone_of, sizes
 from specbench.models.embedding_head import Tables

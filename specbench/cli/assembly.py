@@ -5,21 +5,21 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from inspect import signature
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch  # noqa: F401
 import torch
 from hydra.core.global_hydra import GlobalHydra
-from hydra.utils import get_class, instantiate
+from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
 import specbench
-from specbench.cli.overrides import compose, configs, without_hydra
+from specbench.cli.config_groups import configs
+from specbench.cli.method_signature import fits
+from specbench.cli.overrides import compose, without_hydra
 from specbench.drafts.draft import Draft
-from specbench.drafts.parallel import ParallelDraft
 from specbench.losses.objective import Objective
 from specbench.models.backbone import backbone_of
 from specbench.models.embedding_head import Tables
@@ -98,22 +98,6 @@ def build_draft(
         mask_token_id=target.mask_token_id,
         draft_vocabulary=vocabulary,
     )
-
-
-def fits(method: Mapping[str, Any]) -> None:
-    """Refuse settings that the method's class does not take, with the reason where it is known."""
-    draft = method["draft"]
-    kind = get_class(draft["_target_"])
-    takes = {name for part in kind.__mro__ if "__init__" in vars(part) for name in signature(part.__init__).parameters}
-    for name in draft.keys() - takes - {"_target_"}:
-        if name.startswith(("markov", "confidence")):
-            raise ValueError(
-                f"method={method['name']} has no {name}: these heads tie the slots of DSpark's blocks, while "
-                f"{kind.__name__}'s slots {'are independent' if issubclass(kind, ParallelDraft) else 'see each other'} "
-                "by definition; use method=dspark, or leave head= out"
-            )
-        known = ", ".join(sorted(takes - {"self", "args", "kwargs", "backbone", "tables", "draft_vocabulary"}))
-        raise ValueError(f"method={method['name']} has no setting draft.{name}; it takes {known}")
 
 
 def draft_settings(method: DictConfig, target: DictConfig) -> dict[str, Any]:

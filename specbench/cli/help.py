@@ -36,18 +36,19 @@ def page(name: str, verb: Verb, overrides: Sequence[str]) -> str:
     """The page of `specbench VERB --help`, for the groups that the overrides choose."""
     from omegaconf import OmegaConf
 
+    from specbench.cli import config_groups
     from specbench.cli import overrides as composing
     from specbench.cli.settings import takes
 
     cfg = composing.compose(verb.config, overrides)
     chosen = cfg.hydra.runtime.choices
     lines = [f"specbench {name} [key=value ...]    {verb.does}", *_header(verb.config), ""]
-    used = [group for group in composing.groups() if group in chosen]
-    extra = [group for group in composing.groups() if group == "experiment" and group not in chosen]
+    used = [group for group in config_groups.groups() if group in chosen]
+    extra = [group for group in config_groups.groups() if group == "experiment" and group not in chosen]
     if used or extra:
         lines.append("Groups")
-        rows = [(f"{group}={chosen[group]}", "one of " + ", ".join(composing.options(group))) for group in used]
-        rows += [(f"+{group}=...", "one of " + ", ".join(composing.options(group))) for group in extra]
+        rows = [(f"{group}={chosen[group]}", "one of " + ", ".join(config_groups.options(group))) for group in used]
+        rows += [(f"+{group}=...", "one of " + ", ".join(config_groups.options(group))) for group in extra]
         lines += [*_columns(rows), ""]
     said = comments(verb.config, overrides)
     tree = OmegaConf.to_container(composing.without_hydra(cfg), resolve=False)
@@ -65,9 +66,9 @@ def page(name: str, verb: Verb, overrides: Sequence[str]) -> str:
 
 def _header(config: str) -> list[str]:
     """The comment that opens a root configuration."""
-    from specbench.cli import overrides as composing
+    from specbench.cli import config_groups
 
-    for source in composing.loader().get_sources():
+    for source in config_groups.loader().get_sources():
         if source.scheme() == "pkg" and source.is_config(config):
             lines = read(source.path, config).splitlines()
             last = next((at for at, line in enumerate(lines) if not line.startswith("#")), len(lines))

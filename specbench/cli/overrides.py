@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Sequence
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 import hydra
-from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.core.object_type import ObjectType
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override, Transformer
 from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
 
 from specbench.cli.comments import comments
+from specbench.cli.config_groups import groups, loader, options
 from specbench.cli.errors import nearest
 from specbench.cli.schema import takes_text
 from specbench.cli.settings import SCHEMAS, check_settings, takes
@@ -26,18 +24,6 @@ MANY_JOBS = 256
 
 # The name of a target that is given by its folder or hub id alone.
 OmegaConf.register_new_resolver("basename", lambda path: Path(str(path)).name, replace=True)
-
-
-@contextmanager
-def configs(package: str) -> Iterator[None]:
-    """Hydra, looking for configurations in the importable package `package`."""
-    with hydra.initialize_config_module(package, version_base="1.3"):
-        yield
-
-
-def loader() -> Any:
-    """Hydra's own view of groups, options and files."""
-    return GlobalHydra.instance().config_loader()
 
 
 def compose(config: str, overrides: Sequence[str]) -> DictConfig:
@@ -53,22 +39,6 @@ def without_hydra(cfg: DictConfig) -> DictConfig:
     with open_dict(cfg):
         del cfg["hydra"]
     return cfg
-
-
-def options(group: str, search: Sequence[str] = ()) -> list[str]:
-    """The options of a group, or nothing when there is no such group; `search` are overrides of hydra.searchpath."""
-    return loader().get_group_options(group, ObjectType.CONFIG, None, list(search))
-
-
-def known_options(group: str) -> list[str]:
-    """The same outside of the command line, too, where Hydra is not at work yet."""
-    with nullcontext() if GlobalHydra.instance().is_initialized() else configs("configs"):
-        return options(group)
-
-
-def groups() -> list[str]:
-    """Every group that holds options, without Hydra's own."""
-    return [name for name in loader().list_groups("") if name != "hydra" and options(name)]
 
 
 def with_filters(config: str, overrides: Sequence[str]) -> list[str]:

@@ -216,7 +216,7 @@ class Method(Group):
     @model_validator(mode="after")
     def _a_label_says_what_is_built(self) -> Method:
         if any(key.startswith(("markov", "confidence")) for key in self.draft):
-            from specbench.cli.assembly import fits
+            from specbench.cli.method_signature import fits
 
             fits({"name": self.name, "draft": self.draft})
         reads_markov = all(self.draft.get(key, True) for key in ("confidence_head", "confidence_with_markov"))
@@ -677,7 +677,7 @@ class Quickstart(Group):
 
     @model_validator(mode="after")
     def _methods_exist(self) -> Quickstart:
-        from specbench.cli.overrides import known_options
+        from specbench.cli.config_groups import known_options
 
         if unknown := [name for name in self.methods if name not in known_options("method")]:
             raise ValueError(

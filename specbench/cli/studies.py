@@ -13,8 +13,9 @@ from typing import Any
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig, OmegaConf
 
+from specbench.cli.config_groups import configs, loader, options
 from specbench.cli.errors import nearest
-from specbench.cli.overrides import configs, loader, options, parse
+from specbench.cli.overrides import parse
 
 VERBS = ("train", "evaluate", "serve")
 

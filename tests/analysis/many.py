@@ -14,13 +14,14 @@ from omegaconf import OmegaConf
 
 from analysis.compare import compare
 from analysis.read import runs
+from specbench.cli import config_groups
 from specbench.cli import overrides as composing
 from tests.analysis.synthetic import LEVEL, simulate, write_run
 
 
 def main(count: int) -> None:
     """Write `count` runs to a temporary folder, read them, compare them; prints seconds by the clock and by the CPU."""
-    with composing.configs("configs"):
+    with config_groups.configs("configs"):
         cfg = composing.without_hydra(composing.compose("evaluate", ["draft=outputs/runs/train/some"]))
     config = OmegaConf.to_container(cfg, resolve=False)
     with tempfile.TemporaryDirectory() as name:

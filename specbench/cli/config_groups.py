@@ -1,0 +1,39 @@
+"""The groups of the configuration and the options that each has, as Hydra sees them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import hydra
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.object_type import ObjectType
+
+
+@contextmanager
+def configs(package: str) -> Iterator[None]:
+    """Hydra, looking for configurations in the importable package `package`."""
+    with hydra.initialize_config_module(package, version_base="1.3"):
+        yield
+
+
+def loader() -> Any:
+    """Hydra's own view of groups, options and files."""
+    return GlobalHydra.instance().config_loader()
+
+
+def options(group: str, search: Sequence[str] = ()) -> list[str]:
+    """The options of a group, or nothing when there is no such group; `search` are overrides of hydra.searchpath."""
+    return loader().get_group_options(group, ObjectType.CONFIG, None, list(search))
+
+
+def known_options(group: str) -> list[str]:
+    """The same outside of the command line, too, where Hydra is not at work yet."""
+    with nullcontext() if GlobalHydra.instance().is_initialized() else configs("configs"):
+        return options(group)
+
+
+def groups() -> list[str]:
+    """Every group that holds options, without Hydra's own."""
+    return [name for name in loader().list_groups("") if name != "hydra" and options(name)]
