@@ -125,8 +125,8 @@ def test_only_targets_knows_the_models_of_transformers(file: Path) -> None:
 @pytest.mark.parametrize("file", sources("analysis"), ids=path)
 def test_analysis_stands_alone(file: Path) -> None:
     """It may read files as the rest of the project does, and needs nothing else of it."""
-    used = {name for name in imports(file) if not name.startswith("specbench.files")}
-    assert not {name.split(".")[0] for name in used} & {
+    used = {name.split(".")[0] for name in imports(file) if not name.startswith("specbench.files")}
+    assert not used & {
         "torch",
         "lightning",
         "transformers",
