@@ -73,7 +73,7 @@ def check(verb: str, config: str, overrides: Sequence[str]) -> None:
     for override in choices:
         for value in values(override):
             _check_option(override.key_or_group, value, search)
-    chosen = compose(config, []).hydra.runtime.choices
+    chosen = compose(config, []).hydra.runtime.choices if choices else {}
     for override in choices:
         group = override.key_or_group
         if group not in chosen and not override.is_add() and not override.is_force_add():

@@ -59,7 +59,13 @@ def check(model: type[BaseModel], settings: Mapping[str, Any], where: str = "") 
     try:
         model.model_validate(dict(settings))
     except ValidationError as error:
+        if error.errors(include_url=False)[0]["type"] == "value_error":  # a rule: what it follows from comes first
+            _check_inner(model, settings, where)
         raise ValueError(_told(model, settings, error, where)) from None
+    _check_inner(model, settings, where)
+
+
+def _check_inner(model: type[BaseModel], settings: Mapping[str, Any], where: str) -> None:
     for path, built, found in _arguments(model, settings):
         check_arguments(built, found, f"{where}{path}")
 
@@ -217,12 +223,14 @@ def _evaluated(annotation: Any, scope: Mapping[str, Any]) -> Any:
 def _plain(annotation: Any) -> Any:
     """The annotation as a configuration can satisfy it: lists for sequences, and anything for objects."""
     origin, inner = get_origin(annotation), get_args(annotation)
-    if annotation in (int, float, bool, str, type(None), None, Any):
+    if annotation is str:
+        return Annotated[str, Field(min_length=1)]
+    if annotation in (int, float, bool, type(None), None, Any):
         return annotation
     if origin is Literal:
         return annotation
     if origin is Annotated:
-        base = _plain(inner[0])
+        base = inner[0] if inner[0] is str else _plain(inner[0])
         return Any if base is Any else Annotated[(base, *inner[1:])]
     if _is_union(annotation):
         kinds = [_plain(part) for part in inner if getattr(part, "__name__", "") not in ("Path", "ndarray", "device")]
@@ -252,7 +260,9 @@ def _told(model: type[BaseModel], settings: Mapping[str, Any], error: Validation
         return f"{key}={show(value, key)}: there is no such setting{there}"
     if first["type"] in ("value_error", "assertion_error"):
         said = str(first["ctx"]["error"])
-        return f"{key}={show(value, key)}: {said}" if path and not isinstance(value, Mapping) else said
+        if not path:
+            return said
+        return f"{key}={show(value, key)}: {said}" if not isinstance(value, Mapping) else f"{key}: {said}"
     annotation, metadata = annotation_at(model, path)
     return f"{key}={show(value, key)}: takes {describe(annotation, metadata)}"
 
