@@ -9,9 +9,10 @@ import pandas as pd
 from omegaconf import DictConfig
 
 from experiments.following import command
+from specbench.cli.errors import naming
 from specbench.cli.stages import Stage, container
 from specbench.decoding.calibration import Calibration, fit
-from specbench.evaluation.recorded_rounds import Rounds, conversations, flatten, read_rounds, rounds_file, split
+from specbench.evaluation.recorded_rounds import Rounds, conversations, flatten, recorded_rounds, rounds_file, split
 from specbench.files.atomic import json_line, write_json, write_text
 from specbench.runs.run_folder import read_lines
 
@@ -22,11 +23,13 @@ def run(cfg: DictConfig) -> Path:
     With `draft` the calibration is written beside that draft, too, if it lowers the calibration error on the held-out
     rounds: below that of the confidences as they are, and of the calibration that lies there. ValueError otherwise.
     """
-    prompts = read_rounds(cfg.rounds)
+    with naming("rounds", cfg.rounds):
+        prompts = recorded_rounds(cfg.rounds)
     if cfg.held_out is None:
         fitted, held_out = split(prompts, cfg.share, cfg.seed)
     else:
-        fitted, held_out = prompts, read_rounds(cfg.held_out)
+        with naming("held_out", cfg.held_out):
+            fitted, held_out = prompts, recorded_rounds(cfg.held_out)
     if cfg.draft is not None and not Path(cfg.draft).is_dir():
         raise ValueError(f"draft={cfg.draft} is no folder; name the draft folder that the rounds were decoded with")
     learn, test = flatten(fitted), flatten(held_out)

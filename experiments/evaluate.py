@@ -17,6 +17,7 @@ from experiments.following import command
 from experiments.mirror import mirror
 from specbench.checkpoints.draft_folder import FormatError, fetch, load_draft, read_config, taps_of
 from specbench.cli.assembly import load_target
+from specbench.cli.errors import naming
 from specbench.cli.launching import rank_and_world
 from specbench.cli.progress import Progress
 from specbench.cli.stages import Stage, container, say
@@ -124,9 +125,16 @@ def load_pair(cfg: DictConfig, source: Path | None) -> tuple[Target, Draft | Bas
             about.target_layer_ids = []
         target = load_target(about, cfg.device)
         return target, None if cfg.draft == PLAIN else baseline(cfg.draft, target, cfg.get("slots") or SLOTS)
-    about.target_layer_ids = taps_of(source)
+    with naming("draft", cfg.draft):
+        about.target_layer_ids = taps_of(source)
     target = load_target(about, cfg.device)
-    draft = load_draft(source, target.tables, target.dtype).to(target.device)
+    with naming("draft", cfg.draft):
+        draft = load_draft(source, target.tables, target.dtype).to(target.device)
+    if cfg.get("slots") is not None and cfg.slots > draft.block_size:
+        raise ValueError(
+            f"slots={cfg.slots}: the block of draft={cfg.draft} holds {draft.block_size}; ask for at most so many, or "
+            "leave slots out"
+        )
     if draft.backbone.hidden_size != target.tables.embedding.shape[-1]:
         raise ValueError(
             f"draft={cfg.draft} has width {draft.backbone.hidden_size} and target {target.name} has "

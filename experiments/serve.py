@@ -9,10 +9,11 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig
 
 from experiments.calibrate import rounds_digest
+from specbench.cli.errors import naming
 from specbench.cli.progress import Progress
 from specbench.cli.stages import Stage, container, say
 from specbench.decoding.calibration import Calibration
-from specbench.evaluation.recorded_rounds import read_rounds
+from specbench.evaluation.recorded_rounds import recorded_rounds
 from specbench.files.atomic import write_json
 from specbench.runs.run_folder import RunFolder
 from specbench.serving.load import NOTICE, Policy, closed_loop, poisson, service_levels, workload
@@ -56,7 +57,9 @@ def _policy(name: str, chosen: DictConfig, cfg: DictConfig) -> Policy:
     rounds = chosen.rounds if "rounds" in chosen else cfg.rounds
     calibration = chosen.calibration if "calibration" in chosen else cfg.calibration
     loaded = None if calibration is None else Calibration.load(calibration)
-    return Policy(name, instantiate(chosen.scheduler), workload(read_rounds(rounds), loaded))
+    with naming("rounds", rounds):
+        replayed = workload(recorded_rounds(rounds), loaded)
+    return Policy(name, instantiate(chosen.scheduler), replayed)
 
 
 def _sweep(policies: list[Policy], profile, cfg: DictConfig) -> list[dict]:

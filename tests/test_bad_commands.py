@@ -14,9 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
 
+import pytest
 from omegaconf import OmegaConf
 from pydantic import BaseModel
 
+from experiments.cli import main
 from specbench.cli.assembly import PACKAGED, composed, location
 from specbench.cli.overrides import leaves
 from specbench.cli.schema import _alternatives, _flat, annotation_at, describe
@@ -140,7 +142,7 @@ def misspelt() -> Iterator[Bad]:
             yield Bad(verb, (*NEEDS.get(verb, []), f"+{key}.surplus=1"), (key, "surplus"), "surplus")
 
 
-# What a file may be instead of what it should be. A cut JSON breaks off in the middle; a foreign one is of another kind.
+# What a file may be instead of what it should be; a cut JSON breaks off in the middle.
 CONTENTS: dict[str, bytes | None] = {
     "missing": None,
     "empty": b"",
@@ -188,7 +190,6 @@ def bad_files(at: Path) -> Iterator[Bad]:
         ("rerun", "run", "summary.json", ()),
         ("compare", "runs", "summary.json", ()),
         ("compare", "runs", None, ()),
-        ("export", "evaluations", "summary.json", ("draft=/no/draft", "format=vllm")),
         ("evaluate", "target.id", "config.json", ("target=folder", "draft=plain")),
         ("evaluate", "target.id", "model.safetensors", ("target=folder", "draft=plain")),
         ("evaluate", "target.id", "tokenizer.json", ("target=folder", "draft=plain")),
@@ -206,7 +207,9 @@ def bad_files(at: Path) -> Iterator[Bad]:
             value = f"[{place}]" if key in ("data.source.paths", "evaluations") else str(place)
             if (name, why, key) in SOUND:
                 continue
-            yield Bad(verb, (*given, f"{key}={value}"), (str(place), place.name), f"{name or 'the file'} is {why}")
+            yield Bad(
+                verb, (*given, f"{key}={value}"), (str(place), place.name, f"{key}="), f"{name or 'the file'} is {why}"
+            )
         if name is None and key != "runs":  # a folder where a file is meant, with nothing in it
             place = at / str(number) / "a-folder.jsonl"
             place.mkdir(parents=True)
@@ -216,3 +219,40 @@ def bad_files(at: Path) -> Iterator[Bad]:
 
 # Not bad: what a target without these files is for.
 SOUND = {("tokenizer.json", "missing", "target.id"), ("summary.json", "missing", "draft")}
+
+
+def said_by(bad: Bad, root: Path, capsys: pytest.CaptureFixture[str]) -> list[str]:
+    """What is wrong with how the command line took a bad command: nothing, where it ended as it should."""
+    capsys.readouterr()
+    code = main([bad.verb, f"root={root}", *bad.words])
+    captured = capsys.readouterr()
+    last = captured.err.strip().splitlines()[-1] if captured.err.strip() else ""
+    faults = [] if code == 2 else [f"exit code {code}"]
+    if "Traceback" in captured.err or "defect" in captured.err:
+        faults.append("a traceback")
+    if not last.startswith("specbench: ") or not any(name in last for name in bad.names):
+        faults.append("no setting and no file in the sentence")
+    return [f"{bad} ({bad.why}): {', '.join(faults)}: {captured.err[-400:]}"] if faults else []
+
+
+@pytest.mark.long
+@pytest.mark.timeout(900)
+def test_no_bad_value_passes_and_each_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    commands, root, faults = [*bad_values(every=False), *misspelt()], tmp_path / "never", []
+    assert len(commands) >= 600
+    for bad in commands:
+        faults += said_by(bad, root, capsys)
+        if root.exists():
+            faults.append(f"{bad}: wrote into root")
+            shutil.rmtree(root)
+    assert not faults, "\n".join([f"{len(faults)} of {len(commands)}", *faults])
+
+
+@pytest.mark.long
+@pytest.mark.timeout(900)
+def test_no_bad_file_passes_and_each_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    commands, faults = list(bad_files(tmp_path / "files")), []
+    assert len(commands) >= 140
+    for number, bad in enumerate(commands):
+        faults += said_by(bad, tmp_path / f"out{number}", capsys)
+    assert not faults, "\n".join([f"{len(faults)} of {len(commands)}", *faults])

@@ -17,6 +17,7 @@ from torch import Tensor
 
 import specbench
 from specbench.cli.config_groups import configs
+from specbench.cli.errors import naming
 from specbench.cli.method_signature import fits
 from specbench.cli.overrides import compose, without_hydra
 from specbench.drafts.draft import Draft
@@ -53,7 +54,15 @@ def device_of(setting: str | None) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if str(setting).startswith("cuda") and not torch.cuda.is_available():
         raise ValueError(f"device={setting}: this machine has no CUDA device; use device=cpu or device=auto")
-    return torch.device(setting)
+    try:
+        found = torch.device(setting)
+    except RuntimeError as error:
+        raise ValueError(f"device={setting}: takes auto, cpu, cuda or cuda:NUMBER") from error
+    if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"device={setting}: this machine's CUDA devices are 0 to {torch.cuda.device_count() - 1}")
+    if found.type == "mps" and not torch.backends.mps.is_available():
+        raise ValueError(f"device={setting}: this machine has no such device; use device=cpu or device=auto")
+    return found
 
 
 def load_target(cfg: DictConfig, device: str | None = None) -> Target:
@@ -66,18 +75,20 @@ def load_target(cfg: DictConfig, device: str | None = None) -> Target:
     taps = list(cfg.target_layer_ids or [])
     if cfg.get("config") is not None:
         config = OmegaConf.to_container(cfg.config, resolve=True)
-        target = Target.from_config(config, taps, seed=cfg.seed, name=cfg.name, stop_token_ids=stops)
+        with naming("target.config", config.get("model_type")):
+            target = Target.from_config(config, taps, seed=cfg.seed, name=cfg.name, stop_token_ids=stops)
         target.model.to(where)
         return target
-    return Target.load(
-        location(cfg.id),
-        taps,
-        revision=cfg.revision,
-        dtype=cfg.dtype,
-        device=where,
-        name=cfg.name,
-        stop_token_ids=stops,
-    )
+    with naming("target.id", cfg.id):
+        return Target.load(
+            location(cfg.id),
+            taps,
+            revision=cfg.revision,
+            dtype=cfg.dtype,
+            device=where,
+            name=cfg.name,
+            stop_token_ids=stops,
+        )
 
 
 def build_draft(

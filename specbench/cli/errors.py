@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import difflib
 import errno
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 STOPPED = "stopped; what was finished is kept, and the same command continues from there"
+# What libraries raise over a file's content.
+UNREADABLE = (ValueError, OSError, KeyError, TypeError, AttributeError, IndexError, RuntimeError, SafetensorError)
 FULL = ("No space left on device", "PytorchStreamWriter failed writing", "unexpected pos")
 
 
@@ -22,6 +27,20 @@ def nearest(word: str, known: Iterable[str]) -> str:
         tails = {key.rpartition(".")[2]: key for key in reversed(known)}
         close = [tails[tail] for tail in difflib.get_close_matches(word.rpartition(".")[2], tails, 1, 0.7)]
     return f"; did you mean '{close[0]}'?" if close else ""
+
+
+@contextmanager
+def naming(setting: str, value: object) -> Iterator[None]:
+    """Around reading what a setting names: errors of libraries that say neither the setting nor the file are told with
+    both. What is no error of a content, or says its file, passes as it is."""
+    try:
+        yield
+    except UNREADABLE as error:
+        if isinstance(error, (ValueError, OSError)) and (str(value) in str(error) or f"{setting}=" in str(error)):
+            raise
+        said = one_line(str(error)) or "no reason given"
+        kind = "" if isinstance(error, (ValueError, OSError)) else f"{type(error).__name__}: "
+        raise ValueError(f"{setting}={value} cannot be read: {kind}{said[:400]}") from error
 
 
 def sentence(error: BaseException) -> str | None:

@@ -11,7 +11,6 @@ Axes: R rounds, K slots, N observations.
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,7 +21,7 @@ from jaxtyping import Bool, Float, Int
 from torchmetrics.functional.classification import binary_auroc
 
 from specbench.decoding.scheduling import Scheduler
-from specbench.files.atomic import write_json
+from specbench.files.atomic import read_object, write_json
 
 SCHEMA = "specbench.calibration/1"
 BINS = 20
@@ -151,11 +150,14 @@ class Calibration:
         """Read what save() wrote."""
         if not Path(path).is_file():
             raise ValueError(f"there is no calibration at {path}; make one with `specbench calibrate`")
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
+        content = read_object(path)
         if content.pop("schema", None) != SCHEMA:
             raise ValueError(f"{path} is no calibration of schema {SCHEMA}; make it anew with `specbench calibrate`")
-        lists = {name: tuple(content[name]) for name in ("temperatures", "observations", "at_edge")}
-        return cls(prompts=frozenset(content["prompts"]), fingerprint=content["fingerprint"], **lists)
+        try:
+            lists = {name: tuple(content[name]) for name in ("temperatures", "observations", "at_edge")}
+            return cls(prompts=frozenset(content["prompts"]), fingerprint=content["fingerprint"], **lists)
+        except (TypeError, KeyError) as error:
+            raise ValueError(f"{path} is no whole calibration ({error}); make it anew") from error
 
 
 def fit(

@@ -21,6 +21,7 @@ from typing import Annotated
 import numpy as np
 from jaxtyping import Float
 
+from specbench.files.atomic import read_object
 from specbench.ranges import Among
 
 SCHEMA = "specbench.profile/1"
@@ -134,10 +135,13 @@ class CostProfile:
             raise ValueError(f"there is no cost profile at {path}; measure one with `specbench speed` or name another")
         if Path(path).suffix == ".csv":
             return cls.from_csv(path, Path(path).name)
-        content = json.loads(Path(path).read_text())
+        content = read_object(path)
         if content.pop("schema", None) != SCHEMA:
             raise ValueError(f"{path} is not a cost profile of schema {SCHEMA}; write it with CostProfile.save")
-        return cls(**content)
+        try:
+            return cls(**content)
+        except (TypeError, KeyError) as error:
+            raise ValueError(f"{path} is no whole cost profile ({error}); write it with CostProfile.save") from error
 
     @classmethod
     def from_pairs(cls, pairs: Iterable[tuple[int, float]], label: str, source: str = "measured") -> CostProfile:

@@ -66,6 +66,16 @@ def read_rounds(path: str | Path) -> list[PromptRounds]:
     return from_lines(read_lines(path), str(path))
 
 
+def recorded_rounds(path: str | Path) -> list[PromptRounds]:
+    """The same where rounds are needed. ValueError for a file that holds none."""
+    found = read_rounds(path)
+    if not found:
+        raise ValueError(
+            f"{rounds_file(path)} holds no whole line with rounds; decode with `specbench evaluate` and name its folder"
+        )
+    return found
+
+
 def from_lines(lines: Iterable[Mapping[str, Any]], name: str = "rounds") -> list[PromptRounds]:
     """Check and pad the lines of rounds.jsonl; `name` stands in error messages. Prompts without a round are left out
     (a stop token straight from the prefill) and are the only ones that are."""

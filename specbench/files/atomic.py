@@ -6,6 +6,7 @@ full disk leaves the old version (or none) and never half of one. JSON is strict
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
@@ -57,8 +58,24 @@ def write_json(path: str | Path, value: Any) -> None:
 
 
 def read_json(path: Path, default: Any) -> Any:
-    """The content of a JSON file, or `default` where there is none."""
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else default
+    """The content of a JSON file, or `default` where there is none. ValueError naming a file of another kind."""
+    if not path.exists():
+        return default
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} holds no JSON ({error}): write it anew, or name another file") from error
+
+
+def read_object(path: str | Path) -> dict[str, Any]:
+    """The one JSON object of a file. Errors: FileNotFoundError, or ValueError naming a file of another kind."""
+    path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(errno.ENOENT, "there is no such file", str(path))
+    found = read_json(path, None)
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} holds {type(found).__name__} and not an object of names and values")
+    return found
 
 
 def json_line(value: Any) -> str:

@@ -9,7 +9,6 @@ Axes: B rows, T tokens, S new tokens, C taps, D hidden, V vocabulary.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -25,6 +24,7 @@ from transformers.utils import cached_file
 from transformers.utils import logging as transformers_logging
 
 from specbench.blocks import Context
+from specbench.files.atomic import read_object
 from specbench.models.backbone import backbone_of
 from specbench.models.embedding_head import Tables
 from specbench.models.fast.direct_pass import DirectPass, fits
@@ -268,7 +268,10 @@ class Target:
 def raw_config(id: str | Path, revision: str | None = None) -> dict[str, Any]:
     """config.json of a folder or hub id, as it stands there."""
     try:
-        return json.loads(Path(cached_file(str(id), "config.json", revision=revision)).read_text())
+        found = cached_file(str(id), "config.json", revision=revision)
+        if found is None:
+            raise ValueError("there is none")
+        return read_object(found)
     except (OSError, ValueError) as error:
         raise ValueError(f"target {str(id)!r} has no readable config.json: {str(error).splitlines()[0]}") from error
 

@@ -13,7 +13,6 @@ Whole files appear by rename; the two line files are appended, and a reader drop
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import shutil
@@ -29,7 +28,7 @@ import pyarrow.parquet as pq
 import yaml
 
 from specbench.files import json_lines as jsonl
-from specbench.files.atomic import json_line, plain, read_json, replacing, write_json, write_text
+from specbench.files.atomic import json_line, plain, read_json, read_object, replacing, write_json, write_text
 
 SCHEMA = "specbench.run/1"
 # Of records.parquet, in the metadata of the file. Version 1 stated none and had no prompt_hash.
@@ -206,7 +205,7 @@ def read_summary(folder: str | Path) -> dict[str, Any]:
     Raises FileNotFoundError without a summary, ValueError when it is of another schema.
     """
     path = Path(folder) / "summary.json"
-    summary = json.loads(path.read_text(encoding="utf-8"))
+    summary = read_object(path)
     if summary.get("schema") != SCHEMA:
         raise ValueError(f"{path} has the schema {summary.get('schema')!r}, and this version reads {SCHEMA!r}")
     if summary["status"] == "running" and not _alive(summary.get("process", {})):
