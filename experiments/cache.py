@@ -29,6 +29,7 @@ def run(cfg: DictConfig) -> Path | None:
     target = load_target(cfg.target, cfg.device)
     vocabulary = len(target.tables.embedding)
     conversations, dropped = encoded(source, target.tokenizer, cfg.max_length, cfg.thinking, vocabulary)
+    target.require([one.tokens for one in conversations], names=[f"conversation {one.id!r}" for one in conversations])
     kept = storage(cfg.codec, cfg.last_codec, cfg.last_rows)
     place = Path(cfg.folder) if cfg.folder else None
     if cfg.plan:
@@ -40,7 +41,7 @@ def run(cfg: DictConfig) -> Path | None:
         found.require_room()
         return None
     sources = {f"{cfg.data.name}/answers.jsonl": digest(source / "answers.jsonl")}
-    norm = getattr(target.decoder.norm, "weight", None)
+    norm = getattr(target.parts.final_norm, "weight", None)
     options: dict[str, Any] = {
         "sources": sources,
         "shard_bytes": cfg.shard_bytes,

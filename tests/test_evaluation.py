@@ -122,18 +122,22 @@ def test_a_verification_that_accepts_too_much_is_found_out(short, monkeypatch):
 
 
 def test_where_texts_part_and_by_how_much():
-    owner = tiny.target("qwen3")
-    own = next(iter(decode(owner, [[5, 6]], Sampling(), Limits(6)))).output_ids
-    assert parting(owner, [5, 6], own, own) is None
-    wrong = [*own[:3], (own[3] + 1) % 95, *own[4:]]
-    states = owner.states(torch.tensor([[5, 6, *own[:3]]]), torch.tensor([5]))
-    logits = owner.logits(states.last[0, -1]).double()
-    found = parting(owner, [5, 6], wrong, own)
-    assert found.position == 3 and found.gap == pytest.approx(float(logits[own[3]] - logits[wrong[3]]))
+    owner, limits = tiny.target("qwen3"), Limits(6)
+    own = next(iter(decode(owner, [[5, 6]], Sampling(), limits))).output_ids
+    assert parting(owner, [5, 6], own, limits) is None
+    tokens = torch.tensor([[5, 6, *own[:3]]])
+    logits = owner.model(tokens, use_cache=False).logits[0, -1].double()
+    # The continuation after a foreign token is greedy again, so that this token is the only one that loses.
+    wrong = [*own[:3], int(logits.argsort()[40])]
+    wrong += next(iter(decode(owner, [[5, 6, *wrong]], Sampling(), Limits(2)))).output_ids
+    found = parting(owner, [5, 6], wrong, limits)
+    assert found.position == 3 and found.gap == pytest.approx(float(logits.max() - logits[wrong[3]]))
     assert not found.is_tie(2.0) and found.is_tie(math.inf)
     assert Parting.of(found.row()) == found
-    cut = parting(owner, [5, 6], own[:4], own)
+    cut = parting(owner, [5, 6], own[:4], limits)
     assert cut.position == 4 and Parting.of(cut.row()) == cut
+    beyond = parting(owner, [5, 6], own, Limits(6, stop_token_ids=(own[2],)))
+    assert beyond.position == own.index(own[2]) + 1 and math.isinf(beyond.gap)
     assert verdict([None, [], found.row(), cut.row()], 2.0)["violations"] == 2
     assert spacing(3.0, torch.bfloat16) == float(torch.tensor(3.0, dtype=torch.bfloat16).nextafter(_far())) - 3.0
 

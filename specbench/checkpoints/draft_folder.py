@@ -138,6 +138,7 @@ def _tables(reading: Reading, tensors: dict[str, Tensor], given: Tables | None) 
     its format allows that."""
     facts = reading.backbone
     embedding, head = tensors.pop("embed_tokens.weight", None), tensors.pop("lm_head.weight", None)
+    bias = tensors.pop("lm_head.bias", None)
     ids = draft_ids(tensors, facts.vocab_size)
     tensors.pop("d2t", None)
     tensors.pop("t2d", None)
@@ -173,7 +174,8 @@ def _tables(reading: Reading, tensors: dict[str, Tensor], given: Tables | None) 
             return given.derive(ids=ids)
         scaled, cap, factor = asked
         own_head = given.head if ids is None else given.head[ids.to(given.head.device)]
-        return Tables(given.embedding, own_head, scaled, cap, ids=ids, logit_scale=factor)
+        own_bias = given.bias if given.bias is None or ids is None else given.bias[ids.to(given.bias.device)]
+        return Tables(given.embedding, own_head, scaled, cap, ids=ids, logit_scale=factor, bias=own_bias)
     scaled = given is not None and (given.embedding_scale, given.soft_cap, given.logit_scale) != (1.0, None, 1.0)
     if reading.scales_unknown and scaled:
         raise FormatError(
@@ -184,6 +186,10 @@ def _tables(reading: Reading, tensors: dict[str, Tensor], given: Tables | None) 
     if head is None:
         source = embedding if reading.head == "embedding" else given.head
         head = source if ids is None else source[ids.to(source.device)]
+        if bias is None and source is not embedding and given.bias is not None:
+            bias = given.bias if ids is None else given.bias[ids.to(given.bias.device)]
+    if bias is not None and tuple(bias.shape) != (len(head),):
+        raise FormatError(f"lm_head.bias is {tuple(bias.shape)} and lm_head has {len(head)} rows")
     if len(head) != rows:
         raise FormatError(f"lm_head has {len(head)} rows and the draft's vocabulary {rows} tokens (d2t names them)")
     wanted = (facts.vocab_size, facts.hidden_size), (rows, facts.hidden_size)
@@ -194,7 +200,7 @@ def _tables(reading: Reading, tensors: dict[str, Tensor], given: Tables | None) 
                 f"{shape}"
             )
     scales = reading.scales or Scales(facts.embedding_scale, facts.logit_scale, facts.soft_cap)
-    return Tables(embedding, head, scales.embedding, scales.soft_cap, ids=ids, logit_scale=scales.logits)
+    return Tables(embedding, head, scales.embedding, scales.soft_cap, ids=ids, logit_scale=scales.logits, bias=bias)
 
 
 def save_draft(draft: Draft, folder: str | Path, target_config: Mapping[str, Any], settings: Mapping[str, Any]) -> Path:

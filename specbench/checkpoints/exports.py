@@ -60,6 +60,8 @@ def obstacle(draft: Draft, form: str) -> str | None:
         return "a causal block (causal_block) has no key there; train with method.draft.causal_block=false"
     if draft.backbone.logit_scale != 1.0:
         return f"scaled logits (logit_scale={draft.backbone.logit_scale:g}) have no key there"
+    if draft.tables.bias is not None:
+        return "the bias of the target's head has no key there"
     checks = {"deepspec": _deepspec_obstacle, "vllm": _vllm_obstacle, "sglang": _sglang_obstacle}
     return checks[form](draft)
 
@@ -306,6 +308,8 @@ def tensors_of(draft: Draft) -> dict[str, Tensor]:
     found = {k: v.detach().cpu().contiguous() for k, v in draft.state_dict().items() if not k.startswith("tables.")}
     found["embed_tokens.weight"] = draft.tables.embedding.detach().cpu().clone()
     found["lm_head.weight"] = draft.tables.head.detach().cpu().clone()
+    if draft.tables.bias is not None:
+        found["lm_head.bias"] = draft.tables.bias.detach().cpu().clone()
     return found
 
 

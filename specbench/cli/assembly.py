@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -76,9 +77,7 @@ def load_target(cfg: DictConfig, device: str | None = None) -> Target:
     if cfg.get("config") is not None:
         config = OmegaConf.to_container(cfg.config, resolve=True)
         with naming("target.config", config.get("model_type")):
-            target = Target.from_config(config, taps, seed=cfg.seed, name=cfg.name, stop_token_ids=stops)
-        target.model.to(where)
-        return target
+            return Target.from_config(config, taps, seed=cfg.seed, device=where, name=cfg.name, stop_token_ids=stops)
     with naming("target.id", cfg.id):
         return Target.load(
             location(cfg.id),
@@ -98,7 +97,13 @@ def build_draft(
 
     `vocabulary` (W,) are the token ids of a reduced draft vocabulary (None: the target's whole one).
     """
-    backbone = backbone_of(config, method.backbone, method.window)
+    # The scales belong to the tables, and the target's are as its library model has them.
+    backbone = replace(
+        backbone_of(config, method.backbone, method.window),
+        embedding_scale=tables.embedding_scale,
+        soft_cap=tables.soft_cap,
+        logit_scale=tables.logit_scale,
+    )
     fits(method)
     # Partial, because Hydra would turn the backbone's dataclass into a mapping and wrap the class's own errors.
     build = instantiate(method.draft, _partial_=True, _convert_="all")

@@ -146,6 +146,7 @@ def _run(target, draft, prompts, sampling, limits, seeds, scheduler, slots) -> I
     empty = [i for i, prompt in enumerate(prompts) if len(prompt) == 0]
     if empty:
         raise ValueError(f"prompt {empty[0]} holds no token; every prompt needs at least one")
+    target.require(prompts, limits.max_new_tokens)
     seeds = list(range(len(prompts))) if seeds is None else seeds
     waiting = deque(Decoded(i, list(map(int, prompt))) for i, prompt in enumerate(prompts))
     lanes: _Lanes | None = None

@@ -1,9 +1,10 @@
-"""Is speculative text the target's own greedy text? Where the two part, was it a near-tie?
+"""Is speculative text the target's own greedy text? Where it is not, was it a near-tie?
 
-In short formats the same logit comes out a little differently from a block of tokens than from one token, so where two
-tokens are almost equally likely either may win, and no comparison of texts says whether verification is right. The
-audit decodes every prompt plainly too and looks at the first token that differs, the only one that both texts judge
-after the same prefix: how far below the target's best logit does the speculative token lie?
+The judge is the library model's own forward pass without a cache and by its own head, which shares nothing with the
+pass that decoded the text. One pass over prompt and text gives the target's choice after every prefix of the text, and
+each token has to be that choice. In short formats the same logit comes out a little differently from a block of tokens
+than from a whole text, so where two tokens are almost equally likely either may win: the audit says how far below the
+best logit the token lies that loses most.
 
 Axes: T tokens.
 """
@@ -16,9 +17,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from specbench.decoding.loop import Limits, decode
-from specbench.decoding.sampling import Sampling
+from specbench.decoding.loop import Limits
 from specbench.models.target import Target
 
 
@@ -26,7 +27,7 @@ from specbench.models.target import Target
 class Parting:
     """Where a speculative text leaves the target's own: the token's index in the output, and by how much it loses.
 
-    `gap` is the target's best logit there less the speculative token's, from one pass over prompt and common prefix;
+    `gap` is the target's best logit there less the text's token's, from one pass over all that stands before it;
     infinite where a text ends without reason. `spacing` is the distance of neighbouring numbers of the target's format
     at the best logit: what rounding one logit can do.
     """
@@ -61,25 +62,41 @@ def spacing(value: float, dtype: torch.dtype) -> float:
 
 
 @torch.inference_mode()
-def parting(target: Target, prompt: Sequence[int], speculative: Sequence[int], own: Sequence[int]) -> Parting | None:
-    """The first difference of two greedy continuations of `prompt`; None where they are equal."""
-    if list(speculative) == list(own):
-        return None
-    at = next((i for i, (a, b) in enumerate(zip(speculative, own, strict=False)) if a != b), None)
-    if at is None:
-        return Parting(min(len(speculative), len(own)), math.inf, 0.0)
-    text = torch.tensor([[*prompt, *own[:at]]], device=target.device)
-    logits = target.logits(target.states(text, torch.tensor([text.shape[1]])).last[0, -1]).double()
-    best = float(logits.max())
-    return Parting(at, best - float(logits[speculative[at]]), spacing(best, target.dtype))
+def parting(target: Target, prompt: Sequence[int], text: Sequence[int], limits: Limits) -> Parting | None:
+    """The token of a greedy continuation of `prompt` that loses most; None where every token is the target's choice.
+
+    A text that goes on behind a stop token, or ends before one with tokens to spare, parts there by an infinite gap.
+    """
+    stop = next((i for i, token in enumerate(text) if token in limits.stop_token_ids), None)
+    if stop is not None and stop < len(text) - 1:
+        return Parting(stop + 1, math.inf, 0.0)
+    if stop is None and len(text) < limits.max_new_tokens:
+        return Parting(len(text), math.inf, 0.0)
+    whole = _choices(target, [*prompt, *text[:-1]], len(text))
+    best, chosen = whole.max(-1).values, whole[torch.arange(len(text)), torch.tensor(text)]
+    loses = (best - chosen) / torch.tensor([spacing(float(value), target.dtype) for value in best])
+    for at in loses.argsort(descending=True).tolist():
+        if loses[at] <= 0:
+            break
+        # The same from the text up to there alone, which is what the target would have continued.
+        logits = _choices(target, [*prompt, *text[:at]], 1)[0]
+        top = float(logits.max())
+        if top > float(logits[text[at]]):
+            return Parting(at, top - float(logits[text[at]]), spacing(top, target.dtype))
+    return None
+
+
+def _choices(target: Target, tokens: Sequence[int], count: int) -> Tensor:
+    """The library's logits at the last `count` positions of a text, in double precision on the CPU."""
+    text = torch.tensor([list(tokens)], device=target.device)
+    return target.live_logits(text, torch.tensor([len(tokens)]), count)[0, -count:].double().cpu()
 
 
 def audit(
     target: Target, prompts: Sequence[Sequence[int]], outputs: Sequence[Sequence[int]], limits: Limits
 ) -> list[Parting | None]:
-    """Hold speculative greedy outputs against plain greedy decoding of the same prompts, one entry a prompt."""
-    own = {done.index: done.output_ids for done in decode(target, prompts, Sampling(), limits)}
-    return [parting(target, prompts[i], outputs[i], own[i]) for i in range(len(prompts))]
+    """Hold greedy outputs of prompts against the library's own choices, one entry a prompt."""
+    return [parting(target, prompt, output, limits) for prompt, output in zip(prompts, outputs, strict=True)]
 
 
 def verdict(rows: Sequence[Sequence[float | None] | None], spacings: float) -> dict[str, Any]:

@@ -9,10 +9,12 @@ from torch import Tensor, nn
 
 
 class Tables(nn.Module):
-    """Embedding (V, D) and head (V', D) with the family's embedding scale, logit scale and logit soft-cap.
+    """Embedding (V, D) and head (V', D) with the target's own law between its final states and its logits.
 
-    Frozen tables are buffers outside the state dict, so they cost a checkpoint nothing and get no gradient; trainable
-    ones are parameters. With a reduced draft vocabulary the head has V' < V rows and `ids` (V',) names them.
+    logits = cap(scale (h head^T + bias)), where cap(x) = soft_cap tanh(x / soft_cap) and each of `logit_scale`, `bias`
+    (V',) and `soft_cap` may be absent (1, None, None). Frozen tables are buffers outside the state dict, so they cost a
+    checkpoint nothing and get no gradient; trainable ones are parameters. With a reduced draft vocabulary the head has
+    V' < V rows and `ids` (V',) names them.
     """
 
     def __init__(
@@ -24,6 +26,7 @@ class Tables(nn.Module):
         trainable: bool = False,
         ids: Int[Tensor, " W"] | None = None,
         logit_scale: float = 1.0,
+        bias: Float[Tensor, " W"] | None = None,
     ):
         super().__init__()
         if trainable:
@@ -32,8 +35,14 @@ class Tables(nn.Module):
             self.register_buffer("embedding", embedding, persistent=False)
             self.register_buffer("head", head, persistent=False)
         self.register_buffer("ids", ids, persistent=False)
+        self.register_buffer("bias", bias, persistent=False)
         self.embedding_scale, self.soft_cap, self.trainable = embedding_scale, soft_cap, trainable
         self.logit_scale = logit_scale
+
+    @property
+    def plain_head(self) -> bool:
+        """Whether logits are the head's product alone, capped or not: no factor and no bias."""
+        return self.logit_scale == 1.0 and self.bias is None
 
     def embed(self, tokens: Int[Tensor, "*b"]) -> Float[Tensor, "*b D"]:
         """Scaled token embeddings."""
@@ -44,8 +53,8 @@ class Tables(nn.Module):
         return rows * torch.tensor(self.embedding_scale, dtype=rows.dtype, device=rows.device)
 
     def logits(self, hidden: Float[Tensor, "*b D"]) -> Float[Tensor, "*b W"]:
-        """Vocabulary logits, scaled and then soft-capped where the family does so."""
-        logits = F.linear(hidden, self.head)
+        """Vocabulary logits as the target's own head path gives them: bias, factor and soft-cap included."""
+        logits = F.linear(hidden, self.head, self.bias)
         if self.logit_scale != 1.0:
             logits = logits * self.logit_scale
         return logits if self.soft_cap is None else torch.tanh(logits / self.soft_cap) * self.soft_cap
@@ -54,7 +63,15 @@ class Tables(nn.Module):
         """Tables of a draft: the same tensors when frozen and whole, copies when trained or reduced to `ids`."""
         if not trainable and ids is None:
             return self
-        head = self.head if ids is None else self.head[ids]
+        head, bias = (x if x is None or ids is None else x[ids] for x in (self.head, self.bias))
         kept = self.ids if ids is None else ids
-        scales = self.embedding_scale, self.soft_cap
-        return Tables(self.embedding.detach(), head.detach(), *scales, trainable, kept, self.logit_scale)
+        return Tables(
+            self.embedding.detach(),
+            head.detach(),
+            self.embedding_scale,
+            self.soft_cap,
+            trainable,
+            kept,
+            self.logit_scale,
+            bias,
+        )

@@ -1,36 +1,54 @@
-"""Targets: the language models that drafts are trained for. The only importer of transformers' models.
+"""Targets: the language models that drafts are trained for, whatever their family.
 
 A target gives context features by hooks on its decoder layers (raw residual stream), its final hidden state after the
 final norm, and ragged incremental decoding with per-row roll-back. Models whose own cache cannot be rolled back row by
-row (recurrent or compressed attention) are recomputed from their tokens instead.
+row (recurrent or compressed attention) are recomputed from their tokens instead. What a target gives is held against
+the library's own forward pass when it is loaded (selfcheck.py).
 
 Axes: B rows, T tokens, S new tokens, C taps, D hidden, V vocabulary.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 import xxhash
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
-from transformers.utils import cached_file
-from transformers.utils import logging as transformers_logging
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from specbench.blocks import Context
-from specbench.files.atomic import read_object
-from specbench.models.backbone import backbone_of
+from specbench.models import selfcheck
 from specbench.models.embedding_head import Tables
 from specbench.models.fast.direct_pass import DirectPass, fits
 from specbench.models.kv_cache import KVCache
+from specbench.models.library_pass import (
+    Masks,
+    Unsupported,
+    anatomy,
+    final_states,
+    first_of,
+    law_of,
+    one_stream,
+    run,
+    run_whole,
+    stated_positions,
+)
+from specbench.models.target_files import raw_config, read_model, read_tokenizer, require_finite, require_ids
 
-ROLLED_BACK_BY_LENGTH = {"full_attention", "sliding_attention"}
+__all__ = ["Target", "TargetState", "new_causal_lm", "raw_config", "save"]
+
+ROLLED_BACK_BY_LENGTH = {"full_attention", "sliding_attention", "chunked_attention"}
+# Rope whose frequencies change with the length of the longest text in the batch.
+LENGTH_DEPENDENT_ROPE = {"dynamic", "longrope"}
 
 
 @dataclass
@@ -52,22 +70,6 @@ class TargetState:
         return TargetState(self.cache.merge(other.cache))
 
 
-class _Bridge:
-    """What transformers' attention layers see of a KVCache (their layout is (B, G, T, d))."""
-
-    is_compileable = False
-
-    def __init__(self, cache: KVCache):
-        self.cache = cache
-
-    def update(self, keys: Tensor, values: Tensor, layer: int, *args, **kwargs) -> tuple[Tensor, Tensor]:
-        stored = self.cache.write(layer, keys.transpose(1, 2), values.transpose(1, 2))
-        return stored[0].transpose(1, 2), stored[1].transpose(1, 2)
-
-    def get_seq_length(self, layer: int = 0) -> int:
-        return self.cache.longest
-
-
 class Target:
     """A frozen causal language model with its tokenizer, taps and tables."""
 
@@ -84,29 +86,44 @@ class Target:
         self.model = model.eval().requires_grad_(False)
         self.config, self.tokenizer, self.name, self.revision = dict(config), tokenizer, name, revision
         self.text = dict(config.get("text_config") or config)
-        inner = model.model
-        self.decoder: nn.Module = getattr(inner, "language_model", inner)
-        self.layers: nn.ModuleList = self.decoder.layers
+        self.parts = anatomy(model)
+        self.decoder, self.layers = self.parts.decoder, self.parts.layers
         self.target_layer_ids = tuple(target_layer_ids)
         outside = [i for i in self.target_layer_ids if not -1 <= i < len(self.layers)]
         if outside:
             raise ValueError(
                 f"target_layer_ids={outside}: {name} has layers 0 to {len(self.layers) - 1} (-1: embedding)"
             )
-        facts = backbone_of(config)
-        head = model.get_output_embeddings().weight.detach()
-        embedding = model.get_input_embeddings().weight.detach()
-        self.tables = Tables(embedding, head, facts.embedding_scale, facts.soft_cap)
-        kinds = self.text.get("layer_types") or ["full_attention"] * len(self.layers)
-        self.recomputes = not set(kinds) <= ROLLED_BACK_BY_LENGTH
-        self.kinds, self.window = kinds, self.text.get("sliding_window")
+        law, head = law_of(model, self.parts), self.parts.head
+        embedding, bias = self.parts.embedding.weight.detach(), getattr(head, "bias", None)
+        self.tables = Tables(
+            embedding,
+            head.weight.detach(),
+            law.embedding_scale,
+            law.soft_cap,
+            logit_scale=law.logit_scale,
+            bias=None if bias is None else bias.detach(),
+        )
+        own = model.config.get_text_config(decoder=True)
+        self.positions = stated_positions(own)
+        kinds = set(getattr(own, "layer_types", None) or [])
+        # Why incremental decoding is replaced by passes over whole texts; None where it is not.
+        self.recomputed_because: str | None = None
+        if not kinds <= ROLLED_BACK_BY_LENGTH:
+            named = ", ".join(sorted(kinds - ROLLED_BACK_BY_LENGTH))
+            self.recomputed_because = f"layers of kind {named} cannot be rolled back"
+        # Whether a text's earlier states depend on its length, so that every prefix is a pass of its own.
+        self.by_prefix = False
+        self.rope_limit = _rope_limit(own)
+        self._streams = law.streams
+        self._keeps_logits = "logits_to_keep" in signature(model.forward).parameters
         self.stop_token_ids = self._stops() if stop_token_ids is None else tuple(stop_token_ids)
         # The pass that `extend` takes: our own where it can, the library's where this is None.
         self.direct = DirectPass(self.text, self.decoder) if fits(self.text, embedding.dtype) else None
+        self.masks: Masks | None = None
         self._captured: dict[int, Tensor] = {}
-        for layer_id in self.target_layer_ids:
-            module = self.layers[layer_id] if layer_id >= 0 else model.get_input_embeddings()
-            module.register_forward_hook(self._capture(layer_id))
+        self._hooks: list[Any] = []
+        self._tap()
 
     @classmethod
     def load(
@@ -121,29 +138,34 @@ class Target:
     ) -> Target:
         """Load a local folder or a hub id; `stop_token_ids=[]` means that no token ends an answer."""
         dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
-        transformers_logging.disable_progress_bar()
         raw = raw_config(id, revision)
+        model = read_model(id, revision, dtype, raw).to(device)
+        require_finite(id, model)
+        tokenizer = read_tokenizer(id, revision, len(model.get_input_embeddings().weight))
+        name = name or Path(str(id)).name
         try:
-            model = AutoModelForCausalLM.from_pretrained(id, revision=revision, dtype=dtype)
-        except (OSError, ValueError) as error:
-            raise ValueError(f"target {str(id)!r} cannot be loaded: {str(error).splitlines()[0]}") from error
-        tokenizer = None
-        # A target without tokenizer files still decodes prompts that are already tokenised.
-        if cached_file(
-            str(id), "tokenizer_config.json", revision=revision, _raise_exceptions_for_missing_entries=False
-        ):
-            tokenizer = AutoTokenizer.from_pretrained(id, revision=revision)
-        return cls(
-            model.to(device), raw, target_layer_ids, tokenizer, name or Path(str(id)).name, revision, stop_token_ids
-        )
+            target = cls(model, raw, target_layer_ids, tokenizer, name, revision, stop_token_ids)
+        except Unsupported as error:
+            raise ValueError(f"target {str(id)!r} cannot be used: {error}") from error
+        selfcheck.settle(target)
+        return target
 
     @classmethod
-    def from_config(cls, config: Mapping[str, Any], target_layer_ids: Sequence[int], seed: int = 0, **kwargs) -> Target:
+    def from_config(
+        cls,
+        config: Mapping[str, Any],
+        target_layer_ids: Sequence[int],
+        seed: int = 0,
+        device: str | torch.device = "cpu",
+        **kwargs: Any,
+    ) -> Target:
         """A target with random weights, for tests and tiny experiments."""
         with torch.random.fork_rng():
             torch.manual_seed(seed)
-            model = new_causal_lm(config)
-        return cls(model, model.config.to_dict() | dict(config), target_layer_ids, **kwargs)
+            model = new_causal_lm(config).to(device)
+        target = cls(model, model.config.to_dict() | dict(config), target_layer_ids, **kwargs)
+        selfcheck.settle(target)
+        return target
 
     @property
     def device(self) -> torch.device:
@@ -167,36 +189,59 @@ class Target:
         return self.tables.logits(last)
 
     @torch.inference_mode()
-    def live_logits(self, tokens: Int[Tensor, "B T"], lengths: Int[Tensor, " B"]) -> Float[Tensor, "B T V"]:
-        """The library model's own logits, by its own head: the oracle of what `states` captures."""
-        return self.model(input_ids=tokens.to(self.device), use_cache=False).logits
+    def live_logits(
+        self, tokens: Int[Tensor, "B T"], lengths: Int[Tensor, " B"], keep: int | None = None
+    ) -> Float[Tensor, "B kept V"]:
+        """The library model's own logits, by its own head and without a cache: the oracle of all that is ours.
+
+        keep: that the last so many positions will do, for models that can leave the others out.
+        """
+        few = {"logits_to_keep": keep} if keep is not None and self._keeps_logits else {}
+        return self.model(input_ids=tokens.to(self.device), use_cache=False, **few).logits
 
     @torch.inference_mode()
     def states(self, tokens: Int[Tensor, "B T"], lengths: Int[Tensor, " B"]) -> Context:
         """Taps and final states of right-padded rows in one causal pass, without a cache."""
-        tokens = tokens.to(self.device)
-        last = self.decoder(input_ids=tokens, use_cache=False).last_hidden_state
-        return Context(self._taps(last), last, lengths.to(self.device))
+        tokens, lengths = tokens.to(self.device), lengths.to(self.device)
+        if len(tokens) == 1 or not (self.by_prefix or self._beyond(tokens.shape[1])):
+            taps, last = self._whole(tokens)
+            return Context(taps, last, lengths)
+        # A row's states change with the length of what it runs in, so each runs at its own.
+        rows = [self._whole(row[None, :count]) for row, count in zip(tokens, lengths.tolist(), strict=True)]
+        room = [tokens.shape[1] - last.shape[1] for _, last in rows]
+        taps = torch.cat([F.pad(part[0], (0, 0, 0, 0, 0, more)) for part, more in zip(rows, room, strict=True)])
+        last = torch.cat([F.pad(part[1], (0, 0, 0, more)) for part, more in zip(rows, room, strict=True)])
+        return Context(taps, last, lengths)
 
     def prefill(self, tokens: Int[Tensor, "B T"], lengths: Int[Tensor, " B"]) -> tuple[TargetState, Context]:
         """Start B requests from right-padded prompts."""
         if self.direct is not None:
             self.direct.stack.renew()
-        state = TargetState(KVCache(len(tokens), self.device))
-        context = self.extend(state, tokens)
-        state.advance(lengths.to(self.device))
-        return state, Context(context.taps, context.last, lengths.to(self.device))
+        state, lengths = TargetState(KVCache(len(tokens), self.device)), lengths.to(self.device)
+        if self.recomputes or self._beyond(tokens.shape[1]):
+            self._remember(state.cache, tokens)
+            context = self.states(tokens, lengths)
+        else:
+            context = self.extend(state, tokens)
+        state.advance(lengths)
+        return state, Context(context.taps, context.last, lengths)
 
     @torch.inference_mode()
     def extend(self, state: TargetState, tokens: Int[Tensor, "B S"]) -> Context:
         """States of S more tokens a row; they count only once the caller advances the state."""
-        if self.recomputes:
-            return self._recompute(state, tokens)
-        if self.direct is None:
-            taps, last = self._by_library(state.cache, tokens)
+        cache, size = state.cache, tokens.shape[1]
+        changes = self._beyond(cache.longest + size)
+        if self.recomputes or self.rope_limit is not None:
+            stored = self._remember(cache, tokens)
+        if self.by_prefix or changes:
+            taps, last = self._prefixes(stored, cache.lengths, size)
+        elif self.recomputes:
+            taps, last = self._recompute(stored, cache.lengths, size)
+        elif self.direct is None:
+            taps, last = self._by_library(cache, tokens)
         else:
-            taps, last = self.direct(state.cache, tokens, self.target_layer_ids)
-        return Context(taps, last, torch.full((len(tokens),), tokens.shape[1], device=self.device))
+            taps, last = self.direct(cache, tokens, self.target_layer_ids)
+        return Context(taps, last, torch.full((len(tokens),), size, device=self.device))
 
     @torch.inference_mode()
     def generate(self, prompt: Sequence[int], max_new_tokens: int, stop_token_ids: Sequence[int] = ()) -> list[int]:
@@ -214,36 +259,101 @@ class Target:
         return out[0, len(prompt) :].tolist()
 
     def _by_library(self, cache: KVCache, tokens: Int[Tensor, "B S"]) -> tuple[Tensor, Tensor]:
-        size = tokens.shape[1]
-        position = cache.lengths[:, None] + torch.arange(size, device=self.device)
-        mask = {"full_attention": cache.visible(size)}
-        if "sliding_attention" in self.kinds:
-            mask["sliding_attention"] = cache.visible(size, window=self.window)
-        if not self.text.get("layer_types"):
-            mask = mask["full_attention"]
-            mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=self.device) if mask is None else mask
-        out = self.decoder(
-            input_ids=tokens,
-            attention_mask=mask,
-            position_ids=position,
-            past_key_values=_Bridge(cache),
-            use_cache=True,
-        )
-        return self._taps(out.last_hidden_state), out.last_hidden_state
+        last = run(self.parts, cache, tokens, self.masks)
+        return self._taps(last), last
 
-    def _recompute(self, state: TargetState, tokens: Int[Tensor, "B S"]) -> Context:
-        cache, size = state.cache, tokens.shape[1]
-        stored, _ = cache.write(0, tokens[..., None, None], tokens[..., None, None])
-        full = self.states(stored[..., 0, 0], cache.lengths + size)
-        rows = torch.arange(len(tokens), device=self.device)[:, None]
-        at = cache.lengths[:, None] + torch.arange(size, device=self.device)
-        return Context(full.taps[rows, at], full.last[rows, at], torch.full((len(tokens),), size, device=self.device))
+    def _whole(self, tokens: Int[Tensor, "B T"]) -> tuple[Tensor, Tensor]:
+        last = run_whole(self.parts, tokens)
+        return self._taps(last), last
+
+    def _beyond(self, count: int) -> bool:
+        """Whether texts of `count` tokens are so long that the rope of all their tokens depends on it."""
+        return self.rope_limit is not None and count > self.rope_limit
+
+    @staticmethod
+    def _remember(cache: KVCache, tokens: Int[Tensor, "B S"]) -> Int[Tensor, "B T"]:
+        """Keep tokens like the keys of one more layer; returns all that are stored, the new ones included."""
+        return cache.write(-1, tokens[..., None, None], tokens[..., None, None])[0][..., 0, 0]
+
+    def _recompute(self, stored: Int[Tensor, "B T"], lengths: Int[Tensor, " B"], size: int) -> tuple[Tensor, Tensor]:
+        """States of the last `size` tokens of texts of `lengths` + `size`, by a pass over all of them."""
+        full = self.states(stored, lengths + size)
+        rows = torch.arange(len(stored), device=self.device)[:, None]
+        at = lengths[:, None] + torch.arange(size, device=self.device)
+        return full.taps[rows, at], full.last[rows, at]
+
+    def _prefixes(self, stored: Int[Tensor, "B T"], lengths: Int[Tensor, " B"], size: int) -> tuple[Tensor, Tensor]:
+        """The same by one pass for each prefix that ends at one of them."""
+        rows = []
+        for text, count in zip(stored, lengths.tolist(), strict=True):
+            ends = [self._whole(text[None, : count + i + 1]) for i in range(size)]
+            rows.append([torch.cat([end[part][:, -1:] for end in ends], 1) for part in range(2)])
+        taps, last = (torch.cat([row[part] for row in rows]) for part in range(2))
+        return taps, last
+
+    @property
+    def recomputes(self) -> bool:
+        """Whether every extension is a pass over the whole texts."""
+        return self.recomputed_because is not None
+
+    @contextmanager
+    def tapping(self, layer_ids: Sequence[int]) -> Iterator[None]:
+        """Within it, the taps are those of other layers."""
+        held, self.target_layer_ids = self.target_layer_ids, tuple(layer_ids)
+        self._tap()
+        try:
+            yield
+        finally:
+            self.target_layer_ids = held
+            self._tap()
+
+    @torch.inference_mode()
+    def library_states(self, tokens: Int[Tensor, "B T"]) -> tuple[Any, Float[Tensor, "B T C D"], Tensor]:
+        """The library model's own pass over rows of one length: its whole output, and what the hooks saw in it."""
+        seen: list[Tensor] = []
+        hook = self.decoder.register_forward_hook(lambda module, args, out: seen.append(final_states(out)))
+        try:
+            out = self.model(input_ids=tokens.to(self.device), use_cache=False, output_hidden_states=True)
+        finally:
+            hook.remove()
+        return out, self._taps(seen[-1]), seen[-1]
+
+    def require(self, texts: Sequence[Sequence[int]], new_tokens: int = 0, names: Sequence[str] | None = None) -> None:
+        """Refuse texts that this target cannot read: ids beyond its vocabulary, more tokens than it has positions.
+
+        Where positions are learnt, `new_tokens` more have to find room too. `names` are those of the texts in errors
+        (None: prompts by number). Raises ValueError.
+        """
+        rows = len(self.tables.embedding)
+        room = self.positions if self.parts.positions is None else self.parts.positions - new_tokens
+        for i, text in enumerate(texts):
+            name = f"prompt {i}" if names is None else names[i]
+            require_ids(name, text, rows)
+            if room is not None and len(text) > room:
+                more = f" and is to get {new_tokens} more" if room != self.positions else ""
+                raise ValueError(
+                    f"{name} has {len(text)} tokens{more}, and {self.name} has {self.positions} positions: "
+                    f"leave it out or shorten it{', or lower max_new_tokens' if more else ''}"
+                )
+
+    def _tap(self) -> None:
+        """Hooks on the layers of `target_layer_ids`, instead of those that were there."""
+        for hook in self._hooks:
+            hook.remove()
+        self._captured.clear()
+        self._hooks = [
+            self.layers[i].register_forward_hook(self._capture(i))
+            if i >= 0
+            else self.layers[0].register_forward_pre_hook(self._entering, with_kwargs=True)
+            for i in sorted(set(self.target_layer_ids))
+        ]
+
+    def _entering(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        self._captured[-1] = one_stream(args[0] if args else kwargs["hidden_states"], self._streams)
 
     def _capture(self, layer_id: int):
         def hook(module: nn.Module, args: Any, output: Any) -> None:
-            states = output[0] if isinstance(output, tuple) else output
-            # Hyper-connection streams (B, T, streams, D) enter a tap as their mean.
-            self._captured[layer_id] = states.mean(2) if states.dim() == 4 else states
+            self._captured[layer_id] = one_stream(first_of(output), self._streams)
 
         return hook
 
@@ -265,15 +375,18 @@ class Target:
         return tuple(sorted(ids))
 
 
-def raw_config(id: str | Path, revision: str | None = None) -> dict[str, Any]:
-    """config.json of a folder or hub id, as it stands there."""
-    try:
-        found = cached_file(str(id), "config.json", revision=revision)
-        if found is None:
-            raise ValueError("there is none")
-        return read_object(found)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"target {str(id)!r} has no readable config.json: {str(error).splitlines()[0]}") from error
+def _rope_limit(config: Any) -> int | None:
+    """The length of text up to which rope does not depend on it; None where it never does."""
+    stated = getattr(config, "rope_parameters", None) or {}
+    sets = [stated, *(value for value in stated.values() if isinstance(value, dict))]
+    limits = [
+        found.get("original_max_position_embeddings")
+        or getattr(config, "original_max_position_embeddings", None)
+        or stated_positions(config)
+        for found in sets
+        if found.get("rope_type", found.get("type")) in LENGTH_DEPENDENT_ROPE
+    ]
+    return min((limit for limit in limits if limit), default=None)
 
 
 def new_causal_lm(config: Mapping[str, Any]) -> nn.Module:

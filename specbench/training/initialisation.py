@@ -56,7 +56,10 @@ def from_target(draft: Draft, target: Target) -> list[str]:
                 given = source[name]
             _fill(f"layers.{i}.{name}", parameter, given, layer)
             copied.append(f"layers.{i}.{name}")
-    draft.norm.weight.copy_(target.decoder.norm.weight)
+    norm = getattr(target.parts.final_norm, "weight", None)
+    if norm is None or norm.shape != draft.norm.weight.shape:
+        raise ValueError(f"{target.name} has no final norm of the draft's width to copy; use start=random")
+    draft.norm.weight.copy_(norm)
     copied.append("norm.weight")
     for name in ("fc", "proj"):
         module = getattr(draft, name, None)

@@ -182,6 +182,7 @@ class CacheBuilder:
             target_config=dict(self.target.config),
             soft_cap=tables.soft_cap,
             embedding_scale=float(tables.embedding_scale),
+            logit_scale=float(tables.logit_scale),
             samples=len(rows),
             tokens=sum(row["length"] for row in rows),
             supervised=sum(row["supervised"] for row in rows),

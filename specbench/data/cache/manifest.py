@@ -2,7 +2,7 @@
 
 manifest.json         written last: its presence means that the cache is complete
 index.parquet         one row a sample, in the order of the conversations
-tables.safetensors    embedding, head (absent if tied), norm, channel scales of the codecs
+tables.safetensors    embedding, head (absent if tied), head_bias (if there is one), norm, channel scales of the codecs
 shard-00000.tar ...   the samples; parts/ holds each shard's own rows until and after they are merged
 """
 
@@ -159,6 +159,16 @@ def _fault(facts: Mapping[str, Any]) -> str | None:
     return None
 
 
+def _unread_law(facts: Mapping[str, Any]) -> str | None:
+    """A factor or soft-cap of the target's logits that manifests without a logit scale do not carry."""
+    text = facts["target_config"].get("text_config") or facts["target_config"]
+    for name in ("logits_scaling", "logit_scale", "lm_head_multiplier"):
+        if text.get(name) not in (None, 1):
+            return f"{name}={text[name]}"
+    cap = text.get("final_logit_softcapping")
+    return f"final_logit_softcapping={cap}" if cap and facts["soft_cap"] is None else None
+
+
 @dataclass(frozen=True)
 class Manifest:
     """What a complete cache is. `identity` has the fields of `identity_of`; sizes in bytes, counts in tokens.
@@ -182,6 +192,7 @@ class Manifest:
     tables_hash: str
     agreement: dict[str, float | int]
     layout: dict[str, int]
+    logit_scale: float = 1.0
     schema: str = SCHEMA
 
     def write(self, folder: Path) -> None:
@@ -207,6 +218,12 @@ class Manifest:
         why = _fault(facts) or (seal is not None and seal != _seal(facts) and "its seal is not that of its content")
         if why:
             raise DamagedManifest(f"{path} was changed after it was written ({why}): {REMEDY}")
+        unread = None if "logit_scale" in facts else _unread_law(facts)
+        if unread:
+            raise ValueError(
+                f"{path} was written by a version that did not read {unread} of its target, so its tables give other "
+                "logits than the target: build the cache anew"
+            )
         return cls(**facts)
 
     def require(self, index: Index, folder: Path) -> None:
@@ -277,6 +294,8 @@ def write_tables(path: Path, tables: Tables, norm: Tensor | None, scales: Mappin
     found = {"embedding": tables.embedding.detach().cpu().contiguous(), **scales}
     if tables.head.data_ptr() != tables.embedding.data_ptr():
         found["head"] = tables.head.detach().cpu().contiguous()
+    if tables.bias is not None:
+        found["head_bias"] = tables.bias.detach().cpu().contiguous()
     if norm is not None:
         found["norm"] = norm.detach().cpu().contiguous()
     with replacing(path) as temporary:
@@ -292,4 +311,6 @@ def read_tables(folder: Path, manifest: Manifest) -> tuple[Tables, Tensor | None
         raise DamagedManifest(f"{folder / TABLES} holds an embedding of {shape}, the manifest says {wanted}: {REMEDY}")
     head = found.get("head", embedding)
     scales = {name: value for name, value in found.items() if name.endswith(".channels")}
-    return Tables(embedding, head, manifest.embedding_scale, manifest.soft_cap), found.get("norm"), scales
+    law = {"logit_scale": manifest.logit_scale, "bias": found.get("head_bias")}
+    tables = Tables(embedding, head, manifest.embedding_scale, manifest.soft_cap, **law)
+    return tables, found.get("norm"), scales

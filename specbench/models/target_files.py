@@ -1,0 +1,199 @@
+"""The files of a target, checked before they count: configuration, weights, tokenizer.
+
+A folder or hub id holds data. Code that it brings is not run, weights that would have to be unpickled are not read, and
+weights that are missing, left over, of another shape or not finite are refused by name.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers.utils import cached_file
+from transformers.utils import logging as transformers_logging
+
+from specbench.files.atomic import read_object
+
+PICKLED = (
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+    "tf_model.h5",
+    "flax_model.msgpack",
+    "consolidated.00.pth",
+)
+# Weights of parts that a causal language model of a checkpoint does not have: prediction heads for further tokens,
+# towers for images and sound, and buffers that older releases stored.
+BESIDE = re.compile(
+    r"(^|\.)(mtp|nextn|eh_proj|enorm|hnorm|shared_head|vision\w*|visual\w*|audio\w*|image_\w+|multi_modal_projector|"
+    r"multimodal_projector|mm_projector|patch_embed)(\.|_|$)|(\.inv_freq|\.masked_bias|\.attn\.bias|attention\.bias)$"
+)
+log = logging.getLogger("specbench")
+
+
+def raw_config(id: str | Path, revision: str | None = None) -> dict[str, Any]:
+    """config.json of a folder or hub id, as it stands there."""
+    try:
+        found = cached_file(str(id), "config.json", revision=revision)
+        if found is None:
+            raise ValueError("there is none")
+        return read_object(found)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"target {str(id)!r} has no readable config.json: {_first(error)}") from error
+
+
+def read_model(id: str | Path, revision: str | None, dtype: torch.dtype, raw: Mapping[str, Any]) -> nn.Module:
+    """The causal language model of a folder or hub id, with every weight that it needs and no other.
+
+    Errors: ValueError naming the target and what is wrong with it.
+    """
+    transformers_logging.disable_progress_bar()
+    config = _config(id, revision, raw)
+    try:
+        model, told = AutoModelForCausalLM.from_pretrained(
+            id,
+            config=config,
+            revision=revision,
+            dtype=dtype,
+            trust_remote_code=False,
+            use_safetensors=True,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # so that they are told by name below
+        )
+    except Exception as error:
+        raise ValueError(f"target {str(id)!r} cannot be loaded: {_cause(id, revision, error)}") from error
+    text = model.config.get_text_config(decoder=True)
+    _require_whole(id, told, getattr(text, "num_hidden_layers", None))
+    return model
+
+
+def _config(id: str | Path, revision: str | None, raw: Mapping[str, Any]) -> Any:
+    kind = raw.get("model_type")
+    try:
+        config = AutoConfig.from_pretrained(id, revision=revision, trust_remote_code=False)
+    except Exception as error:
+        if raw.get("auto_map"):
+            raise ValueError(
+                f"target {str(id)!r} is a {kind!r} whose model is code of its own (auto_map of config.json), which is "
+                "not run: use a checkpoint that the installed transformers knows by itself"
+            ) from error
+        known = "" if kind else ", which names no model_type"
+        raise ValueError(f"target {str(id)!r}: its config.json{known} is not understood: {_first(error)}") from error
+    if getattr(config, "is_encoder_decoder", False):
+        raise ValueError(
+            f"target {str(id)!r} is an encoder-decoder ({kind}): a draft continues one text, so its target has to be a "
+            "causal language model"
+        )
+    if type(config) not in AutoModelForCausalLM._model_mapping.keys():  # noqa: SIM118
+        raise ValueError(
+            f"target {str(id)!r} is of type {kind!r}, for which the installed transformers has no causal language model"
+        )
+    return config
+
+
+def _cause(id: str | Path, revision: str | None, error: Exception) -> str:
+    found = [
+        name
+        for name in PICKLED
+        if cached_file(
+            str(id), name, revision=revision, _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_connection_errors=False, _raise_exceptions_for_gated_repo=False,
+        )
+    ]  # fmt: skip
+    if isinstance(error, OSError) and found:
+        return (
+            f"its weights are in {found[0]}, which has to be unpickled and may run code: convert them to safetensors "
+            "(save_pretrained of a model that you trust) and use that folder"
+        )
+    return _first(error)
+
+
+def _require_whole(id: str | Path, told: Mapping[str, Any], layers: int | None) -> None:
+    """Refuse a checkpoint whose weights are not exactly those of its model."""
+    surplus = [key for key in sorted(told["unexpected_keys"]) if not BESIDE.search(key) and not _beyond(key, layers)]
+    mismatched = sorted(map(_shapes, told["mismatched_keys"]))
+    for what, names, remedy in (
+        ("lacks", sorted(told["missing_keys"]), "they would be random numbers; download or save it whole"),
+        ("has other shapes than its config.json says:", mismatched, "config.json and weights belong to two models"),
+        ("has weights that its model does not use:", surplus, "config.json names another model than these weights are"),
+    ):
+        if names:
+            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+            raise ValueError(f"target {str(id)!r} {what} {', '.join(names[:3])}{more}: {remedy}")
+    if told.get("error_msgs"):
+        raise ValueError(f"target {str(id)!r} cannot be loaded: {' '.join(str(told['error_msgs']).split())}")
+
+
+def _shapes(entry: Any) -> str:
+    if isinstance(entry, str):
+        return entry
+    name, stored, wanted = entry
+    return f"{name} {tuple(stored)}, not {tuple(wanted)}"
+
+
+def _beyond(key: str, layers: int | None) -> bool:
+    """Whether a weight belongs to a layer behind the last one: a module that predicts further tokens."""
+    found = re.search(r"(?:^|\.)layers\.(\d+)\.", key)
+    return found is not None and layers is not None and int(found[1]) >= layers
+
+
+def require_finite(id: str | Path, model: nn.Module) -> None:
+    """Refuse weights that hold NaN or infinity, by name."""
+    wrong = []
+    for name, value in model.state_dict().items():
+        if value.is_floating_point() and value.numel() and value.element_size() > 1:
+            low, high = torch.aminmax(value)
+            if not bool(torch.isfinite(low) & torch.isfinite(high)):
+                wrong.append(name)
+    if wrong:
+        more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+        raise ValueError(
+            f"target {str(id)!r}: {', '.join(wrong[:3])}{more} hold NaN or infinite numbers, so every logit would: "
+            "download it again, or load it in a dtype with a wider range (target.dtype=float32)"
+        )
+
+
+def read_tokenizer(id: str | Path, revision: str | None, rows: int) -> PreTrainedTokenizerBase | None:
+    """The tokenizer of a folder or hub id (None without one), whose ids have to be among the `rows` of the embedding.
+
+    Tokens that were added behind the vocabulary and have no row are told once, and refused where a text holds them.
+    """
+    # A target without tokenizer files still decodes prompts that are already tokenised.
+    if not cached_file(
+        str(id), "tokenizer_config.json", revision=revision, _raise_exceptions_for_missing_entries=False
+    ):
+        return None
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(id, revision=revision, trust_remote_code=False)
+    except Exception as error:
+        raise ValueError(f"target {str(id)!r} has a tokenizer that cannot be loaded: {_first(error)}") from error
+    beyond = sorted((value, token) for token, value in tokenizer.get_vocab().items() if value >= rows)
+    if not beyond:
+        return tokenizer
+    said = f"its tokenizer gives ids up to {beyond[-1][0]} ({beyond[-1][1]!r}) and its embedding has {rows} rows"
+    added = set(tokenizer.get_added_vocab().values())
+    ends = {tokenizer.eos_token_id, tokenizer.bos_token_id}
+    if any(value not in added or value in ends for value, _ in beyond):
+        raise ValueError(f"target {str(id)!r}: {said}: the tokenizer belongs to another model")
+    log.warning("target %r: %s; a text with such a token is refused", str(id), said)
+    return tokenizer
+
+
+def require_ids(what: str, tokens: Sequence[int], rows: int) -> None:
+    """Refuse token ids outside of the vocabulary. `what` names the text."""
+    if len(tokens) and not (min(tokens) >= 0 and max(tokens) < rows):
+        at = next(i for i, token in enumerate(tokens) if not 0 <= token < rows)
+        raise ValueError(
+            f"{what} holds the token id {int(tokens[at])} at position {at}, and the target's vocabulary ends at "
+            f"{rows - 1}: the text was made with another tokenizer"
+        )
+
+
+def _first(error: BaseException) -> str:
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    return lines[0].strip() if lines else type(error).__name__
