@@ -7,12 +7,19 @@ os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+import atexit
+import shutil
 import signal
+import tempfile
 
 import pytest
 import torch
 from transformers.utils import logging
 
+# What checks of targets remember stays with the tests that asked.
+if "SPECBENCH_CACHE" not in os.environ:
+    os.environ["SPECBENCH_CACHE"] = tempfile.mkdtemp(prefix="specbench-checks-")
+    atexit.register(shutil.rmtree, os.environ["SPECBENCH_CACHE"], ignore_errors=True)
 torch.set_num_threads(1)
 logging.disable_progress_bar()
 # A shell that starts the tests in the background ignores Ctrl-C for them, and some tests are about Ctrl-C.

@@ -193,7 +193,8 @@ def examine(target: Any) -> Report:
                 found = _guarded(lambda name=name: _decoded(target, tokens, lengths, truth, name))
                 asked, target.masks = target.masks.windows, None
                 if isinstance(found, Exception):
-                    reason = f"its {type(target.decoder).__name__} cannot run over a cache that is rolled back ({_said(found)})"
+                    kind = type(target.decoder).__name__
+                    reason = f"its {kind} cannot run over a cache that is rolled back ({_said(found)})"
                     continue
                 lines += found
                 wrong = next((line for line in found if not line.agrees), None)
@@ -210,10 +211,12 @@ def examine(target: Any) -> Report:
 
 
 def _guarded(run: Any) -> Any:
-    """What `run` returns, or the error that it raised: a model may fail in any way over a cache that it does not know."""
+    """What `run` returns, or the error that it raised: models fail in any way over a cache that they do not know."""
     try:
         return run()
-    except (ArithmeticError, AssertionError, AttributeError, LookupError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:  # fmt: skip
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
         return error
 
 
@@ -294,9 +297,7 @@ def _whole(target: Any, tokens: Tensor, lengths: Tensor, truth: Sequence[_Truth]
     twice = [(again.logits, truth[0].logits)]
     found = [_line(target, "whole", "two passes over one text", "logits", twice)]
     context = target.states(tokens, lengths)
-    pieces = [
-        (b, 0, context.taps[b, :n], context.last[b, :n]) for b, n in enumerate(lengths.tolist())
-    ]  # fmt: skip
+    pieces = [(b, 0, context.taps[b, :n], context.last[b, :n]) for b, n in enumerate(lengths.tolist())]
     return found + _against(target, "whole", "padded texts", pieces, truth)
 
 
