@@ -12,13 +12,14 @@ from pathlib import Path
 
 import pandas as pd
 
+from analysis import protocols
 from analysis.figures import acceptance as figures
 from analysis.figures import curves, style
 from analysis.figures.overlay import overlaid, wanted
 from analysis.html import page
 from analysis.html.content import Content, Drawing, Section, provenance
 from analysis.read import folders
-from analysis.read.runs import Runs, load, shown
+from analysis.read.runs import ONCE, Runs, load, shown
 from analysis.statistics.intervals import MINIMUM_SHARED, RESAMPLES
 from analysis.tables import costs, gap, positions, published, writers
 from analysis.tables import frames as tables
@@ -98,7 +99,9 @@ def compare(
         drawings += [*_axis_drawings(found, frames, group_by, resamples, seed), *_run_drawings(read, calibrations)]
         if wanted(read.records["target"].unique(), published_curves):
             drawings = overlaid(drawings)
-    used = f"{len(read.runs)} runs, {len(read.records)} records, left out: {len(read.faults)}"
+    copies = int(read.faults["reason"].str.endswith(ONCE).sum())
+    twice = f", {copies} of them repetitions or copies" if copies else ""
+    used = f"{len(read.runs)} runs, {len(read.records)} records, left out: {len(read.faults)}{twice}"
     how = command or f"python -c {shlex.quote(f'from analysis.compare import compare; compare({sources!r})')}"
     content = Content(
         title or f"Comparison {output.name}",
@@ -129,6 +132,7 @@ def _frames(
         "suffix_decay": tables.suffix_decay(found, resamples, seed),
         "seeds": tables.seeds(found),
         "costs": costs.costs(found, read),
+        "protocols": protocols.table(found),
         "published": published.gap(lengths),
         "teacher_forced": gap.table(found, resamples, seed),
         **positions.frames(found, resamples, seed),
@@ -149,17 +153,17 @@ def _more_sheets(found: Sequence[Group], frames: dict[str, pd.DataFrame]) -> lis
 def _slot_drawings(found: Sequence[Group], resamples: int, seed: int) -> list[Drawing]:
     drawings = []
     for section, part, tail in _tails(found):
-        where = grouping.title(section)
+        where, unlike = grouping.title(section), _unlike(part)
         frame = tables.conditional_by_domain(part, resamples, seed)
         for quantity, name in (("conditional", "conditional_acceptance"), ("survival", "survival")):
             words = "Conditional acceptance by slot" if quantity == "conditional" else "Survival by slot"
-            caption = f"{words}, a panel a domain ({where}). Bands: 95% intervals over prompts."
+            caption = f"{words}, a panel a domain ({where}). Bands: 95% intervals over prompts.{unlike}"
             drawings.append(Drawing(name + tail, figures.by_slot(frame, quantity), caption))
         for domain in dict.fromkeys(frame["domain"]) if frame["domain"].nunique() > 1 else ():
             one = figures.by_slot(frame[frame["domain"] == domain])
             drawings.append(Drawing(f"conditional_acceptance{tail}_{domain}", one, f"{domain} alone", on_page=False))
         decay = tables.suffix_decay(part, resamples, seed)
-        caption = f"Suffix decay: slope of log conditional acceptance a slot, weighted by rounds ({where})."
+        caption = f"Suffix decay: slope of log conditional acceptance a slot, weighted by rounds ({where}).{unlike}"
         drawings.append(Drawing(f"suffix_decay{tail}", figures.bars(decay, "suffix_decay"), caption))
     return drawings
 
@@ -183,16 +187,23 @@ def _place_drawings(found: Sequence[Group], frames: dict[str, pd.DataFrame]) -> 
         names = ("by_position", "by_context", "accepted_histogram", "token_classes")
         position, context, accepted, classes = (layout.only(frames[name], chosen) for name in names)
         where = f"{grouping.title(section)}; bands and bars: 95% intervals over prompts"
+        unlike = _unlike(part)
         if len(position):
-            caption = f"Accepted length against generated tokens and against context ({where})."
+            caption = f"Accepted length against generated tokens and against context ({where}).{unlike}"
             drawings.append(Drawing(f"accepted_length_by_place{tail}", figures.by_place(position, context), caption))
-            caption = f"Share of rounds by accepted draft tokens ({where})."
+            caption = f"Share of rounds by accepted draft tokens ({where}).{unlike}"
             drawings.append(Drawing(f"accepted_histogram{tail}", figures.histogram(accepted), caption))
         if len(classes):
-            caption = f"Conditional acceptance by class of the text's token ({where})."
+            caption = f"Conditional acceptance by class of the text's token ({where}).{unlike}"
             drawn = figures.bars(classes, "conditional", "token_class")
             drawings.append(Drawing(f"token_classes{tail}", drawn, caption))
     return drawings
+
+
+def _unlike(part: Sequence[Group]) -> str:
+    """What a caption says of rows that were measured otherwise than the others."""
+    said = [note for note in protocols.notes(part) if note.startswith(protocols.MARK)]
+    return "".join(f" {note}" for note in said)
 
 
 def _word(value: object) -> str:

@@ -48,8 +48,10 @@ UNRECORDED = "not recorded"
 def of_decoding(row: Mapping[str, Any]) -> Facts:
     """What decided an evaluation beside draft, prompts and seeds, as sorted (setting, value); `row` is a run's own."""
     found = {key.removeprefix("suite."): value for key, value in _settings(row, OF_EVALUATION)}
-    if row.get("target.dtype") is not None:
-        found["dtype"] = str(row["target.dtype"])
+    found["dtype"] = row.get("target.dtype")
+    for key in STATED:  # null stands for whatever draft or target have themselves
+        if found.get(key, ...) is None:
+            del found[key]
     found |= {key: row[f"summary.protocol.{key}"] for key in STATED if f"summary.protocol.{key}" in row}
     if row.get("summary.lineage.target") is not None:
         found["target weights"] = str(row["summary.lineage.target"])[:8]
@@ -134,7 +136,8 @@ def prompt_sets(records: pd.DataFrame) -> dict[int, dict[str, str]]:
 def told_apart(facts: Sequence[Facts], named: Collection[str] = ()) -> tuple[list[dict[str, Any]], list[str]]:
     """For every run what differs among them (nothing where nothing does), and the settings that only some recorded.
 
-    A setting that a run did not record is taken as the others', if they agree; otherwise it stays UNRECORDED.
+    What a run did not state of STATED and `target weights` is taken as the others', if they agree; a setting that its
+    configuration did not have yet is taken as theirs if it is off there. Otherwise it stays UNRECORDED.
     `named` are settings by which the runs are told apart already.
     """
     unlike = set(facts)
@@ -147,7 +150,12 @@ def told_apart(facts: Sequence[Facts], named: Collection[str] = ()) -> tuple[lis
         for key, value in known.items():
             values.setdefault(key, set()).add(value)
     partly = sorted(key for key in values if any(key not in known for known in every))
-    telling = sorted((key for key, there in values.items() if len(there) > 1), key=_priority)
+
+    def tells(key: str) -> bool:
+        off = key in (*STATED, "target weights") or not values[key] - {None, False}
+        return len(values[key]) > 1 or (key in partly and not off)
+
+    telling = sorted(filter(tells, values), key=_priority)
     return [{key: known.get(key, UNRECORDED) for key in telling} for known in every], [
         key for key in partly if key not in telling
     ]

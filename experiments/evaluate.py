@@ -189,7 +189,7 @@ def _evaluate(cfg: DictConfig, stage: Stage, name: str, source: Path | None, abo
         write_rounds(run.path / "rounds.jsonl", done)
         numbers = headline([item.record for item in done]) if draft is not None else plain_headline(done)
         summary = {**labels, "temperature": cfg.temperature, "accounting": cfg.accounting, "prompts": suite.facts()}
-        summary["protocol"] = protocol.facts(str(target.dtype))
+        summary["protocol"] = protocol.facts(str(target.dtype), draft and draft.block_size)
         costs = {"draft_parameters": draft.parameters_count} if isinstance(draft, Small) else about.get("costs", {})
         summary |= {"metrics": numbers, "lineage": lineage, "training_seed": about["seed"], **costs}
         mirror(tracking, run, about["method"], numbers)

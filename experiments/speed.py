@@ -92,7 +92,7 @@ def run(cfg: DictConfig) -> Path:
                 speedup_high=clock["speedup_high"],
                 lineage={"draft": weights_of(draft), "parents": about["parents"], "target": target.weights_hash},
                 # What the speedup belongs to: a comparison shows it beside nothing else.
-                protocol=_protocol(cfg, target).facts(str(target.dtype)),
+                protocol=_protocol(cfg, target).facts(str(target.dtype), draft.block_size),
                 training_seed=about["seed"],
             )
         print(pd.DataFrame(rows).drop(columns="tokens").to_string(index=False, float_format="%.6f"))

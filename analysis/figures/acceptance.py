@@ -99,7 +99,8 @@ def along(
         raise ValueError(f"{axis} holds no numbers to draw {value} against; group by a numeric config key")
     frame = frame.assign(**{axis: numbers}).dropna(subset=[axis, value])
     others = [c for c in frame if c in ("method", *_grouped(frame, axis))]
-    frame = frame.assign(line=[", ".join(map(str, values)) for values in frame[others].itertuples(index=False)])
+    names = [", ".join(map(str, values)) for values in frame[others].itertuples(index=False)]
+    frame = frame.assign(line=[f"{n} [{s}]" if s else n for n, s in zip(names, frame["short"], strict=True)])
     panels = list(dict.fromkeys(frame[panel])) if panel else [None]
     shown = looks(frame["line"])
     rows = -(-len(panels) // 5)  # more in a row than these and their ticks run into each other
@@ -129,7 +130,7 @@ def _grouped(frame: pd.DataFrame, axis: str) -> list[str]:
     """What else tells the lines apart: grouping columns that stand after the measures, without the axis."""
     columns = list(frame.columns)
     last = max(columns.index(name) for name in ("complete", "last", "seeds", "n") if name in columns)
-    return [name for name in columns[last + 1 :] if name not in (axis, "variant")]
+    return [name for name in columns[last + 1 :] if name not in (axis, "variant", "configuration", "short")]
 
 
 @styled

@@ -23,6 +23,8 @@ from analysis.read.records import Table, check, concatenate
 from analysis.statistics.histograms import Counts, count
 
 TRAINING_SEED = "provenance.seeds.init"
+# How the reason ends that names a repetition or a copy.
+ONCE = "counted once"
 # Column of `Runs.runs` with what decided each run (analysis.configurations).
 DECIDED = "decided by"
 
@@ -93,7 +95,7 @@ class Runs:
                 continue
             same = contents.get(number) == contents.get(seen[name])
             word = "the same run as" if same else "a repetition, with other numbers, of"
-            twice[number] = f"{word} {rows[seen[name]]['path']}: counted once"
+            twice[number] = f"{word} {rows[seen[name]]['path']}: {ONCE}"
         if not twice:
             return self
         kept = self._take(np.flatnonzero(~self.records["source"].isin(twice)), ~self.runs.index.isin(twice))

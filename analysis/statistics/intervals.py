@@ -133,13 +133,17 @@ def by_slot(
 ) -> tuple[Float[np.ndarray, " K"], Float[np.ndarray, " K"], Float[np.ndarray, " K"]]:
     """Conditional acceptance (or survival) by slot with its bounds, from the prompts that have rounds there.
 
+    A slot that no round reached is empty. Survival and both of its bounds never rise along the block (`nonincreasing`).
+
     Where all of a slot's rounds went one way every resample says the same and the bootstrap would claim certainty: the
     open end is then the exact (Clopper-Pearson) bound with each prompt as one trial.
     """
     total = counts.total()
     trials = counts.reached if conditional else counts.offered
     draws = Sums(resample(counts.features(), resamples, seed))
-    drawn, value = (sums.conditional if conditional else sums.survival for sums in (draws, total))
+    drawn, value = (
+        sums.conditional if conditional else nonincreasing(sums.passed, sums.offered) for sums in (draws, total)
+    )
     prompts = (trials > 0).sum(0)
     each = [bounds(drawn[:, k], int(n)) for k, n in enumerate(prompts)]
     low, high = (np.array([pair[end] for pair in each], dtype=float) for end in (0, 1))
@@ -147,7 +151,36 @@ def by_slot(
     open_end = ((1 - LEVEL) / 2) ** (1 / np.maximum(prompts, 1))
     low = np.where(several & (value == 1), open_end, low)
     high = np.where(several & (value == 0), 1 - open_end, high)
-    return value, low, high
+    if not conditional:
+        # A bound of one slot bounds those after it from above and those before it from below.
+        high = np.where(np.isnan(high), np.nan, np.fmin.accumulate(np.fmax(high, value)))
+        low = np.where(np.isnan(low), np.nan, np.fmax.accumulate(np.fmin(low, value)[::-1])[::-1])
+    unreached = total.reached == 0
+    return tuple(np.where(unreached, np.nan, curve) for curve in (value, low, high))
+
+
+def nonincreasing(
+    passed: Float[np.ndarray, "*axes K"], offered: Float[np.ndarray, "*axes K"]
+) -> Float[np.ndarray, "*axes K"]:
+    """passed / offered by slot where that never rises, else the closest curve that does not: least squares weighted by
+    `offered`, which must not rise itself (R. Barlow et al., 1972: the min-max formula). NaN where nothing was offered.
+
+    Shares of rounds that proposed at least k rise where only promising rounds propose that many; no survival does.
+    """
+    plain = ratio(passed, offered)
+    rises = np.diff(np.nan_to_num(plain), axis=-1) > 0
+    if not rises.any():
+        return plain
+    slots = plain.shape[-1]
+    above, below = (np.concatenate([np.zeros((*x.shape[:-1], 1)), x.cumsum(-1)], -1) for x in (passed, offered))
+    fitted = np.full(plain.shape, np.nan)
+    for k in range(slots):
+        # Means over slots a..b for every a <= k <= b: the least over a of the greatest over b.
+        share = ratio(
+            above[..., None, k + 1 :] - above[..., : k + 1, None], below[..., None, k + 1 :] - below[..., : k + 1, None]
+        )
+        fitted[..., k] = np.nan_to_num(share, nan=-np.inf).max(-1).min(-1)
+    return np.where(rises.any(-1, keepdims=True) & (offered > 0), fitted, plain)
 
 
 def accepted_length(counts: Counts, resamples: int = RESAMPLES, seed: int = 0) -> Interval:

@@ -15,32 +15,36 @@ from analysis.read.runs import Runs
 from analysis.tables import groups as grouping
 from analysis.tables.groups import Group
 
-# Column: last names of the keys of summary.json that state it: the evaluation's own, then its parent's, then those of a
-# speed run on the same draft.
+# Column: last names of the keys of summary.json that state it, the evaluation's own, then its parent's.
 STATED = {
     "draft_parameters": ("draft_parameters", "parameters"),
     "training_tokens": ("training_tokens", "trained_tokens"),
     "cache_bytes": ("cache_bytes",),
-    "speedup_measured": ("speedup_measured",),
-    "speedup_predicted": ("speedup_predicted",),
-    "speedup_low": ("speedup_low",),
-    "speedup_high": ("speedup_high",),
 }
 COLUMNS = {name: column for column, names in STATED.items() for name in names}
-LINEAGE = f"{SUMMARY}lineage.parents"
+# What a run against the clock states, and how the drafts of a row are taken together.
+TIMED = {
+    "speedup_measured": ("speedup_measured", np.mean),
+    "speedup_predicted": ("speedup_predicted", np.mean),
+    "speedup_low": ("speedup_low", np.min),
+    "speedup_high": ("speedup_high", np.max),
+    "speedup_accepted_length": ("accepted_length", np.mean),
+}
+# Beside draft, scheduler and temperature, a speedup belongs to these where both runs state them.
+SHARED = ("top_k", "top_p", "min_p", "slots", "accounting", "thinking", "dtype")
 
 
 def costs(found: Sequence[Group], every: Runs) -> pd.DataFrame:
-    """One row a variant of a section. Rates come from the records, pooled over its benchmarks; the rest from summaries.
+    """One row a variant of a section, and one more for every further batch that its drafts were timed at.
 
-    Where the variant's runs state different numbers the mean stands in the table and `varies` names the column.
+    Rates come from the records, pooled over the benchmarks; sizes from summaries: empty where the runs of a row state
+    several, and then all of them in `varies`, as `draft_parameters=1000|2000`. Speedups are those of the very drafts.
 
     Args:
         every: all runs that were read: speed runs are looked up in it.
     """
     rows = []
-    known = [key for key in every.runs if str(key).rpartition(".")[2] in COLUMNS or key in (LINEAGE, "temperature")]
-    speeds = every.runs.loc[every.runs["kind"] == "speed", known].to_dict("records")
+    speeds = every.runs[every.runs["kind"] == "speed"].to_dict("records")
     for section, part in grouping.sections(found):
         for own in grouping.variants(part).values():
             records = pd.concat([group.runs.records for group in own])
@@ -51,45 +55,80 @@ def costs(found: Sequence[Group], every: Runs) -> pd.DataFrame:
                 "verified_per_round": (sums["proposed"] + rounds) / rounds if rounds else np.nan,
                 "acceptance_rate": sums["accepted"] / sums["proposed"] if sums["proposed"] else np.nan,
             }
-            stated = _stated(every.runs.loc[sorted(set(records["source"])), known].to_dict("records"), speeds)
-            means = {key: float(np.mean(values)) if values else np.nan for key, values in stated.items()}
-            varies = ",".join(key for key, values in stated.items() if len(set(values)) > 1)
-            rows.append({**section, **own[0].variant, **means, **rates, "varies": varies, "variant": own[0].label})
+            about = records.drop_duplicates("source").set_index("source")[["scheduler", "temperature"]]
+            runs = every.runs.loc[sorted(about.index)].to_dict("index")
+            sizes = {column: {_stated(run, column) for run in runs.values()} - {None} for column in STATED}
+            varies = ";".join(f"{c}={'|'.join(f'{v:g}' for v in sorted(n))}" for c, n in sizes.items() if len(n) > 1)
+            stated = {column: next(iter(values)) if len(values) == 1 else np.nan for column, values in sizes.items()}
+            timed = [
+                speed
+                for speed in speeds
+                if any(_belongs(run, about.loc[number].to_dict(), speed) for number, run in runs.items())
+            ]
+            for batch, clock in _by_batch(timed) or [(np.nan, dict.fromkeys(TIMED, np.nan))]:
+                head = {**section, **own[0].variant, **stated, **clock, "speedup_batch": batch}
+                rows.append(head | rates | {"varies": varies, "variant": own[0].label})
     return pd.DataFrame(rows)
 
 
-def _stated(runs: Sequence[dict[str, Any]], speeds: Sequence[dict[str, Any]]) -> dict[str, list[float]]:
-    """Every column's numbers, one a run that states it: by itself, by its parent or by a speed run on its draft."""
-    beside: dict[str, list[dict[str, Any]]] = {}
-    for speed in speeds:
-        for name in _parents(speed):
-            beside.setdefault(name, []).append(speed)
-    stated: dict[str, list[float]] = {column: [] for column in STATED}
-    for run in runs:
-        found: dict[str, float] = {}
-        for place in (run, *(speed for name in _parents(run) for speed in beside.get(name, ()) if _alike(run, speed))):
-            found = _numbers(place) | found
-        for column, number in found.items():
-            stated[column].append(number)
-    return stated
-
-
-def _parents(row: dict[str, Any]) -> dict[str, None]:
-    return dict.fromkeys(PurePath(parent).name for parent in folders.parents(row))
-
-
-def _alike(run: dict[str, Any], speed: dict[str, Any]) -> bool:
-    """A speedup holds for the temperature that it was measured at, where both runs state one."""
-    ours, other = run.get("temperature"), speed.get("temperature")
-    return pd.isna(ours) or pd.isna(other) or ours == other
-
-
-def _numbers(row: dict[str, Any]) -> dict[str, float]:
-    """What a run's summary says of each column, or else its parent's."""
-    found: dict[str, float] = {}
+def _stated(run: dict[str, Any], column: str) -> float | None:
+    """What a run's summary says of a column, or else its parent's."""
     for prefix in (SUMMARY, PARENT):
-        for key, value in row.items():
-            column = COLUMNS.get(key.rpartition(".")[2]) if key.startswith(prefix) else None
-            if column is not None and isinstance(value, (int, float, np.number)) and np.isfinite(value):
-                found.setdefault(column, float(value))
+        for key, value in run.items():
+            known = key.startswith(prefix) and COLUMNS.get(key.rpartition(".")[2]) == column
+            if known and isinstance(value, (int, float, np.number)) and np.isfinite(value):
+                return float(value)
+    return None
+
+
+def _belongs(run: dict[str, Any], about: dict[str, Any], speed: dict[str, Any]) -> bool:
+    """Whether a speedup is that of the draft, scheduler, temperature and target that the records of `run` came from.
+
+    Speed runs of earlier versions state no draft: theirs is the one of the same training run, never scheduled.
+    """
+    ours, other = (row.get(f"{SUMMARY}lineage.draft") for row in (run, speed))
+    if pd.isna(ours) or pd.isna(other):
+        if not _parents(run) & _parents(speed):
+            return False
+    elif ours != other:
+        return False
+    timed = speed.get(f"{SUMMARY}protocol.scheduler")
+    if about["scheduler"] != ("fixed" if _absent(timed) else timed):
+        return False
+    heat = speed.get(f"{SUMMARY}protocol.temperature", speed.get("temperature"))
+    if not _absent(heat) and heat != about["temperature"]:
+        return False
+    keys = [f"{SUMMARY}protocol.{key}" for key in SHARED] + [f"{SUMMARY}lineage.target"]
+    return all(_absent(run.get(k)) or _absent(speed.get(k)) or run[k] == speed[k] for k in keys)
+
+
+def _absent(value: Any) -> bool:
+    return value is None or (isinstance(value, float) and np.isnan(value))
+
+
+def _parents(row: dict[str, Any]) -> set[str]:
+    """A run's parents as KIND/NAME, which a root that moved does not change; without the kind it is train."""
+    return {"/".join(["train", *PurePath(parent).parts][-2:]) for parent in folders.parents(row)}
+
+
+def _by_batch(speeds: Sequence[dict[str, Any]]) -> list[tuple[float, dict[str, float]]]:
+    """The speedups of a row by the batch that was timed: means over its runs, the widest range."""
+    split: dict[float, list[dict[str, Any]]] = {}
+    for speed in speeds:
+        size = speed.get(f"{SUMMARY}protocol.batch_size", speed.get("batch_size"))
+        split.setdefault(np.nan if _absent(size) else float(size), []).append(speed)
+    found = []
+    for size, own in sorted(split.items()):
+        clock = {}
+        for column, (name, join) in TIMED.items():
+            values = [v for speed in own if (v := _number(speed, name)) is not None]
+            clock[column] = float(join(values)) if values else np.nan
+        found.append((size, clock))
     return found
+
+
+def _number(speed: dict[str, Any], name: str) -> float | None:
+    for key, value in speed.items():
+        if key.startswith(SUMMARY) and key.rpartition(".")[2] == name and isinstance(value, (int, float, np.number)):
+            return float(value) if np.isfinite(value) else None
+    return None

@@ -14,6 +14,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from analysis.configurations import words, written
+from analysis.protocols import clash
 from analysis.statistics import intervals as statistics
 from analysis.statistics.histograms import Counts, join
 from analysis.statistics.intervals import FEWEST, MINIMUM_SHARED, RESAMPLES, PairingError
@@ -27,6 +29,8 @@ SLOT_BOUNDS = ("survival_low", "survival_high")
 NUMBERS = ("difference", "low", "high", "p", "paired", "shared")
 ALL = "all"
 VARIANT = "variant"
+# What tells a row from others of its name: all of it, and what its label needs.
+CONFIGURATION, SHORT = "configuration", "short"
 
 
 def keys(group: Group) -> dict[str, Any]:
@@ -44,7 +48,8 @@ def _only(values: pd.Series) -> Any:
 def extra(group: Group) -> dict[str, Any]:
     """What the user grouped by beyond KEYS, and the variant in words, by which figures and layouts name a row."""
     known = group.variant | {key: group.section[key] for key in group.apart}
-    return {key: value for key, value in known.items() if key not in KEYS} | {VARIANT: group.label}
+    named = {key: value for key, value in known.items() if key not in KEYS}
+    return named | {CONFIGURATION: words(group.differing), SHORT: words(group.short), VARIANT: group.label}
 
 
 def accepted_length(found: Sequence[Group], resamples: int = RESAMPLES, seed: int = 0) -> pd.DataFrame:
@@ -163,7 +168,7 @@ def differences(
     rows, memo = [], {}
     for section, part in grouping.sections(found):
         places = grouping.domains(part)
-        by_variant = {name: {g.benchmark: g.counts for g in own} for name, own in grouping.variants(part).items()}
+        by_variant = {name: {g.benchmark: g for g in own} for name, own in grouping.variants(part).items()}
         scopes = [("benchmark", d, [b]) for d, names in places.items() for b in names]
         scopes += [("macro", domain, names) for domain, names in _scopes(places)]
         for scope, domain, names in scopes:
@@ -188,8 +193,15 @@ def _pair(pair: list[list[Any]], resamples: int, seed: int, minimum: float, memo
     lacking = sum(x is None or y is None for x, y in zip(a, b, strict=True))
     if lacking:
         return nothing | {"resolved": False, "note": f"{lacking} of {len(a)} benchmarks not measured by both"}
+    # Other prompts are found by pairing them; what else differs makes two numbers of it.
+    other = {
+        key: pair for x, y in zip(a, b, strict=True) for key, pair in clash(x.protocol, y.protocol, ["prompts"]).items()
+    }
+    if other:
+        texts = [f"{key} {written(x)} | {written(y)}" for key, (x, y) in other.items()]
+        return nothing | {"resolved": False, "note": f"another protocol: {', '.join(texts)}"}
     try:
-        found = statistics.difference(a, b, resamples, seed, minimum, memo)
+        found = statistics.difference([g.counts for g in a], [g.counts for g in b], resamples, seed, minimum, memo)
     except PairingError as error:
         return nothing | {"resolved": False, "note": str(error)}
     values = (found.value, found.low, found.high, found.p, found.paired, found.shared)

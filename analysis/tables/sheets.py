@@ -6,12 +6,13 @@ HTML or a terminal table.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
 
+from analysis import protocols
 from analysis.read.runs import shown
 from analysis.statistics.intervals import FEWEST
 from analysis.tables import groups as grouping
@@ -67,42 +68,56 @@ def main(
             columns.append(("macro", ALL, ALL))
             spans.append(("all", 1))
         labels = list(grouping.variants(part))
-        table = {column: _column(column, labels, own_lengths, own_macros, own_pairs) for column in columns}
+        other = {(label, benchmark) for label, benchmark in protocols.marked(part)}
+        table = {
+            column: _column(column, labels, places, own_lengths, own_macros, own_pairs, other) for column in columns
+        }
         rows = [[Cell(name), *(table[column][i] for column in columns)] for i, name in enumerate(labels)]
         names = [name if scope == "benchmark" else "macro" for scope, _, name in columns]
-        notes = _notes(part, own_macros)
-        if costs is not None and len(timed := _speedups(only(costs, section), labels)):
-            names += ["measured", "predicted"]
-            spans.append(("speedup", 2))
-            rows = [[*row, *more] for row, more in zip(rows, timed, strict=True)]
-            notes.append(
-                "Speedup: tokens a second over plain decoding of the same prompts, interleaved on one machine (median "
-                "and range of the repeats), and what the cost curves predict. Below 1 the draft slows decoding down."
-            )
+        counted = own_lengths.groupby("variant", sort=False)["prompts"].sum()
+        rows = [[*row, Cell(str(counted[row[0].text]), sort=int(counted[row[0].text]))] for row in rows]
+        names.append("prompts")
+        spans.append(("", 1))
+        notes = [*_notes(part, own_macros), *protocols.notes(part)]
+        if costs is not None:
+            timed = _speedups(only(costs, section), labels)
+            for batch, cells in timed.items():
+                names += ["measured", "predicted"]
+                spans.append((f"speedup at batch {batch}", 2))
+                rows = [[*row, *more] for row, more in zip(rows, cells, strict=True)]
+            if timed:
+                notes.append(
+                    "Speedup: tokens a second of the whole batch over plain decoding of the same prompts, interleaved "
+                    "on one machine (median and range of the repeats), and what the cost curves predict; of the very "
+                    "drafts of its row, with its scheduler and temperature. Below 1 the draft slows decoding down."
+                )
         sheets.append(Sheet("accepted_length", grouping.title(section), ["method", *names], rows, spans, notes))
     return sheets
 
 
-def _speedups(costs: pd.DataFrame, labels: Sequence[str]) -> list[list[Cell]]:
-    """Measured and predicted speedup by label; empty where nothing was measured."""
-    by_label = costs.set_index("variant")
-    if not by_label["speedup_measured"].notna().any():
-        return []
-    rows = []
-    for label in labels:
-        row = by_label.loc[label]
-        measured = bracket(row["speedup_measured"], row["speedup_low"], row["speedup_high"])
-        predicted = _number(row["speedup_predicted"], 2)
-        rows.append([Cell(measured, sort=row["speedup_measured"]), Cell(predicted, sort=row["speedup_predicted"])])
-    return rows
+def _speedups(costs: pd.DataFrame, labels: Sequence[str]) -> dict[str, list[list[Cell]]]:
+    """Measured and predicted speedup of every label, by the batch that was timed; empty where nothing was."""
+    timed = costs[costs["speedup_measured"].notna()]
+    found = {}
+    for batch, part in timed.groupby("speedup_batch", dropna=False):
+        by_label, rows = part.set_index("variant"), []
+        for label in labels:
+            if label not in by_label.index:
+                rows.append([Cell(MISSING), Cell(MISSING)])
+                continue
+            row = by_label.loc[label]
+            measured = bracket(row["speedup_measured"], row["speedup_low"], row["speedup_high"])
+            predicted = _number(row["speedup_predicted"], 2)
+            rows.append([Cell(measured, sort=row["speedup_measured"]), Cell(predicted, sort=row["speedup_predicted"])])
+        found["unknown" if pd.isna(batch) else f"{batch:g}"] = rows
+    return found
 
 
 def _notes(part: Sequence[Group], macros: pd.DataFrame) -> list[str]:
-    prompts = sum(max(len(g.counts.prompts) for g in part if g.benchmark == b) for b in {g.benchmark for g in part})
     notes = [
         "Accepted length: tokens committed / rounds, pooled (bonus token included), ± the longer side of its 95% "
-        f"interval (cluster bootstrap over {prompts} prompts). Bold (or *): best, and resolved against every other by "
-        "the paired interval. Macro: unweighted mean over benchmarks."
+        "interval (cluster bootstrap over the row's own prompts, counted in the last column). Bold (or *): best, and "
+        "resolved against every other by the paired interval. Macro: unweighted mean over benchmarks."
     ]
     few = sorted({g.benchmark for g in part if (g.counts.rounds > 0).sum() < FEWEST})
     if few:
@@ -121,21 +136,34 @@ def only(frame: pd.DataFrame, section: dict) -> pd.DataFrame:
     return frame[keep]
 
 
-def _column(column: tuple[str, str, str], labels: list[str], lengths, macros, pairs) -> list[Cell]:
+def _column(
+    column: tuple[str, str, str],
+    labels: list[str],
+    places: dict[str, list[str]],
+    lengths: pd.DataFrame,
+    macros: pd.DataFrame,
+    pairs: pd.DataFrame,
+    other: Collection[tuple[str, str]],
+) -> list[Cell]:
+    """The cells of a column, a label each; `other` are the (label, benchmark) of another protocol, never best."""
     scope, domain, name = column
+    every = [benchmark for names in places.values() for benchmark in names]
+    here = [name] if scope == "benchmark" else places.get(domain, every)
+    unlike = {label for label in labels if any((label, benchmark) in other for benchmark in here)}
     frame = lengths[lengths["benchmark"] == name] if scope == "benchmark" else macros[macros["domain"] == domain]
     by_label = frame.set_index("variant")
     chosen = pairs[(pairs["scope"] == scope) & (pairs["domain"] == domain)]
     if scope == "benchmark":
         chosen = chosen[chosen["benchmark"] == name]
-    best = resolved_best({n: by_label["accepted_length"].get(n, np.nan) for n in labels}, chosen)
+    comparable = {n: by_label["accepted_length"].get(n, np.nan) for n in labels if n not in unlike}
+    best = resolved_best(comparable, chosen)
     cells = []
     for label in labels:
         if label not in by_label.index:
             cells.append(Cell(MISSING))
             continue
         row = by_label.loc[label]
-        dagger = "" if row.get("complete", True) else "†"
+        dagger = ("" if row.get("complete", True) else "†") + (protocols.MARK if label in unlike else "")
         text = plus_minus(row["accepted_length"], row["low"], row["high"]) + dagger
         cells.append(Cell(text, label == best, float(row["accepted_length"])))
     return cells
@@ -198,18 +226,26 @@ def costs(found: Sequence[Group], frame: pd.DataFrame) -> list[Sheet]:
         "acceptance_rate": ("acceptance rate", lambda v: _number(v, 3)),
         "speedup_measured": ("speedup", lambda v: _number(v, 2)),
         "speedup_predicted": ("predicted", lambda v: _number(v, 2)),
+        "speedup_batch": ("timed at batch", lambda v: _number(v, 0)),
+        "speedup_accepted_length": ("timed at length", lambda v: _number(v, 2)),
     }
     sheets = []
     for section, _ in grouping.sections(found):
         own = only(frame, section)
         rows = []
         for _, row in own.iterrows():
-            varies = str(row["varies"]).split(",")
-            texts = {key: form(row[key]) + ("*" if key in varies else "") for key, (_, form) in forms.items()}
+            varies = dict(part.split("=") for part in str(row["varies"]).split(";") if part)
+            texts = {
+                key: ", ".join(form(float(value)) for value in varies[key].split("|"))
+                if key in varies
+                else form(row[key])
+                for key, (_, form) in forms.items()
+            }
             rows.append([Cell(row["variant"]), *(Cell(text, sort=row[key]) for key, text in texts.items())])
-        notes = ["Times are those of the machine that decoded (see provenance)."]
-        if (own["varies"] != "").any():
-            notes.append("An asterisk marks the mean of runs that state different numbers.")
+        notes = [
+            "Times are those of the machine that decoded (see provenance). Several numbers in one place are those of "
+            "several runs. Timed at: the batch and the accepted length of the run against the clock."
+        ]
         columns = ["method", *(name for name, _ in forms.values())]
         sheets.append(Sheet("costs", f"Cost: {grouping.title(section)}", columns, rows, notes=notes))
     return sheets

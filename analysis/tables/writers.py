@@ -148,7 +148,9 @@ def rich_table(sheet: Sheet) -> Table:
 def csv(frame: pd.DataFrame, path: Path, columns: Sequence[str] | None = None) -> Path:
     """Write a frame; `columns` come first and exactly so, what the user grouped by beside them follows."""
     if columns is not None:
-        hidden = {"variant", "survival_low", "survival_high"}
+        hidden = {"variant", "short", "survival_low", "survival_high"}
+        if "configuration" in frame and not frame["configuration"].any():
+            hidden.add("configuration")
         frame = frame[[*columns, *(name for name in frame.columns if name not in {*columns, *hidden})]]
     frame.to_csv(path, index=False, float_format="%.6g")
     return path

@@ -66,8 +66,11 @@ class Protocol:
                 "temperature=0"
             )
 
-    def facts(self, dtype: str) -> dict[str, Any]:
-        """What a reader must know to set a number beside another one, for a run's record."""
+    def facts(self, dtype: str, block_size: int | None) -> dict[str, Any]:
+        """What a reader must know to set a number beside another one, for a run's record.
+
+        `block_size`: the slots of the draft, None for plain decoding.
+        """
         return {
             "temperature": self.sampling.temperature,
             "top_k": self.sampling.top_k,
@@ -76,7 +79,7 @@ class Protocol:
             "max_new_tokens": self.limits.max_new_tokens,
             "stop_token_ids": list(self.limits.stop_token_ids),
             "scheduler": self.scheduler.label,
-            "slots": self.slots,
+            "slots": self.slots or block_size,
             "accounting": self.limits.accounting,
             "thinking": THINKING[self.thinking],
             "turns": self.turns,

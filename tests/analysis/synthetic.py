@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections import Counter
 from pathlib import Path
@@ -78,8 +79,71 @@ def write_run(root: Path, name: str, rows: list[dict], kind="evaluate", status="
     (folder / "provenance.json").write_text(json.dumps({"command": command, "code": {"commit": "0123abcd"}}))
     if rows:
         rows = [{**row, "run": name} for row in rows]
-        pq.write_table(pa.Table.from_pylist(rows, schema=SCHEMA), folder / "records.parquet")
+        schema = SCHEMA
+        if "prompt_hash" in rows[0]:
+            schema = SCHEMA.append(pa.field("prompt_hash", pa.string()))
+            schema = schema.with_metadata({"schema": "specbench.records/2"})
+        pq.write_table(pa.Table.from_pylist(rows, schema=schema), folder / "records.parquet")
     return folder
+
+
+def hashed(rows: list[dict], text: str = "") -> list[dict]:
+    """The same records with hashes of their prompts; another `text` stands for other tokens under the same ids."""
+    return [
+        {**row, "prompt_hash": hashlib.sha256(f"{row['prompt_id']} {row['turn']} {text}".encode()).hexdigest()[:16]}
+        for row in rows
+    ]
+
+
+PROTOCOL = {
+    "temperature": 0.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "max_new_tokens": 128, "stop_token_ids": [2],
+    "scheduler": "fixed", "slots": 7, "accounting": "specbench", "thinking": "off", "turns": "all",
+    "dtype": "float32", "batch_size": 16,
+}  # fmt: skip
+
+
+def train(root: Path, name: str, seed: int = 0, summary: dict | None = None, **config) -> Path:
+    """A training run whose settings are `config` over a few common ones, dotted keys as they are."""
+    settings = {
+        "root": str(root), "name": name, "cache": str(root / "cache" / "feed"),
+        "seed": {"init": seed, "data": seed, "anchors": seed}, "limit_samples": None, "start": "target",
+        "method": {"name": "eagle3", "draft": {"layers": 1, "block_size": 7}, "objective": {"kl": 1.0}, "window": None},
+        "target": {"name": "qwen3_4b", "target_layer_ids": [1, 2, 3], "id": str(root / "target")},
+        "trainer": {"max_steps": 300, "recipe": {"lr": 0.002, "log_every": 10}, "lightning": {"devices": 1}},
+    }  # fmt: skip
+    for key, value in config.items():
+        *path, last = key.split(".")
+        place = settings
+        for part in path:
+            place = place.setdefault(part, {})
+        place[last] = value
+    facts = {"parameters": 1000, "lineage": {"cache": {"fingerprint": "feed0000"}, "checkpoint": f"draft-{name}"}}
+    return write_run(root, name, [], kind="train", config=settings, **{**facts, **(summary or {})})
+
+
+def evaluation(
+    root: Path, name: str, trained: Path | None = None, seed: int = 0, rows: list[dict] | None = None,
+    protocol: dict | None = None, weights: str | None = None, prompts: int = 8, **config,
+) -> Path:  # fmt: skip
+    """An evaluation as this version writes them, of the draft of `trained` or one that was brought along."""
+    stated = PROTOCOL | (protocol or {})
+    facts = {key: stated[key] for key in ("temperature", "scheduler", "accounting")}
+    rows = rows if rows is not None else hashed(simulate("eagle3", prompts, seed))
+    rows = [{**row, **facts, "method": "eagle3", "seed": seed} for row in rows]
+    lineage = {"draft": weights or f"draft-{trained.name}", "target": "target-weights"}
+    lineage["parents"] = [] if trained is None else [str(trained)]
+    settings = {"root": str(root), "name": name, "draft": str(trained or root / "mine"), "seed": 0, "batch_size": 16}
+    settings |= {"max_new_tokens": stated["max_new_tokens"], "suite": {"limit": prompts}, **config}
+    return write_run(root, name, rows, config=settings, lineage=lineage, protocol=stated)
+
+
+def clock(root: Path, name: str, trained: Path, speedup: float, weights: str | None = None, **protocol) -> Path:
+    """A run against the clock of the draft of `trained`."""
+    lineage = {"draft": weights or f"draft-{trained.name}", "target": "target-weights", "parents": [str(trained)]}
+    numbers = {"speedup_measured": speedup, "speedup_low": speedup - 0.1, "speedup_high": speedup + 0.1}
+    stated = PROTOCOL | {"batch_size": 1} | protocol
+    numbers |= {"speedup_predicted": 1.0, "metrics": {"accepted_length": 2.5}}
+    return write_run(root, name, [], kind="speed", lineage=lineage, protocol=stated, **numbers)
 
 
 def simulate(method: str, prompts: int, seed: int = 0, slots: int = 7, **facts) -> list[dict]:

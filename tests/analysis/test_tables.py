@@ -23,10 +23,10 @@ def root(tmp_path_factory):
     root = tmp_path_factory.mktemp("runs")
     for method in ("dspark", "dflash", "eagle3"):
         for seed in (0, 1):
-            facts = {"draft_parameters": 1000 + seed, "lineage": {"parents": [f"train-{method}"]}}
+            facts = {"draft_parameters": 1000 * (1 + seed), "lineage": {"parents": [f"train-{method}"]}}
             write_run(root, f"{method}-{seed}", simulate(method, 40, seed), **facts)
         write_run(root, f"train-{method}", [], kind="train", trained_tokens=5_000)
-    parents = {"parents": ["x/train-dspark"]}
+    parents = {"parents": ["x/train/train-dspark"]}
     write_run(root, "clock", [], kind="speed", lineage=parents, speed={"speedup_measured": 1.5})
     return root
 
@@ -110,10 +110,11 @@ def test_a_missing_benchmark_is_marked_and_never_compared(tmp_path):
     pairs = tables.differences(found, 50)
     assert pairs[pairs["domain"] == "all"]["note"].tolist() == ["1 of 3 benchmarks not measured by both"]
     sheet = layout.main(found, lengths, macros, pairs)[0]
-    overall = {row[0].text: row[-1] for row in sheet.rows}
+    overall = {row[0].text: row[-2] for row in sheet.rows}
     assert overall["mtp"].text.endswith("†") and not overall["dspark"].best
     assert {row[0].text: row[3].text for row in sheet.rows}["mtp"] == "-"
     assert any("not comparable" in note for note in sheet.notes)
+    assert {row[0].text: row[-1].text for row in sheet.rows} == {"mtp": "40", "dspark": "60"}  # prompts of its own
 
 
 @pytest.mark.parametrize(("key", "other"), [("accounting", "deepspec"), ("thinking", True), ("suite", "quick")])
@@ -168,7 +169,11 @@ def test_costs_from_records_summaries_and_parents(found, root):
     assert frame.loc["dspark", "seconds_per_round"] == pytest.approx(0.01)
     assert frame.loc["dspark", "verified_per_round"] == 8
     assert frame.loc["dspark", "acceptance_rate"] == records["accepted"].sum() / records["proposed"].sum()
-    assert frame.loc["dspark", "draft_parameters"] == 1000.5 and frame.loc["dspark", "varies"] == "draft_parameters"
+    # No draft has the mean of two: both are named.
+    assert np.isnan(frame.loc["dspark", "draft_parameters"])
+    assert frame.loc["dspark", "varies"] == "draft_parameters=1000|2000"
+    sheet = layout.costs(found, frame.reset_index())[0]
+    assert {row[0].text: row[1].text for row in sheet.rows}["dspark"] == "1k, 2k"
     assert frame.loc["dspark", "speedup_measured"] == 1.5 and np.isnan(frame.loc["dflash", "speedup_measured"])
     assert frame.loc["dspark", "training_tokens"] == 5000 and np.isnan(frame.loc["dspark", "cache_bytes"])
 
@@ -197,10 +202,10 @@ def test_the_published_table_reproduces_the_published_claims():
 def test_layout_of_the_paper(found):
     lengths, macros = tables.accepted_length(found, 400), tables.macro_average(found, 400)
     sheet = layout.main(found, lengths, macros, tables.differences(found, 400))[0]
-    assert sheet.columns == ["method", "gsm8k", "mbpp", "alpaca", "macro"]
-    assert sheet.spans == [("", 1), ("math", 1), ("code", 1), ("chat", 1), ("all", 1)]
+    assert sheet.columns == ["method", "gsm8k", "mbpp", "alpaca", "macro", "prompts"]
+    assert sheet.spans == [("", 1), ("math", 1), ("code", 1), ("chat", 1), ("all", 1), ("", 1)]
     assert [row[0].text for row in sheet.rows] == ["eagle3", "dflash", "dspark"]
-    assert all(cell.best for cell in sheet.rows[2][1:]) and not any(c.best for row in sheet.rows[:2] for c in row)
+    assert all(cell.best for cell in sheet.rows[2][1:-1]) and not any(c.best for row in sheet.rows[:2] for c in row)
 
 
 def test_bold_needs_every_other_to_be_resolved():
