@@ -12,7 +12,6 @@ from pathlib import Path
 
 import pandas as pd
 
-from analysis import protocols
 from analysis.figures import acceptance as figures
 from analysis.figures import curves, style
 from analysis.figures.overlay import overlaid, wanted
@@ -21,7 +20,7 @@ from analysis.html.content import Content, Drawing, Section, provenance
 from analysis.read import folders
 from analysis.read.runs import ONCE, Runs, load, shown
 from analysis.statistics.intervals import MINIMUM_SHARED, RESAMPLES
-from analysis.tables import costs, gap, positions, published, writers
+from analysis.tables import costs, gap, positions, protocols, published, writers
 from analysis.tables import frames as tables
 from analysis.tables import groups as grouping
 from analysis.tables import sheets as layout

@@ -12,8 +12,8 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig
 from rich.console import Console
 
-from experiments.following import command
 from specbench.cli.assembly import load_target, location
+from specbench.cli.following import command
 from specbench.cli.progress import Progress
 from specbench.cli.stages import Stage, say
 from specbench.data.answers import generation as answers

@@ -9,8 +9,8 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from experiments.following import command
 from specbench.cli.assembly import load_target
+from specbench.cli.following import command
 from specbench.cli.launching import rank_and_world
 from specbench.cli.progress import Progress
 from specbench.cli.stages import Stage, say

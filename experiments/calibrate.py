@@ -8,8 +8,8 @@ from pathlib import Path
 import pandas as pd
 from omegaconf import DictConfig
 
-from experiments.following import command
 from specbench.cli.errors import naming
+from specbench.cli.following import command
 from specbench.cli.stages import Stage, container
 from specbench.decoding.calibration import Calibration, fit
 from specbench.evaluation.recorded_rounds import Rounds, conversations, flatten, recorded_rounds, rounds_file, split

@@ -13,11 +13,11 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from analysis.statistics.headline import PER_REQUEST, headline
-from experiments.following import command
 from experiments.mirror import mirror
 from specbench.checkpoints.draft_folder import FormatError, fetch, load_draft, read_config, taps_of
 from specbench.cli.assembly import load_target
 from specbench.cli.errors import naming
+from specbench.cli.following import command
 from specbench.cli.launching import rank_and_world
 from specbench.cli.progress import Progress
 from specbench.cli.stages import Stage, container, say

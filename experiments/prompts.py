@@ -10,8 +10,8 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
-from experiments.following import command
 from specbench.cli.config_groups import configs
+from specbench.cli.following import command
 from specbench.cli.progress import Progress
 from specbench.cli.stages import Stage, container
 from specbench.data.prompts import preparation as prompts

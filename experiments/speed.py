@@ -13,7 +13,7 @@ from omegaconf import DictConfig
 from analysis.statistics.headline import PER_REQUEST
 from experiments import trainspeed
 from experiments.evaluate import PLAIN, first_prompt, lineage_of, load_pair, source_of, weights_of
-from experiments.following import command
+from specbench.cli.following import command
 from specbench.cli.progress import Progress
 from specbench.cli.stages import Stage, container
 from specbench.data.answers.chat import prompt_ids

@@ -16,7 +16,6 @@ from lightning.pytorch.callbacks import Callback, TQDMProgressBar
 from omegaconf import DictConfig, OmegaConf
 
 from experiments.evaluate import run as evaluate
-from experiments.following import command
 from experiments.planning import print_plan
 from experiments.trainingdata import frequent_tokens, open_data, probe_prompts
 from specbench.checkpoints.draft_folder import save_draft
@@ -27,6 +26,7 @@ from specbench.cli.assembly import (
     draft_settings,
     load_target,
 )
+from specbench.cli.following import command
 from specbench.cli.launching import rank_and_world, ranks, repeats_the_command, shards_of
 from specbench.cli.stages import Stage, container, first_rank, say
 from specbench.decoding.sampling import Sampling

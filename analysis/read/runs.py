@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from analysis.configurations import Facts, identity, joined, of_decoding, of_draft, prompt_sets
 from analysis.read import remote
+from analysis.read.configurations import Facts, identity, joined, of_decoding, of_draft, prompt_sets
 from analysis.read.folders import FINISHED, SUMMARY, find, inherit, read_run, trainings
 from analysis.read.records import Table, check, concatenate
 from analysis.statistics.histograms import Counts, count
@@ -25,7 +25,7 @@ from analysis.statistics.histograms import Counts, count
 TRAINING_SEED = "provenance.seeds.init"
 # How the reason ends that names a repetition or a copy.
 ONCE = "counted once"
-# Column of `Runs.runs` with what decided each run (analysis.configurations).
+# Column of `Runs.runs` with what decided each run (analysis.read.configurations).
 DECIDED = "decided by"
 
 

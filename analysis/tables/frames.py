@@ -14,13 +14,13 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from analysis.configurations import words, written
-from analysis.protocols import clash
+from analysis.read.configurations import words, written
 from analysis.statistics import intervals as statistics
 from analysis.statistics.histograms import Counts, join
 from analysis.statistics.intervals import FEWEST, MINIMUM_SHARED, RESAMPLES, PairingError
 from analysis.tables import groups as grouping
 from analysis.tables.groups import Group
+from analysis.tables.protocols import clash
 
 KEYS = ("target", "method", "suite", "benchmark", "domain", "temperature", "scheduler")
 MEASURES = ("accepted_length", "low", "high", "per_prompt", "prompts", "rounds", "seeds")

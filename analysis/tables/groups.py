@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from analysis.configurations import PROTOCOL, prompt_sets, shortest, told_apart, words
+from analysis.read.configurations import PROTOCOL, prompt_sets, shortest, told_apart, words
 from analysis.read.runs import DECIDED, Runs, shown
 from analysis.statistics.histograms import Counts
 

@@ -12,10 +12,10 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
-from analysis import protocols
 from analysis.read.runs import shown
 from analysis.statistics.intervals import FEWEST
 from analysis.tables import groups as grouping
+from analysis.tables import protocols
 from analysis.tables.frames import ALL
 from analysis.tables.groups import Group
 

@@ -12,13 +12,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from analysis import protocols
 from analysis.compare import compare
 from analysis.figures import acceptance as figures
 from analysis.read import runs
 from analysis.statistics import intervals as statistics
 from analysis.statistics.histograms import count
-from analysis.tables import costs, groups
+from analysis.tables import costs, groups, protocols
 from analysis.tables import frames as tables
 from analysis.tables import sheets as layout
 from tests.analysis.synthetic import clock, evaluation, hashed, simulate, train, write_run

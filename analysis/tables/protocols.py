@@ -8,7 +8,7 @@ from typing import Any
 
 import pandas as pd
 
-from analysis.configurations import PROTOCOL, told_apart, written
+from analysis.read.configurations import PROTOCOL, told_apart, written
 from analysis.tables import groups as grouping
 from analysis.tables.groups import Group
 
