@@ -53,12 +53,15 @@ def notes(part: Sequence[Group]) -> list[str]:
         own = {key: value for key, value in protocol.items() if key != "prompts" and key not in shared}
         if own:
             said.append(f"{benchmark}: {', '.join(f'{key} {written(value)}' for key, value in own.items())}.")
-    by_difference: dict[str, list[str]] = {}
+    unlike: dict[str, dict[str, None]] = {}
     for (label, benchmark), settings in marked(part).items():
-        text = ", ".join(f"{key} {written(a)} instead of {written(b)}" for key, (a, b) in settings.items())
-        by_difference.setdefault(f"{label}: {text}", []).append(benchmark)
-    for text, benchmarks in by_difference.items():
-        said.append(f"{MARK} another protocol than its column's, not to be compared: {text} ({', '.join(benchmarks)}).")
+        for key, (own, usual) in settings.items():
+            text = f"{key} {written(own)} instead of {written(usual)}"
+            text = f"other prompts of {benchmark} ({own})" if key == "prompts" else text
+            unlike.setdefault(label, {})[text] = None
+    if unlike:
+        texts = "; ".join(f"{label}: {', '.join(differing)}" for label, differing in unlike.items())
+        said.append(f"{MARK} another protocol than its column's, not to be compared with the others there: {texts}.")
     return said + _configurations(part)
 
 
@@ -74,13 +77,14 @@ def _configurations(part: Sequence[Group]) -> list[str]:
         said.append(f"Taken as in the other runs of their row, because some do not record it: {', '.join(unrecorded)}.")
     if any(str(key).startswith("id:") for group in part for key in group.runs.records["prompt_key"].unique()):
         said.append("Some records hold no hash of their prompts' tokens: those prompts are paired by their ids.")
-    trained = told_apart([_training(group) for group in rows.values()], part[0].variant)[0] if rows else []
-    if trained and trained[0]:
+    known = {label: facts for label, group in rows.items() if (facts := _training(group))}
+    trained = told_apart(list(known.values()), part[0].variant)[0] if known else []
+    if trained and trained[0] and len({rows[label].method for label in known}) > 1:
         texts = [
             f"{label} {', '.join(f'{key} {written(value)}' for key, value in own.items())}"
-            for label, own in zip(rows, trained, strict=True)
+            for label, own in zip(known, trained, strict=True)
         ]
-        said.append(f"Training differs between rows: {'; '.join(texts)}.")
+        said.append(f"Methods were trained differently: {'; '.join(texts)}.")
     return said
 
 

@@ -116,7 +116,7 @@ def _speedups(costs: pd.DataFrame, labels: Sequence[str]) -> dict[str, list[list
 def _notes(part: Sequence[Group], macros: pd.DataFrame) -> list[str]:
     notes = [
         "Accepted length: tokens committed / rounds, pooled (bonus token included), ± the longer side of its 95% "
-        "interval (cluster bootstrap over the row's own prompts, counted in the last column). Bold (or *): best, and "
+        "interval (cluster bootstrap over the row's own prompts, see the column prompts). Bold (or *): best, and "
         "resolved against every other by the paired interval. Macro: unweighted mean over benchmarks."
     ]
     few = sorted({g.benchmark for g in part if (g.counts.rounds > 0).sum() < FEWEST})

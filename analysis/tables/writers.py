@@ -135,7 +135,9 @@ def terminal(sheets: Sequence[Sheet], width: int = 120) -> str:
 
 def rich_table(sheet: Sheet) -> Table:
     """One sheet as a rich table; the resolved best in bold, marked with * so that a log shows it too."""
-    table = Table(title=sheet.title, caption=" ".join(sheet.notes), title_justify="left", caption_justify="left")
+    # As text, because brackets in a row's name are no markup.
+    title, caption = Text(sheet.title), Text(" ".join(sheet.notes))
+    table = Table(title=title, caption=caption, title_justify="left", caption_justify="left")
     above = [text for text, span in sheet.spans for _ in range(span)] or [""] * len(sheet.columns)
     for index, (span, name) in enumerate(zip(above, sheet.columns, strict=True)):
         head = f"{span}\n{name}" if span and span != name else name

@@ -29,9 +29,9 @@ def command(verb: str, cfg: DictConfig, groups: Sequence[str] = (), **settings: 
 
 
 def _option(group: str, chosen: DictConfig) -> list[str]:
-    """The option of configs/GROUP that leaves the fewest keys to set, and those keys."""
+    """The option of configs/GROUP of this name, or else the one that leaves the fewest keys to set, and those keys."""
     have = _leaves(OmegaConf.to_container(chosen, resolve=True))
-    best: list[str] | None = None
+    best: list[str] = []
     for file in sorted((resources.files("configs") / group).iterdir(), key=lambda file: file.name):
         if not file.name.endswith(".yaml"):
             continue
@@ -40,9 +40,10 @@ def _option(group: str, chosen: DictConfig) -> list[str]:
         words = [f"{group}={file.name.removesuffix('.yaml')}"]
         # A key that the option does not have is appended.
         words += [f"{'' if key in default else '++'}{group}.{key}={text(value)}" for key, value in own.items()]
-        if best is None or len(words) < len(best):
+        if default.get("name") == have.get("name"):
+            return words
+        if not best or len(words) < len(best):
             best = words
-    assert best is not None, f"configs/{group} holds no option"
     return best
 
 
