@@ -21,6 +21,7 @@ from specbench.cli.following import command
 from specbench.cli.launching import rank_and_world
 from specbench.cli.progress import Progress
 from specbench.cli.stages import Stage, container, say
+from specbench.data.answers.templates import template_facts
 from specbench.data.prompts.benchmarks import Benchmarks
 from specbench.decoding.loop import Limits
 from specbench.decoding.sampling import Sampling
@@ -188,7 +189,8 @@ def _evaluate(cfg: DictConfig, stage: Stage, name: str, source: Path | None, abo
         run.write_records([item.record for item in done])
         write_rounds(run.path / "rounds.jsonl", done)
         numbers = headline([item.record for item in done]) if draft is not None else plain_headline(done)
-        summary = {**labels, "temperature": cfg.temperature, "accounting": cfg.accounting, "prompts": suite.facts()}
+        summary = {**labels, "temperature": cfg.temperature, "accounting": cfg.accounting}
+        summary["prompts"] = suite.facts() | template_facts(target.tokenizer)
         summary["protocol"] = protocol.facts(str(target.dtype), draft and draft.block_size)
         costs = {"draft_parameters": draft.parameters_count} if isinstance(draft, Small) else about.get("costs", {})
         summary |= {"metrics": numbers, "lineage": lineage, "training_seed": about["seed"], **costs}

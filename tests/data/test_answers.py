@@ -163,3 +163,19 @@ def test_in_process_failures_and_limits(tmp_path):
     assert rows(tmp_path / "long")[0]["truncated"] == [True]
     with pytest.raises(ValueError, match=r"repetition_penalty=1\.1"):
         answers.collect(prompts(1), long, tmp_path / "p", Policy("tiny", repetition_penalty=1.1))
+
+
+def test_a_prompt_that_the_target_cannot_read_fails_alone(tmp_path):
+    tok = tokenizer()
+
+    def require(prompt):
+        if len(prompt) > 500:
+            raise ValueError(f"prompt 0 has {len(prompt)} tokens, and tiny has 500 positions")
+
+    asked = prompts(3)
+    asked[1]["messages"][0]["content"] = "long " * 200_000  # a megabyte
+    asker = InProcessEngine(Parrot(tok), tok, [tok.convert_tokens_to_ids("<|im_end|>")], require=require)
+    counts = answers.collect(asked, asker, tmp_path, Policy("tiny", max_new_tokens=32))
+    assert (counts["answered"], counts["failed"]) == (2, 1) and {r["id"] for r in rows(tmp_path)} == {"p0", "p2"}
+    ((id, cause),) = [(r["id"], r["cause"]) for r in rows(tmp_path, "failed.jsonl")]
+    assert id == "p1" and "tiny has 500 positions" in cause

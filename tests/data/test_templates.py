@@ -84,6 +84,9 @@ def test_the_date_is_recorded_where_tokens_are(monkeypatch):
     assert date_of(tok) == templates.DATE and date_of(plain) is None and date_of(None) is None
     facts = tokenizer_facts(tok)
     assert facts["date"] == templates.DATE and "date" not in tokenizer_facts(plain)
+    recorded = templates.template_facts(tok)
+    assert recorded == {"template": templates.template_hash(tok), "template_date": templates.DATE}
+    assert set(templates.template_facts(plain)) == {"template"} and templates.template_facts(None) == {}
     before = fingerprint(facts)
     monkeypatch.setattr(templates, "DATE", "2025-01-01")
     assert fingerprint(tokenizer_facts(tok)) != before and "01 Jan 2025" in render_text(tok, [ASK])

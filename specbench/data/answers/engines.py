@@ -14,7 +14,6 @@ from typing import Any, Protocol, runtime_checkable
 
 from specbench.data.answers.chat import prompt_ids
 from specbench.data.answers.servers import Patience, Refused, ServerPool
-from specbench.data.answers.templates import ChatError
 from specbench.data.prompts.deduplication import text_hash
 from specbench.decoding.sampling import Sampling
 
@@ -181,13 +180,21 @@ class InProcessEngine:
     """Asks a callable in this process, a turn of `chunk` conversations at a time.
 
     generate(prompts, sampling, max_new_tokens, stop_token_ids, seeds) -> iterator of (index, output_ids, truncated),
-    in any order; output_ids hold the stop token where there was one.
+    in any order; output_ids hold the stop token where there was one. require(prompt) raises ValueError for a prompt
+    that the target cannot read: it becomes a failure of that conversation alone.
     """
 
     name = "in process"
 
-    def __init__(self, generate: Generate, tokenizer: Any, stop_token_ids: Sequence[int], chunk: int = 512) -> None:
-        self._generate, self._tokenizer, self._chunk = generate, tokenizer, chunk
+    def __init__(
+        self,
+        generate: Generate,
+        tokenizer: Any,
+        stop_token_ids: Sequence[int],
+        chunk: int = 512,
+        require: Callable[[Sequence[int]], None] = lambda prompt: None,
+    ) -> None:
+        self._generate, self._tokenizer, self._chunk, self._require = generate, tokenizer, chunk, require
         self._stops = list(stop_token_ids)
         self.counts: dict[str, int] = {}
 
@@ -215,9 +222,11 @@ class InProcessEngine:
         for state in states:
             try:
                 exact = [t for t in state.tokens if t is not None]
-                prompts.append(prompt_ids(self._tokenizer, state.messages, policy.thinking, exact))
+                prompt = prompt_ids(self._tokenizer, state.messages, policy.thinking, exact)
+                self._require(prompt)
+                prompts.append(prompt)
                 asked.append(state)
-            except ChatError as cause:
+            except ValueError as cause:
                 emit("failure", state.failure(cause))
         if not asked:
             return []

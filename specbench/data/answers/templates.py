@@ -45,6 +45,14 @@ def date_of(tokenizer: Any) -> str | None:
     return DATE if template is not None and "strftime_now" in str(template) else None
 
 
+def template_facts(tokenizer: Any) -> dict[str, str]:
+    """What a record says of the template that prompts were rendered with: its hash, and its date if it reads one."""
+    if getattr(tokenizer, "chat_template", None) is None:
+        return {}
+    date = date_of(tokenizer)
+    return {"template": template_hash(tokenizer)} | ({} if date is None else {"template_date": date})
+
+
 def server_options(template: str, thinking: bool | None) -> dict[str, Any]:
     """What a server's template must be given so that it writes what is rendered here; empty for most.
 
