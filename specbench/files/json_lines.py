@@ -166,18 +166,20 @@ def text_id(value: Any) -> str:
 
 def check_messages(path: Path | str, number: int, row: dict[str, Any]) -> dict[str, Any]:
     """The row with its id as text, if `messages` is a list of objects with a text role and content; else BrokenLine."""
-    try:
-        row["id"] = text_id(row["id"])
-    except ValueError as error:
-        raise BrokenLine(path, number, str(error)) from None
+    id = row["id"]
+    if type(id) is not str or not (id.isascii() and id and not id.isspace()):
+        try:
+            row["id"] = text_id(id)
+        except ValueError as error:
+            raise BrokenLine(path, number, str(error)) from None
     messages = row.get("messages")
     if not isinstance(messages, list) or not messages:
         raise BrokenLine(path, number, "`messages` is not a list with at least one message")
     for message in messages:
-        texts = isinstance(message, dict) and all(isinstance(message.get(k), str) for k in ("role", "content"))
-        if not texts:
+        role, content = (message.get("role"), message.get("content")) if type(message) is dict else (None, None)
+        if type(role) is not str or type(content) is not str:
             raise BrokenLine(path, number, "a message needs a `role` and a `content`, both text")
-        if not (is_unicode(message["role"]) and is_unicode(message["content"])):
+        if not (content.isascii() or is_unicode(content)) or not is_unicode(role):
             raise BrokenLine(path, number, "a message holds a lone surrogate, which is no Unicode text")
     for key in ("source", "domain"):
         if not isinstance(row.get(key, ""), str):
