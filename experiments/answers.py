@@ -108,7 +108,10 @@ def _engine(cfg: DictConfig, target: Target | None, tokenizer: Any, options: dic
         for done in decode(target, asked, sampling, limits, seeds):
             yield done.index, done.output_ids, done.truncated
 
-    return InProcessEngine(generate, tokenizer, target.stop_token_ids, cfg.chunk)
+    def require(prompt: Sequence[int]) -> None:
+        target.require([prompt], cfg.max_new_tokens, ["the prompt"])
+
+    return InProcessEngine(generate, tokenizer, target.stop_token_ids, cfg.chunk, require)
 
 
 def _tokenizer(target: DictConfig) -> Any:

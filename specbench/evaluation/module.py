@@ -131,6 +131,7 @@ def answer(
     while active:
         pending = [p for p in active if (p.benchmark, p.id, turn) not in known]
         inputs = [_tokens(target, p, turn, known, protocol) for p in pending]
+        target.require(inputs, protocol.limits.max_new_tokens, [f"prompt {p.id!r} of {p.benchmark}" for p in pending])
         seeds = [turn_seed(protocol.seed, p.seed, turn) for p in pending]
         if draft is None:
             finished = decode(target, inputs, protocol.sampling, protocol.limits, seeds)
