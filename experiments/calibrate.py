@@ -10,7 +10,8 @@ from omegaconf import DictConfig
 
 from specbench.cli.errors import naming
 from specbench.cli.following import command
-from specbench.cli.stages import Stage, container
+from specbench.cli.recording import recorded
+from specbench.cli.stages import Stage
 from specbench.decoding.calibration import Calibration, fit
 from specbench.evaluation.recorded_rounds import Rounds, conversations, flatten, recorded_rounds, rounds_file, split
 from specbench.files.atomic import json_line, write_json, write_text
@@ -35,7 +36,7 @@ def run(cfg: DictConfig) -> Path:
     learn, test = flatten(fitted), flatten(held_out)
     folder = Path(cfg.root) / "calibrate" / cfg.name
     inputs = {"contents": [rounds_digest(path) for path in (cfg.rounds, cfg.held_out) if path is not None]}
-    with Stage("calibrate", folder, {**container(cfg), **inputs}, force=cfg.force) as stage:
+    with Stage("calibrate", folder, {**recorded(cfg), **inputs}, force=cfg.force) as stage:
         if stage.done:
             return folder
         calibration = fit(learn.logits, learn.accepted, learn.proposed, learn.prompts, bins=cfg.bins)

@@ -16,6 +16,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from specbench.cli.verbs import VERBS, Verb
+from specbench.cli.withholding import screen, withhold
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -26,7 +27,15 @@ MISTAKE = 2
 
 def main(argv: Sequence[str] | None = None, verbs: Mapping[str, Verb] = VERBS, package: str = "configs") -> int:
     """Run one command line; returns the exit code: 0, 2 for what the user can set right, 1 for a defect of ours."""
-    words = list(sys.argv[1:] if argv is None else argv)
+    words = withhold(sys.argv[1:] if argv is None else argv)
+    if argv is None:
+        sys.argv[1:] = words  # what records keep of the command, and what the ranks of a training repeat
+    with screen():
+        return _guarded(words, verbs, package)
+
+
+def _guarded(words: list[str], verbs: Mapping[str, Verb], package: str) -> int:
+    """`_main`, with every error turned into its exit code."""
     before = signal.signal(signal.SIGTERM, _terminate)
     try:
         return _main(words, verbs, package)
@@ -98,7 +107,10 @@ class Job:
     def __call__(self, cfg: DictConfig) -> Any:
         from hydra.core.hydra_config import HydraConfig
 
+        from specbench.cli.recording import learn_from
+
         quiet()
+        learn_from(cfg)
         if not str(HydraConfig.get().mode).endswith("MULTIRUN"):
             return load(self.verb).run(cfg)
         # The job as a command of its own: for its record, and for ranks that start by repeating the command.

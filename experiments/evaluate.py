@@ -10,17 +10,18 @@ from typing import Any
 
 import lightning as L
 from hydra.utils import instantiate
-from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf import DictConfig, open_dict
 
 from analysis.statistics.headline import PER_REQUEST, headline
 from experiments.mirror import mirror
 from specbench.checkpoints.draft_folder import FormatError, fetch, load_draft, read_config, taps_of
-from specbench.cli.assembly import load_target
+from specbench.cli.assembly import load_target, own_methods
 from specbench.cli.errors import naming
 from specbench.cli.following import command
 from specbench.cli.launching import rank_and_world
 from specbench.cli.progress import Progress
-from specbench.cli.stages import Stage, container, say
+from specbench.cli.recording import recorded
+from specbench.cli.stages import Stage, say
 from specbench.data.answers.templates import template_facts
 from specbench.data.prompts.benchmarks import Benchmarks
 from specbench.decoding.loop import Limits
@@ -32,7 +33,7 @@ from specbench.evaluation.audit import verdict
 from specbench.evaluation.module import THINKING, Answered, DraftEvaluation, Protocol, merged, write_rounds
 from specbench.models.target import Target
 from specbench.runs.provenance import provenance
-from specbench.runs.run_folder import RunFolder, read_summary
+from specbench.runs.run_folder import RunFolder, read_settings, read_summary
 from specbench.training.module import digest
 
 PLAIN = "plain"
@@ -69,14 +70,16 @@ def lineage_of(draft: str, source: Path | None, target: str) -> dict[str, Any]:
         return {"method": method, "seed": 0, "parents": []}
     if (Path(draft) / "summary.json").is_file():
         summary = read_summary(draft)
-        config = OmegaConf.load(Path(draft) / "config.yaml")
+        seed = read_settings(draft).get("seed")
+        if not isinstance(seed, dict) or not isinstance(seed.get("init"), int):
+            raise ValueError(f"{Path(draft) / 'config.yaml'} has no seed.init: it is not the record of a training")
         if summary.get("target") not in (None, target):
             raise ValueError(
                 f"draft={draft} was trained for target {summary['target']}; evaluate it with target={summary['target']}"
             )
         return {
             "method": summary["method"],
-            "seed": config.seed.init,
+            "seed": seed["init"],
             "parents": [str(draft)],
             "costs": {
                 "draft_parameters": summary.get("parameters"),
@@ -91,8 +94,8 @@ def lineage_of(draft: str, source: Path | None, target: str) -> dict[str, Any]:
 
 def run_name(cfg: DictConfig, about: dict[str, Any]) -> str:
     """Draft, suite, temperature and a digest of everything that decides the numbers."""
-    skip = ("root", "force", "name", "tracking", "study", "batch_size", "devices", "draft")
-    facts = {k: v for k, v in container(cfg).items() if k not in skip} | {"draft": str(cfg.draft)}
+    skip = ("root", "force", "name", "tracking", "study", "batch_size", "devices", "draft", "methods")
+    facts = {k: v for k, v in recorded(cfg).items() if k not in skip} | {"draft": str(cfg.draft)}
     code = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:8]
     return f"{about['method']}-{cfg.target.name}-{cfg.suite.name}-t{cfg.temperature:g}-s{about['seed']}-{code}"
 
@@ -126,11 +129,12 @@ def load_pair(cfg: DictConfig, source: Path | None) -> tuple[Target, Draft | Bas
             about.target_layer_ids = []
         target = load_target(about, cfg.device)
         return target, None if cfg.draft == PLAIN else baseline(cfg.draft, target, cfg.get("slots") or SLOTS)
+    methods = own_methods(cfg.get("methods"))
     with naming("draft", cfg.draft):
-        about.target_layer_ids = taps_of(source)
+        about.target_layer_ids = taps_of(source, methods)
     target = load_target(about, cfg.device)
     with naming("draft", cfg.draft):
-        draft = load_draft(source, target.tables, target.dtype).to(target.device)
+        draft = load_draft(source, target.tables, target.dtype, methods=methods).to(target.device)
     if cfg.get("slots") is not None and cfg.slots > draft.block_size:
         raise ValueError(
             f"slots={cfg.slots}: the block of draft={cfg.draft} holds {draft.block_size}; ask for at most so many, or "
@@ -147,7 +151,7 @@ def load_pair(cfg: DictConfig, source: Path | None) -> tuple[Target, Draft | Bas
 def _evaluate(cfg: DictConfig, stage: Stage, name: str, source: Path | None, about: dict[str, Any]) -> None:
     rank, _ = rank_and_world()
     fresh = stage.state in ("changed", "forced")
-    with RunFolder(cfg.root, "evaluate", name, container(cfg), fresh=fresh, writes=rank == 0) as run:
+    with RunFolder(cfg.root, "evaluate", name, recorded(cfg), fresh=fresh, writes=rank == 0) as run:
         suite: Benchmarks = instantiate(cfg.suite, _convert_="all")
         prompts = suite.load()
         target, draft = load_pair(cfg, source)

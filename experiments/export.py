@@ -6,16 +6,17 @@ import time
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from experiments.import_draft import target_tables, vacant
 from specbench.checkpoints.draft_folder import export_draft, fetch, read_config
 from specbench.checkpoints.model_card import model_card
 from specbench.checkpoints.publishing import push, require_vacant
+from specbench.cli.assembly import own_methods
 from specbench.cli.errors import naming
 from specbench.cli.stages import report
 from specbench.files.atomic import read_object, write_text
-from specbench.runs.run_folder import read_summary
+from specbench.runs.run_folder import read_settings, read_summary
 
 
 def run(cfg: DictConfig) -> Path:
@@ -28,8 +29,9 @@ def run(cfg: DictConfig) -> Path:
     training = record(path) if (path / "summary.json").is_file() else None
     folder = vacant(Path(cfg.folder or Path(cfg.root) / "export" / f"{path.name}-{cfg.format}"), cfg.force)
     target = cfg.target_id or (training or {}).get("config", {}).get("target", {}).get("id")
+    methods = own_methods(cfg.methods)
     with naming("draft", cfg.draft):
-        export_draft(source, folder, cfg.format, target, target_tables(cfg.target_id, source))
+        export_draft(source, folder, cfg.format, target, target_tables(cfg.target_id, source), methods)
     found = evaluations(cfg, path)
     about = read_config(folder)
     dtype = about.get("dtype") or about.get("torch_dtype")
@@ -47,7 +49,7 @@ def run(cfg: DictConfig) -> Path:
 
 def record(run: Path) -> dict[str, Any]:
     """Summary, configuration and provenance of a run folder."""
-    config = OmegaConf.to_container(OmegaConf.load(run / "config.yaml"), resolve=True)
+    config = read_settings(run)
     provenance = read_object(run / "provenance.json")
     return {"summary": read_summary(run), "config": config, "provenance": provenance}
 

@@ -10,6 +10,7 @@ from omegaconf import DictConfig
 
 from specbench.checkpoints.draft_folder import assemble_draft, fetch, read_folder, save_draft, ships_embedding
 from specbench.checkpoints.formats import read
+from specbench.cli.assembly import own_methods
 from specbench.cli.errors import naming
 from specbench.cli.stages import report, say
 from specbench.models.embedding_head import Tables
@@ -21,9 +22,10 @@ def run(cfg: DictConfig) -> Path:
     began = time.monotonic()
     folder = vacant(Path(cfg.folder or Path(cfg.root) / "import" / Path(cfg.draft).name), cfg.force)
     source = fetch(cfg.draft, cfg.revision)
+    taps, methods = cfg.target_layer_ids, own_methods(cfg.methods)
     with naming("draft", cfg.draft):
         config, tensors = read_folder(source)
-        reading = read(config, tensors, None if cfg.target_layer_ids is None else list(cfg.target_layer_ids))
+        reading = read(config, tensors, None if taps is None else list(taps), methods)
         draft = assemble_draft(reading, target_tables(cfg.target_id, source))
     save_draft(draft, folder, reading.text, reading.settings)
     size = len(draft.tables.head)

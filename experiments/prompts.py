@@ -13,7 +13,8 @@ from omegaconf import DictConfig, OmegaConf
 from specbench.cli.config_groups import configs
 from specbench.cli.following import command
 from specbench.cli.progress import Progress
-from specbench.cli.stages import Stage, container
+from specbench.cli.recording import recorded
+from specbench.cli.stages import Stage
 from specbench.data.prompts import preparation as prompts
 from specbench.data.prompts.benchmarks import Benchmarks
 from specbench.data.prompts.sources import Files
@@ -24,7 +25,7 @@ def run(cfg: DictConfig) -> None:
     folder = Path(cfg.root) / "prompts" / cfg.data.name
     source = instantiate(cfg.data.source, _convert_="all")
     files = {path: [path.stat().st_size, path.stat().st_mtime_ns] for path in _files(source)}
-    with Stage("prompts", folder, container(cfg) | {"files": files}, force=cfg.force) as stage:
+    with Stage("prompts", folder, recorded(cfg) | {"files": files}, force=cfg.force) as stage:
         if stage.done:
             return
         evaluation = evaluation_texts(cfg.decontaminate, cfg.prompts)

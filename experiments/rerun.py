@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import importlib
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,13 @@ import pyarrow.parquet as pq
 import yaml
 from omegaconf import DictConfig, OmegaConf
 
+import configs
 from specbench.cli.stages import say
 from specbench.cli.verbs import VERBS
 from specbench.files.atomic import changes, read_json, write_json
+from specbench.files.redaction import WITHHELD, redacted
 from specbench.runs.provenance import differences, provenance
-from specbench.runs.run_folder import read_summary
+from specbench.runs.run_folder import KINDS, read_settings, read_summary
 
 # What a clock measures is never the same twice.
 SET_BY_VERBS = ("threads", "deterministic")
@@ -31,7 +34,13 @@ def run(cfg: DictConfig) -> Path:
     old = Path(cfg.run)
     summary = read_summary(old)
     then = read_json(old / "provenance.json", {})
-    config = yaml.safe_load((old / "config.yaml").read_text(encoding="utf-8"))
+    # Where it goes is said here; everything else is the record's.
+    config = {key: value for key, value in read_settings(old).items() if key not in ("root", "name", "force")}
+    allowed = [str(name) for name in cfg.classes or ()]
+    config = with_moved_classes(config)
+    require_data(config, old / "config.yaml", allowed)
+    if summary.get("kind") not in KINDS:
+        raise ValueError(f"{old / 'summary.json'}: kind is {summary.get('kind')!r}, not one of {', '.join(KINDS)}")
     if summary["status"] != "finished":
         say(f"{old} is {summary['status']}: there may be no numbers to compare with")
     now, _ = provenance(sys.argv, then.get("seeds", {}), then.get("cache"))
@@ -56,7 +65,7 @@ def run(cfg: DictConfig) -> Path:
             say(f"differs from then: {line}")
     unequal, compared = compare(old, new, with_times=cfg.seconds)
     report = {"of": str(old), "differences": differing, "compared": compared, "unequal": unequal}
-    write_json(new / "rerun.json", report)
+    write_json(new / "rerun.json", redacted(report))
     verdict = "all equal" if not unequal else f"{len(unequal)} differ"
     print(f"rerun: {compared} numbers compared, {verdict}; {new / 'rerun.json'}")
     for line in unequal[:20]:
@@ -72,6 +81,79 @@ def _before(facts: Mapping[str, Any]) -> dict[str, Any]:
     """Facts that a run cannot change by running."""
     own = {key: value for key, value in (facts.get("hardware") or {}).items() if key not in SET_BY_VERBS}
     return {**facts, "hardware": own}
+
+
+@cache
+def classes() -> set[str]:
+    """Every class that the project's own configurations name, read from their files."""
+    files = [file for folder in configs.__path__ for file in Path(folder).rglob("*.yaml")]
+    return {name for file in files for name in _named(yaml.safe_load(file.read_text(encoding="utf-8"))).values()}
+
+
+def with_moved_classes(tree: Any) -> Any:
+    """A record's configuration with the classes of this package under their names of today."""
+    if isinstance(tree, Mapping):
+        return {k: _moved(str(v)) if k == "_target_" else with_moved_classes(v) for k, v in tree.items()}
+    return [with_moved_classes(item) for item in tree] if isinstance(tree, list) else tree
+
+
+def _moved(name: str) -> str:
+    """The class of the project's own configurations that is called as `name` is, wherever its module lay then."""
+
+    def called(full: str) -> str:  # DSpark, or CostProfile.load
+        return ".".join(part for part in full.split(".") if part[:1].isupper() or part == "load")
+
+    there = sorted(full for full in classes() if full.startswith("specbench.") and called(full) == called(name))
+    return there[0] if name.startswith("specbench.") and name not in classes() and len(there) == 1 else name
+
+
+def require_data(config: Mapping[str, Any], file: Path, allowed: Sequence[str]) -> None:
+    """Refuse a record that asks for more than the classes of the project's own configurations and those `allowed`.
+
+    A record may be anybody's: a class that it names would be built with arguments that it names, a reference would be
+    resolved with the environment of this machine, and a key that was withheld from it cannot be used again.
+    """
+    known = classes() | set(allowed)
+    for where, name in _named(config).items():
+        if name not in known:
+            raise ValueError(
+                f"{file}: {where} is {name!r}, a class that no configuration of specbench names; if it is one of "
+                "your own, allow it on the command line: classes=[PACKAGE.MODULE.CLASS]"
+            )
+    others = [str(name) for _, name in _children(config.get("methods")) if name not in known]
+    if others:
+        raise ValueError(f"{file} asks for methods={others}: allow them on the command line, classes=[...]")
+    for where, text in _texts(config):
+        if "${" in text or WITHHELD in text:
+            raise ValueError(
+                f"{file}: {where} is {text!r}, and neither references nor keys are in a record: run the command of "
+                f"{file.with_name('provenance.json')} again instead"
+            )
+
+
+def _named(tree: Any, where: str = "") -> dict[str, str]:
+    """Dotted key -> class, of every `_target_` in a configuration."""
+    found = {}
+    for key, value in _children(tree):
+        path = f"{where}.{key}" if where else str(key)
+        found |= {path: str(value)} if key == "_target_" else _named(value, path)
+    return found
+
+
+def _texts(tree: Any, where: str = "") -> Iterator[tuple[str, str]]:
+    """Every text in a configuration, keys included, with its dotted key."""
+    for key, value in _children(tree):
+        path = f"{where}.{key}" if where else str(key)
+        yield path, str(key)
+        if isinstance(value, str):
+            yield path, value
+        yield from _texts(value, path)
+
+
+def _children(tree: Any) -> Iterable[tuple[Any, Any]]:
+    if isinstance(tree, Mapping):
+        return tree.items()
+    return enumerate(tree) if isinstance(tree, list) else ()
 
 
 def cache_differences(cache: Mapping[str, Any] | None) -> list[str]:

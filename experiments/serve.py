@@ -11,7 +11,8 @@ from omegaconf import DictConfig
 from experiments.calibrate import rounds_digest
 from specbench.cli.errors import naming
 from specbench.cli.progress import Progress
-from specbench.cli.stages import Stage, container, say
+from specbench.cli.recording import recorded
+from specbench.cli.stages import Stage, say
 from specbench.decoding.calibration import Calibration
 from specbench.evaluation.recorded_rounds import recorded_rounds
 from specbench.files.atomic import write_json
@@ -28,7 +29,7 @@ def run(cfg: DictConfig) -> Path:
     if not policies:
         raise ValueError("policies names none; keep at least one")
     sources = [cfg.rounds, *(p.rounds for p in cfg.policies.values() if p is not None and "rounds" in p)]
-    config = {**container(cfg), "contents": [rounds_digest(path) for path in sources]}
+    config = {**recorded(cfg), "contents": [rounds_digest(path) for path in sources]}
     folder = RunFolder(cfg.root, "serve", cfg.name, config, fresh=cfg.force)
     with Stage("serve", folder.path, config, force=cfg.force) as stage:
         if stage.done:

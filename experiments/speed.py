@@ -15,7 +15,8 @@ from experiments import trainspeed
 from experiments.evaluate import PLAIN, first_prompt, lineage_of, load_pair, source_of, weights_of
 from specbench.cli.following import command
 from specbench.cli.progress import Progress
-from specbench.cli.stages import Stage, container
+from specbench.cli.recording import recorded
+from specbench.cli.stages import Stage
 from specbench.data.answers.chat import prompt_ids
 from specbench.decoding.cost_profile import CostProfile
 from specbench.decoding.loop import Limits
@@ -62,7 +63,7 @@ def run(cfg: DictConfig) -> Path:
         raise ValueError(f"slots={cfg.slots} is for baselines; lengths=[...] measures shorter proposals of this draft")
     about = lineage_of(cfg.draft, source, cfg.target.name)
     name = cfg.name or f"{about['method']}-{cfg.target.name}-s{about['seed']}"
-    config = container(cfg)
+    config = recorded(cfg)
     folder = Path(cfg.root) / "runs" / "speed" / name
     with Stage("speed", folder, config, force=cfg.force, ignore=("name",)) as stage:
         if stage.done:

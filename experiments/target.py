@@ -14,10 +14,13 @@ from hydra.utils import instantiate
 from lightning.pytorch.callbacks import ModelCheckpoint
 from omegaconf import DictConfig
 
+from specbench.cli.recording import recorded
 from specbench.cli.stages import Stage, container
 from specbench.data.answers.embedded_tokenizer import rendered, train_tokenizer
 from specbench.data.prompts.embedded_corpus import DOMAINS, census, conversations
 from specbench.files.atomic import write_json
+from specbench.files.redaction import redacted
+from specbench.files.torch_checkpoints import read_checkpoint
 from specbench.models import target as targets
 from specbench.runs.provenance import provenance
 from specbench.training.pretraining import CorpusBatches, LanguageModeling, initialise
@@ -41,7 +44,10 @@ def run(cfg: DictConfig) -> None:
             module.model.compile(dynamic=True)
         last = folder / "checkpoints" / "last.ckpt"
         trainer = _trainer(cfg, folder)
-        trainer.fit(module, data, ckpt_path=last if stage.resumes and last.exists() else None, weights_only=False)
+        resumed = last if stage.resumes and last.exists() else None
+        if resumed is not None:
+            read_checkpoint(resumed)  # what cannot be read is refused by name, before any work
+        trainer.fit(module, data, ckpt_path=resumed, weights_only=True)
         facts = publish(cfg, module, data, trainer.global_step, folder)
         stage.finish(facts["loss"] | {"tokens_seen": facts["tokens_seen"], "seconds": facts["seconds"]})
 
@@ -63,7 +69,7 @@ def publish(cfg: DictConfig, module: LanguageModeling, data: CorpusBatches, step
     command = [Path(sys.argv[0]).name, *sys.argv[1:]]
     facts, _ = provenance(command, {"weights": cfg.seed, "data": cfg.data.seed}, first_prompt=rendered(first))
     facts |= {
-        "recipe": {k: v for k, v in container(cfg).items() if k not in ELSEWHERE},
+        "recipe": {k: v for k, v in recorded(cfg).items() if k not in ELSEWHERE},
         "corpus": census(),
         "left_out_for_length": data.left_out,
         "steps": steps,
@@ -73,7 +79,7 @@ def publish(cfg: DictConfig, module: LanguageModeling, data: CorpusBatches, step
         "dtype": cfg.dtype,
         "sha256": hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest(),
     }
-    write_json(folder / "provenance.json", facts)
+    write_json(folder / "provenance.json", redacted(facts))
     return facts
 
 

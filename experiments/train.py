@@ -28,9 +28,12 @@ from specbench.cli.assembly import (
 )
 from specbench.cli.following import command
 from specbench.cli.launching import rank_and_world, ranks, repeats_the_command, shards_of
-from specbench.cli.stages import Stage, container, first_rank, say
+from specbench.cli.recording import recorded
+from specbench.cli.stages import Stage, first_rank, say
 from specbench.decoding.sampling import Sampling
 from specbench.drafts.draft import Draft
+from specbench.drafts.installed import installed
+from specbench.files.torch_checkpoints import read_checkpoint
 from specbench.models.embedding_head import Tables
 from specbench.runs.provenance import provenance
 from specbench.runs.run_folder import RunFolder
@@ -65,7 +68,7 @@ def run_name(cfg: DictConfig) -> str:
     """Method, target, seed, and a digest of everything else that decides the result."""
     facts = {
         k: v
-        for k, v in container(cfg).items()
+        for k, v in recorded(cfg).items()
         if k not in ("root", "force", "name", "tracking", "study", *WITHOUT_EFFECT)
     }
     seed = facts.pop("seed")
@@ -77,7 +80,7 @@ def _train(cfg: DictConfig, stage: Stage, name: str) -> None:
     rank, _ = rank_and_world()
     shards_of(cfg.trainer.lightning)
     fresh = stage.state in ("changed", "forced")
-    with RunFolder(cfg.root, "train", name, container(cfg), fresh=fresh, writes=rank == 0) as run:
+    with RunFolder(cfg.root, "train", name, recorded(cfg), fresh=fresh, writes=rank == 0) as run:
         target = load_target(cfg.target) if needs_target(cfg) else None
         data = open_data(cfg, target)
         config = data.manifest.target_config if target is None else target.config
@@ -132,7 +135,9 @@ def _train(cfg: DictConfig, stage: Stage, name: str) -> None:
         )
         last = keep / "last.ckpt"
         resumed = str(last) if stage.resumes and last.exists() else None
-        trainer.fit(module, datamodule=data, ckpt_path=resumed, weights_only=False)
+        if resumed is not None:
+            read_checkpoint(resumed)  # what cannot be read is refused by name, before any work
+        trainer.fit(module, datamodule=data, ckpt_path=resumed, weights_only=True)
         if stop.received:
             raise KeyboardInterrupt
         best = keep / ("best.ckpt" if probe is not None else "last.ckpt")
@@ -182,7 +187,7 @@ def initialise(draft: Draft, start: str, target: Any, tables: Tables) -> list[st
 
 def load_published(draft: Draft, checkpoint: Path) -> int:
     """Take over a checkpoint's published weights, the moving average where there is one; returns its optimiser step."""
-    found = torch.load(checkpoint, map_location="cpu", weights_only=False, mmap=True)
+    found = read_checkpoint(checkpoint)
     held = found["state_dict"]
     prefix = "average." if any(name.startswith("average.") for name in held) else "draft."
     draft.load_state_dict({k.removeprefix(prefix): v for k, v in held.items() if k.startswith(prefix)})
@@ -195,6 +200,8 @@ def evaluation_of(cfg: DictConfig, folder: Path, overrides: Sequence[str]) -> Di
     for key in ("root", "force", "target", "suite", "tracking", "max_new_tokens", "batch_size"):
         OmegaConf.update(child, key, own[key], merge=False)
     child.draft, child.seed = str(folder), cfg.evaluation_seed
+    if cfg.method.draft._target_ not in installed():
+        child.methods = [cfg.method.draft._target_]
     if cfg.limit is not None:
         child.suite.limit = cfg.limit
     return child

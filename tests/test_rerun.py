@@ -46,7 +46,15 @@ def recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def settings(run: Path, **changed: object) -> DictConfig:
-    base = {"run": str(run), "name": None, "root": None, "seconds": False, "strict": True, "force": False}
+    base = {
+        "run": str(run),
+        "name": None,
+        "root": None,
+        "seconds": False,
+        "strict": True,
+        "force": False,
+        "classes": [],
+    }
     return OmegaConf.create({**base, **changed})
 
 

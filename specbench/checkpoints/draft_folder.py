@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import reduce
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,7 @@ from specbench.checkpoints.exports import (
 )
 from specbench.checkpoints.formats import Reading, Scales, describe, draft_ids, read
 from specbench.drafts.draft import Draft
+from specbench.drafts.installed import full_name
 from specbench.files.hub_datasets import answered
 from specbench.models.embedding_head import Tables
 
@@ -72,9 +73,9 @@ def read_folder(folder: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     return read_config(folder), read_tensors(folder)
 
 
-def taps_of(folder: str | Path) -> list[int]:
-    """The target layers that the draft of a folder reads."""
-    return list(describe(read_config(folder))[1]["target_layer_ids"])
+def taps_of(folder: str | Path, methods: Sequence[type[Draft]] = ()) -> list[int]:
+    """The target layers that the draft of a folder reads; `methods` are classes of methods outside of this package."""
+    return list(describe(read_config(folder), methods=methods)[1]["target_layer_ids"])
 
 
 def ships_embedding(folder: str | Path) -> bool:
@@ -87,13 +88,15 @@ def load_draft(
     target_tables: Tables | None = None,
     dtype: torch.dtype | None = None,
     taps: list[int] | None = None,
+    methods: Sequence[type[Draft]] = (),
 ) -> Draft:
     """Build the draft of a folder and load every tensor; `target_tables` serve formats that ship none.
 
-    Errors: FormatError listing missing and unexpected keys, or naming a shape that differs.
+    `methods` are classes of methods outside of this package that the folder may ask for. Errors: FormatError listing
+    missing and unexpected keys, or naming a method, a setting or a shape that is not right.
     """
     config, tensors = read_folder(folder)
-    return build_draft(config, tensors, target_tables, dtype, taps)
+    return build_draft(config, tensors, target_tables, dtype, taps, methods)
 
 
 def build_draft(
@@ -102,9 +105,10 @@ def build_draft(
     target_tables: Tables | None = None,
     dtype: torch.dtype | None = None,
     taps: list[int] | None = None,
+    methods: Sequence[type[Draft]] = (),
 ) -> Draft:
     """The same from a configuration and tensors already read."""
-    return assemble_draft(read(config, tensors, taps), target_tables, dtype)
+    return assemble_draft(read(config, tensors, taps, methods), target_tables, dtype)
 
 
 def assemble_draft(reading: Reading, target_tables: Tables | None, dtype: torch.dtype | None = None) -> Draft:
@@ -213,7 +217,7 @@ def save_draft(draft: Draft, folder: str | Path, target_config: Mapping[str, Any
     config = text | deepspec_fields(draft, text)
     config.pop("specbench", None)
     config["specbench"] = {
-        "class": f"{type(draft).__module__}.{type(draft).__qualname__}",
+        "class": full_name(type(draft)),
         "settings": {k: list(v) if isinstance(v, tuple) else v for k, v in settings.items() if k != "draft_vocabulary"},
         "backbone": dataclasses.asdict(draft.backbone),
         "target_config": dict(target_config),
@@ -222,7 +226,12 @@ def save_draft(draft: Draft, folder: str | Path, target_config: Mapping[str, Any
 
 
 def export_draft(
-    source: str | Path, folder: str | Path, form: str, verifier: str | None = None, tables: Tables | None = None
+    source: str | Path,
+    folder: str | Path,
+    form: str,
+    verifier: str | None = None,
+    tables: Tables | None = None,
+    methods: Sequence[type[Draft]] = (),
 ) -> Path:
     """Write the draft of the folder `source` into `folder` in a published format; `verifier` names its target.
 
@@ -231,7 +240,7 @@ def export_draft(
     if form not in FORMATS:
         raise FormatError(f"format={form!r}: choose one of {', '.join(FORMATS)}")
     config, tensors = read_folder(source)
-    reading = read(config, tensors)
+    reading = read(config, tensors, methods=methods)
     draft = assemble_draft(reading, tables)
     reason = obstacle(draft, form)
     if reason is not None:

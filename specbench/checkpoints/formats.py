@@ -19,8 +19,7 @@ Axes: V vocabulary, W draft vocabulary, C taps, D hidden.
 
 from __future__ import annotations
 
-import importlib
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -34,6 +33,7 @@ from specbench.drafts.dflash import DFlash
 from specbench.drafts.draft import Draft
 from specbench.drafts.dspark import MARKOV_HEADS, DSpark
 from specbench.drafts.eagle3 import Eagle3
+from specbench.drafts.installed import checked, method_named
 from specbench.models.backbone import Backbone
 
 Config = Mapping[str, Any]
@@ -86,22 +86,37 @@ class Form:
     about: dict[str, Any] = field(default_factory=dict)
 
 
-def describe(config: Config, taps: list[int] | None = None) -> tuple[type[Draft], dict[str, Any]]:
-    """The class and constructor settings that a draft's config.json asks for; `taps` where it names none."""
+def describe(
+    config: Config, taps: list[int] | None = None, methods: Sequence[type[Draft]] = ()
+) -> tuple[type[Draft], dict[str, Any]]:
+    """The class and constructor settings that a draft's config.json asks for; `taps` where it names none.
+
+    A folder of our own names its method, which is looked up among those of this package and `methods`, and gives plain
+    settings, which are held against the method's signature. Errors: FormatError.
+    """
     if "specbench" in config:
-        own = config["specbench"]
-        module, name = own["class"].rsplit(".", 1)
-        return getattr(importlib.import_module(module), name), dict(own["settings"])
+        own = _section(config, "specbench")
+        try:
+            kind = method_named(own.get("class"), methods)
+            return kind, checked(kind, own.get("settings"), "specbench.settings")
+        except ValueError as error:
+            raise FormatError(f"config.json: {error}") from error
     form = understand(config, taps)
     return form.kind, form.settings
 
 
-def read(config: Config, tensors: Tensors, taps: list[int] | None = None) -> Reading:
+def read(
+    config: Config, tensors: Tensors, taps: list[int] | None = None, methods: Sequence[type[Draft]] = ()
+) -> Reading:
     """Understand a checkpoint. Errors: FormatError for an unknown format or for what a draft here cannot be."""
     if "specbench" in config:
-        kind, settings = describe(config, taps)
+        kind, settings = describe(config, taps, methods)
         own = config["specbench"]
-        return Reading(kind, settings, Backbone(**own["backbone"]), dict(own["target_config"]), dict(tensors))
+        try:
+            facts = checked(Backbone, own.get("backbone"), "specbench.models.backbone", objects=())
+        except ValueError as error:
+            raise FormatError(f"config.json: {error}") from error
+        return Reading(kind, settings, Backbone(**facts), dict(_section(own, "target_config")), dict(tensors))
     renamed: dict[str, Tensor] = {}
     for key, value in tensors.items():
         if _ours(key) in renamed:
@@ -132,6 +147,14 @@ def understand(config: Config, taps: list[int] | None = None, tensors: Collectio
             "`specbench import` (SGLang and vLLM take [1, L//2 - 1, L - 4] of a target with L layers)"
         )
     return Form(form.kind, settings, form.layers, form.text, form.about)
+
+
+def _section(config: Config, key: str) -> Config:
+    """An object of config.json. Errors: FormatError."""
+    found = config.get(key)
+    if not isinstance(found, Mapping):
+        raise FormatError(f"config.json: {key} is {found!r}, not an object")
+    return found
 
 
 def draft_ids(tensors: Tensors, vocabulary: int) -> Int[Tensor, " W"] | None:

@@ -12,7 +12,7 @@ from typing import Any
 import lightning.pytorch  # noqa: F401
 import torch
 from hydra.core.global_hydra import GlobalHydra
-from hydra.utils import instantiate
+from hydra.utils import get_class, instantiate
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
@@ -114,6 +114,20 @@ def build_draft(
         mask_token_id=target.mask_token_id,
         draft_vocabulary=vocabulary,
     )
+
+
+def own_methods(names: Sequence[str] | None) -> list[type[Draft]]:
+    """The classes of methods outside of this package that the user named, as PACKAGE.MODULE.CLASS."""
+    found = []
+    for name in names or ():
+        try:
+            kind = get_class(str(name))
+        except Exception as error:  # importing it runs the user's own code, which may fail in any way
+            raise ValueError(f"methods=[{name}] cannot be imported ({error}): give PACKAGE.MODULE.CLASS") from error
+        if not issubclass(kind, Draft):
+            raise ValueError(f"methods=[{name}] is no draft method: name a subclass of specbench.drafts.draft.Draft")
+        found.append(kind)
+    return found
 
 
 def draft_settings(method: DictConfig, target: DictConfig) -> dict[str, Any]:

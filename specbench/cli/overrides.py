@@ -17,8 +17,10 @@ from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
 from specbench.cli.comments import comments
 from specbench.cli.config_groups import groups, loader, options
 from specbench.cli.errors import nearest
+from specbench.cli.recording import recorded
 from specbench.cli.schema import takes_text
 from specbench.cli.settings import SCHEMAS, check_settings, takes
+from specbench.files.redaction import redacted
 
 MANY_JOBS = 256
 
@@ -276,9 +278,12 @@ def sweep_defaults(verb: str, cfg: DictConfig, overrides: Sequence[str]) -> list
     defaults = {
         "hydra.sweep.dir": f"{root}/sweeps/{verb}/${{now:%Y-%m-%d_%H-%M-%S}}",
         "hydra/job_logging": "none",
+        # Every run folder has its own record, from which keys are withheld; Hydra's would repeat them.
+        "hydra.output_subdir": "null",
+        "+hydra.callbacks.withholding": "{_target_: specbench.cli.recording.Withholding}",
     }
     given = {override.partition("=")[0].lstrip("+") for override in overrides}
-    return [f"{key}={value}" for key, value in defaults.items() if key not in given]
+    return [f"{key}={value}" for key, value in defaults.items() if key.lstrip("+") not in given]
 
 
 def as_yaml(cfg: DictConfig, part: str) -> str:
@@ -286,5 +291,6 @@ def as_yaml(cfg: DictConfig, part: str) -> str:
     if part not in ("job", "hydra", "all"):
         raise ValueError(f"--cfg takes job, hydra or all, not '{part}'")
     if part == "job":
-        return OmegaConf.to_yaml(without_hydra(cfg), resolve=True)
-    return OmegaConf.to_yaml(cfg.hydra if part == "hydra" else cfg)
+        return OmegaConf.to_yaml(OmegaConf.create(recorded(without_hydra(cfg))))
+    kept = OmegaConf.to_container(cfg.hydra if part == "hydra" else cfg, resolve=False)
+    return OmegaConf.to_yaml(OmegaConf.create(redacted(kept)))

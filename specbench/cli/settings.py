@@ -357,6 +357,7 @@ class Evaluate(Group):
     force: bool
     name: Name | None
     draft: Folder
+    methods: Texts = Field(default_factory=list)
     prompts: Folder | None
     temperature: Temperature
     top_k: Natural
@@ -417,6 +418,7 @@ class Speed(Group):
     force: bool
     what: Literal["decode", "train"]
     draft: Folder | None
+    methods: Texts = Field(default_factory=list)
     slots: Slots | None
     prompts: Folder | None
     batch_sizes: Annotated[list[Count], Field(min_length=1), AfterValidator(_distinct)]
@@ -613,6 +615,7 @@ class Report(Compare):
 class Export(Group):
     root: Folder
     draft: Folder
+    methods: Texts = Field(default_factory=list)
     format: Literal["deepspec", "vllm", "sglang"]
     folder: Folder | None
     target_id: Folder | None
@@ -626,6 +629,7 @@ class Export(Group):
 class Import(Group):
     root: Folder
     draft: Folder
+    methods: Texts = Field(default_factory=list)
     revision: Text | None
     folder: Folder | None
     target_id: Folder | None
@@ -640,6 +644,7 @@ class Sync(Group):
 
 class Rerun(Group):
     run: Folder
+    classes: Texts = Field(default_factory=list)
     name: Name | None
     root: Folder | None
     seconds: bool

@@ -17,11 +17,13 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from specbench.cli.recording import recorded
 from specbench.files.atomic import changes, plain, read_json, write_json
+from specbench.files.redaction import redacted
 
 MARKER = "stage.json"
 # Where something goes and how it is shown does not change what it is.
-WITHOUT_EFFECT = ("force", "root", "tracking", "yes", "progress", "study")
+WITHOUT_EFFECT = ("force", "root", "tracking", "yes", "progress", "study", "methods")
 
 
 def container(config: DictConfig | Mapping[str, Any]) -> dict[str, Any]:
@@ -60,7 +62,7 @@ class Stage:
     ) -> None:
         self.name, self.folder, self.force = name, Path(folder), force
         dropped = {*WITHOUT_EFFECT, *ignore}
-        self.config = {key: value for key, value in container(config).items() if key not in dropped}
+        self.config = {key: value for key, value in recorded(config).items() if key not in dropped}
         self.state = "new"
         self.summary: dict[str, Any] = {}
         self._began = time.monotonic()
@@ -122,7 +124,7 @@ class Stage:
             facts = {"schema": "specbench.stage/1", "stage": self.name, "status": status}
             seconds = round(time.monotonic() - self._began, 3)
             facts |= {"seconds": seconds, "summary": self.summary, "config": self.config}
-            write_json(self.folder / MARKER, facts)
+            write_json(self.folder / MARKER, redacted(facts))
 
 
 def _locked(folder: Path) -> Any:

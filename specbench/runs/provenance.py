@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from specbench.files.atomic import changes
+from specbench.files.redaction import redact_argument
 
 SOURCE = Path(__file__).resolve().parents[2]
 PACKAGES = (
@@ -36,7 +37,7 @@ def provenance(
     """
     code, diff = source_state(SOURCE)
     facts = {
-        "command": [str(word) for word in command],
+        "command": [redact_argument(str(word)) for word in command],
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "code": code,
         "python": platform.python_version(),

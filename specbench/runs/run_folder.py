@@ -29,6 +29,7 @@ import yaml
 
 from specbench.files import json_lines as jsonl
 from specbench.files.atomic import json_line, plain, read_json, read_object, replacing, write_json, write_text
+from specbench.files.redaction import redact, redacted
 
 SCHEMA = "specbench.run/1"
 # Of records.parquet, in the metadata of the file. Version 1 stated none and had no prompt_hash.
@@ -93,7 +94,7 @@ class RunFolder:
             raise ValueError(f"'{name}' cannot name a run folder: give a name without slashes or a leading dot")
         self.kind, self.name, self.writes = kind, name, writes
         self.path = Path(root) / "runs" / kind / name
-        self.config = plain(config)
+        self.config = redacted(plain(config))
         self._fresh = fresh
         self._summary: dict[str, Any] = {}
         self._not_finite = 0
@@ -164,9 +165,9 @@ class RunFolder:
         """Write provenance.json, and the uncommitted changes as dirty.diff. Facts written before are kept beside."""
         if self.writes:
             old = read_json(self.path / "provenance.json", {})
-            write_json(self.path / "provenance.json", {**old, **facts})
+            write_json(self.path / "provenance.json", redacted({**old, **facts}))
             if diff:
-                write_text(self.path / "dirty.diff", diff)
+                write_text(self.path / "dirty.diff", redact(diff))
 
     def update(self, **values: Any) -> None:
         """Merge `values` into summary.json: method, target, suite, metrics, lineage and what else the run knows."""
@@ -190,7 +191,7 @@ class RunFolder:
         if self._not_finite:
             self._summary["metrics_not_finite"] = self._not_finite
         if self.writes:
-            write_json(self.path / "summary.json", {**self._summary, **volatile})
+            write_json(self.path / "summary.json", redacted({**self._summary, **volatile}))
 
     def _append(self, file: str, line: Mapping[str, Any]) -> None:
         if self.writes:
@@ -211,6 +212,21 @@ def read_summary(folder: str | Path) -> dict[str, Any]:
     if summary["status"] == "running" and not _alive(summary.get("process", {})):
         summary["status"] = "unfinished"
     return summary
+
+
+def read_settings(folder: str | Path) -> dict[str, Any]:
+    """config.yaml of a run folder as plain data: what looks like an interpolation in it is text and stays text.
+
+    Errors: FileNotFoundError, and ValueError for what is no YAML of plain values.
+    """
+    path = Path(folder) / "config.yaml"
+    try:
+        found = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is no YAML of plain values ({' '.join(str(error).split())})") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} holds no settings: it is not the config.yaml of a run")
+    return found
 
 
 def read_lines(path: str | Path) -> list[dict[str, Any]]:

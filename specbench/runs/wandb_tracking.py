@@ -22,6 +22,7 @@ from urllib.parse import urlparse
 from lightning.pytorch.loggers import Logger, WandbLogger
 
 from specbench.files.atomic import plain, read_json, replacing, write_json
+from specbench.files.redaction import redact, redacted
 from specbench.ranges import Among
 from specbench.runs.folder_logger import FolderLogger
 from specbench.runs.run_folder import RunFolder
@@ -54,7 +55,7 @@ class Tracking:
         if mode not in MODES:
             raise ValueError(f"tracking.mode is one of {', '.join(MODES)}, not '{mode}'")
         self.mode, self.project, self.entity, self.group, self.job_type = mode, project, entity, group, job_type
-        self.tags = [str(tag) for tag in tags]
+        self.tags = [redact(str(tag)) for tag in tags]
         self.run: RunFolder | None = None
         self.wandb: WandbLogger | None = None
         self._record: dict[str, Any] = {}
@@ -84,7 +85,7 @@ class Tracking:
         os.environ["WANDB_DATA_DIR"] = str(run.path.resolve() / "wandb" / "data")
         self.wandb = self._logger(mode)
         config = {"run": run.name, "kind": run.kind, **(headline or {}), "settings": run.config}
-        self.wandb.experiment.config.update(plain(config), allow_val_change=True)
+        self.wandb.experiment.config.update(redacted(plain(config)), allow_val_change=True)
         self._record["url"] = self.wandb.experiment.url if mode == "online" else None
         self._save()
         if mode == "offline":
@@ -138,7 +139,7 @@ class Tracking:
     def table(self, key: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], step: int | None = None) -> None:
         """A W&B table, for example accepted length and conditional acceptance by slot."""
         if self.wandb is not None:
-            self.wandb.log_table(key, columns=list(columns), data=plain(rows), step=step)
+            self.wandb.log_table(key, columns=list(columns), data=redacted(plain(rows)), step=step)
 
     def image(self, key: str, path: str | Path, step: int | None = None) -> None:
         """A figure that lies in a file."""
@@ -148,7 +149,7 @@ class Tracking:
     def summary(self, values: Mapping[str, Any]) -> None:
         """Headline numbers of the run; a metric with an interval becomes KEY, KEY/low and KEY/high."""
         if self.wandb is not None:
-            for key, value in _leaves(plain(values)).items():
+            for key, value in _leaves(redacted(plain(values))).items():
                 self.wandb.experiment.summary[key] = value
 
     def artifact(self, name: str, kind: str, path: str | Path, **metadata: Any) -> str | None:
@@ -161,7 +162,7 @@ class Tracking:
         import wandb
 
         path = Path(path).resolve()
-        artifact = wandb.Artifact(name, kind, metadata=plain(metadata))
+        artifact = wandb.Artifact(name, kind, metadata=redacted(plain(metadata)))
         files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
         for file in files:
             inside = str(file.relative_to(path)) if path.is_dir() else file.name
@@ -182,7 +183,7 @@ class Tracking:
         """
         if self.wandb is None:
             return
-        lineage = {**self.wandb.experiment.config.get("lineage", {}), kind: plain({"name": name, **facts})}
+        lineage = {**self.wandb.experiment.config.get("lineage", {}), kind: redacted(plain({"name": name, **facts}))}
         self.wandb.experiment.config.update({"lineage": lineage}, allow_val_change=True)
         if self._record["mode"] == "online":
             import wandb
@@ -207,7 +208,7 @@ class Tracking:
 
     def _save(self) -> None:
         assert self.run is not None
-        write_json(self.run.path / "tracking.json", self._record)
+        write_json(self.run.path / "tracking.json", redacted(self._record))
 
 
 def has_key() -> bool:

@@ -80,7 +80,7 @@ def from_draft(draft: Draft, folder: str | Path, tables: Tables | None) -> tuple
     """
     path = fetch(folder)
     path = path / "draft" if (path / "draft").is_dir() else path
-    found = load_draft(path, tables, taps=list(draft.target_layer_ids))
+    found = load_draft(path, tables, taps=list(draft.target_layer_ids), methods=[type(draft)])
     given, own = found.state_dict(), draft.state_dict()
     if found.target_layer_ids != draft.target_layer_ids:
         given = {name: value for name, value in given.items() if not name.startswith(FUSION)}

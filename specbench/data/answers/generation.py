@@ -16,6 +16,7 @@ from specbench.data.answers.chat import Encoded, encode
 from specbench.data.answers.engines import Conversation, Engine, Policy
 from specbench.files import json_lines as jsonl
 from specbench.files.atomic import changes, plain, read_json, write_json, write_text
+from specbench.files.redaction import redact, redacted
 
 SCHEMA = "specbench.answers/1"
 LARGEST = 2**31 - 1  # no vocabulary has more token ids
@@ -59,6 +60,8 @@ def collect(
     with jsonl.Appender(paths["answer"]) as answers, jsonl.Appender(paths["failure"]) as failures:
 
         def emit(kind: str, row: dict[str, Any]) -> None:
+            if kind == "failure":  # what a server said may repeat the key that it was given
+                row = {**row, "cause": redact(row["cause"])}
             (answers if kind == "answer" else failures).append(row)
             counts["answered" if kind == "answer" else "failed"] += 1
             if kind == "answer":
@@ -72,7 +75,7 @@ def collect(
 
 def header(policy: Policy, engine: str) -> dict[str, Any]:
     """What header.json says."""
-    return {"schema": SCHEMA, "policy": plain(asdict(policy)), "engine": engine}
+    return {"schema": SCHEMA, "policy": redacted(plain(asdict(policy))), "engine": engine}
 
 
 def check_header(folder: Path | str, policy: Policy) -> None:
@@ -83,7 +86,7 @@ def check_header(folder: Path | str, policy: Policy) -> None:
         return
     if not isinstance(there, dict) or there.get("schema") != SCHEMA or not isinstance(there.get("policy"), dict):
         raise ValueError(f"{path} is no header of answers ({SCHEMA}): start over with force=true")
-    differing = changes(there.get("policy"), plain(asdict(policy)))
+    differing = changes(there.get("policy"), redacted(plain(asdict(policy))))
     if differing:
         raise ValueError(
             f"{folder} holds answers of another policy ({'; '.join(differing)}): ask for the old settings, choose "

@@ -20,6 +20,7 @@ from typing import Any
 import openai
 
 from specbench.files.atomic import is_unicode
+from specbench.files.redaction import learn, learn_key, redact
 from specbench.ranges import Count, Seconds
 
 TOLERATED = 3
@@ -80,6 +81,8 @@ class ServerPool:
     ) -> None:
         if not urls:
             raise ValueError("servers=[] names no server: give base URLs such as servers=[http://localhost:8000/v1]")
+        learn_key(api_key)
+        learn(list(urls))
         self.urls, self.model, self.concurrency, self.patience = list(urls), model, concurrency, patience
         self.retries = 0
         self.outages = 0
@@ -98,7 +101,7 @@ class ServerPool:
             seen = await asyncio.gather(*(self._probe(s) for s in self._servers))
             served = sorted({name for names in seen if names for name in names})
             if all(names is None for names in seen):
-                raise ValueError(f"no server answers at {', '.join(self.urls)}: start one, or correct servers=[...]")
+                raise ValueError(f"no server answers at {_shown(self.urls)}: start one, or correct servers=[...]")
             if served and self.model not in served:
                 raise ValueError(f"model={self.model!r} is not served; the servers have {', '.join(served)}")
             for server, names in zip(self._servers, seen, strict=True):
@@ -136,12 +139,12 @@ class ServerPool:
             except openai.APIStatusError as error:
                 cause = self._judge(server, error)
             except (openai.APIConnectionError, TimeoutError) as error:
-                cause = f"{server.url}: {_cause(error)}"
+                cause = f"{redact(server.url)}: {_cause(error)}"
                 self._bury(server)
             except (openai.OpenAIError, _Unreadable, ValueError) as error:
                 if isinstance(error, Refused):
                     raise
-                cause = f"{server.url}: unreadable reply ({_cause(error)})"
+                cause = f"{redact(server.url)}: unreadable reply ({_cause(error)})"
             finally:
                 await self._release(server)
         raise Refused(f"given up after {self.patience.attempts} tries; the last one: {cause}")
@@ -149,7 +152,7 @@ class ServerPool:
     def _judge(self, server: _Server, error: openai.APIStatusError) -> str:
         """What a bad status means: a pause, a dead server, a refused request or the end of the run."""
         status = error.status_code
-        cause = f"{server.url}: HTTP {status} {_cause(error)}"
+        cause = f"{redact(server.url)}: HTTP {status} {_cause(error)}"
         if status in (401, 403, 404):
             raise _Misconfigured(f"{cause}: correct servers=[...], the served model's name or the API key") from error
         if status == 429:
@@ -180,7 +183,7 @@ class ServerPool:
                 self._alone_since = self._alone_since or now
                 if now - self._alone_since > self.patience.outage:
                     raise _Misconfigured(
-                        f"no server has answered for {self.patience.outage:g} s ({', '.join(self.urls)}): restart one "
+                        f"no server has answered for {self.patience.outage:g} s ({_shown(self.urls)}): restart one "
                         "and run the same command again; what was answered is kept"
                     )
             rests = [s.rests_until - now for s in alive if s.rests_until > now]
@@ -250,5 +253,10 @@ def _reply(completion: Any) -> Reply:
     return Reply(text, tokens, choice.finish_reason == "length")
 
 
+def _shown(urls: Sequence[str]) -> str:
+    return ", ".join(map(redact, urls))
+
+
 def _cause(error: BaseException) -> str:
-    return " ".join((str(error) or type(error).__name__).split())[:200]
+    # Before it is cut: half a key is no longer known for one.
+    return redact(" ".join((str(error) or type(error).__name__).split()))[:200]
