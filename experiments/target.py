@@ -14,23 +14,30 @@ from hydra.utils import instantiate
 from lightning.pytorch.callbacks import ModelCheckpoint
 from omegaconf import DictConfig
 
+from specbench.cli.assembly import composed, load_target
+from specbench.cli.config_groups import known_options
 from specbench.cli.recording import recorded
 from specbench.cli.stages import Stage, container
+from specbench.cli.target_argument import expand
 from specbench.data.answers.embedded_tokenizer import rendered, train_tokenizer
 from specbench.data.prompts.embedded_corpus import DOMAINS, census, conversations
 from specbench.files.atomic import write_json
 from specbench.files.redaction import redacted
 from specbench.files.torch_checkpoints import read_checkpoint
 from specbench.models import target as targets
+from specbench.models.selfcheck import settle
 from specbench.runs.provenance import provenance
 from specbench.training.pretraining import CorpusBatches, LanguageModeling, initialise
 
 # Where the target goes is no part of how it is made.
-ELSEWHERE = ("root", "folder", "name", "force")
+ELSEWHERE = ("root", "folder", "name", "force", "check", "check_dtype")
 
 
 def run(cfg: DictConfig) -> None:
-    """Train the target that `cfg` describes and write it, with its provenance, to `cfg.folder`."""
+    """Train the target that `cfg` describes and write it, with its provenance, to `cfg.folder`; or `check` one."""
+    if cfg.check is not None:
+        check(cfg.check, cfg.check_dtype)
+        return
     folder = Path(cfg.folder)
     with Stage("target", folder, cfg, force=cfg.force) as stage:
         if stage.done:
@@ -50,6 +57,19 @@ def run(cfg: DictConfig) -> None:
         trainer.fit(module, data, ckpt_path=resumed, weights_only=True)
         facts = publish(cfg, module, data, trainer.global_step, folder)
         stage.finish(facts["loss"] | {"tokens_seen": facts["tokens_seen"], "seconds": facts["seconds"]})
+
+
+def check(name: str, dtype: str) -> None:
+    """Print what the check of a target found, layer by layer. Raises ValueError where it cannot be used."""
+    words = expand([f"target={name}"], known_options("target"))
+    target = composed("cache", [*words, f"target.dtype={dtype}"]).target
+    try:
+        print(settle(load_target(target)).text())
+    except ValueError as error:
+        report = getattr(error, "report", None) or getattr(error.__cause__, "report", None)
+        if report is not None:
+            print(report.text())
+        raise
 
 
 def publish(cfg: DictConfig, module: LanguageModeling, data: CorpusBatches, steps: int, folder: Path) -> dict:

@@ -700,6 +700,8 @@ class Pretrainer(Group):
 
 
 class Pretrain(Group):
+    check: Text | None
+    check_dtype: DType
     root: Folder
     force: bool
     name: Name

@@ -104,16 +104,30 @@ class Report:
         return next((line for line in self.lines if line.pass_ == pass_ and not line.agrees), None)
 
     def text(self) -> str:
-        """As a table: the largest difference of each layer and part."""
-        head = f"{self.target}: {self.tokens} tokens a text, decoded by {self.mode or 'nothing: refused'}"
-        rows = [("pass", "part", "layer", "difference", "allowed", "")]
-        rows += [
-            (x.pass_, x.part, x.layer, f"{x.difference:.1e}", f"{x.tolerance:.0e}", "" if x.agrees else "DIFFERS")
-            for x in self.lines
-        ]
-        wide = [max(len(row[i]) for row in rows) for i in range(6)]
-        table = ["  ".join(cell.ljust(n) for cell, n in zip(row, wide, strict=True)).rstrip() for row in rows]
-        return "\n".join([head, *([f"because {self.reason}"] if self.reason else []), *table])
+        """As a table: the largest difference of every layer (rows) in every part (columns)."""
+        told = [f"{self.target}: {f'decoded by its {self.mode} pass' if self.mode else 'refused'}"]
+        told += [f"because {self.reason}"] if self.reason else []
+        tolerance = max((line.tolerance for line in self.lines), default=0.0)
+        told.append(f"relative differences, texts of {self.tokens} tokens, allowed {tolerance:.0e}; * differs")
+        parts = list(dict.fromkeys((line.pass_, line.part) for line in self.lines))
+        found = {(line.pass_, line.part, line.layer): line for line in self.lines}
+        layers = sorted({line.layer for line in self.lines}, key=lambda name: (not _number(name), _order(name)))
+        rows = [["layer", *(f"{pass_}: {part}" for pass_, part in parts)]]
+        for layer in layers:
+            cells = [found.get((*part, layer)) for part in parts]
+            rows.append([layer, *("" if x is None else f"{x.difference:.1e}{'' if x.agrees else ' *'}" for x in cells)])
+        wide = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        return "\n".join(
+            told + ["  ".join(cell.ljust(n) for cell, n in zip(row, wide, strict=True)).rstrip() for row in rows]
+        )
+
+
+def _number(name: str) -> bool:
+    return name.lstrip("-").isdigit()
+
+
+def _order(name: str) -> int:
+    return int(name) if _number(name) else ["final", "logits"].index(name)
 
 
 def settle(target: Any, anew: bool = False) -> Report:
@@ -175,17 +189,20 @@ def examine(target: Any) -> Report:
             mode = "recompute"
         elif not whole[0].agrees:
             reason = "two passes over one text differ"
-        elif not _causal_start(target, tokens, truth):
-            reason = NOT_CAUSAL
         else:
+            alone = _alone(target, tokens, lengths, truth)
+            lines += alone
             worst = next(line for line in whole if not line.agrees)
-            mode, reason = (
-                "prefixes",
-                (
+            if not all(line.agrees for line in alone):
+                reason = "a text alone differs as well"
+            elif not _causal_start(target, tokens, truth):
+                reason = NOT_CAUSAL
+            else:
+                mode = "prefixes"
+                reason = (
                     f"the states of a text change with what comes after it, first in layer {worst.layer} (relative "
                     f"difference {worst.difference:.1e}, rounding explains {worst.tolerance:.0e})"
-                ),
-            )
+                )
         if mode and reason is None:
             for name in ("direct", "library") if target.direct is not None else ("library",):
                 target.direct = held if name == "direct" else None
@@ -299,6 +316,15 @@ def _whole(target: Any, tokens: Tensor, lengths: Tensor, truth: Sequence[_Truth]
     context = target.states(tokens, lengths)
     pieces = [(b, 0, context.taps[b, :n], context.last[b, :n]) for b, n in enumerate(lengths.tolist())]
     return found + _against(target, "whole", "padded texts", pieces, truth)
+
+
+def _alone(target: Any, tokens: Tensor, lengths: Tensor, truth: Sequence[_Truth]) -> list[Line]:
+    """Texts one by one, each at its own length."""
+    pieces = []
+    for b, n in enumerate(lengths.tolist()):
+        context = target.states(tokens[b : b + 1, :n], lengths[b : b + 1])
+        pieces.append((b, 0, context.taps[0], context.last[0]))
+    return _against(target, "whole", "texts alone", pieces, truth)
 
 
 def _causal_start(target: Any, tokens: Tensor, truth: Sequence[_Truth]) -> bool:

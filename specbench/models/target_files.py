@@ -67,8 +67,9 @@ def read_model(id: str | Path, revision: str | None, dtype: torch.dtype, raw: Ma
         )
     except Exception as error:
         raise ValueError(f"target {str(id)!r} cannot be loaded: {_cause(id, revision, error)}") from error
-    text = model.config.get_text_config(decoder=True)
-    _require_whole(id, told, getattr(text, "num_hidden_layers", None))
+    stated = raw.get("text_config") or raw
+    layers, more = (stated.get(key) for key in ("num_hidden_layers", "num_nextn_predict_layers"))
+    _require_whole(id, told, range(layers, layers + more) if layers and more else range(0))
     return model
 
 
@@ -113,9 +114,10 @@ def _cause(id: str | Path, revision: str | None, error: Exception) -> str:
     return _first(error)
 
 
-def _require_whole(id: str | Path, told: Mapping[str, Any], layers: int | None) -> None:
-    """Refuse a checkpoint whose weights are not exactly those of its model."""
-    surplus = [key for key in sorted(told["unexpected_keys"]) if not BESIDE.search(key) and not _beyond(key, layers)]
+def _require_whole(id: str | Path, told: Mapping[str, Any], predicting: range) -> None:
+    """Refuse a checkpoint whose weights are not exactly those of its model. `predicting`: numbers of layers behind the
+    last one, which predict further tokens and are no part of the target."""
+    surplus = [key for key in sorted(told["unexpected_keys"]) if not BESIDE.search(key) and not _among(key, predicting)]
     mismatched = sorted(map(_shapes, told["mismatched_keys"]))
     for what, names, remedy in (
         ("lacks", sorted(told["missing_keys"]), "they would be random numbers; download or save it whole"),
@@ -136,10 +138,9 @@ def _shapes(entry: Any) -> str:
     return f"{name} {tuple(stored)}, not {tuple(wanted)}"
 
 
-def _beyond(key: str, layers: int | None) -> bool:
-    """Whether a weight belongs to a layer behind the last one: a module that predicts further tokens."""
+def _among(key: str, layers: range) -> bool:
     found = re.search(r"(?:^|\.)layers\.(\d+)\.", key)
-    return found is not None and layers is not None and int(found[1]) >= layers
+    return found is not None and int(found[1]) in layers
 
 
 def require_finite(id: str | Path, model: nn.Module) -> None:
