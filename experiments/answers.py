@@ -118,7 +118,7 @@ def _tokenizer(target: DictConfig) -> Any:
     from transformers import AutoTokenizer  # slow to import
 
     try:
-        return AutoTokenizer.from_pretrained(location(target.id), revision=target.revision)
+        return AutoTokenizer.from_pretrained(location(target.id), revision=target.revision, trust_remote_code=False)
     except (OSError, ValueError) as error:
         said = str(error).splitlines()[0]
         raise ValueError(f"the tokenizer of {target.id!r} cannot be loaded ({said}): set target.id=FOLDER") from error

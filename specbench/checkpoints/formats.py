@@ -113,7 +113,7 @@ def read(
         kind, settings = describe(config, taps, methods)
         own = config["specbench"]
         try:
-            facts = checked(Backbone, own.get("backbone"), "specbench.models.backbone", objects=())
+            facts = checked(Backbone, own.get("backbone"), "specbench.backbone", objects=())
         except ValueError as error:
             raise FormatError(f"config.json: {error}") from error
         return Reading(kind, settings, Backbone(**facts), dict(_section(own, "target_config")), dict(tensors))

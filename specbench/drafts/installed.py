@@ -43,10 +43,11 @@ def method_named(name: Any, others: Sequence[type[Draft]] = ()) -> type[Draft]:
     Errors: ValueError that lists what is there.
     """
     known = installed() | {full_name(kind): kind for kind in others}
-    if name not in known and str(name).startswith("specbench."):  # a folder from before the modules lay where they lie
-        last = str(name).split(".")[-2:]
+    name = name if isinstance(name, str) else str(name)
+    if name not in known and name.startswith("specbench."):  # a folder from before the modules lay where they lie
+        last = name.split(".")[-2:]
         name = next((full for full in installed() if full.split(".")[-2:] == last), name)
-    if not isinstance(name, str) or name not in known:
+    if name not in known:
         raise ValueError(
             f"the method {name!r} is not one of {', '.join(sorted(known))}; a file cannot say what to import: name a "
             "method of your own on the command line, as methods=[PACKAGE.MODULE.CLASS]"
