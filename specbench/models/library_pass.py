@@ -11,7 +11,7 @@ Axes: B rows, S new tokens, T tokens, D hidden, V vocabulary.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -288,7 +288,7 @@ def law_of(model: nn.Module, parts: Anatomy) -> Law:
     dtype, numbers = parts.head.weight.dtype, _numbers(model.config.get_text_config(decoder=True))
     after, cap = _elementwise(found["known"].double(), out.double(), dtype, kind)
     scale = _factor(one_stream(found["entering"], axis), parts.embedding.weight[tokens]) or 1.0
-    near = 1e-4 if dtype == torch.float32 else 8e-3
+    near = 1e-4 if dtype in (torch.float32, torch.float64) else 8e-3
     return Law(
         _snapped(scale, [*numbers, width**0.5], near),
         _snapped(before * after, [*numbers, *(1 / n for n in numbers)], near),
@@ -329,14 +329,9 @@ def _elementwise(known: Tensor, out: Tensor, dtype: torch.dtype, kind: str) -> t
     capped = abs(top) < 0.5 * abs(slope) * largest
     factor, cap = slope, top if capped else None
     said = known * factor if cap is None else cap * torch.tanh(known * factor / cap)
-    room = (2e-5 if dtype == torch.float32 else 2e-2) * said.abs().clamp_min(1e-3)
+    room = (2e-5 if dtype in (torch.float32, torch.float64) else 2e-2) * said.abs().clamp_min(1e-3)
     if not (factor and bool(((out - said).abs() <= room).all())):
         raise Unsupported(
             f"{kind} changes its head's numbers by more than a factor and a soft-cap before they are logits"
         )
     return factor, cap
-
-
-def config_numbers(text: Mapping[str, Any], *names: str) -> list[int]:
-    """The positive integers of `text` under these names."""
-    return [text[n] for n in names if isinstance(text.get(n), int) and not isinstance(text[n], bool) and text[n] > 0]
