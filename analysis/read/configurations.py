@@ -21,7 +21,19 @@ Facts = tuple[tuple[str, Any], ...]
 # Settings that leave every number as it is, by their dotted key; one that ends in a dot stands for all below it.
 EVERYWHERE = (
     *("root", "force", "name", "tracking", "tracking.", "study", "study.", "yes", "progress", "plan", "memory"),
-    *("device", "devices", "seed", "seed.", "evaluation_seed", "method.name", "run", "kind", "path", "status"),
+    *(
+        "device",
+        "devices",
+        "methods",
+        "seed",
+        "seed.",
+        "evaluation_seed",
+        "method.name",
+        "run",
+        "kind",
+        "path",
+        "status",
+    ),
 )
 # Of an evaluation: target, draft and prompts are known by content, what its table is about by its records, and the rest
 # changes seconds or adds columns.
@@ -152,7 +164,7 @@ def told_apart(facts: Sequence[Facts], named: Collection[str] = ()) -> tuple[lis
     partly = sorted(key for key in values if any(key not in known for known in every))
 
     def tells(key: str) -> bool:
-        off = key in (*STATED, "target weights") or not values[key] - {None, False}
+        off = key in (*STATED, "target weights") or not values[key] - {None, False, ()}
         return len(values[key]) > 1 or (key in partly and not off)
 
     telling = sorted(filter(tells, values), key=_priority)

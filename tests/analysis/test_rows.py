@@ -84,6 +84,14 @@ def test_what_has_no_effect_keeps_the_seeds_of_a_configuration_together(tmp_path
     assert (frame["seeds"] == 2).all()
 
 
+@pytest.mark.parametrize(("value", "rows"), [(None, 1), (False, 1), ([], 1), (0.5, 2), ("some", 2), ([1], 2)])
+def test_a_setting_that_a_configuration_did_not_have_yet_is_off(tmp_path, value, rows):
+    made = [train(tmp_path, "old", 0), train(tmp_path, "new", 1, **{"trainer.recipe.brand_new": value})]
+    for seed, trained in enumerate(made):
+        evaluation(tmp_path, f"e{seed}", trained, seed)
+    assert len(labels(tmp_path)) == rows
+
+
 @pytest.mark.parametrize("key", DECODING)
 def test_decoding_that_differs_gives_rows_of_their_own_and_marks_the_smaller_part(tmp_path, key):
     made = [train(tmp_path, f"t{number}", number) for number in (0, 1)]
