@@ -162,7 +162,7 @@ class Hub(_Read):
 
 @dataclass
 class Files(_Read):
-    """Local files (paths or glob patterns) of the formats of foreign.py, read a row at a time."""
+    """Local files (paths or glob patterns) of the formats of foreign_layouts.py, read a row at a time."""
 
     name: str
     paths: list[str]
