@@ -4,8 +4,8 @@ A benchmark is data: where its rows are (a dataset of the hub, or the embedded c
 Jinja template over the row's columns, or a column with turns), which rows are drawn, its domain and a version that is
 raised whenever any of it changes. Prompts can also be read from a folder of JSONL files, one a benchmark, whose lines
 hold `turns` (texts) or `prompt_ids` (already tokenised), or from a single file of any format and layout that
-foreign_layouts.py and turns.py know. There a `benchmark` or `category` names the benchmark of a row, as in Spec-Bench's and SPEED-Bench's
-question files, and a `question_id` serves as its id.
+foreign_layouts.py and turns.py know. There a `benchmark` or `category` names the benchmark of a row, as in Spec-Bench's
+and SPEED-Bench's question files, and a `question_id` serves as its id.
 """
 
 from __future__ import annotations
