@@ -15,6 +15,7 @@ import traceback
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from specbench.cli.environment import check_environment, outlet
 from specbench.cli.verbs import VERBS, Verb
 from specbench.cli.withholding import screen, withhold
 
@@ -38,10 +39,16 @@ def _guarded(words: list[str], verbs: Mapping[str, Verb], package: str) -> int:
     """`_main`, with every error turned into its exit code."""
     before = signal.signal(signal.SIGTERM, _terminate)
     try:
-        return _main(words, verbs, package)
-    except BrokenPipeError:  # the reader, `head` for example, has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+        with outlet() as stdout:
+            code = _main(words, verbs, package)
+        # A reader that has seen enough, `head` for example, is no fault.
+        if stdout.fault is not None and not isinstance(stdout.fault, BrokenPipeError):
+            print(
+                f"specbench: stdout cannot be written ({stdout.fault.strerror}); the work itself is done",
+                file=sys.stderr,
+            )
+            return MISTAKE
+        return code
     except BaseException as error:
         return _fail(error)
     finally:
@@ -60,6 +67,7 @@ def _main(words: list[str], verbs: Mapping[str, Verb], package: str) -> int:
 
         raise ValueError(f"there is no verb '{name}'{nearest(name, verbs)}; `specbench --help` lists them")
     options, overrides = _split(name, rest)
+    check_environment()
     quiet()
     from specbench.cli import config_groups
     from specbench.cli import overrides as composing

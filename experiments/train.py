@@ -16,7 +16,7 @@ from lightning.pytorch.callbacks import Callback, TQDMProgressBar
 from omegaconf import DictConfig, OmegaConf
 
 from experiments.evaluate import run as evaluate
-from experiments.planning import print_plan
+from experiments.planning import print_plan, require_memory
 from experiments.trainingdata import frequent_tokens, open_data, probe_prompts
 from specbench.checkpoints.draft_folder import save_draft
 from specbench.cli.assembly import (
@@ -84,6 +84,7 @@ def _train(cfg: DictConfig, stage: Stage, name: str) -> None:
         target = load_target(cfg.target) if needs_target(cfg) else None
         data = open_data(cfg, target)
         config = data.manifest.target_config if target is None else target.config
+        require_memory(cfg, config, int(data.lengths.max()))
         with torch.random.fork_rng():
             torch.manual_seed(cfg.seed.init)
             stops = () if target is None else target.stop_token_ids

@@ -8,7 +8,10 @@ commands really are processes.
 from __future__ import annotations
 
 import itertools
+import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,8 +25,9 @@ from experiments.cli import main
 from specbench.cli.assembly import PACKAGED, composed, location
 from specbench.cli.overrides import leaves
 from specbench.cli.schema import _alternatives, _flat, annotation_at, describe
-from specbench.cli.settings import SCHEMAS
+from specbench.cli.settings import SCHEMAS, check_settings
 from specbench.cli.verbs import VERBS
+from tests.pipeline import prepare
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 # What a verb must be given; nothing of it exists, so that a value which is let through cannot begin a long work.
@@ -221,6 +225,195 @@ def bad_files(at: Path) -> Iterator[Bad]:
 SOUND = {("tokenizer.json", "missing", "target.id"), ("summary.json", "missing", "draft")}
 
 
+# A value that was once taken in silence, or refused in words that name no setting, each with what the sentence holds.
+TRAIN = """
+trainer.recipe.gradient_clip=-1 | a number above 0
+trainer.recipe.layer_decay=-1 | a number above 0, at most 1
+trainer.recipe.warmup=7 | from 0 to 1
+trainer.recipe.lr=0 | a number above 0
+trainer.recipe.lr=nan | lr=nan: takes a number above 0
+trainer.recipe.betas=[0.9] | a list
+trainer.recipe.ema=1 | below 1
+method.window=0 | window=0: takes a whole number from 1
+method.draft.block_size=100000 | from 1 to 512
+method.draft.anchors=10000000000 | anchors=10000000000: takes
+method.draft.markov_head=vanila | one of vanilla, gated, rnn
+method.draft.markov_rank=0 | confidence_with_markov=true
+method.objective.slot_weight={exp:0} | slot_weight
+method.objective.ce=-1 | ce=-1: takes a number from 0
+method.objective.ce=0 method.objective.tv=0 method.objective.confidence=0 | no term
+method.backbone=qwen9 | takes one of
++method.head=rnn | labelled by a head
+choice=eagle3_default method=dspark | a choice of method=eagle3
+method=eagle3 head=rnn | method=eagle3 has no markov_head
+trainer.max_steps=null | trainer.max_steps=null trainer.epochs=null
+trainer.lightning.precision=16-mixt | one of 32-true
+trainer.lightning.devices=-1 | a number of devices
+trainer.data.samples_per_micro=0 | from 1
+trainer.data.validation_fraction=1 | below 1
++trainer.recipe.lrr=1 | did you mean 'lr'
++trainer.lightning.acelerator=cpu | did you mean 'accelerator'
+cache_dtype=float31 | one of float32
+on_damage=ignore | one of raise, skip
+seed.init=-1 | from 0 to 4294967295
+temperatures=[] | temperatures=[]
+temperatures=[0,0] | without repetitions
+tracking.mode=banana | one of auto, online, offline, disabled
+target.dtype=flaot32 | one of float32
+target.device=gpu | a device: auto, cpu
+target.target_layer_ids=[3,1] | ascending
+target=tiny_qwen3 target.config.hidden_size=-1 | hidden_size=-1: takes
+name=../x | a name for a folder
+root= | root='': takes a path
+suite.benchmarks.code.name=math | benchmarks name math twice
+-m seed.init=0,-1 | seed.init=-1
+-m method.draft.layers=1,0 trainer.recipe.lr=0.1 | layers=0
+"""
+OTHERS = """
+evaluate slots=-1 draft=ngram | slots=-1: takes a whole number from 1
+evaluate token_budget=-4 draft=plain | token_budget=-4: takes
+evaluate temperature=-1 draft=plain | temperature=-1: takes
+evaluate temperature=inf draft=plain | temperature=inf: takes a number from 0
+evaluate top_p=0 draft=plain | top_p=0: takes a number above 0
+evaluate max_new_tokens=1000000000 draft=plain | max_new_tokens=1000000000: takes
+evaluate stop_token_ids=[a] draft=plain | stop_token_ids=[a]: takes
+evaluate audit=true temperature=1 draft=ngram | the target's own greedy text
+evaluate device=cuda:x draft=plain | a device: auto, cpu
+evaluate scheduler=threshold scheduler.threshold=2 draft=plain | threshold=2: takes a number from 0 to 1
+evaluate scheduler._target_=os.getcwd draft=plain | takes a Scheduler
+speed draft=plain | draft=plain
+speed draft=ngram batch_sizes=[] | batch_sizes=[]: takes
+speed train train.parts=[dsparc] | train.parts=[dsparc]: takes
+speed train train.sizes={hiden:3} | did you mean 'hidden'
+answers chunk=0 | chunk=0: takes
+answers count=0 | count=0: takes
+answers servers=[localhost] | servers=[localhost]: takes base URLs
+answers sampling.top_p=2 | top_p=2: takes
+cache codec=bogus | codec=bogus: choose one of
+cache shard_bytes=0 | shard_bytes=0: takes
+quickstart steps=0 | steps=0: takes
+quickstart methods=[] | methods=[]: takes
+quickstart methods=[dsparc] | there is no method dsparc
+quickstart codec=bogus | codec=bogus
+calibrate rounds=x share=1 | share=1: takes a number above 0, below 1
+serve rounds=x baseline=fixd | takes one of the policies
+serve rounds=x concurrency=[] | there is no load
+compare where=a | takes conditions such as key=value
+export draft=x format=vlm | one of deepspec, vllm, sglang
+export draft=x format=vllm push=me | OWNER/NAME
+target vocabulary=10 | vocabulary=10: takes
+target training.warmup=-1 | warmup=-1: takes
+prompts validation=1 | validation=1: takes
+prompts ngram=0 | ngram=0: takes
+"""
+
+
+def table() -> list[tuple[str, list[str], str]]:
+    """Verb, words and what the sentence holds, of both tables."""
+    lines = [f"train {line}" for line in TRAIN.strip().splitlines()] + OTHERS.strip().splitlines()
+    split = [(line.split(" | ")[0].split(), line.split(" | ")[1]) for line in lines]
+    return [(words[0], words[1:], said) for words, said in split]
+
+
+ROWS = [pytest.param(*row, marks=[pytest.mark.long] if at % 2 else []) for at, row in enumerate(table())]
+
+
+@pytest.mark.parametrize(("verb", "words", "said"), ROWS, ids=lambda x: x if isinstance(x, str) else " ".join(x))
+def test_nonsense_is_refused_with_its_range(
+    verb: str, words: list[str], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = [] if "root=" in words else [f"root={tmp_path / 'never'}"]
+    assert main([verb, *words, *root]) == 2
+    errors = capsys.readouterr().err
+    assert errors.startswith("specbench: ") and errors.count("\n") == 1 and said in errors, errors
+    assert not (tmp_path / "never").exists()
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_what_is_committed_is_in_range(verb: str) -> None:
+    check_settings(verb, composed(VERBS[verb].config, NEEDS.get(verb, [])))
+
+
+@pytest.mark.parametrize("name", ["20260101", "1e5", "nan", "true", "7.50"])
+def test_names_that_look_like_numbers_are_texts(name: str) -> None:
+    assert composed("train", [f"name={name}"]).name == name
+    assert composed("train", [f"data.name={name}"]).data.name == name
+
+
+@pytest.mark.parametrize(
+    ("variables", "said"),
+    [
+        ({"RANK": ""}, "RANK=''"),
+        ({"RANK": "first", "WORLD_SIZE": "2"}, "RANK='first'"),
+        ({"RANK": "2", "WORLD_SIZE": "2"}, "RANK=2 with WORLD_SIZE=2"),
+        ({"WORLD_SIZE": "0"}, "WORLD_SIZE='0'"),
+        ({"LOCAL_RANK": "-1"}, "LOCAL_RANK='-1'"),
+        ({"SLURM_PROCID": "1.5"}, "SLURM_PROCID='1.5'"),
+    ],
+)
+def test_ranks_that_are_no_numbers_are_named(
+    variables: dict[str, str], said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert main(["sync", "run=/no/run"]) == 2
+    assert said in capsys.readouterr().err
+
+
+def process(words: list[str], **streams: Any) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "experiments.cli", *words]
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    return subprocess.run(
+        command, cwd=REPOSITORY, env=environment, stderr=subprocess.PIPE, text=True, check=False, **streams
+    )
+
+
+def test_a_full_or_closed_stdout_is_a_sentence() -> None:
+    with open("/dev/full", "w") as full:
+        done = process(["sync", "--help"], stdout=full)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1) and "stdout cannot be written" in done.stderr
+    done = process(["sync", "--help"], preexec_fn=lambda: os.close(1))
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1) and "stdout is closed" in done.stderr
+
+
+def test_a_reader_that_leaves_is_no_fault() -> None:
+    command = [
+        sys.executable,
+        "-c",
+        "import sys; from experiments.cli import main; sys.exit(main(['train', '--help']))",
+    ]
+    with subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as opened:
+        assert opened.stdout is not None and opened.stderr is not None
+        opened.stdout.close()
+        assert opened.stderr.read() == "" and opened.wait(120) == 0
+
+
+def test_help_states_types_and_ranges(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", "--help"]) == 0
+    page = " ".join(capsys.readouterr().out.split())
+    for said in (
+        "share of the steps [a number from 0 to 1]",
+        "slots K of a block [a whole number from 1 to 512]",
+        "vanilla, gated or rnn [one of vanilla, gated, rnn]",
+        "folder or URL of a target cache",
+    ):
+        assert said in page
+
+
+def test_more_slots_than_a_block_holds_and_more_memory_than_there_is(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = prepare(tmp_path)
+    assert main(["train", *words, "name=one", "evaluate=false"]) == 0
+    draft = [f"root={tmp_path}", f"draft={tmp_path / 'runs/train/one'}", "tracking=disabled"]
+    capsys.readouterr()
+    assert main(["evaluate", *draft, f"suite.prompts={tmp_path / 'asked.jsonl'}", "slots=50"]) == 2
+    assert "slots=50: the block of draft=" in capsys.readouterr().err
+    large = ["method.draft.layers=256", "method.draft.block_size=512", "trainer.data.samples_per_micro=100000"]
+    assert main(["train", *words, *large, "name=two"]) == 2
+    assert "GiB are free" in capsys.readouterr().err
+
+
 def said_by(bad: Bad, root: Path, capsys: pytest.CaptureFixture[str]) -> list[str]:
     """What is wrong with how the command line took a bad command: nothing, where it ended as it should."""
     capsys.readouterr()
@@ -256,3 +449,15 @@ def test_no_bad_file_passes_and_each_is_named(tmp_path: Path, capsys: pytest.Cap
     for number, bad in enumerate(commands):
         faults += said_by(bad, tmp_path / f"out{number}", capsys)
     assert not faults, "\n".join([f"{len(faults)} of {len(commands)}", *faults])
+
+
+@pytest.mark.long
+@pytest.mark.timeout(900)
+def test_bad_commands_as_processes(tmp_path: Path) -> None:
+    commands = table()[::3]
+    assert len(commands) >= 24
+    for verb, words, said in commands:
+        done = process([verb, *words, f"root={tmp_path / 'never'}"], stdout=subprocess.PIPE)
+        assert done.returncode == 2 and done.stdout == "", (verb, words, done.stderr)
+        assert done.stderr.count("\n") == 1 and said in done.stderr, done.stderr
+    assert not (tmp_path / "never").exists()

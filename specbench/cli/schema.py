@@ -24,6 +24,8 @@ from specbench.ranges import Among
 
 STRICT = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False, protected_namespaces=(), validate_by_name=True)
 SECRET = ("api_key", "password", "token")
+# Groups whose values are taken from other settings.
+RAW = (("model",),)
 PARTS = {bool: "true or false", str: "a text", type(None): "null", dict: "a mapping", Any: "any value"}
 
 
@@ -59,7 +61,8 @@ def check(model: type[BaseModel], settings: Mapping[str, Any], where: str = "") 
     try:
         model.model_validate(dict(settings))
     except ValidationError as error:
-        if error.errors(include_url=False)[0]["type"] == "value_error":  # a rule: what it follows from comes first
+        first = error.errors(include_url=False)[0]
+        if first["type"] == "value_error" and first["loc"] in RAW:  # it may follow from another group's wrong value
             _check_inner(model, settings, where)
         raise ValueError(_told(model, settings, error, where)) from None
     _check_inner(model, settings, where)
@@ -75,9 +78,10 @@ def check_arguments(built: Built, found: Mapping[str, Any], where: str) -> None:
     name = built.of or found.get("_target_")
     if not isinstance(name, str):
         raise ValueError(f"{where}._target_={show(name)}: takes the dotted name of a class")
-    model = arguments_of(name, built.given, f"{where}._target_")
+    located(name, f"{where}._target_")
     if built.kind is not None and not _is_a(name, built.kind):
         raise ValueError(f"{where}._target_={name}: takes a {built.kind.rpartition('.')[2]}, which this is not")
+    model = arguments_of(name, built.given, f"{where}._target_")
     own = {key: value for key, value in found.items() if key != "_target_" or built.of is not None}
     own = {key: value for key, value in own.items() if key not in ("_convert_", "_recursive_", "_partial_")}
     check(model, own, f"{where}.")
@@ -196,7 +200,7 @@ def _parameters(called: Any) -> Iterator[tuple[inspect.Parameter, Mapping[str, A
     """Named parameters with the module that their annotations are to be read in; constructors pass on what they do not
     name themselves."""
     if not isinstance(called, type):
-        scope = getattr(called, "__globals__", None) or called.__func__.__globals__
+        scope = getattr(getattr(called, "__func__", called), "__globals__", {})
         yield from ((p, scope) for p in inspect.signature(called).parameters.values())
         return
     for part in called.__mro__:

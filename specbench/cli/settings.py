@@ -86,6 +86,18 @@ def _ascending(value: list[int]) -> list[int]:
     return value
 
 
+def _benchmarks(value: dict[str, Any]) -> dict[str, Any]:
+    found = value.get("benchmarks")
+    inner = found.values() if isinstance(found, Mapping) else found if isinstance(found, list) else []
+    names = [one.get("name") for one in inner if isinstance(one, Mapping)]
+    if twice := sorted({str(name) for name in names if names.count(name) > 1}):
+        raise ValueError(
+            f"benchmarks name {twice[0]} twice: prompts are told apart by the names of their benchmarks; give each "
+            "a name of its own"
+        )
+    return value
+
+
 def _sizes(value: dict[str, Any]) -> dict[str, Any]:
     """Sizes of a model's raw configuration; what else is in it, the model library judges."""
     for key, found in value.items():
@@ -158,7 +170,9 @@ DataArguments = Annotated[
     Built(of="specbench.data.loading.step_data.StepData", given=("seed", "limit_samples", "rank", "world")),
 ]
 Tracking = Annotated[dict[str, Any], Built(kind="specbench.runs.wandb_tracking.Tracking")]
-Suite = Annotated[dict[str, Any], Built(kind="specbench.data.prompts.benchmarks.Benchmarks")]
+Suite = Annotated[
+    dict[str, Any], AfterValidator(_benchmarks), Built(kind="specbench.data.prompts.benchmarks.Benchmarks")
+]
 Scheduler = Annotated[dict[str, Any], Built(kind="specbench.decoding.scheduling.Scheduler")]
 Profile = Annotated[dict[str, Any], Built(kind="specbench.decoding.cost_profile.CostProfile")]
 Patience = Annotated[dict[str, Any], Built(kind="specbench.data.answers.servers.Patience")]
