@@ -5,8 +5,11 @@ from __future__ import annotations
 import base64
 import json
 import os
+import subprocess
+import sys
 import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from functools import partial
+from http.server import BaseHTTPRequestHandler, SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -25,6 +28,7 @@ from specbench.files import redaction
 from specbench.files.json_lines import read
 from specbench.files.redaction import VARIABLE, learn, redact, redacted
 from specbench.runs.run_folder import RunFolder
+from tests.pipeline import prepare
 
 
 @pytest.fixture(autouse=True)
@@ -313,3 +317,30 @@ def test_a_server_that_repeats_the_key_does_not_get_it_into_a_file(
     if sweep:
         (notes,) = (root / "sweeps").rglob("multirun.yaml")
         assert yaml.safe_load(notes.read_text())["servers"] == [address.replace("me:Q7passw0rd", "***"), plain]
+
+
+class Quiet(SimpleHTTPRequestHandler):
+    def log_message(self, *args: object) -> None:
+        pass
+
+
+@pytest.mark.long
+def test_a_training_and_its_mirror_hold_no_key(tmp_path: Path) -> None:
+    """A command of its own, with a password in the address of its cache and keys in its environment, W&B offline."""
+    root = tmp_path / "root"
+    root.mkdir()
+    words = [word for word in prepare(root) if not word.startswith("tracking=")]
+    (cache,) = (root / "cache").iterdir()
+    server = served(partial(Quiet, directory=str(cache)))
+    keys = ["Q7urlPassw0rd", "Q7fromEnv1ronment", "a7" * 20, "hf_Q7abcdefghijklmnop12"]
+    words += ["method=dflash", "name=planted", "tracking=offline", "tracking.tags=[${oc.env:PLANTED_API_KEY}]"]
+    words.append(f"cache=http://me:{keys[0]}@127.0.0.1:{server.server_address[1]}")
+    environment = os.environ | {"PLANTED_API_KEY": keys[1], "WANDB_API_KEY": keys[2], "HF_TOKEN": keys[3]}
+    command = [sys.executable, "-m", "experiments.cli", "train", *words]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False, timeout=500)
+    server.shutdown()
+    assert done.returncode == 0, done.stderr
+    assert_absent(keys, root, done.stdout, done.stderr)
+    record = yaml.safe_load((root / "runs" / "train" / "planted" / "config.yaml").read_text())
+    assert record["tracking"]["tags"] == ["${oc.env:PLANTED_API_KEY}"] and record["cache"].startswith("http://***@")
+    assert list((root / "runs").rglob("*.wandb")), "the mirror is among what was searched"
