@@ -20,6 +20,7 @@ from specbench.decoding.sampling import Sampling, warp
 from specbench.drafts.baselines import NGram, Oracle, Small
 from specbench.evaluation.audit import Parting, audit, parting, spacing, verdict
 from specbench.evaluation.module import Protocol
+from specbench.evaluation.recorded_rounds import digest
 from specbench.evaluation.teacher_forced import Forced, SlotAcceptance, slot_acceptance
 from specbench.evaluation.token_classes import token_classes
 from specbench.models.target import Target, save
@@ -170,6 +171,15 @@ def test_both_from_the_command_line(tmp_path, capsys, monkeypatch):
     ]
     assert all(row["teacher_forced"] == [[9.0 - k] * 4 for k in (1, 2, 3)] and row["audit"] == [] for row in rows)
     assert all(sum(c for _, _, c in row["by_round"]) == row["committed"] for row in rows)
+    assert [row["prompt_hash"] for row in rows] == [digest(line["prompt_ids"]) for line in lines]
+    assert pq.read_schema(run / "records.parquet").metadata[b"schema"] == b"specbench.records/2"
+    stated = {"slots": 3, "max_new_tokens": 9, "stop_token_ids": [], "dtype": "float32", "batch_size": 16, "top_p": 1.0}
+    assert stated.items() <= summary["protocol"].items() and set(summary["metrics"]) >= {
+        "tokens_per_second_per_request"
+    }
+    assert "tokens_per_second" not in metrics
+    (said,) = summary["prompts"]["benchmarks"].values()
+    assert said["file"] == str(prompts) and "dataset" not in said and len(said["sha256"]) == 64
     capsys.readouterr()
     accept_all = lambda proposed, target, lengths: (lengths, target.gather(1, lengths[:, None])[:, 0])  # noqa: E731
     monkeypatch.setattr(specbench.decoding.loop, "verify_greedy", accept_all)
