@@ -13,7 +13,7 @@ from specbench.cli.environment import free_memory
 from specbench.cli.launching import shards_of
 from specbench.cli.stages import say
 from specbench.drafts.draft import Draft
-from specbench.models.backbone import backbone_of
+from specbench.models.backbone import backbone_of, chosen
 from specbench.models.embedding_head import Tables
 from specbench.models.target import raw_config
 from specbench.training.memory_estimate import GIB, Footprint, footprint
@@ -29,6 +29,7 @@ def print_plan(cfg: DictConfig) -> Footprint:
     lightning = cfg.trainer.lightning
     found = footprint(draft, cfg.target.max_length, lightning.precision, memory, shards_of(lightning))
     say(found.text())
+    say(f"backbone          {chosen(config, cfg.method.backbone).reason}")
     return found
 
 

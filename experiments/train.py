@@ -34,6 +34,7 @@ from specbench.decoding.sampling import Sampling
 from specbench.drafts.draft import Draft
 from specbench.drafts.installed import installed
 from specbench.files.torch_checkpoints import read_checkpoint
+from specbench.models.backbone import chosen
 from specbench.models.embedding_head import Tables
 from specbench.runs.provenance import provenance
 from specbench.runs.run_folder import RunFolder
@@ -91,6 +92,8 @@ def _train(cfg: DictConfig, stage: Stage, name: str) -> None:
             vocabulary = frequent_tokens(cfg, data, stops)
             draft = build_draft(cfg.method, cfg.target, config, data.tables, vocabulary)
             copied = initialise(draft, cfg.start, target, data.tables)
+        choice = chosen(config, cfg.method.backbone)
+        say(f"train: {choice.reason}")
         steps = cfg.trainer.max_steps or cfg.trainer.epochs * data.steps_per_epoch
         module = DraftTraining(
             draft,
@@ -100,6 +103,7 @@ def _train(cfg: DictConfig, stage: Stage, name: str) -> None:
             anchor_seed=cfg.seed.anchors,
             **OmegaConf.to_container(cfg.trainer.recipe, resolve=True),
         )
+        layers = {"family": choice.family, "own": choice.own, "reason": choice.reason}
         lineage = {"cache": data.lineage, "start": cfg.start, "copied": len(copied)}
         prompts = probe_prompts(cfg, target) if cfg.trainer.probe.every else []
         rendered = target.tokenizer.decode(prompts[0]) if prompts and target.tokenizer is not None else None
@@ -157,6 +161,7 @@ def _train(cfg: DictConfig, stage: Stage, name: str) -> None:
             "steps": trainer.global_step,
             "parameters": trainable_parameters(written),
             "trained_tokens": module.supervised,
+            "backbone": layers,
             "lineage": lineage | {"checkpoint": digest(written.state_dict().items())},
             "damage": len(getattr(data, "damage", [])),
         }

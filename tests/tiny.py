@@ -51,7 +51,66 @@ GEMMA4 = {
     },
     **SIZES,
 }
-FAMILIES = {"qwen3": QWEN3, "gemma4": GEMMA4}
+PLAIN = {k: v for k, v in QWEN3.items() if k not in ("model_type", "head_dim")}
+LLAMA = {
+    **PLAIN,
+    "model_type": "llama",
+    "rope_parameters": {
+        "rope_type": "llama3",
+        "rope_theta": 5e5,
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 16,
+    },
+}
+QWEN2 = {**PLAIN, "model_type": "qwen2", "rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}
+PHI3 = {
+    **PLAIN,
+    "model_type": "phi3",
+    "pad_token_id": 0,
+    "partial_rotary_factor": 0.5,
+    "original_max_position_embeddings": 16,
+    "rope_parameters": {
+        "rope_type": "longrope",
+        "rope_theta": 1e4,
+        "partial_rotary_factor": 0.5,
+        "short_factor": [1.1, 1.7],
+        "long_factor": [1.3, 5.0],
+    },
+}
+GRANITE = {
+    **PLAIN,
+    "model_type": "granite",
+    "attention_multiplier": 0.2,
+    "residual_multiplier": 0.7,
+    "embedding_multiplier": 3.0,
+    "logits_scaling": 1.5,
+}
+GEMMA = {**PLAIN, "model_type": "gemma", "head_dim": 16, "pad_token_id": 0}
+SANDWICHED = {**GEMMA, "query_pre_attn_scalar": 12, "sliding_window": 8}
+GEMMA2 = {**SANDWICHED, "model_type": "gemma2", "attn_logit_softcapping": 2.0, "final_logit_softcapping": 5.0}
+GEMMA3 = {
+    **SANDWICHED,
+    "model_type": "gemma3_text",
+    "layer_types": GEMMA4["layer_types"],
+    "rope_parameters": {
+        "full_attention": {"rope_type": "linear", "rope_theta": 1e6, "factor": 8.0},
+        "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+    },
+}
+# A target of every family of specbench.models.backbone, with facts away from neutral.
+FAMILIES = {
+    "llama": LLAMA,
+    "qwen2": QWEN2,
+    "qwen3": QWEN3,
+    "phi3": PHI3,
+    "granite": GRANITE,
+    "gemma": GEMMA,
+    "gemma2": GEMMA2,
+    "gemma3": GEMMA3,
+    "gemma4": GEMMA4,
+}
 TAPS = (0, 2, 3)
 
 

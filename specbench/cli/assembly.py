@@ -99,7 +99,7 @@ def build_draft(
     """
     # The scales belong to the tables, and the target's are as its library model has them.
     backbone = replace(
-        backbone_of(config, method.backbone, method.window),
+        backbone_of(config, method.backbone, method.window, target.get("max_length")),
         embedding_scale=tables.embedding_scale,
         soft_cap=tables.soft_cap,
         logit_scale=tables.logit_scale,

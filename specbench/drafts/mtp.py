@@ -25,8 +25,8 @@ class MTP(RecurrentDraft):
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        D, eps = self.backbone.hidden_size, self.backbone.norm_eps
-        self.feature_norm, self.embedding_norm = nn.RMSNorm(D, eps=eps), nn.RMSNorm(D, eps=eps)
+        D = self.backbone.hidden_size
+        self.feature_norm, self.embedding_norm = self.backbone.norm(D), self.backbone.norm(D)
         self.proj = nn.Linear(2 * D, D, bias=False)
 
     def source(self, taps: Float[Tensor, "B T C D"], last: Float[Tensor, "B T D"]) -> Float[Tensor, "B T D"]:

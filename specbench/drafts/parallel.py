@@ -68,12 +68,12 @@ class ParallelDraft(Draft):
             raise ValueError(f"mask_token_id={mask_token_id} is outside the vocabulary of {backbone.vocab_size}")
         if not set(full_layers) <= set(range(layers)):
             raise ValueError(f"full_layers={list(full_layers)}: this draft has layers 0 to {layers - 1}")
-        D, eps = backbone.hidden_size, backbone.norm_eps
+        D = backbone.hidden_size
         self.full_layers = frozenset(full_layers)
         self.mask_token_id, self.sample_from_anchor = mask_token_id, sample_from_anchor
         self.causal_block, self.checkpointing = causal_block, checkpointing
         self.fc = nn.Linear(len(self.target_layer_ids) * D, D, bias=False)
-        self.hidden_norm, self.norm = nn.RMSNorm(D, eps=eps), nn.RMSNorm(D, eps=eps)
+        self.hidden_norm, self.norm = backbone.norm(D), backbone.norm(D)
         self.layers = nn.ModuleList(Layer(backbone) for _ in range(layers))
         self.rope = RotaryEmbedding(backbone)
         self.stack = Stack(self.layers, backbone, reads_context=True)

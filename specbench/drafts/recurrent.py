@@ -56,7 +56,7 @@ class RecurrentDraft(Draft):
             raise ValueError(f"supervision={supervision!r}: choose one of {', '.join(SUPERVISIONS)}")
         self.supervision = supervision
         self.layers = nn.ModuleList(Layer(backbone, paired=self.paired) for _ in range(layers))
-        self.norm = nn.RMSNorm(backbone.hidden_size, eps=backbone.norm_eps)
+        self.norm = backbone.norm(backbone.hidden_size)
         self.rope = RotaryEmbedding(backbone)
         self.stack = Stack(self.layers, backbone)
 

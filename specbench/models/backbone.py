@@ -1,10 +1,21 @@
-"""The layers of a draft: family facts as data, one layer for all families, the key-value cache, the frozen tables.
+"""The layers of a draft: family facts as data, one layer for all families, the frozen tables' scales.
 
-Parameter names equal those of published checkpoints. Sources of the facts: METHODS of each family's reference
-configuration (Qwen3: per-head q/k norms, pre-norm layout; Llama: the same without those norms; Gemma4: full-attention
-geometry, sandwich norms, layer scalar, value = scale-free RMS norm of the key projection, proportional rope,
-soft-capped head). A target of any other architecture lends its sizes; where its attention is not of that kind, `sizes`
-gives a dense draft of its width Qwen3's proportions.
+A family is one function from a target's raw configuration to facts and one row of FAMILIES; MODEL_TYPES says which
+architectures have a family's layer. A target of any other architecture lends its sizes to a stated choice (`chosen`).
+Parameter names equal those of published checkpoints. Sources of the facts: transformers' reference implementations.
+
+    llama   pre-norm, no norms of queries and keys (Llama, Mistral, SmolLM2, SmolLM3)
+    qwen2   llama with biases of queries, keys and values
+    qwen3   llama with per-head norms of queries and keys
+    phi3    llama whose leading features of a head turn (partial rope)
+    granite llama with factors on residuals, attention, embedding and logits
+    gemma   llama with norms stored as 1 + w, scaled embedding, tanh-gelu
+    gemma2  gemma with sandwich norms, capped attention scores and logits
+    gemma3  gemma2 with norms of queries and keys and no caps; the rope of its full attention
+    gemma4  full-attention geometry, sandwich norms with plain weights, layer scalar, values from the keys' projection,
+            proportional rope, capped logits
+
+A draft attends fully, or through `method.window`: windows of the target's own layers are not taken over.
 
 Axes: B batch, T tokens, D hidden, V vocabulary, H query heads, G key-value heads, d head size.
 """
@@ -21,6 +32,16 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from specbench.models.kv_cache import KVCache
+from specbench.models.rope import (
+    KINDS,
+    attention_factor,
+    base,
+    by_length,
+    declared_kind,
+    fraction,
+    frequencies,
+    resolve,
+)
 
 Rope = tuple[Tensor, Tensor]
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -42,14 +63,22 @@ class Backbone:
     vocab_size: int
     rope_theta: float
     rope_fraction: float = 1.0
+    rope_leading: bool = False  # the leading features of a head turn, not the leading ones of either half
+    rope_scaling: Mapping[str, Any] | None = None  # as rope.resolve gives it
+    rope_length: int | None = None  # of the texts, for scalings that depend on it
     norm_eps: float = 1e-6
     activation: str = "silu"
     attention_scale: float | None = None
     attention_soft_cap: float | None = None
     attention_bias: bool = False
+    output_bias: bool | None = None  # of the output projection; None: as attention_bias
+    mlp_bias: bool = False
     values_from_keys: bool = False
     value_norm: bool = False
     sandwich: bool = False
+    layer_scalar: bool | None = None  # a layer's output times a constant; None: in layers with sandwich norms
+    residual_scale: float = 1.0  # on what attention and feed-forward add
+    norm_adds_one: bool = False  # norms are stored as w and multiply by 1 + w
     embedding_scale: float = 1.0
     soft_cap: float | None = None
     logit_scale: float = 1.0  # on the head's output, before the soft-cap
@@ -63,10 +92,33 @@ class Backbone:
         return self.head_dim**-0.5 if self.attention_scale is None else self.attention_scale
 
     def inverse_frequencies(self, device: torch.device | None = None) -> Float[Tensor, " half"]:
-        """Rope frequencies; beyond `rope_fraction` of the head they are zero (those features are not rotated)."""
+        """Rope frequencies of the features that turn; without `rope_leading` those of the others are zero."""
+        size = int(self.rope_fraction * self.head_dim)
+        if self.rope_leading or self.rope_fraction == 1.0:
+            return frequencies(self.rope_theta, size, self.rope_scaling, self.rope_length, device)
         half, turned = self.head_dim // 2, int(self.rope_fraction * self.head_dim // 2)
         exponents = torch.arange(0, 2 * turned, 2, dtype=torch.float32, device=device) / self.head_dim
-        return F.pad(1.0 / self.rope_theta**exponents, (0, half - turned))
+        factor = 1.0 if self.rope_scaling is None else self.rope_scaling["factor"]
+        return F.pad(1.0 / self.rope_theta**exponents / factor, (0, half - turned))
+
+    def norm(self, size: int) -> nn.RMSNorm:
+        """A norm over `size` features as the family stores it, neutral at first."""
+        return (OffsetRMSNorm if self.norm_adds_one else nn.RMSNorm)(size, eps=self.norm_eps)
+
+
+class OffsetRMSNorm(nn.RMSNorm):
+    """RMSNorm that multiplies by 1 + weight, in fp32 (Gemma)."""
+
+    def reset_parameters(self) -> None:
+        nn.init.zeros_(self.weight)
+
+    def forward(self, x: Float[Tensor, "*b n"]) -> Float[Tensor, "*b n"]:
+        return F.rms_norm(x.float(), self.normalized_shape, 1.0 + self.weight.float(), self.eps).type_as(x)
+
+
+def width(config: Mapping[str, Any]) -> int:
+    """Features of the residual stream, by either name that configurations have for it."""
+    return config.get("hidden_size") or config["n_embd"]
 
 
 def sizes(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -76,12 +128,13 @@ def sizes(config: Mapping[str, Any]) -> dict[str, Any]:
     `kv_lora_rank`) and experts without a dense feed-forward have none: there a draft takes Qwen3's proportions (heads
     of 128, at most 8 key-value heads, feed-forward 3 D, as Qwen3-8B has at D 4096).
     """
-    D, heads = config["hidden_size"], config["num_attention_heads"]
+    D = width(config)
     if config.get("q_lora_rank") or config.get("kv_lora_rank") or not config.get("intermediate_size"):
         head_dim = next(d for d in (128, 64, 32, 16, 8, 4, 2) if D % d == 0 and 4 * d <= D)
         heads = D // head_dim
         kv_heads = next(g for g in range(min(8, max(1, heads // 2)), 0, -1) if heads % g == 0)
         return {"heads": heads, "kv_heads": kv_heads, "head_dim": head_dim, "intermediate_size": 3 * D}
+    heads = config["num_attention_heads"]
     return {
         "heads": heads,
         "kv_heads": config.get("num_key_value_heads") or heads,
@@ -90,35 +143,86 @@ def sizes(config: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _rope_theta(config: Mapping[str, Any], default: float) -> float:
-    parameters = config.get("rope_parameters") or {}
-    parameters = parameters.get("main", parameters)  # DeepSeek-V4 keeps one set for each kind of attention
-    return float(parameters.get("rope_theta") or config.get("rope_theta") or default)
-
-
-def qwen3(config: Mapping[str, Any]) -> Backbone:
-    """Qwen3-like dense backbone with the sizes of a configuration (a raw config.json mapping)."""
+def llama(config: Mapping[str, Any]) -> Backbone:
+    """Llama-like dense backbone with the sizes of a configuration (a raw config.json mapping)."""
+    theta, scaling = resolve(config, THETAS.get(config.get("model_type", ""), 1e4))
     return Backbone(
-        family="qwen3",
-        hidden_size=config["hidden_size"],
+        family="llama",
+        hidden_size=width(config),
         **sizes(config),
         vocab_size=config["vocab_size"],
-        rope_theta=_rope_theta(config, 1e6),
+        rope_theta=theta,
+        rope_scaling=scaling,
         norm_eps=config.get("rms_norm_eps", 1e-6),
         activation=config.get("hidden_act") or "silu",
         attention_bias=bool(config.get("attention_bias", False)),
+        mlp_bias=bool(config.get("mlp_bias", False)),
+        head_norms=False,
     )
 
 
-def llama(config: Mapping[str, Any]) -> Backbone:
-    """Llama-like dense backbone: Qwen3's without norms of queries and keys (what SGLang's Eagle3 loads)."""
-    return replace(qwen3(config), family="llama", head_norms=False)
+def qwen2(config: Mapping[str, Any]) -> Backbone:
+    """Llama's with biases of queries, keys and values, whatever the configuration says."""
+    return replace(llama(config), family="qwen2", attention_bias=True, output_bias=False)
+
+
+def qwen3(config: Mapping[str, Any]) -> Backbone:
+    """Llama's with norms of queries and keys."""
+    return replace(llama(config), family="qwen3", head_norms=True)
+
+
+def phi3(config: Mapping[str, Any]) -> Backbone:
+    """Llama's with a rope of the leading features; the library reads `yarn` there as longrope."""
+    found = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    if "yarn" in (found.get("rope_type"), found.get("type")):
+        config = {**config, "rope_parameters": {**found, "rope_type": "longrope"}}
+    share = fraction(config)
+    return replace(llama(config), family="phi3", rope_fraction=share, rope_leading=share < 1.0)
+
+
+def granite(config: Mapping[str, Any]) -> Backbone:
+    """Llama's with Granite's four factors."""
+    return replace(
+        llama(config),
+        family="granite",
+        attention_scale=float(config.get("attention_multiplier", 1.0)),
+        residual_scale=float(config.get("residual_multiplier", 1.0)),
+        embedding_scale=float(config.get("embedding_multiplier", 1.0)),
+        logit_scale=1.0 / float(config.get("logits_scaling", 1.0)),
+    )
+
+
+def gemma(config: Mapping[str, Any]) -> Backbone:
+    """Llama's with Gemma's norms, embedding scale and activation (its configurations say gelu for tanh-gelu)."""
+    given = config.get("hidden_activation") or config.get("hidden_act") or "gelu"
+    facts = llama({**config, "hidden_act": "gelu_pytorch_tanh" if given == "gelu" else given})
+    return replace(facts, family="gemma", norm_adds_one=True, embedding_scale=facts.hidden_size**0.5)
+
+
+def gemma2(config: Mapping[str, Any]) -> Backbone:
+    """Gemma's with sandwich norms, its own attention scale and capped scores and logits."""
+    return replace(
+        gemma(config),
+        family="gemma2",
+        sandwich=True,
+        layer_scalar=False,
+        attention_scale=float(config.get("query_pre_attn_scalar", 256)) ** -0.5,
+        attention_soft_cap=config.get("attn_logit_softcapping", 50.0),
+        soft_cap=config.get("final_logit_softcapping", 30.0),
+    )
+
+
+def gemma3(config: Mapping[str, Any]) -> Backbone:
+    """Gemma2's with norms of queries and keys, without caps; published configurations leave defaults out."""
+    config = {**GEMMA3_DEFAULTS, **config}
+    facts = gemma2({**config, "final_logit_softcapping": config.get("final_logit_softcapping")})
+    return replace(facts, family="gemma3", head_norms=True, attention_soft_cap=None)
 
 
 def gemma4(config: Mapping[str, Any]) -> Backbone:
     """Gemma4-like dense backbone; a draft takes the full-attention geometry (global head size and rope)."""
-    config = config.get("text_config") or config
     rope = (config.get("rope_parameters") or {}).get("full_attention") or {}
+    factor = float(rope.get("factor") or 1.0)
     shared = bool(config.get("attention_k_eq_v", False))
     found = sizes(config)
     if shared:
@@ -126,11 +230,12 @@ def gemma4(config: Mapping[str, Any]) -> Backbone:
     found["head_dim"] = config.get("global_head_dim") or found["head_dim"]
     return Backbone(
         family="gemma4",
-        hidden_size=config["hidden_size"],
+        hidden_size=width(config),
         **found,
         vocab_size=config["vocab_size"],
         rope_theta=float(rope.get("rope_theta", 1e6)),
         rope_fraction=float(rope.get("partial_rotary_factor", 1.0)),
+        rope_scaling=None if factor == 1.0 else {"rope_type": "linear", "factor": factor},
         norm_eps=config.get("rms_norm_eps", 1e-6),
         activation=config.get("hidden_activation") or "gelu_pytorch_tanh",
         attention_scale=1.0,
@@ -138,41 +243,127 @@ def gemma4(config: Mapping[str, Any]) -> Backbone:
         values_from_keys=shared,
         value_norm=True,
         sandwich=True,
-        embedding_scale=config["hidden_size"] ** 0.5,
+        embedding_scale=width(config) ** 0.5,
         soft_cap=config.get("final_logit_softcapping"),
     )
 
 
-FAMILIES: dict[str, Callable[[Mapping[str, Any]], Backbone]] = {"qwen3": qwen3, "gemma4": gemma4, "llama": llama}
+FAMILIES: dict[str, Callable[[Mapping[str, Any]], Backbone]] = {
+    "llama": llama,
+    "qwen2": qwen2,
+    "qwen3": qwen3,
+    "phi3": phi3,
+    "granite": granite,
+    "gemma": gemma,
+    "gemma2": gemma2,
+    "gemma3": gemma3,
+    "gemma4": gemma4,
+}
+# model_type of a target (of its text configuration first) -> the family whose layer it has.
+MODEL_TYPES: dict[str, str] = {
+    **{family: family for family in FAMILIES},
+    **dict.fromkeys(("mistral", "mixtral", "smollm3"), "llama"),
+    "qwen2_moe": "qwen2",
+    "qwen3_moe": "qwen3",
+    "gemma3_text": "gemma3",
+    **dict.fromkeys(("gemma4_text", "gemma4_unified", "gemma4_unified_text"), "gemma4"),
+}
+# Mixtures of experts whose attention is the family's: a draft's feed-forward is dense.
+OF_EXPERTS = ("mixtral", "qwen2_moe", "qwen3_moe")
+# Rope bases that these architectures have where a configuration names none; 10,000 elsewhere.
+THETAS = {"mixtral": 1e6, "smollm3": 2e6, "gemma3_text": 1e6, "gemma3": 1e6}
+GEMMA3_DEFAULTS = {
+    "model_type": "gemma3",
+    "vocab_size": 262208,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 256,
+}
 
 
-def backbone_of(config: Mapping[str, Any], family: str | None = None, window: int | None = None) -> Backbone:
-    """The backbone for a target's raw configuration: its own family, or `family` with the target's sizes.
+@dataclass(frozen=True)
+class Choice:
+    """Which family a draft's layers are of, and why. `own`: the target's layer is of that family."""
 
-    A family other than the target's keeps the target's embedding scale and soft-cap, since those belong to its tables.
+    family: str
+    own: bool
+    reason: str
+
+
+def chosen(config: Mapping[str, Any], family: str | None = None) -> Choice:
+    """The family of a draft for a target's raw configuration; `family` is the user's own choice.
+
+    Errors: ValueError for a family that is not in the table.
     """
-    own = "gemma4" if "gemma4" in str(config.get("model_type", "")) else "qwen3"
-    name = family or own
-    if name not in FAMILIES:
-        raise ValueError(f"backbone {name!r} is unknown; choose one of {', '.join(FAMILIES)}")
     text = config.get("text_config") or config
-    facts = FAMILIES[name](text)
-    if name != own:
-        tables = FAMILIES[own](text)
-        facts = replace(facts, embedding_scale=tables.embedding_scale, soft_cap=tables.soft_cap)
+    kinds = [str(part.get("model_type") or "unknown") for part in (text, config)]
+    own = next((MODEL_TYPES[kind] for kind in kinds if kind in MODEL_TYPES), None)
+    if family is not None and family not in FAMILIES:
+        raise ValueError(f"backbone {family!r} is unknown; choose one of {', '.join(FAMILIES)}")
+    name, kind = family or own or "qwen3", kinds[0]
+    if own is None:
+        reason = f"target model_type {kind} has no layer of ours: draft uses {name}'s layer with the target's sizes"
+    elif name != own:
+        reason = f"method.backbone={name}: draft uses {name}'s layer in place of the target's own, {own}"
+    else:
+        reason = f"target model_type {kind}: draft uses the target's own layer, {name}"
+    scaled = declared_kind(text)
+    if own is None and scaled != "default":
+        reason += f", without its rope scaling ({scaled})"
+    if text.get("sliding_window") and text.get("use_sliding_window", True):
+        reason += f"; windows of its layers ({text['sliding_window']} positions) are not taken over"
+    if kind in OF_EXPERTS:
+        reason += "; one dense feed-forward takes the place of its experts"
+    if kind == "smollm3":
+        reason += "; its layers without rope are drafted with rope, like its others"
+    return Choice(name, name == own, reason)
+
+
+def backbone_of(
+    config: Mapping[str, Any], family: str | None = None, window: int | None = None, length: int | None = None
+) -> Backbone:
+    """The backbone for a target's raw configuration: of its own family where `chosen` knows one, or `family` with the
+    target's sizes. `length`: of the longest texts that the draft is for.
+
+    A family other than the target's keeps the target's embedding scale, logit scale and soft-cap, since those belong
+    to its tables. Errors: ValueError naming the setting.
+    """
+    if window is not None and window < 1:
+        raise ValueError(f"window={window}: a slot sees at least itself; give 1 or more positions, or null for all")
+    name, own = chosen(config, family).family, chosen(config)
+    text = config.get("text_config") or config
+    if own.own and name == own.family:
+        facts = FAMILIES[name](text)
+    else:
+        # Only a rope that this family can turn by, of a target whose heads are known, is taken over as it is.
+        if not own.own or declared_kind(text) not in KINDS:
+            plain_rope = {"rope_parameters": None, "rope_scaling": None, "rope_theta": base(text, 1e4)}
+            text = {**text, **plain_rope}
+        activation = text.get("hidden_act") if text.get("hidden_act") in ACTIVATIONS else None
+        facts = FAMILIES[name]({**text, "hidden_act": activation})
+    if own.own and name != own.family:
+        tables = FAMILIES[own.family](config.get("text_config") or config)
+        scales = ("embedding_scale", "soft_cap", "logit_scale")
+        facts = replace(facts, **{scale: getattr(tables, scale) for scale in scales})
     if facts.activation not in ACTIVATIONS:
-        raise ValueError(f"activation {facts.activation!r} is unknown; choose one of {', '.join(ACTIVATIONS)}")
-    return replace(facts, window=window)
+        raise ValueError(
+            f"activation {facts.activation!r} of the target is unknown here ({', '.join(ACTIVATIONS)} are known): set "
+            "method.backbone to another family, which takes silu"
+        )
+    return replace(facts, window=window, rope_length=length if by_length(facts.rope_scaling) else None)
 
 
 def rotate(x: Float[Tensor, "... h d"], rope: Rope) -> Float[Tensor, "... h d"]:
-    """Rotary embedding of every head; `rope` is what RotaryEmbedding gives."""
+    """Rotary embedding of every head; `rope` is what RotaryEmbedding gives, for the leading features or for all."""
     cos, sin = rope
+    if cos.shape[-1] < x.shape[-1]:
+        leading, rest = x.split([cos.shape[-1], x.shape[-1] - cos.shape[-1]], -1)
+        return torch.cat([rotate(leading, rope), rest], -1)
     return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
 
 
 class RotaryEmbedding(nn.Module):
-    """Positions -> (cos, sin) of shape (..., 1, d), computed in fp32 whatever the dtype of the model.
+    """Positions -> (cos, sin) of shape (..., 1, r), computed in fp32 whatever the dtype of the model; r features turn.
 
     The first half of sin is negated: rotating the halves (a, b) of a head is (a, b) cos + (b, a) (-sin, sin).
     """
@@ -180,11 +371,15 @@ class RotaryEmbedding(nn.Module):
     def __init__(self, backbone: Backbone):
         super().__init__()
         self.register_buffer("frequencies", backbone.inverse_frequencies(), persistent=False)
+        self.factor = attention_factor(backbone.rope_scaling)
         self._table: Rope | None = None
 
     def forward(self, positions: Int[Tensor, "*shape"], dtype: torch.dtype) -> Rope:
         angles = positions[..., None, None].float() * self.frequencies.float()
-        cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
+        cos, sin = angles.cos(), angles.sin()
+        if self.factor != 1.0:
+            cos, sin = cos * self.factor, sin * self.factor
+        cos, sin = cos.to(dtype), sin.to(dtype)
         return torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)
 
     def behind(self, cache: KVCache, size: int, dtype: torch.dtype) -> Rope:
@@ -211,9 +406,11 @@ class Attention(nn.Module):
         self.k_proj = nn.Linear(input_size, self.kv_heads * self.head_dim, bias=bias)
         separate = not backbone.values_from_keys
         self.v_proj = nn.Linear(input_size, self.kv_heads * self.head_dim, bias=bias) if separate else None
-        self.o_proj = nn.Linear(self.heads * self.head_dim, backbone.hidden_size, bias=bias)
-        self.q_norm = nn.RMSNorm(self.head_dim, eps=backbone.norm_eps) if backbone.head_norms else nn.Identity()
-        self.k_norm = nn.RMSNorm(self.head_dim, eps=backbone.norm_eps) if backbone.head_norms else nn.Identity()
+        output_bias = bias if backbone.output_bias is None else backbone.output_bias
+        self.o_proj = nn.Linear(self.heads * self.head_dim, backbone.hidden_size, bias=output_bias)
+        self.q_norm, self.k_norm = (
+            backbone.norm(self.head_dim) if backbone.head_norms else nn.Identity() for _ in range(2)
+        )
         self.value_eps = backbone.norm_eps if backbone.value_norm else None
 
     def queries(self, x: Float[Tensor, "*b D"], rope: Rope) -> Float[Tensor, "*b H d"]:
@@ -235,9 +432,9 @@ class MLP(nn.Module):
 
     def __init__(self, backbone: Backbone):
         super().__init__()
-        D, M = backbone.hidden_size, backbone.intermediate_size
-        self.gate_proj, self.up_proj = nn.Linear(D, M, bias=False), nn.Linear(D, M, bias=False)
-        self.down_proj = nn.Linear(M, D, bias=False)
+        D, M, bias = backbone.hidden_size, backbone.intermediate_size, backbone.mlp_bias
+        self.gate_proj, self.up_proj = nn.Linear(D, M, bias=bias), nn.Linear(D, M, bias=bias)
+        self.down_proj = nn.Linear(M, D, bias=bias)
         self.activation = ACTIVATIONS[backbone.activation]
 
     def forward(self, x: Float[Tensor, "*b D"]) -> Float[Tensor, "*b D"]:
@@ -249,18 +446,21 @@ class Layer(nn.Module):
 
     def __init__(self, backbone: Backbone, paired: bool = False):
         super().__init__()
-        D, eps = backbone.hidden_size, backbone.norm_eps
+        D = backbone.hidden_size
         self.self_attn = Attention(backbone, 2 * D if paired else D)
         self.mlp = MLP(backbone)
-        self.input_layernorm = nn.RMSNorm(D, eps=eps)
-        self.hidden_norm = nn.RMSNorm(D, eps=eps) if paired else None
-        self.post_attention_layernorm = nn.RMSNorm(D, eps=eps)
-        self.sandwich, self.adds_to_normed = backbone.sandwich, paired and backbone.norm_before_residual
+        self.input_layernorm = backbone.norm(D)
+        self.hidden_norm = backbone.norm(D) if paired else None
+        self.post_attention_layernorm = backbone.norm(D)
+        self.sandwich, self.residual_scale = backbone.sandwich, backbone.residual_scale
+        self.adds_to_normed = paired and backbone.norm_before_residual
         if self.sandwich:
-            self.pre_feedforward_layernorm = nn.RMSNorm(D, eps=eps)
-            self.post_feedforward_layernorm = nn.RMSNorm(D, eps=eps)
+            self.pre_feedforward_layernorm, self.post_feedforward_layernorm = backbone.norm(D), backbone.norm(D)
+        if self.sandwich if backbone.layer_scalar is None else backbone.layer_scalar:
             # A constant of the family, not trained: it is a buffer of the target's own layers too.
             self.register_buffer("layer_scalar", torch.ones(1))
+        else:
+            self.layer_scalar = None
 
     def normed(self, x: Float[Tensor, "*b D"], embedding: Float[Tensor, "*b D"] | None = None) -> Tensor:
         """What the attention projections read."""
@@ -273,9 +473,14 @@ class Layer(nn.Module):
         if self.adds_to_normed:
             x = self.hidden_norm(x)
         seen = self.self_attn.o_proj(seen.flatten(-2))
-        if not self.sandwich:
-            x = x + seen
-            return x + self.mlp(self.post_attention_layernorm(x))
-        x = x + self.post_attention_layernorm(seen)
-        x = x + self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(x)))
-        return x * self.layer_scalar
+        if self.sandwich:
+            x = self.add(x, self.post_attention_layernorm(seen))
+            x = self.add(x, self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(x))))
+        else:
+            x = self.add(x, seen)
+            x = self.add(x, self.mlp(self.post_attention_layernorm(x)))
+        return x if self.layer_scalar is None else x * self.layer_scalar
+
+    def add(self, x: Float[Tensor, "*b D"], change: Float[Tensor, "*b D"]) -> Float[Tensor, "*b D"]:
+        """The residual stream after a sublayer."""
+        return x + change if self.residual_scale == 1.0 else x + change * self.residual_scale

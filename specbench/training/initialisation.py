@@ -5,14 +5,15 @@ Starting every method from the target's layers in the same way keeps a compariso
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from specbench.checkpoints.draft_folder import fetch, load_draft
 from specbench.drafts.draft import Draft
-from specbench.models.backbone import Layer
+from specbench.models.backbone import Layer, backbone_of, chosen
 from specbench.models.embedding_head import Tables
 from specbench.models.target import Target
 
@@ -31,35 +32,58 @@ def randomise(draft: Draft, std: float = 0.02) -> None:
             nn.init.normal_(module.weight)
 
 
+def layer_weights(theirs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A target layer's weights under the names of our `Layer`: Phi-3's joined projections are cut into their parts.
+
+    Heads of queries come first, then those of keys, then of values, the last two of equal number; gate before up.
+    """
+    found = dict(theirs)
+    joined = found.pop("self_attn.qkv_proj.weight", None)
+    if joined is not None:
+        queries = found["self_attn.o_proj.weight"].shape[1]
+        rest = (len(joined) - queries) // 2
+        for name, part in zip("qkv", joined.split([queries, rest, rest]), strict=True):
+            found[f"self_attn.{name}_proj.weight"] = part
+    joined = found.pop("mlp.gate_up_proj.weight", None)
+    if joined is not None:
+        found["mlp.gate_proj.weight"], found["mlp.up_proj.weight"] = joined.chunk(2)
+    return found
+
+
 @torch.no_grad()
 def from_target(draft: Draft, target: Target) -> list[str]:
     """Copy the target's last layers and final norm into the draft; returns the names of what was copied.
 
     Draft layer i of L takes target layer i - L from the end. Where a draft's map has more input than the target's
     (a paired layer reads [embedding ; feature], a projection reads both), the feature's half takes the target's
-    weights or the identity and the embedding's half starts small. Tap fusion starts as the mean of the taps. Errors:
-    ValueError when the widths or heads differ, because then no such start exists.
+    weights or the identity and the embedding's half starts small. Tap fusion starts as the mean of the taps. What the
+    target's layers do not have (a dense feed-forward in place of experts, norms of another family) keeps its random
+    start. Norms keep their effect where one family stores 1 + w and the other w. Errors: ValueError when the target's
+    layers are of no family known here, or the widths or heads differ, because then no such start exists.
     """
+    own = chosen(target.config)
+    if not own.own:
+        raise ValueError(f"start=target: {own.reason}, so there is nothing to copy; use start=random")
     D, copied = draft.backbone.hidden_size, []
     if len(draft.layers) > len(target.layers):
         raise ValueError(
             f"layers={len(draft.layers)}: {target.name} has {len(target.layers)} layers to copy; use start=random"
         )
+    # What to add to a stored norm so that it multiplies alike.
+    shift = int(backbone_of(target.config).norm_adds_one) - int(draft.backbone.norm_adds_one)
     for i, layer in enumerate(draft.layers):
-        source = target.layers[len(target.layers) - len(draft.layers) + i].state_dict()
+        source = layer_weights(target.layers[len(target.layers) - len(draft.layers) + i].state_dict())
         for name, parameter in layer.state_dict().items():
-            if name == "hidden_norm.weight":
-                given = source["input_layernorm.weight"]
-            elif name not in source:
+            known = "input_layernorm.weight" if name == "hidden_norm.weight" else name
+            if known not in source:
                 continue
-            else:
-                given = source[name]
+            given = source[known] + shift if name.endswith("norm.weight") and shift else source[known]
             _fill(f"layers.{i}.{name}", parameter, given, layer)
             copied.append(f"layers.{i}.{name}")
     norm = getattr(target.parts.final_norm, "weight", None)
     if norm is None or norm.shape != draft.norm.weight.shape:
         raise ValueError(f"{target.name} has no final norm of the draft's width to copy; use start=random")
-    draft.norm.weight.copy_(norm)
+    draft.norm.weight.copy_(norm + shift)
     copied.append("norm.weight")
     for name in ("fc", "proj"):
         module = getattr(draft, name, None)

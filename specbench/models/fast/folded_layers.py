@@ -12,6 +12,7 @@ Axes: B rows, S new tokens, R = B S, L layers, D hidden, H query and G key-value
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import fields
 
 import torch
 from jaxtyping import Float
@@ -23,6 +24,13 @@ from specbench.models.kv_cache import KVCache
 
 # A folded layer is a copy. Beyond this size the products outweigh what is spent around them, and the memory counts.
 FOLDED_BYTES = 256 * 2**20
+# Facts that folded layers follow; those of rope, tables and window reach them through their arguments.
+FOLDED = {
+    *("family", "hidden_size", "intermediate_size", "heads", "kv_heads", "head_dim", "vocab_size"),
+    *("norm_eps", "activation", "attention_scale", "head_norms"),
+    *("rope_theta", "rope_fraction", "rope_leading", "rope_scaling", "rope_length"),
+    *("embedding_scale", "soft_cap", "logit_scale", "window"),
+}
 
 
 class Stack:
@@ -87,11 +95,13 @@ class Stack:
 
 
 def foldable(backbone: Backbone, parameters: Sequence[nn.Parameter]) -> bool:
-    """Whether Folded covers these layers: pre-norm, no biases, fp32 (shorter formats round norms elsewhere), small."""
-    plain = not (backbone.sandwich or backbone.attention_bias or backbone.values_from_keys or backbone.value_norm)
+    """Whether Folded covers these layers: pre-norm, no biases, fp32 (shorter formats round norms elsewhere), small.
+
+    A fact that is not among those that Folded reads must be at its default.
+    """
+    plain = all(getattr(backbone, fact.name) == fact.default for fact in fields(backbone) if fact.name not in FOLDED)
     return (
         plain
-        and not backbone.norm_before_residual
         and all(p.dtype == torch.float32 for p in parameters)
         and sum(p.numel() * p.element_size() for p in parameters) <= FOLDED_BYTES
     )
