@@ -6,18 +6,22 @@ name: a draft with a part missing decodes, only worse. Pickled weights are never
 
 from __future__ import annotations
 
+import functools
 import json
 import re
-from collections.abc import Iterator
+import warnings
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import safe_open
 from torch import Tensor
 
 from specbench.checkpoints.config_keys import FormatError
 
 INDEX = "model.safetensors.index.json"
+WEIGHT_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 SHARD = re.compile(r".*-(\d+)-of-(\d+)\.safetensors")
 
 
@@ -62,6 +66,56 @@ def read_tensors(folder: str | Path) -> dict[str, Tensor]:
         except Exception as error:
             raise FormatError(f"{file} cannot be read as safetensors ({error}); copy it again") from error
     return tensors
+
+
+def sound(tensors: Mapping[str, Tensor], dtype: torch.dtype | None = None) -> tuple[dict[str, Tensor], torch.dtype]:
+    """Tensors of a checkpoint as finite floating-point numbers of one dtype, and that dtype: `dtype`, or the widest
+    that the checkpoint holds, fp32 at most. The vocabulary map (d2t, t2d) stays whole numbers and marks.
+
+    A conversion between floating-point dtypes that nobody asked for is said in a warning. Errors: FormatError naming
+    each tensor of integers, truth values, complex or scaled 8-bit numbers, and each that holds NaN or infinity or does
+    not fit the dtype.
+    """
+    maps = {name: tensors[name] for name in ("d2t", "t2d") if name in tensors}
+    wrong = [
+        f"{name} is {kind_of(found)}, not whole numbers"
+        for name, found in maps.items()
+        if found.is_floating_point() or found.is_complex() or (name == "d2t" and found.dtype == torch.bool)
+    ]
+    weights = {name: found for name, found in tensors.items() if name not in maps}
+    wrong += [
+        f"{name} is {kind_of(found)}, not weights"
+        for name, found in weights.items()
+        if found.dtype not in WEIGHT_DTYPES
+    ]
+    if wrong:
+        raise FormatError(f"the draft's checkpoint cannot be used: {'; '.join(wrong)}")
+    held = sorted({kind_of(found) for found in weights.values()})
+    widest = functools.reduce(torch.promote_types, (found.dtype for found in weights.values()), torch.bfloat16)
+    if len(held) == 1 and held != ["float64"]:
+        widest = next(iter(weights.values())).dtype
+    wanted = dtype or (torch.float32 if widest == torch.float64 else widest)
+    if len(held) > 1 or held == ["float64"]:
+        warnings.warn(
+            f"the draft's checkpoint holds {' and '.join(held)}; all of its tensors are converted to "
+            f"{str(wanted).removeprefix('torch.')}",
+            stacklevel=2,
+        )
+    converted = {name: found.to(wanted) for name, found in weights.items()}
+    for name, found in converted.items():
+        bad = int((~found.isfinite()).sum())
+        if bad:
+            own = int((~weights[name].isfinite()).sum())
+            what = f"{own} of {found.numel()} are NaN or infinite" if own else f"{bad} of {found.numel()} do not fit it"
+            wrong.append(f"{name} ({kind_of(found)}): {what}")
+    if wrong:
+        raise FormatError(f"the draft's checkpoint cannot be used: {'; '.join(wrong)}; train or download it again")
+    return converted | maps, wanted
+
+
+def kind_of(tensor: Tensor) -> str:
+    """A tensor's dtype by its short name."""
+    return str(tensor.dtype).removeprefix("torch.")
 
 
 def tensor_names(folder: str | Path) -> set[str]:

@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from specbench.checkpoints.config_keys import FormatError
-from specbench.checkpoints.draft_files import read_config, read_tensors, tensor_names
+from specbench.checkpoints.draft_files import read_config, read_tensors, sound, tensor_names
 from specbench.checkpoints.exports import (
     FORMATS,
     deepspec_fields,
@@ -114,9 +114,9 @@ def build_draft(
 def assemble_draft(reading: Reading, target_tables: Tables | None, dtype: torch.dtype | None = None) -> Draft:
     """The draft of a checkpoint that is understood.
 
-    Errors: FormatError naming each tensor that is missing, unknown or of another shape.
+    Errors: FormatError naming each tensor that is missing, unknown, of another shape, or not of finite weights.
     """
-    tensors = dict(reading.tensors)
+    tensors, dtype = sound(reading.tensors, dtype)
     tables = _tables(reading, tensors, target_tables)
     draft = reading.kind(reading.backbone, tables, **reading.settings)
     expected = draft.state_dict()
@@ -134,7 +134,7 @@ def assemble_draft(reading: Reading, target_tables: Tables | None, dtype: torch.
     if wrong:
         raise FormatError(f"draft checkpoint has other shapes than its config.json says: {'; '.join(wrong)}")
     draft.load_state_dict(tensors, strict=False)
-    return draft.to(dtype or next(iter(tensors.values())).dtype).eval()
+    return draft.to(dtype).eval()
 
 
 def _tables(reading: Reading, tensors: dict[str, Tensor], given: Tables | None) -> Tables:
