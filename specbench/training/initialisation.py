@@ -54,7 +54,8 @@ def layer_weights(theirs: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def from_target(draft: Draft, target: Target) -> list[str]:
     """Copy the target's last layers and final norm into the draft; returns the names of what was copied.
 
-    Draft layer i of L takes target layer i - L from the end. Where a draft's map has more input than the target's
+    Draft layer i of L takes target layer i - L from the end, of Gemma 4 among the layers of full attention, whose
+    geometry a draft has. Where a draft's map has more input than the target's
     (a paired layer reads [embedding ; feature], a projection reads both), the feature's half takes the target's
     weights or the identity and the embedding's half starts small. Tap fusion starts as the mean of the taps. What the
     target's layers do not have (a dense feed-forward in place of experts, norms of another family) keeps its random
@@ -65,14 +66,18 @@ def from_target(draft: Draft, target: Target) -> list[str]:
     if not own.own:
         raise ValueError(f"start=target: {own.reason}, so there is nothing to copy; use start=random")
     D, copied = draft.backbone.hidden_size, []
-    if len(draft.layers) > len(target.layers):
+    sources = list(target.layers)
+    if own.family == "gemma4":
+        kinds = target.text.get("layer_types") or []
+        sources = [layer for layer, kind in zip(sources, kinds, strict=True) if kind == "full_attention"]
+    if len(draft.layers) > len(sources):
         raise ValueError(
-            f"layers={len(draft.layers)}: {target.name} has {len(target.layers)} layers to copy; use start=random"
+            f"layers={len(draft.layers)}: {target.name} has {len(sources)} layers to copy; use start=random"
         )
     # What to add to a stored norm so that it multiplies alike.
     shift = int(backbone_of(target.config).norm_adds_one) - int(draft.backbone.norm_adds_one)
     for i, layer in enumerate(draft.layers):
-        source = layer_weights(target.layers[len(target.layers) - len(draft.layers) + i].state_dict())
+        source = layer_weights(sources[len(sources) - len(draft.layers) + i].state_dict())
         for name, parameter in layer.state_dict().items():
             known = "input_layernorm.weight" if name == "hidden_norm.weight" else name
             if known not in source:
