@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import pytest
 import torch
@@ -73,7 +73,11 @@ def run(one: Stack, backbone: Backbone, seed: int = 0) -> list[torch.Tensor]:
 @pytest.mark.parametrize("paired", [False, True])
 @pytest.mark.parametrize(
     "change",
-    [{}, {"head_norms": False}, {"activation": "gelu_pytorch_tanh"}, {"attention_scale": 0.7}, {"norm_eps": 0.1}],
+    [
+        *({}, {"head_norms": False}, {"activation": "gelu_pytorch_tanh"}, {"attention_scale": 0.7}, {"norm_eps": 0.1}),
+        {"rope_fraction": 0.5, "rope_leading": True},
+        {"rope_scaling": {"rope_type": "linear", "factor": 3.0, "attention_factor": 0.7}},
+    ],
 )
 def test_folded_layers_equal_their_modules(change, paired):
     backbone = replace(QWEN3, **change)
@@ -106,6 +110,12 @@ def test_a_request_sees_the_weights_of_its_beginning():
         (backbone_of(tiny.GEMMA4), torch.float32),
         (replace(QWEN3, attention_bias=True), torch.float32),
         (replace(QWEN3, norm_before_residual=True), torch.float32),
+        (replace(QWEN3, attention_bias=True, output_bias=False), torch.float32),
+        (replace(QWEN3, mlp_bias=True), torch.float32),
+        (replace(QWEN3, norm_adds_one=True), torch.float32),
+        (replace(QWEN3, residual_scale=0.5), torch.float32),
+        (replace(QWEN3, attention_soft_cap=5.0), torch.float32),
+        (replace(QWEN3, layer_scalar=True), torch.float32),
         (QWEN3, torch.bfloat16),
     ],
 )
@@ -114,6 +124,29 @@ def test_what_folding_does_not_cover_stays_with_the_modules(backbone, dtype):
     one = Stack(layers, backbone)
     one.renew()
     assert isinstance(one._steps, Plain)
+
+
+def test_what_folding_covers_is_named_fact_by_fact():
+    """A fact that is new must be looked at before a folded layer may follow it."""
+    covered, refused = set(), set()
+    parameters = [p for layer in layers_of(QWEN3) for p in layer.parameters()]
+    for fact in fields(Backbone):
+        neutral = getattr(QWEN3, fact.name)
+        if fact.name in ("output_bias", "layer_scalar"):
+            other = True
+        elif fact.name == "rope_scaling":
+            other = {"rope_type": "linear", "factor": 2.0}
+        elif fact.name in ("window", "rope_length"):
+            other = 2
+        else:
+            other = {bool: not neutral, int: 16, str: "other"}.get(type(neutral), 2.0)
+        assert other != neutral
+        (covered if stack.foldable(replace(QWEN3, **{fact.name: other}), parameters) else refused).add(fact.name)
+    assert covered == stack.FOLDED
+    assert refused == {
+        *("attention_soft_cap", "attention_bias", "output_bias", "mlp_bias", "values_from_keys", "value_norm"),
+        *("sandwich", "layer_scalar", "residual_scale", "norm_adds_one", "norm_before_residual"),
+    }
 
 
 def test_large_layers_are_not_copied(monkeypatch):
