@@ -78,7 +78,7 @@ def sound(tensors: Mapping[str, Tensor], dtype: torch.dtype | None = None) -> tu
     """
     maps = {name: tensors[name] for name in ("d2t", "t2d") if name in tensors}
     wrong = [
-        f"{name} is {kind_of(found)}, not whole numbers"
+        f"{name} is {found.dtype}, not whole numbers"
         for name, found in maps.items()
         if found.is_floating_point() or found.is_complex() or (name == "d2t" and found.dtype == torch.bool)
     ]
