@@ -117,6 +117,7 @@ def build(
             f"no conversation of {source.name!r} is left for training; of {report['read']}, {told or 'none fitted'}"
             + (f" (the first: {source.unfit[0]})" if source.unfit else "")
             + ("; decontaminate=null keeps those that overlap evaluation prompts" if counts["contaminated"] else "")
+            + ("; the source is empty: check data.source.paths= or data.source.dataset=" if not report["read"] else "")
         )
     write_json(folder / "report.json", report)
     return report
