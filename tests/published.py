@@ -71,10 +71,8 @@ def config(kind: str) -> dict:
     return layer | own | {"target_layer_ids": TAPS, "step_loss_decay": 0.8, "layer_types": ["full_attention"]}
 
 
-def tensors(
-    kind: str, seed: int = 0, rows: int = V, bias: bool = False, qk_norms: bool | None = None
-) -> dict[str, Tensor]:
-    """Random tensors under DeepSpec's names, tables included."""
+def tensors(kind: str, seed: int = 0, rows: int = V, bias: str = "", qk_norms: bool | None = None) -> dict[str, Tensor]:
+    """Random tensors under DeepSpec's names, tables included; projections in what `bias` names have biases."""
     generator = torch.Generator().manual_seed(seed)
     eagle = "eagle3" in kind or kind == "sglang"
     width = 2 * D if eagle else D
@@ -102,7 +100,7 @@ def tensors(
     for name, shape in shapes.items():
         noise = torch.randn(shape, generator=generator)
         found[f"{name}.weight"] = 1 + 0.3 * noise if len(shape) == 1 else 0.2 * noise
-        if bias and "self_attn" in name and "proj" in name:
+        if bias and bias in name and "proj" in name:
             found[f"{name}.bias"] = 0.3 * torch.randn(shape[0], generator=generator)
     if kind == "speculators_dspark":
         found["confidence_head.proj.bias"] = torch.randn(1, generator=generator)

@@ -16,12 +16,46 @@ def rms(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return x / torch.sqrt((x * x).mean(-1, keepdim=True) + eps) * weight
 
 
-def rope(x: Tensor, position: int, theta: float) -> Tensor:
-    """x (heads, d): dimension i and i + d/2 turn by position * theta^(-2i/d)."""
+def frequencies(theta: float, d: int, scaling: dict | None) -> tuple[list[float], float]:
+    """Radians a position of each pair of dimensions, and the factor on cosine and sine."""
+    plain = [theta ** (-2 * i / d) for i in range(d // 2)]
+    if scaling is None:
+        return plain, 1.0
+    factor, old = scaling["factor"], scaling.get("original_max_position_embeddings")
+    if scaling["rope_type"] == "linear":
+        return [f / factor for f in plain], 1.0
+    if scaling["rope_type"] == "llama3":
+        found = []
+        for f in plain:
+            wavelength = 2 * math.pi / f
+            smooth = (old / wavelength - scaling["low_freq_factor"]) / (
+                scaling["high_freq_factor"] - scaling["low_freq_factor"]
+            )
+            if wavelength < old / scaling["high_freq_factor"]:
+                found.append(f)
+            elif wavelength > old / scaling["low_freq_factor"]:
+                found.append(f / factor)
+            else:
+                found.append((1 - smooth) * f / factor + smooth * f)
+        return found, 1.0
+
+    def turning(rotations: float) -> float:
+        return d * math.log(old / (rotations * 2 * math.pi)) / (2 * math.log(theta))
+
+    low, high = max(math.floor(turning(32)), 0), min(math.ceil(turning(1)), d - 1)
+    high = high + 0.001 if low == high else high
+    ramps = [min(max((i - low) / (high - low), 0.0), 1.0) for i in range(d // 2)]
+    found = [f / factor * ramp + f * (1 - ramp) for f, ramp in zip(plain, ramps, strict=True)]
+    return found, scaling.get("attention_factor") or 0.1 * math.log(factor) + 1
+
+
+def rope(x: Tensor, position: int, c: dict) -> Tensor:
+    """x (heads, d): dimension i and i + d/2 turn by position times the pair's frequency."""
     d = x.shape[-1]
-    angle = position * theta ** (-torch.arange(0, d, 2, dtype=torch.float32) / d)
-    a, b = x[:, : d // 2], x[:, d // 2 :]
-    return torch.cat([a * angle.cos() - b * angle.sin(), b * angle.cos() + a * angle.sin()], -1)
+    turns, factor = frequencies(c["rope_theta"], d, c.get("rope_scaling"))
+    angle = position * torch.tensor(turns)
+    a, b, cos, sin = x[:, : d // 2], x[:, d // 2 :], angle.cos() * factor, angle.sin() * factor
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
 
 
 def linear(w: dict, name: str, x: Tensor) -> Tensor:
@@ -43,7 +77,7 @@ def heads(c: dict, w: dict, at: str, kind: str, y: Tensor, position: int) -> Ten
     norm = f"{at}.self_attn.{kind}_norm.weight"
     if norm in w:
         x = rms(x, w[norm], c["rms_norm_eps"])
-    return rope(x, position, c["rope_theta"])
+    return rope(x, position, c)
 
 
 def attention(c: dict, query: Tensor, keys: list[Tensor], values: list[Tensor]) -> Tensor:
@@ -57,8 +91,8 @@ def attention(c: dict, query: Tensor, keys: list[Tensor], values: list[Tensor]) 
 
 
 def mlp(c: dict, w: dict, at: str, x: Tensor) -> Tensor:
-    gate = act(c["hidden_act"], w[f"{at}.mlp.gate_proj.weight"] @ x)
-    return w[f"{at}.mlp.down_proj.weight"] @ (gate * (w[f"{at}.mlp.up_proj.weight"] @ x))
+    gate = act(c["hidden_act"], linear(w, f"{at}.mlp.gate_proj", x))
+    return linear(w, f"{at}.mlp.down_proj", gate * linear(w, f"{at}.mlp.up_proj", x))
 
 
 def head(c: dict, w: dict, hidden: Tensor) -> Tensor:

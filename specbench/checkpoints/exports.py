@@ -37,6 +37,7 @@ PLAIN = [
     "head_dim",
     "vocab_size",
     "rope_theta",
+    "rope_scaling",
     "norm_eps",
     "activation",
     "attention_bias",
@@ -216,7 +217,9 @@ def layer_fields(facts: Backbone, positions: int | None = None) -> dict[str, Any
         "hidden_act": facts.activation,
         "rms_norm_eps": facts.norm_eps,
         "attention_bias": facts.attention_bias,
-        "rope_parameters": {"rope_theta": facts.rope_theta, "rope_type": "default"},
+        "rope_parameters": {"rope_type": "default", **(facts.rope_scaling or {}), "rope_theta": facts.rope_theta},
+        # Older engines read this one.
+        **({} if facts.rope_scaling is None else {"rope_scaling": dict(facts.rope_scaling)}),
     }
 
 

@@ -21,6 +21,12 @@ SHARED_DEFAULTS = {"hidden_size": 4096, "hidden_act": "silu", "rms_norm_eps": 1e
 SHARED_DEFAULTS |= {"num_hidden_layers": 32}
 VOCABULARIES = {"qwen3": 151936, "llama": 32000}
 QWEN3_FULL_LAYERS = 28  # Qwen3Config's max_window_layers: layers before it have no window
+# Scalings of rope that do not depend on the length of the text, and the numbers that they read.
+FIXED_SCALINGS = {
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
+    "yarn": ("factor", "attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim"),
+}
 FULL, SLIDING = "full_attention", "sliding_attention"
 
 
@@ -81,9 +87,12 @@ def layers_of(config: Keys, family: str, norm_before_residual: bool = False, unn
         facts["head_dim"] = facts["hidden_size"] // heads
     facts |= {"rms_norm_eps": asked("rms_norm_eps", config.number), "hidden_act": asked("hidden_act", config.text)}
     config.choice("hidden_act", ACTIVATIONS)
-    facts |= {"attention_bias": config.flag("attention_bias"), "rope_theta": _theta(config, defaults.get("rope_theta"))}
+    facts |= {
+        "attention_bias": config.flag("attention_bias"),
+        "mlp_bias": family == "llama" and config.flag("mlp_bias"),
+    }
+    facts |= _rope(config, defaults.get("rope_theta"))
     window, sliding = windows_of(config, facts["num_hidden_layers"])
-    facts["rope_parameters"] = {"rope_theta": facts["rope_theta"], "rope_type": "default"}
     backbone = _backbone(facts | {"model_type": family}, family, window, norm_before_residual)
     return Layers(facts["num_hidden_layers"], backbone, facts, sliding)
 
@@ -158,32 +167,47 @@ def windows_of(config: Keys, layers: int) -> tuple[int | None, frozenset[int]]:
     return window, sliding
 
 
-def _theta(config: Keys, default: float | None) -> float:
-    """Base of plain rope, which may stand in three places. Errors: FormatError for any scaled rope."""
-    places = [config]
+def _rope(config: Keys, default: float | None) -> dict[str, Any]:
+    """Base and scaling of rope, which may stand in three places. Errors: FormatError for a scaling that depends on the
+    length of the text, and for one that is unknown or lacks a value."""
+    places, scalings = [config], []
     for key in ("rope_parameters", "rope_scaling"):
         if key not in config:
             config.get(key)
             continue
         rope = config.section(key)
+        places.append(rope)
         kind = agreed("rope_type", rope) or agreed("type", rope) or "default"
         # Multimodal rope on text gives all its axes one position, which is plain rope.
-        if kind not in ("default", "mrope"):
-            raise FormatError(
-                f"config.json: {rope.path}rope_type={kind!r}: drafts in published formats are read with plain rope"
-            )
         for axis in ("mrope_section", "mrope_interleaved"):
             rope.get(axis)
-        places.append(rope)
+        if kind in ("default", "mrope"):
+            continue
+        if kind not in FIXED_SCALINGS:
+            raise FormatError(
+                f"config.json: {rope.path}rope_type={kind!r}: drafts in published formats are read with plain rope or "
+                f"{', '.join(FIXED_SCALINGS)}"
+            )
+        numbers = {name: rope.number(name) for name in FIXED_SCALINGS[kind]}
+        whole = rope.integer("original_max_position_embeddings")
+        found = {"rope_type": kind, "original_max_position_embeddings": whole} | numbers
+        if kind == "yarn":
+            found["truncate"] = rope.flag("truncate", None)
+        scalings.append({name: value for name, value in found.items() if value is not None})
     for place in places:
         place.number("rope_theta")
-    found = agreed("rope_theta", *places)
-    found = default if found is None else found
-    if found is None:
+    theta = agreed("rope_theta", *places)
+    theta = default if theta is None else theta
+    if theta is None:
         raise FormatError(f"config.json lacks '{config.path}rope_theta', and no default is known for its model_type")
-    if found <= 0:
-        raise FormatError(f"config.json: rope_theta={found} is not above 0")
-    return float(found)
+    if theta <= 0:
+        raise FormatError(f"config.json: rope_theta={theta} is not above 0")
+    if any(scaling != scalings[0] for scaling in scalings):
+        raise FormatError(f"config.json contradicts itself: rope_parameters and rope_scaling are {scalings}")
+    scaling = scalings[0] if scalings else {"rope_type": "default"}
+    facts = {"rope_theta": float(theta), "rope_parameters": {"rope_theta": float(theta)} | scaling}
+    # Where the scaling does not say how many positions the model had before, it is as many as the model has.
+    return facts | {"max_position_embeddings": config.integer("max_position_embeddings")} if scalings else facts
 
 
 def _backbone(facts: dict[str, Any], family: str, window: int | None, norm_before_residual: bool) -> Backbone:
