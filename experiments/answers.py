@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 from collections.abc import Iterator, Sequence
 from itertools import islice
@@ -13,12 +14,14 @@ from omegaconf import DictConfig
 from rich.console import Console
 
 from specbench.cli.assembly import load_target, location
+from specbench.cli.checks import check_before
 from specbench.cli.following import command
 from specbench.cli.progress import Progress
 from specbench.cli.stages import Stage, say
 from specbench.data.answers import generation as answers
 from specbench.data.answers.chat import render
 from specbench.data.answers.engines import Engine, InProcessEngine, Policy, ServerEngine
+from specbench.data.answers.servers import ServerPool
 from specbench.data.answers.templates import ChatError, date_of, server_options, template_hash, template_of
 from specbench.data.prompts import preparation as prompts
 from specbench.decoding.loop import Limits, decode
@@ -26,11 +29,13 @@ from specbench.decoding.sampling import Sampling
 from specbench.files.atomic import plain
 from specbench.models.target import Target
 
+RESULTS = ("answers.jsonl", "header.json")
+DEFINITE = ("chunk", "batch_size", "concurrency", "max_new_tokens")  # settings that null does not turn off
+
 
 def run(cfg: DictConfig) -> None:
     """Write `root/answers/NAME/TARGET` (validation answers into a folder below it)."""
-    if cfg.split not in prompts.SPLITS:
-        raise ValueError(f"split={cfg.split}: choose one of {', '.join(prompts.SPLITS)}")
+    check_before("answers", cfg)
     source = Path(cfg.root) / "prompts" / cfg.data.name
     if prompts.finished(source) is None:
         raise ValueError(f"{source} holds no finished prompts: run `specbench prompts data={cfg.data.name}` first")
@@ -41,42 +46,90 @@ def run(cfg: DictConfig) -> None:
     tokenizer = target.tokenizer if target else _tokenizer(cfg.target)
     if tokenizer is None:
         raise ValueError(f"target {cfg.target.name} has no tokenizer: answers need one with a chat template")
-    policy = Policy(
-        model=cfg.target.id,
-        # Without a revision the weights themselves say which target answered.
-        revision=cfg.target.revision or (target.weights_hash if target else None),
-        template=template_hash(tokenizer),
-        thinking=cfg.thinking,
-        **cfg.sampling,
-        max_new_tokens=cfg.max_new_tokens,
-        seed=cfg.seed,
-        date=date_of(tokenizer),
-    )
+    # Without a revision the weights themselves say which target answered.
+    revision = cfg.target.revision or (target.weights_hash if target else None)
+    policy = policy_of(cfg, revision, template_hash(tokenizer), date_of(tokenizer))
     options = server_options(template_of(tokenizer), cfg.thinking) if cfg.servers else {}
     with open(source / f"{cfg.split}.jsonl", "rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
-    identity = {"policy": plain(vars(policy)), "prompts": digest, "count": cfg.count, "split": cfg.split}
-    with Stage("answers", folder, identity, force=cfg.force) as stage:
+    total = sum(1 for _ in prompts.read(source, cfg.split, limit))
+    if not total:
+        raise ValueError(f"{source / f'{cfg.split}.jsonl'} holds no prompt: there is nothing to answer")
+    engine = _engine(cfg, target, tokenizer, options)
+    if not cfg.force:
+        answers.check_header(folder, policy)
+    identity = {"policy": plain(vars(policy)), "prompts": digest, "split": cfg.split}
+    instead = "another root= or data.name="
+    with Stage("answers", folder, identity, force=cfg.force, results=RESULTS, mends=RESULTS, instead=instead) as stage:
+        if stage.done and cfg.preview is None and not _covers(stage, total):
+            stage.reopen()  # more prompts are asked for than were
         if not stage.done:
-            if cfg.force:
-                for name in ("answers.jsonl", "failed.jsonl", "header.json"):
-                    (folder / name).unlink(missing_ok=True)
-            engine = _engine(cfg, target, tokenizer, options)
-            total = sum(1 for _ in prompts.read(source, cfg.split, limit))
             with Progress("answers", total, "prompts") as bar:
                 counts = answers.collect(
                     prompts.read(source, cfg.split, limit),
                     engine,
-                    folder,
+                    stage.work,
                     policy,
                     progress=lambda kind: bar.advance(),
                 )
-            if counts["failed"]:  # not finished: the next run tries them again
-                say(f"answers: {counts} in {folder}; failed.jsonl has the causes, run again to retry them")
+            missing = total - counts["answered"] - counts["kept"]
+            if missing:  # not finished: the next run tries them again
+                say(
+                    f"answers: {missing} of {total} prompts have no answer ({counts}) in {stage.work}; failed.jsonl "
+                    "has the causes, run again to retry them"
+                )
             elif cfg.preview is None:
-                stage.finish(counts, next=command("cache", cfg, ("target", "data")))
+                done = counts | {"answers": len(answers.answered(stage.work))}
+                stage.finish(done, next=command("cache", cfg, ("target", "data")))
         if cfg.preview is not None:
-            show(islice(answers.read(folder), cfg.preview), tokenizer, cfg.thinking)
+            show(islice(answers.read(stage.work), cfg.preview), tokenizer, cfg.thinking)
+
+
+def check(cfg: DictConfig) -> None:
+    """Refuse a split, counts and a law that cannot be, and servers of which none answers."""
+    if cfg.split not in prompts.SPLITS:
+        raise ValueError(f"split={cfg.split}: choose one of {', '.join(prompts.SPLITS)}")
+    for key in ("count", "preview", "chunk", "batch_size", "concurrency", "max_new_tokens"):
+        if cfg[key] is not None and cfg[key] < 1:
+            raise ValueError(f"{key}={cfg[key]}: give 1 or more{'' if key in DEFINITE else ', or null'}")
+    policy = policy_of(cfg)
+    Sampling(policy.temperature, policy.top_k, policy.top_p, policy.min_p)
+    if cfg.servers:
+        patience = instantiate(cfg.patience)
+        asyncio.run(_reached(ServerPool(list(cfg.servers), cfg.model, patience=patience, api_key=cfg.api_key)))
+
+
+async def _reached(pool: ServerPool) -> None:
+    """Connect as the stage will, which refuses servers that are down or serve another model."""
+    async with pool:
+        pass
+
+
+def policy_of(
+    cfg: DictConfig, revision: str | None = None, template: str | None = None, date: str | None = None
+) -> Policy:
+    """The law of the answers."""
+    return Policy(
+        model=cfg.target.id,
+        revision=revision,
+        template=template,
+        thinking=cfg.thinking,
+        **cfg.sampling,
+        max_new_tokens=cfg.max_new_tokens,
+        seed=cfg.seed,
+        date=date,
+    )
+
+
+def _covers(stage: Stage, total: int) -> bool:
+    """Whether a finished stage answered as many prompts as are asked for. Errors: ValueError when it answered more."""
+    there = len(answers.answered(stage.folder))
+    if there > total:
+        raise ValueError(
+            f"answers: {stage.folder} holds {there} answers and {total} are asked for: leave out count=, choose "
+            f"{stage.instead}, or force=true to replace them once the new ones are complete"
+        )
+    return there == total
 
 
 def show(rows: Iterator[dict[str, Any]], tokenizer: Any, thinking: bool | None) -> None:

@@ -10,21 +10,26 @@ from typing import Any
 from omegaconf import DictConfig
 
 from specbench.cli.assembly import load_target
+from specbench.cli.checks import check_before
 from specbench.cli.following import command
 from specbench.cli.launching import rank_and_world
 from specbench.cli.progress import Progress
-from specbench.cli.stages import Stage, say
+from specbench.cli.stages import Stage, first_rank, say
 from specbench.data.answers import generation as answers
 from specbench.data.answers.chat import Encoded
 from specbench.data.answers.templates import ChatError
 from specbench.data.cache.build import build
-from specbench.data.cache.manifest import Manifest, fingerprint, identity_of
+from specbench.data.cache.manifest import Manifest, fingerprint, identity_of, require_same
 from specbench.data.cache.plan import plan
 from specbench.data.cache.storage import storage
+from specbench.files.atomic import read_json
+
+RESULTS = ("manifest.json", "index.parquet", "tables.safetensors")
 
 
 def run(cfg: DictConfig) -> Path | None:
     """Build the cache that `cfg` describes and return its folder (None after plan=true)."""
+    check_before("cache", cfg)
     source = Path(cfg.answers or Path(cfg.root) / "answers" / cfg.data.name / cfg.target.name)
     target = load_target(cfg.target, cfg.device)
     vocabulary = len(target.tables.embedding)
@@ -48,14 +53,25 @@ def run(cfg: DictConfig) -> Path | None:
         "batch_tokens": cfg.batch_tokens,
         "norm": None if norm is None else norm.detach(),
     }
-    if place is None:
-        identity = identity_of(target, kept, cfg.max_length, conversations, sources)
-        place = Path(cfg.root) / "cache" / fingerprint(identity)
+    identity = identity_of(target, kept, cfg.max_length, conversations, sources)
+    place = place or Path(cfg.root) / "cache" / fingerprint(identity)
     rank, world = rank_and_world()
+    built = read_json(place / "build.json", None)
+    if built is not None and not cfg.force:
+        there = "choose another folder=, or force=true to replace it once the new cache is complete"
+        require_same(built["identity"], identity, place, there)
     # The folder's own identity file says what the cache holds; the stage only says whether it is complete.
-    with Stage("cache", place, {"folder": str(place)}, force=cfg.force) as stage:
-        if stage.done and (place / "manifest.json").exists():
+    seen = {"cache": fingerprint(identity)}
+    with Stage("cache", place, {}, force=cfg.force, results=RESULTS, inputs=seen, instead="another folder=") as stage:
+        if stage.done and not (damaged := _damaged(place)):
             return place
+        if stage.done:
+            for shard in damaged:
+                say(f"cache: {place / shard} is not as long as it was written, and is built again")
+                (place / shard).unlink(missing_ok=True)
+            stage.reopen()
+        if stage.resumes and first_rank():  # whatever of it is missing: it is written from the shards, last
+            (stage.work / "manifest.json").unlink(missing_ok=True)
         with Progress("cache", sum(len(c.tokens) for c in conversations), "tokens") as bar:
             before = 0
 
@@ -64,13 +80,31 @@ def run(cfg: DictConfig) -> Path | None:
                 bar.advance(done - before)
                 before = done
 
-            manifest = build(target, conversations, place, kept, cfg.max_length, rank, world, progress, **options)
+            manifest = build(target, conversations, stage.work, kept, cfg.max_length, rank, world, progress, **options)
         if manifest is None:
             say(f"cache: rank {rank} is done; the last rank writes the manifest")
             return place
         then = command("train", cfg, ("target", "data"), cache=str(place))
-        stage.finish(facts(manifest) | dropped, next=then)
+        stage.finish(facts(manifest) | dropped, next=then, last_rank=True)
     return place
+
+
+def check(cfg: DictConfig) -> None:
+    """Refuse codecs that are not there and sizes that hold nothing."""
+    storage(cfg.codec, cfg.last_codec, cfg.last_rows)
+    for key in ("max_length", "shard_bytes", "batch_tokens"):
+        if cfg[key] < 1:
+            raise ValueError(f"{key}={cfg[key]}: give 1 or more")
+
+
+def _damaged(folder: Path) -> list[str]:
+    """Shards of a complete cache that are gone or not as long as its manifest says."""
+    shards = Manifest.read(folder).shards
+    return [s["name"] for s in shards if not _holds(folder / s["name"], s["bytes"])]
+
+
+def _holds(file: Path, size: int) -> bool:
+    return file.is_file() and file.stat().st_size == size
 
 
 def facts(manifest: Manifest) -> dict[str, Any]:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 from omegaconf import DictConfig
 
+from specbench.cli.checks import check_before
 from specbench.cli.errors import naming
 from specbench.cli.following import command
 from specbench.cli.recording import recorded
@@ -15,7 +17,9 @@ from specbench.cli.stages import Stage
 from specbench.decoding.calibration import Calibration, fit
 from specbench.evaluation.recorded_rounds import Rounds, conversations, flatten, recorded_rounds, rounds_file, split
 from specbench.files.atomic import json_line, write_json, write_text
-from specbench.runs.run_folder import read_lines
+from specbench.runs.run_folder import folder_name, read_lines
+
+RESULTS = ("calibration.json", "reliability.json", "slots.csv")
 
 
 def run(cfg: DictConfig) -> Path:
@@ -24,6 +28,7 @@ def run(cfg: DictConfig) -> Path:
     With `draft` the calibration is written beside that draft, too, if it lowers the calibration error on the held-out
     rounds: below that of the confidences as they are, and of the calibration that lies there. ValueError otherwise.
     """
+    check_before("calibrate", cfg)
     with naming("rounds", cfg.rounds):
         prompts = recorded_rounds(cfg.rounds)
     if cfg.held_out is None:
@@ -34,47 +39,57 @@ def run(cfg: DictConfig) -> Path:
     if cfg.draft is not None and not Path(cfg.draft).is_dir():
         raise ValueError(f"draft={cfg.draft} is no folder; name the draft folder that the rounds were decoded with")
     learn, test = flatten(fitted), flatten(held_out)
-    folder = Path(cfg.root) / "calibrate" / cfg.name
+    folder = Path(cfg.root) / "calibrate" / folder_name(cfg.name, "a folder (name=)")
     inputs = {"contents": [rounds_digest(path) for path in (cfg.rounds, cfg.held_out) if path is not None]}
-    with Stage("calibrate", folder, {**recorded(cfg), **inputs}, force=cfg.force) as stage:
-        if stage.done:
-            return folder
-        calibration = fit(learn.logits, learn.accepted, learn.proposed, learn.prompts, bins=cfg.bins)
-        rows = calibration.judge(test.logits, test.accepted, test.proposed, test.prompts, cfg.bins)
-        calibration.save(folder / "calibration.json")
-        write_json(folder / "reliability.json", rows)
-        table = pd.DataFrame(rows).drop(columns="reliability")
-        table.to_csv(folder / "slots.csv", index=False)
-        judged = cfg.held_out
-        if judged is None:  # no schedule may be judged on the other rounds, so these stand alone
-            judged = folder / "held_out.jsonl"
-            kept, lines = {p.prompt for p in held_out}, read_lines(rounds_file(cfg.rounds))
-            named = zip(lines, conversations(lines), strict=True)
-            write_text(judged, "".join(json_line(line) for line, prompt in named if prompt in kept))
-        print(table.to_string(index=False, float_format="%.4f", na_rep="-"))
-        seen = table[table.n > 0]
-        before, after = (float(seen[seen.calibrated == flag].ece.mean()) for flag in (False, True))
-        if cfg.draft is not None:
-            own = Path(cfg.draft) / "calibration.json"
-            best = min([before, *_error_of(own, test, cfg.bins)])
-            if after > best:
-                raise ValueError(
-                    f"draft={cfg.draft}: on the held-out prompts the calibration error is {after:.4f} with this "
-                    f"calibration and {best:.4f} without, so {own} was left as it was; fit on more rounds, or leave "
-                    f"draft= out to keep this calibration in {folder} alone"
-                )
-            calibration.save(own)
-        stage.finish(
-            {
+    with Stage("calibrate", folder, {**recorded(cfg), **inputs}, force=cfg.force, results=RESULTS) as stage:
+        if not stage.done:
+            work = stage.work
+            calibration = fit(learn.logits, learn.accepted, learn.proposed, learn.prompts, bins=cfg.bins)
+            rows = calibration.judge(test.logits, test.accepted, test.proposed, test.prompts, cfg.bins)
+            calibration.save(work / "calibration.json")
+            write_json(work / "reliability.json", rows)
+            table = pd.DataFrame(rows).drop(columns="reliability")
+            table.to_csv(work / "slots.csv", index=False)
+            judged = cfg.held_out
+            if judged is None:  # no schedule may be judged on the other rounds, so these stand alone
+                judged = folder / "held_out.jsonl"
+                kept, lines = {p.prompt for p in held_out}, read_lines(rounds_file(cfg.rounds))
+                named = zip(lines, conversations(lines), strict=True)
+                write_text(work / judged.name, "".join(json_line(line) for line, prompt in named if prompt in kept))
+            print(table.to_string(index=False, float_format="%.4f", na_rep="-"))
+            before, after = _errors(rows)
+            facts = {
                 "prompts_fitted": len({p.prompt for p in fitted}),
                 "prompts_judged": len({p.prompt for p in held_out}),
                 "ece_before": before,
                 "ece_after": after,
                 "temperatures_at_the_edge_of_the_grid": len(calibration.at_edge),
-            },
-            next=command("serve", cfg, name=cfg.name, rounds=str(judged), calibration=str(folder / "calibration.json")),
-        )
+            }
+            made = str(folder / "calibration.json")
+            stage.finish(facts, next=command("serve", cfg, name=cfg.name, rounds=str(judged), calibration=made))
+    if cfg.draft is not None:
+        _place(Calibration.load(folder / "calibration.json"), Path(cfg.draft), test, cfg.bins, folder)
     return folder
+
+
+def _errors(rows: list[dict[str, Any]]) -> tuple[float, float]:
+    """Mean calibration error over the slots that were reached, without and with the calibration."""
+    found = [[row["ece"] for row in rows if row["calibrated"] == flag and row["n"]] for flag in (False, True)]
+    return sum(found[0]) / len(found[0]), sum(found[1]) / len(found[1])
+
+
+def _place(calibration: Calibration, draft: Path, test: Rounds, bins: int, folder: Path) -> None:
+    """Write the calibration beside a draft unless one without it, or the one that lies there, is better on `test`."""
+    before, after = _errors(calibration.judge(test.logits, test.accepted, test.proposed, test.prompts, bins))
+    own = draft / "calibration.json"
+    best = min([before, *_error_of(own, test, bins)])
+    if after > best:
+        raise ValueError(
+            f"draft={draft}: on the held-out prompts the calibration error is {after:.4f} with this calibration and "
+            f"{best:.4f} without, so {own} was left as it was; fit on more rounds, or leave draft= out to keep this "
+            f"calibration in {folder} alone"
+        )
+    calibration.save(own)
 
 
 def _error_of(file: Path, test: Rounds, bins: int) -> list[float]:

@@ -95,8 +95,12 @@ def _main(words: list[str], verbs: Mapping[str, Verb], package: str) -> int:
             composing.check_values(name, verb.config, cfg)
             Job(name, verb)(composing.without_hydra(cfg))
             return 0
-        for job in composing.jobs(cfg, overrides):
-            composing.check_values(name, verb.config, composing.compose(verb.config, job))
+        listed = [composing.compose(verb.config, job) for job in composing.jobs(cfg, overrides)]
+        for job in listed:
+            composing.check_values(name, verb.config, job)
+        from specbench.cli import checks
+
+        checks.sweep(name, [composing.without_hydra(job) for job in listed], verb.module)
         overrides = composing.texts(verb.config, overrides)
         sys.argv = [sys.argv[0], "--multirun", *overrides, *composing.sweep_defaults(name, cfg, overrides)]
     import hydra

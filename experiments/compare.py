@@ -12,12 +12,14 @@ from omegaconf import DictConfig, ListConfig
 
 from analysis.compare import Comparison
 from analysis.compare import compare as compare_runs
+from specbench.cli.checks import check_before
 from specbench.cli.stages import container, report, say
 
 
 def run(cfg: DictConfig) -> Path:
     """Write root/compare/NAME and print the table; returns the folder."""
     began = time.monotonic()
+    check_before("compare", cfg)
     made = comparison(cfg)
     print(made.text)
     figure = next((path for path in made.files if path.suffix == ".png"), None)

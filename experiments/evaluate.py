@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +15,10 @@ from analysis.statistics.headline import PER_REQUEST, headline
 from experiments.mirror import mirror
 from specbench.checkpoints.draft_folder import FormatError, fetch, load_draft, read_config, taps_of
 from specbench.cli.assembly import load_target, own_methods
+from specbench.cli.checks import check_before
 from specbench.cli.errors import naming
 from specbench.cli.following import command
+from specbench.cli.identity import identity
 from specbench.cli.launching import rank_and_world
 from specbench.cli.progress import Progress
 from specbench.cli.recording import recorded
@@ -33,22 +34,39 @@ from specbench.evaluation.audit import verdict
 from specbench.evaluation.module import THINKING, Answered, DraftEvaluation, Protocol, merged, write_rounds
 from specbench.models.target import Target
 from specbench.runs.provenance import provenance
-from specbench.runs.run_folder import RunFolder, read_settings, read_summary
+from specbench.runs.run_folder import RunFolder, folder_name, read_settings, read_summary
 from specbench.training.module import digest
 
 PLAIN = "plain"
+RESULTS = ("records.parquet", "rounds.jsonl", "summary.json", "config.yaml")
 
 
 def run(cfg: DictConfig) -> Path:
     """Decode every prompt with the draft and write the run folder; returns it."""
+    check_before("evaluate", cfg)
     source = source_of(cfg.draft)
     about = lineage_of(cfg.draft, source, cfg.target.name)
-    name = cfg.name or run_name(cfg, about)
-    folder = Path(cfg.root) / "runs" / "evaluate" / name
-    with Stage("evaluate", folder, cfg, force=cfg.force, ignore=("name", "batch_size", "devices")) as stage:
+    with stage_of(cfg, about) as stage:
         if not stage.done:
-            _evaluate(cfg, stage, name, source, about)
-    return folder
+            _evaluate(cfg, stage, stage.folder.name, source, about)
+    return stage.folder
+
+
+def stage_of(cfg: DictConfig, about: dict[str, Any] | None = None) -> Stage:
+    """The stage of this evaluation, not entered; one without a name is named after its draft."""
+    if cfg.name is None and about is None:
+        about = lineage_of(cfg.draft, source_of(cfg.draft), cfg.target.name)
+    name = cfg.name
+    if name is None and about is not None:
+        name = run_name(cfg, about)
+    folder = Path(cfg.root) / "runs" / "evaluate" / folder_name(name, "a run folder")
+    return Stage("evaluate", folder, cfg, force=cfg.force, results=RESULTS)
+
+
+def check(cfg: DictConfig) -> None:
+    """Refuse what an evaluation would refuse once target and draft are loaded: how to decode, and what."""
+    protocol_of(cfg, ())
+    instantiate(cfg.suite, _convert_="all")
 
 
 def source_of(draft: str) -> Path | None:
@@ -94,14 +112,12 @@ def lineage_of(draft: str, source: Path | None, target: str) -> dict[str, Any]:
 
 def run_name(cfg: DictConfig, about: dict[str, Any]) -> str:
     """Draft, suite, temperature and a digest of everything that decides the numbers."""
-    skip = ("root", "force", "name", "tracking", "study", "batch_size", "devices", "draft", "methods")
-    facts = {k: v for k, v in recorded(cfg).items() if k not in skip} | {"draft": str(cfg.draft)}
-    code = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:8]
+    code = identity("evaluate", cfg).code
     return f"{about['method']}-{cfg.target.name}-{cfg.suite.name}-t{cfg.temperature:g}-s{about['seed']}-{code}"
 
 
-def protocol_of(cfg: DictConfig, target: Target) -> Protocol:
-    """How to decode, from the configuration."""
+def protocol_of(cfg: DictConfig, stop_token_ids: Sequence[int]) -> Protocol:
+    """How to decode, from the configuration and the target's stop tokens."""
     scheduler = instantiate(cfg.scheduler)
     if cfg.confidence_threshold is not None:
         if not scheduler.label.startswith("fixed"):
@@ -110,7 +126,7 @@ def protocol_of(cfg: DictConfig, target: Target) -> Protocol:
                 "give one of them"
             )
         scheduler = StaticThreshold(cfg.confidence_threshold)
-    limits = Limits(cfg.max_new_tokens, target.stop_token_ids, cfg.batch_size, cfg.token_budget, cfg.accounting)
+    limits = Limits(cfg.max_new_tokens, tuple(stop_token_ids), cfg.batch_size, cfg.token_budget, cfg.accounting)
     sampling = Sampling(cfg.temperature, cfg.top_k, cfg.top_p, cfg.min_p)
     forced, audit = cfg.get("teacher_forced", False), cfg.get("audit", False)
     for name, asked in (("teacher_forced", forced), ("audit", audit)):
@@ -150,12 +166,12 @@ def load_pair(cfg: DictConfig, source: Path | None) -> tuple[Target, Draft | Bas
 
 def _evaluate(cfg: DictConfig, stage: Stage, name: str, source: Path | None, about: dict[str, Any]) -> None:
     rank, _ = rank_and_world()
-    fresh = stage.state in ("changed", "forced")
-    with RunFolder(cfg.root, "evaluate", name, recorded(cfg), fresh=fresh, writes=rank == 0) as run:
+    record = RunFolder(cfg.root, "evaluate", name, recorded(cfg), writes=rank == 0, folder=stage.work)
+    with instantiate(cfg.tracking) as tracking, record as run:
         suite: Benchmarks = instantiate(cfg.suite, _convert_="all")
         prompts = suite.load()
         target, draft = load_pair(cfg, source)
-        protocol = protocol_of(cfg, target)
+        protocol = protocol_of(cfg, target.stop_token_ids)
         lineage = {
             "draft": weights_of(draft),
             "target": target.weights_hash,
@@ -163,7 +179,6 @@ def _evaluate(cfg: DictConfig, stage: Stage, name: str, source: Path | None, abo
         }
         facts, diff = provenance(sys.argv, {"decoding": cfg.seed, "init": about["seed"]}, None, first_prompt(prompts))
         run.write_provenance(facts, diff)
-        tracking = instantiate(cfg.tracking)
         tracking.start(run, {"method": about["method"], "target": cfg.target.name, "suite": suite.name})
         labels = {
             "run": name,
@@ -175,8 +190,6 @@ def _evaluate(cfg: DictConfig, stage: Stage, name: str, source: Path | None, abo
         turns = sum(len(p.turns or (0,)) if suite.turns == "all" else 1 for p in prompts)
         with Progress(f"evaluate {about['method']} at T={cfg.temperature:g}", turns, "prompts") as bar:
             module = DraftEvaluation(target, draft, protocol, run.path, labels, lambda answered: bar.advance())
-            if stage.state in ("changed", "forced"):
-                module.forget()
             trainer = L.Trainer(
                 accelerator="cpu" if target.device.type == "cpu" else "gpu",
                 devices=cfg.devices,

@@ -59,7 +59,7 @@ def evaluations(cfg: DictConfig, draft: Path) -> list[dict[str, Any]]:
     if cfg.evaluations is not None:
         return [read_summary(folder) for folder in cfg.evaluations]
     found = []
-    for file in sorted((Path(cfg.root) / "runs" / "evaluate").glob("*/summary.json")):
+    for file in sorted((Path(cfg.root) / "runs" / "evaluate").glob("[!.]*/summary.json")):
         summary = read_summary(file.parent)
         parents = summary.get("lineage", {}).get("parents", [])
         if summary.get("status") == "finished" and any(Path(p).resolve() == draft.resolve() for p in parents):

@@ -10,29 +10,32 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
+from specbench.cli.checks import check_before
 from specbench.cli.config_groups import configs
 from specbench.cli.following import command
+from specbench.cli.identity import content
 from specbench.cli.progress import Progress
-from specbench.cli.recording import recorded
 from specbench.cli.stages import Stage
 from specbench.data.prompts import preparation as prompts
 from specbench.data.prompts.benchmarks import Benchmarks
 from specbench.data.prompts.sources import Files
+from specbench.runs.run_folder import folder_name
+
+RESULTS = ("train.jsonl", "validation.jsonl", "report.json")
 
 
 def run(cfg: DictConfig) -> None:
     """Write `root/prompts/NAME` as `cfg` describes it."""
-    folder = Path(cfg.root) / "prompts" / cfg.data.name
+    check_before("prompts", cfg)
     source = instantiate(cfg.data.source, _convert_="all")
-    files = {path: [path.stat().st_size, path.stat().st_mtime_ns] for path in _files(source)}
-    with Stage("prompts", folder, recorded(cfg) | {"files": files}, force=cfg.force) as stage:
+    with stage_of(cfg) as stage:
         if stage.done:
             return
         evaluation = evaluation_texts(cfg.decontaminate, cfg.prompts)
         with Progress("prompts", None, "conversations") as bar:
             report = prompts.build(
                 source,
-                folder,
+                stage.work,
                 evaluation,
                 validation=cfg.validation,
                 near_duplicate=cfg.near_duplicate,
@@ -46,6 +49,23 @@ def run(cfg: DictConfig) -> None:
         stage.finish(found, next=command("answers", cfg, ("data",)))
 
 
+def stage_of(cfg: DictConfig) -> Stage:
+    """The stage of these prompts, not entered."""
+    folder = Path(cfg.root) / "prompts" / folder_name(cfg.data.name, "a folder (data.name=)")
+    source = instantiate(cfg.data.source, _convert_="all")
+    inputs = {"data.source.paths": content(source.files())} if isinstance(source, Files) else {}
+    instead = "another data.name="
+    return Stage("prompts", folder, cfg, force=cfg.force, results=RESULTS, inputs=inputs, instead=instead)
+
+
+def check(cfg: DictConfig) -> None:
+    """Refuse sources that are not there and shares that are none."""
+    source = instantiate(cfg.data.source, _convert_="all")
+    if isinstance(source, Files):
+        source.files()
+    prompts.require_shares(cfg.validation, cfg.near_duplicate)
+
+
 def evaluation_texts(suites: object, folder: str | None = None) -> dict[str, list[str]]:
     """Every user turn of the named suites, by benchmark; from `folder` instead of the hub where it is given."""
     names = OmegaConf.to_container(suites) if OmegaConf.is_config(suites) else suites
@@ -56,7 +76,3 @@ def evaluation_texts(suites: object, folder: str | None = None) -> dict[str, lis
         suite: Benchmarks = instantiate(composed.suite, _convert_="all", prompts=folder)
         texts |= suite.texts()
     return texts
-
-
-def _files(source: object) -> list[Path]:
-    return source.files() if isinstance(source, Files) else []

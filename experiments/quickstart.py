@@ -10,9 +10,11 @@ from pathlib import Path
 from omegaconf import DictConfig
 
 from specbench.cli.assembly import composed
+from specbench.cli.checks import ahead, check_before
 from specbench.cli.settings import check_settings
 from specbench.cli.stages import report, say
 from specbench.cli.verbs import VERBS
+from specbench.data.prompts.embedded_corpus import DOMAINS
 
 SHOWN = ("conditional_acceptance_t0.png", "survival_t0.png")
 
@@ -20,67 +22,16 @@ SHOWN = ("conditional_acceptance_t0.png", "survival_t0.png")
 def run(cfg: DictConfig) -> Path:
     """Run every stage that is not finished yet; returns the folder of the comparison."""
     began = time.monotonic()
-    root = [f"root={cfg.root}", f"force={str(cfg.force).lower()}"]
-    target = ["target=embedded"]
-    if cfg.target.remake:
-        stage("target", [*root, f"training.seconds={cfg.target.seconds}", "trainer.max_steps=100000"])
-        target.append(f"target.id={cfg.root}/runs/target/embedded")
-    counts = f"data.source.counts={{train: {cfg.prompts}, validation: {cfg.held_out}}}"
-    stage("prompts", [*root, counts])
-    # Sixty-four requests at once are work enough for every core; the stages after this one are not.
-    answers = [f"max_new_tokens={cfg.max_new_tokens}", "batch_size=64", "target.threads=null"]
-    stage("answers", [*root, *target, *answers])
-    folder = stage("cache", [*root, *target, f"codec={cfg.codec}"])
-    tracking = [f"tracking.{key}={cfg.tracking[key] or 'null'}" for key in ("mode", "project", "entity")]
-    tracking.append(f"tracking.group={cfg.tracking.group or 'quickstart'}")
-    runs = []
-    for method in cfg.methods:
-        trained = stage(
-            "train",
-            [
-                *(*root, *target, *tracking),
-                f"method={method}",
-                f"name={method}-s{cfg.seed}",
-                f"cache={folder}",
-                f"seed.init={cfg.seed}",
-                f"trainer.max_steps={cfg.steps}",
-                "evaluate=false",
-            ],
-        )
-        for temperature in cfg.temperatures:
-            runs.append(
-                stage(
-                    "evaluate",
-                    [
-                        *(*root, *target, *tracking),
-                        f"draft={trained}",
-                        f"name={method}-s{cfg.seed}-t{temperature:g}",
-                        f"temperature={temperature}",
-                        f"max_new_tokens={cfg.max_new_tokens}",
-                        f"suite.limit={cfg.benchmark_prompts}",
-                    ],
-                )
-            )
-        if cfg.clock.prompts:
-            runs.append(
-                stage(
-                    "speed",
-                    [
-                        *(*root, *target),
-                        f"draft={trained}",
-                        f"name={method}-s{cfg.seed}",
-                        f"clock_prompts={cfg.clock.prompts}",
-                        f"clock_repeats={cfg.clock.repeats}",
-                        f"max_new_tokens={cfg.clock.max_new_tokens}",
-                        "batch_sizes=[1]",
-                        "lengths=[]",
-                        "step_tokens=16",
-                        "repeats=60",
-                        "check=[]",
-                    ],
-                )
-            )
-    listed = ",".join(map(str, runs))
+    check_before("quickstart", cfg)
+    folder: Path | None = None
+    made = []
+    for verb, overrides in before_training(cfg):
+        folder = stage(verb, overrides)
+    for verb, overrides in drafts(cfg, folder):
+        path = stage(verb, overrides)
+        if verb != "train":
+            made.append(path)
+    listed = ",".join(map(str, made))
     stage("compare", [f"root={cfg.root}", "name=quickstart", f"runs=[{listed}]"])
     output = Path(cfg.root) / "compare" / "quickstart"
     report("quickstart", output, time.monotonic() - began, {"report": output / "report.html"})
@@ -88,6 +39,69 @@ def run(cfg: DictConfig) -> Path:
     if cfg.docs:
         publish(output, Path(cfg.docs))
     return output
+
+
+def check(cfg: DictConfig) -> None:
+    """Check every stage before the first one starts."""
+    check_settings("quickstart", cfg)
+    for verb, overrides in [*before_training(cfg), *drafts(cfg, None)]:
+        stage_cfg = composed(VERBS[verb].config, overrides)
+        ahead(verb, stage_cfg)
+        if verb == "train" and len(DOMAINS) * cfg.held_out < stage_cfg.trainer.probe.prompts:
+            raise ValueError(
+                f"held_out={cfg.held_out} holds out {len(DOMAINS) * cfg.held_out} prompts and the decoding probe of a "
+                f"training uses {stage_cfg.trainer.probe.prompts}: raise held_out"
+            )
+
+
+def before_training(cfg: DictConfig) -> list[tuple[str, list[str]]]:
+    """The stages up to the cache, in order, with the overrides of each."""
+    target, counts = target_of(cfg), f"data.source.counts={{train: {cfg.prompts}, validation: {cfg.held_out}}}"
+    # Sixty-four requests at once are work enough for every core; the stages after this one are not.
+    answers = [f"max_new_tokens={cfg.max_new_tokens}", "batch_size=64", "target.threads=null"]
+    stages = [
+        ("prompts", [*everywhere(cfg), counts]),
+        ("answers", [*everywhere(cfg), *target, *answers]),
+        ("cache", [*everywhere(cfg), *target, f"codec={cfg.codec}"]),
+    ]
+    if cfg.target.remake:
+        made = [*everywhere(cfg), f"training.seconds={cfg.target.seconds}", "trainer.max_steps=100000"]
+        stages.insert(0, ("target", made))
+    return stages
+
+
+def drafts(cfg: DictConfig, cache: Path | None) -> list[tuple[str, list[str]]]:
+    """The training, the evaluations and the timing of every method, in order, from a `cache` once it is made."""
+    common = [*everywhere(cfg), *target_of(cfg)]
+    tracking = [f"tracking.{key}={cfg.tracking[key] or 'null'}" for key in ("mode", "project", "entity")]
+    tracking.append(f"tracking.group={cfg.tracking.group or 'quickstart'}")
+    stages = []
+    for method in cfg.methods:
+        name = f"{method}-s{cfg.seed}"
+        draft = f"draft={Path(cfg.root) / 'runs' / 'train' / name}"
+        training = [f"method={method}", f"name={name}", f"seed.init={cfg.seed}", f"trainer.max_steps={cfg.steps}"]
+        training += ["evaluate=false", *([] if cache is None else [f"cache={cache}"])]
+        stages.append(("train", [*common, *tracking, *training]))
+        for temperature in cfg.temperatures:
+            decoding = [draft, f"name={name}-t{temperature:g}", f"temperature={temperature}"]
+            decoding += [f"max_new_tokens={cfg.max_new_tokens}", f"suite.limit={cfg.benchmark_prompts}"]
+            stages.append(("evaluate", [*common, *tracking, *decoding]))
+        if cfg.clock.prompts:
+            timing = [draft, f"name={name}", f"clock_prompts={cfg.clock.prompts}", f"clock_repeats={cfg.clock.repeats}"]
+            timing += [f"max_new_tokens={cfg.clock.max_new_tokens}", "batch_sizes=[1]", "lengths=[]", "step_tokens=16"]
+            stages.append(("speed", [*common, *timing, "repeats=60", "check=[]"]))
+    return stages
+
+
+def everywhere(cfg: DictConfig) -> list[str]:
+    """Where every stage writes, and whether it redoes what is finished."""
+    return [f"root={cfg.root}", f"force={str(cfg.force).lower()}"]
+
+
+def target_of(cfg: DictConfig) -> list[str]:
+    """The embedded target, or the one that was made here."""
+    made = [f"target.id={cfg.root}/runs/target/embedded"] if cfg.target.remake else []
+    return ["target=embedded", *made]
 
 
 def publish(output: Path, folder: Path) -> None:

@@ -10,12 +10,14 @@ from omegaconf import DictConfig
 from analysis.compare import CURVES
 from analysis.html import content
 from experiments.compare import comparison
+from specbench.cli.checks import check_before
 from specbench.cli.stages import report
 
 
 def run(cfg: DictConfig) -> Path:
     """Write root/compare/NAME/report.html, and report.json or the W&B report itself; returns the folder."""
     began = time.monotonic()
+    check_before("report", cfg)
     made = comparison(cfg, cfg.title)
     facts = {"page": str(made.folder / "report.html")}
     if cfg.entity is not None:

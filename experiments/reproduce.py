@@ -21,10 +21,12 @@ from omegaconf import DictConfig
 
 from experiments import calibrate, compare, evaluate, report, serve, train
 from experiments.quickstart import stage
+from specbench.cli import checks
 from specbench.cli.assembly import composed
 from specbench.cli.launching import as_command
 from specbench.cli.stages import MARKER, duration, say
 from specbench.cli.studies import Study, study_of, with_values
+from specbench.cli.verbs import VERBS
 from specbench.files.atomic import read_json
 
 # Measured on two cores that other work kept busy: DSpark, 240 steps and probes in 88 s; 24 prompts a domain in 22 s.
@@ -43,13 +45,11 @@ def run(cfg: DictConfig, given: Sequence[str] | None = None) -> Path:
     for_runs = [text for text in given if key(text).split(".")[0] not in OWN]
     study = study_of(cfg.name, for_runs)
     jobs = [composed("train", [*everywhere, *job]) for job in study.trainings]
+    before = before_training(cfg, study, everywhere, for_runs)
+    check_all(study, jobs, before, everywhere)
     plan(cfg, study, jobs)
-    for_data = [text for text in for_runs if key(text).split(".")[0] in ("target", "data")]
-    for verb in ("prompts", "answers"):
-        known = [t for t in for_data if verb != "prompts" or not key(t).startswith("target")]
-        stage(verb, [*everywhere, *known, *cfg.stages[verb]])
-    for codec in study.caches or [cfg.codec]:
-        stage("cache", [*everywhere, *for_data, f"codec={codec}", *cfg.stages.cache])
+    for verb, overrides in before:
+        stage(verb, overrides)
     trained, decoded, calibrated = [], [], []
     for number, (job, words) in enumerate(zip(jobs, study.trainings, strict=True), 1):
         say(f"reproduce {cfg.name}: run {number} of {len(jobs)}")
@@ -73,6 +73,36 @@ def run(cfg: DictConfig, given: Sequence[str] | None = None) -> Path:
     taken = duration(time.monotonic() - began)
     say(f"reproduce {cfg.name}: {len(jobs)} trainings and {len(decoded)} evaluations in {taken}")
     return output
+
+
+def before_training(
+    cfg: DictConfig, study: Study, everywhere: Sequence[str], given: Sequence[str]
+) -> list[tuple[str, list[str]]]:
+    """The stages before the trainings, in order, with the overrides of each; `given` are those of the runs."""
+    for_data = [text for text in given if key(text).split(".")[0] in ("target", "data")]
+    stages = []
+    for verb in ("prompts", "answers"):
+        known = [t for t in for_data if verb != "prompts" or not key(t).startswith("target")]
+        stages.append((verb, [*everywhere, *known, *cfg.stages[verb]]))
+    for codec in study.caches or [cfg.codec]:
+        stages.append(("cache", [*everywhere, *for_data, f"codec={codec}", *cfg.stages.cache]))
+    return stages
+
+
+def check_all(
+    study: Study, jobs: Sequence[DictConfig], before: Sequence[tuple[str, list[str]]], everywhere: Sequence[str]
+) -> None:
+    """Check the settings of every stage, training, evaluation and simulation before the first of them starts."""
+    for verb, overrides in before:
+        checks.ahead(verb, composed(VERBS[verb].config, overrides))
+    decoded: list[Path] = []
+    for job in jobs:
+        checks.ahead("train", job)
+        for overrides in study.evaluations or [[f"temperature={t}"] for t in job.temperatures]:
+            decoded.append(Path("decoded") / str(len(decoded)))
+            checks.check_before("evaluate", train.evaluation_of(job, decoded[-1], overrides))
+    for overrides in study.servings([job.method.name for job in jobs], decoded):
+        checks.check_before("serve", composed("serve", [*everywhere, *overrides]))
 
 
 def command_line() -> list[str]:
@@ -117,7 +147,7 @@ def cost_of_a_run(root: Path, job: DictConfig, evaluations: int) -> tuple[float 
     """Seconds of one training with its evaluations, and where the number comes from."""
     means = {}
     for kind in ("train", "evaluate"):
-        found = [read_json(path, {}) for path in sorted((root / "runs" / kind).glob(f"*/{MARKER}"))]
+        found = [read_json(path, {}) for path in sorted((root / "runs" / kind).glob(f"[!.]*/{MARKER}"))]
         own = [m["seconds"] for m in found if m.get("status") == "finished" and _same_work(m["config"], job)]
         means[kind] = sum(own) / len(own) if own else None
     if None not in means.values():

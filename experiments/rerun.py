@@ -14,6 +14,7 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 
 import configs
+from specbench.cli.checks import check_before
 from specbench.cli.stages import say
 from specbench.cli.verbs import VERBS
 from specbench.files.atomic import changes, read_json, write_json
@@ -31,6 +32,7 @@ def run(cfg: DictConfig) -> Path:
 
     Every run verb names its folder by the settings `root` and `name`, which are all that is changed.
     """
+    check_before("rerun", cfg)
     old = Path(cfg.run)
     summary = read_summary(old)
     then = read_json(old / "provenance.json", {})

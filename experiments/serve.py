@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 
 from experiments.calibrate import rounds_digest
+from specbench.cli.checks import check_before
 from specbench.cli.errors import naming
 from specbench.cli.progress import Progress
 from specbench.cli.recording import recorded
@@ -16,24 +18,24 @@ from specbench.cli.stages import Stage, say
 from specbench.decoding.calibration import Calibration
 from specbench.evaluation.recorded_rounds import recorded_rounds
 from specbench.files.atomic import write_json
-from specbench.runs.run_folder import RunFolder
+from specbench.runs.run_folder import RunFolder, folder_name
 from specbench.serving.load import NOTICE, Policy, closed_loop, poisson, service_levels, workload
 
+RESULTS = ("points.csv", "points.json", "service_levels.csv", "profile.json", "summary.json", "config.yaml")
 SHOWN = ("policy", "load", "concurrency", "throughput", "interactivity", "verified_per_round", "accepted_length")
 
 
 def run(cfg: DictConfig) -> Path:
     """Write points.{csv,json} (one row a policy and load), service_levels.csv and profile.json; returns the folder."""
+    check_before("serve", cfg)
     profile = instantiate(cfg.profile)
     policies = [_policy(name, chosen, cfg) for name, chosen in cfg.policies.items() if chosen is not None]
     if not policies:
         raise ValueError("policies names none; keep at least one")
-    sources = [cfg.rounds, *(p.rounds for p in cfg.policies.values() if p is not None and "rounds" in p)]
-    config = {**recorded(cfg), "contents": [rounds_digest(path) for path in sources]}
-    folder = RunFolder(cfg.root, "serve", cfg.name, config, fresh=cfg.force)
-    with Stage("serve", folder.path, config, force=cfg.force) as stage:
+    with stage_of(cfg) as stage:
         if stage.done:
-            return folder.path
+            return stage.folder
+        folder = RunFolder(cfg.root, "serve", stage.folder.name, described(cfg), folder=stage.work)
         say(NOTICE)
         with folder:
             rows = _sweep(policies, profile, cfg)
@@ -50,7 +52,19 @@ def run(cfg: DictConfig) -> Path:
             {**facts, "best_throughput": best["throughput"], "best_throughput_policy": best["policy"]},
             next="the frontier is points.csv: throughput against interactivity, a line a policy",
         )
-    return folder.path
+    return stage.folder
+
+
+def stage_of(cfg: DictConfig) -> Stage:
+    """The stage of this simulation, not entered."""
+    folder = Path(cfg.root) / "runs" / "serve" / folder_name(cfg.name, "a run folder")
+    return Stage("serve", folder, described(cfg), force=cfg.force, results=RESULTS)
+
+
+def described(cfg: DictConfig) -> dict[str, Any]:
+    """The configuration with digests of the rounds that are replayed."""
+    sources = [cfg.rounds, *(p.rounds for p in cfg.policies.values() if p is not None and "rounds" in p)]
+    return {**recorded(cfg), "contents": [rounds_digest(path) for path in sources]}
 
 
 def _policy(name: str, chosen: DictConfig, cfg: DictConfig) -> Policy:

@@ -13,6 +13,7 @@ from omegaconf import DictConfig
 from analysis.statistics.headline import PER_REQUEST
 from experiments import trainspeed
 from experiments.evaluate import PLAIN, first_prompt, lineage_of, load_pair, source_of, weights_of
+from specbench.cli.checks import check_before
 from specbench.cli.following import command
 from specbench.cli.progress import Progress
 from specbench.cli.recording import recorded
@@ -37,38 +38,27 @@ from specbench.profiling.decoding_speed import (
     wall_clock,
 )
 from specbench.runs.provenance import hardware, provenance
-from specbench.runs.run_folder import RunFolder, read_lines
-from specbench.serving.simulation_check import check
+from specbench.runs.run_folder import RunFolder, folder_name, read_lines
+from specbench.serving.simulation_check import check as simulated
+
+RESULTS = ("costs.csv", "profile.json", "simulation_check.csv", "summary.json", "config.yaml")
 
 
 def run(cfg: DictConfig) -> Path:
     """Write costs.csv (one row a measured point), profile.json (SPS(B) for `specbench serve`) and the summary."""
+    check_before("speed", cfg)
     if cfg.what == "train":
         return trainspeed.run(cfg)
-    if cfg.what != "decode":
-        raise ValueError(f"what={cfg.what}: choose decode or train")
-    if cfg.draft is None:
-        raise ValueError(
-            "speed needs draft=... (a draft folder, a training run or a baseline), or `specbench speed train`"
-        )
-    if cfg.draft == PLAIN:
-        raise ValueError(f"draft={PLAIN} is what every draft is timed against; name another one")
-    if cfg.clock_library and (cfg.batch_size != 1 or cfg.temperature != 0):
-        raise ValueError(
-            f"clock_library=true with batch_size={cfg.batch_size} and temperature={cfg.temperature}: the library's "
-            "generation is timed at batch_size=1 and temperature=0 only"
-        )
     source = source_of(cfg.draft)
     if cfg.slots is not None and source is not None:
         raise ValueError(f"slots={cfg.slots} is for baselines; lengths=[...] measures shorter proposals of this draft")
     about = lineage_of(cfg.draft, source, cfg.target.name)
-    name = cfg.name or f"{about['method']}-{cfg.target.name}-s{about['seed']}"
     config = recorded(cfg)
-    folder = Path(cfg.root) / "runs" / "speed" / name
-    with Stage("speed", folder, config, force=cfg.force, ignore=("name",)) as stage:
+    with stage_of(cfg, about) as stage:
         if stage.done:
-            return folder
-        with RunFolder(cfg.root, "speed", name, config, fresh=stage.state in ("changed", "forced")) as record:
+            return stage.folder
+        folder = stage.work
+        with RunFolder(cfg.root, "speed", stage.folder.name, config, folder=folder) as record:
             prompts = instantiate(cfg.suite, _convert_="all").load()
             target, draft = load_pair(cfg, source)
             record.write_provenance(*provenance(sys.argv, {"decoding": 0}, None, first_prompt(prompts)))
@@ -103,9 +93,44 @@ def run(cfg: DictConfig) -> Path:
         shown = (*shown, PER_REQUEST)
         stage.finish(
             {key: metrics[key] for key in (*shown, "loop_plain", "loop_speculative") if key in metrics},
-            next=_next(cfg, folder, draft),
+            next=_next(cfg, stage.folder, draft),
         )
-    return folder
+    return stage.folder
+
+
+def stage_of(cfg: DictConfig, about: dict[str, Any] | None = None) -> Stage:
+    """The stage of this measurement, not entered; one without a name is named after its draft."""
+    if cfg.what == "train":
+        return trainspeed.stage_of(cfg)
+    if cfg.name is None and about is None:
+        about = lineage_of(cfg.draft, source_of(cfg.draft), cfg.target.name)
+    name = cfg.name
+    if name is None and about is not None:
+        name = f"{about['method']}-{cfg.target.name}-s{about['seed']}"
+    folder = Path(cfg.root) / "runs" / "speed" / folder_name(name, "a run folder")
+    return Stage("speed", folder, cfg, force=cfg.force, results=RESULTS)
+
+
+def check(cfg: DictConfig) -> None:
+    """Refuse what is not measured here, and what could only be refused after measuring."""
+    if cfg.what not in ("decode", "train"):
+        raise ValueError(f"what={cfg.what}: choose decode or train")
+    if cfg.what == "train":
+        return
+    if cfg.draft is None:
+        raise ValueError(
+            "speed needs draft=... (a draft folder, a training run or a baseline), or `specbench speed train`"
+        )
+    if cfg.draft == PLAIN:
+        raise ValueError(f"draft={PLAIN} is what every draft is timed against; name another one")
+    if cfg.clock_library and (cfg.batch_size != 1 or cfg.temperature != 0):
+        raise ValueError(
+            f"clock_library=true with batch_size={cfg.batch_size} and temperature={cfg.temperature}: the library's "
+            "generation is timed at batch_size=1 and temperature=0 only"
+        )
+    Limits(cfg.max_new_tokens, (), cfg.batch_size)
+    Sampling(cfg.temperature)
+    instantiate(cfg.suite, _convert_="all")
 
 
 def measure(
@@ -146,7 +171,7 @@ def _protocol(cfg: DictConfig, target: Target) -> Protocol:
 
 def _next(cfg: DictConfig, folder: Path, draft: Draft | Baseline) -> str:
     """A simulation of serving with the profile just measured, on rounds of this draft where some were recorded."""
-    for file in sorted((Path(cfg.root) / "runs" / "evaluate").glob("*/summary.json")):
+    for file in sorted((Path(cfg.root) / "runs" / "evaluate").glob("[!.]*/summary.json")):
         about, rounds = read_json(file, {}), file.with_name("rounds.jsonl")
         same = about.get("lineage", {}).get("draft") == weights_of(draft) and about.get("status") == "finished"
         if not same or about.get("protocol", {}).get("scheduler") != "fixed" or not rounds.is_file():
@@ -166,7 +191,7 @@ def _held(cfg: DictConfig, target: Target, draft: Draft, prompts: list[list[int]
         return []
     prompts = _spread(prompts, min(len(prompts), max(2 * cfg.clock_prompts, 4 * max(cfg.check))))
     with Progress("simulation check", 1, "comparisons") as bar:
-        rows = check(target, draft, prompts, list(cfg.check), draft.block_size, cfg.step_tokens, cfg.clock_repeats)
+        rows = simulated(target, draft, prompts, list(cfg.check), draft.block_size, cfg.step_tokens, cfg.clock_repeats)
         bar.advance()
     return rows
 

@@ -15,6 +15,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from omegaconf import DictConfig
 
 from specbench.cli.assembly import composed, load_target
+from specbench.cli.checks import check_before
 from specbench.cli.config_groups import known_options
 from specbench.cli.recording import recorded
 from specbench.cli.stages import Stage, container
@@ -29,6 +30,7 @@ from specbench.models.selfcheck import settle
 from specbench.runs.provenance import provenance
 from specbench.training.pretraining import CorpusBatches, LanguageModeling, initialise
 
+RESULTS = ("config.json", "*.safetensors", "tokenizer.json", "provenance.json")
 # Where the target goes is no part of how it is made.
 ELSEWHERE = ("root", "folder", "name", "force", "check", "check_dtype")
 
@@ -36,12 +38,13 @@ ELSEWHERE = ("root", "folder", "name", "force", "check", "check_dtype")
 def run(cfg: DictConfig) -> None:
     """Train the target that `cfg` describes and write it, with its provenance, to `cfg.folder`; or `check` one."""
     if cfg.check is not None:
-        check(cfg.check, cfg.check_dtype)
+        print_check(cfg.check, cfg.check_dtype)
         return
-    folder = Path(cfg.folder)
-    with Stage("target", folder, cfg, force=cfg.force) as stage:
+    check_before("target", cfg)
+    with stage_of(cfg) as stage:
         if stage.done:
             return
+        folder = stage.work
         lightning.seed_everything(cfg.seed, verbose=False)
         tokenizer = _tokenizer(cfg)
         data: CorpusBatches = instantiate(cfg.data, _convert_="all", tokenizer=tokenizer)
@@ -59,7 +62,7 @@ def run(cfg: DictConfig) -> None:
         stage.finish(facts["loss"] | {"tokens_seen": facts["tokens_seen"], "seconds": facts["seconds"]})
 
 
-def check(name: str, dtype: str) -> None:
+def print_check(name: str, dtype: str) -> None:
     """Print what the check of a target found, layer by layer. Raises ValueError where it cannot be used."""
     words = expand([f"target={name}"], known_options("target"))
     target = composed("cache", [*words, f"target.dtype={dtype}"]).target
@@ -70,6 +73,12 @@ def check(name: str, dtype: str) -> None:
         if report is not None:
             print(report.text())
         raise
+
+
+def stage_of(cfg: DictConfig) -> Stage:
+    """The stage of this pretraining, not entered."""
+    instead = "another name= or folder="
+    return Stage("target", Path(cfg.folder), cfg, force=cfg.force, results=RESULTS, instead=instead)
 
 
 def publish(cfg: DictConfig, module: LanguageModeling, data: CorpusBatches, steps: int, folder: Path) -> dict:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,12 +10,12 @@ from typing import Any
 import lightning as L
 import torch
 from hydra.utils import instantiate
-from lightning.pytorch.callbacks import Callback, TQDMProgressBar
+from lightning.pytorch.callbacks import Callback
 from omegaconf import DictConfig, OmegaConf
 
 from experiments.evaluate import run as evaluate
-from experiments.planning import print_plan, require_memory
-from experiments.trainingdata import frequent_tokens, open_data, probe_prompts
+from experiments.planning import print_plan, require_memory, shapes
+from experiments.trainingdata import answers_of, find_cache, frequent_tokens, open_data, probe_prompts
 from specbench.checkpoints.draft_folder import save_draft
 from specbench.cli.assembly import (
     build_draft,
@@ -26,7 +24,9 @@ from specbench.cli.assembly import (
     draft_settings,
     load_target,
 )
+from specbench.cli.checks import check_before
 from specbench.cli.following import command
+from specbench.cli.identity import content, fingerprint, identity
 from specbench.cli.launching import rank_and_world, ranks, repeats_the_command, shards_of
 from specbench.cli.recording import recorded
 from specbench.cli.stages import Stage, first_rank, say
@@ -34,15 +34,15 @@ from specbench.decoding.sampling import Sampling
 from specbench.drafts.draft import Draft
 from specbench.drafts.installed import installed
 from specbench.files.torch_checkpoints import read_checkpoint
-from specbench.models.backbone import chosen
+from specbench.models.backbone import backbone_of, chosen
 from specbench.models.embedding_head import Tables
 from specbench.runs.provenance import provenance
-from specbench.runs.run_folder import RunFolder
-from specbench.training.callbacks import DecodeProbe, GracefulStop, KeepLast
+from specbench.runs.run_folder import RunFolder, folder_name
+from specbench.training.callbacks import DecodeProbe, GracefulStop, KeepLast, TrainingBar
 from specbench.training.initialisation import STARTS, from_draft, from_target, randomise
-from specbench.training.module import DraftTraining, digest, trainable_parameters
+from specbench.training.module import DraftTraining, digest, require_precision, trainable_parameters
 
-WITHOUT_EFFECT = ("evaluate", "temperatures", "max_new_tokens", "batch_size", "limit", "evaluation_seed", "suite")
+RESULTS = ("draft/config.json", "draft/*.safetensors", "summary.json", "config.yaml")
 
 
 def run(cfg: DictConfig) -> Path:
@@ -50,12 +50,12 @@ def run(cfg: DictConfig) -> Path:
     if cfg.plan:
         print_plan(cfg)
         return Path(cfg.root)
-    name = cfg.name or run_name(cfg)
-    folder = Path(cfg.root) / "runs" / "train" / name
-    with Stage("train", folder, cfg, force=cfg.force, ignore=("name", *WITHOUT_EFFECT)) as stage:
+    check_before("train", cfg)
+    with stage_of(cfg) as stage:
+        folder = stage.folder
         if not stage.done:
             with ranks():
-                _train(cfg, stage, name)
+                _train(cfg, stage, folder.name)
     if repeats_the_command():
         raise SystemExit(0)  # what the first rank does next, an evaluation or another training, is its own
     # The other ranks of a training are done; an evaluation over several devices is a command of its own.
@@ -67,21 +67,60 @@ def run(cfg: DictConfig) -> Path:
 
 def run_name(cfg: DictConfig) -> str:
     """Method, target, seed, and a digest of everything else that decides the result."""
-    facts = {
-        k: v
-        for k, v in recorded(cfg).items()
-        if k not in ("root", "force", "name", "tracking", "study", *WITHOUT_EFFECT)
-    }
-    seed = facts.pop("seed")
-    code = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:8]
-    return f"{cfg.method.name}-{cfg.target.name}-s{seed['init']}-{code}"
+    facts = recorded(cfg)
+    facts["seed"] = {key: value for key, value in facts["seed"].items() if key != "init"}
+    return f"{cfg.method.name}-{cfg.target.name}-s{cfg.seed.init}-{identity('train', facts).code}"
+
+
+def stage_of(cfg: DictConfig) -> Stage:
+    """The stage of this training, not entered."""
+    folder = Path(cfg.root) / "runs" / "train" / folder_name(cfg.name or run_name(cfg), "a run folder")
+    return Stage("train", folder, cfg, force=cfg.force, results=RESULTS, inputs=data_of(cfg))
+
+
+def data_of(cfg: DictConfig) -> dict[str, str]:
+    """The fingerprint of the data that a training finds by itself; nothing where there is none (any more)."""
+    if cfg.online:
+        lines = answers_of(cfg) / "answers.jsonl"
+        return {"answers": content([lines])} if lines.is_file() else {}
+    if cfg.cache is not None:
+        return {}
+    try:
+        found = find_cache(Path(cfg.root), cfg.target, cfg.data.name, cfg.cache_codec)
+    except ValueError:  # said when it is needed: a finished training does not need it
+        return {}
+    seen = fingerprint(str(found))
+    return {} if seen is None else {"cache": seen}
+
+
+def check(cfg: DictConfig) -> None:
+    """Refuse what a training would refuse after minutes: its precision, devices, recipe, method and loss."""
+    shards_of(cfg.trainer.lightning)
+    require_precision(cfg.trainer.lightning.precision)
+    for key in ("max_steps", "epochs"):
+        value = cfg.trainer[key]
+        if value is not None and value < 1:
+            raise ValueError(f"trainer.{key}={value}: train for at least one, or set it to null")
+    if cfg.trainer.max_steps is None and cfg.trainer.epochs is None:
+        raise ValueError("trainer.max_steps and trainer.epochs are both null: set one of them")
+    objective = build_objective(cfg.method)
+    try:
+        config = shapes(cfg.target)
+    except (OSError, ValueError):  # a target that an earlier stage has still to make, or that loading will refuse
+        return
+    facts = backbone_of(config, cfg.method.backbone, cfg.method.window)
+    with torch.device("meta"):
+        empty = torch.empty(facts.vocab_size, facts.hidden_size)
+        tables = Tables(empty, empty, facts.embedding_scale, facts.soft_cap)
+        draft = build_draft(cfg.method, cfg.target, config, tables)
+        recipe = OmegaConf.to_container(cfg.trainer.recipe, resolve=True) | {"compile": False}
+        DraftTraining(draft, tables, objective, max_steps=cfg.trainer.max_steps or 1, **recipe)
 
 
 def _train(cfg: DictConfig, stage: Stage, name: str) -> None:
     rank, _ = rank_and_world()
-    shards_of(cfg.trainer.lightning)
-    fresh = stage.state in ("changed", "forced")
-    with RunFolder(cfg.root, "train", name, recorded(cfg), fresh=fresh, writes=rank == 0) as run:
+    record = RunFolder(cfg.root, "train", name, recorded(cfg), writes=rank == 0, folder=stage.work)
+    with instantiate(cfg.tracking) as tracking, record as run:
         target = load_target(cfg.target) if needs_target(cfg) else None
         data = open_data(cfg, target)
         config = data.manifest.target_config if target is None else target.config
@@ -109,13 +148,12 @@ def _train(cfg: DictConfig, stage: Stage, name: str) -> None:
         rendered = target.tokenizer.decode(prompts[0]) if prompts and target.tokenizer is not None else None
         facts, diff = provenance(sys.argv, dict(cfg.seed), lineage["cache"], rendered)
         run.write_provenance(facts, diff)
-        tracking = instantiate(cfg.tracking)
         headline = {"method": cfg.method.name, "target": cfg.target.name, "seed": cfg.seed.init, **lineage["cache"]}
         tracking.start(run, headline)
         tracking.uses(f"cache-{data.lineage['fingerprint']}", "cache", **data.lineage)
         keep = run.path / "checkpoints"
         stop = GracefulStop(keep)
-        callbacks: list[Callback] = [stop, TQDMProgressBar(refresh_rate=10)]
+        callbacks: list[Callback] = [stop, TrainingBar(refresh_rate=10)]
         probe, asked = None, cfg.trainer.probe
         if prompts:
             sampling = Sampling(asked.temperature)
@@ -150,6 +188,7 @@ def _train(cfg: DictConfig, stage: Stage, name: str) -> None:
         written = build_draft(cfg.method, cfg.target, config, data.tables, vocabulary)
         trainer.strategy.barrier()
         step = load_published(written, best)
+        trainer.strategy.barrier()  # once every rank has read it, the folder may take another name
         if rank == 0:
             save_draft(written, run.path / "draft", config, draft_settings(cfg.method, cfg.target))
         summary = {
@@ -170,7 +209,7 @@ def _train(cfg: DictConfig, stage: Stage, name: str) -> None:
         run.finish(**summary)
         tracking.finish()
         shown = {k: summary[k] for k in ("probe_accepted_length", "best_step", "steps", "parameters")}
-        stage.finish(shown, next=command("evaluate", cfg, ("target", "suite"), draft=str(run.path)))
+        stage.finish(shown, next=command("evaluate", cfg, ("target", "suite"), draft=str(stage.folder)))
 
 
 def needs_target(cfg: DictConfig) -> bool:

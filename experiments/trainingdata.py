@@ -31,7 +31,7 @@ def open_data(cfg: DictConfig, target: Target | None) -> StepData:
         "limit_samples": cfg.limit_samples,
     }
     if cfg.online:
-        source = Path(cfg.root) / "answers" / cfg.data.name / cfg.target.name
+        source = answers_of(cfg)
         conversations, _ = encoded(
             source, target.tokenizer, cfg.target.max_length, cfg.target.thinking, len(target.tables.embedding)
         )
@@ -57,6 +57,11 @@ def open_data(cfg: DictConfig, target: Target | None) -> StepData:
     return data
 
 
+def answers_of(cfg: DictConfig) -> Path:
+    """The folder of the answers that a run learns from."""
+    return Path(cfg.root) / "answers" / cfg.data.name / cfg.target.name
+
+
 def find_cache(root: Path, target: DictConfig, data: str, codec: str | None = None) -> Path:
     """The one complete cache below root/cache that was built from this target and these answers.
 
@@ -65,7 +70,7 @@ def find_cache(root: Path, target: DictConfig, data: str, codec: str | None = No
     Errors: ValueError naming what to run when there is none, and the candidates when there are several.
     """
     fitting, others = {}, []
-    for path in sorted((root / "cache").glob("*/manifest.json")):
+    for path in sorted((root / "cache").glob("[!.]*/manifest.json")):
         try:
             identity = Manifest.read(path.parent).identity
         except DamagedManifest as error:
@@ -103,7 +108,10 @@ def probe_prompts(cfg: DictConfig, target: Target) -> list[list[int]]:
         first = next(i for i, m in enumerate(row["messages"]) if m["role"] == "user")
         found.append(prompt_ids(target.tokenizer, row["messages"][: first + 1], cfg.target.thinking))
     if len(found) < count:
-        raise ValueError(f"the probe wants {count} validation prompts and {folder} holds {len(found)}: lower it")
+        raise ValueError(
+            f"trainer.probe.prompts={count} and {folder} holds {len(found)} validation prompts: lower it, or hold out "
+            "more in `specbench prompts`"
+        )
     return found
 
 

@@ -30,24 +30,20 @@ from specbench.profiling.training_speed import (
     packing,
 )
 from specbench.runs.provenance import hardware
+from specbench.runs.run_folder import folder_name
 
+RESULTS = ("steps.csv", "steps.json", "steps.md")
 PARTS = ("dspark", "eagle3", "terms", "packing")
 
 
 def run(cfg: DictConfig) -> Path:
     """Write steps.csv, steps.json and steps.md: one row a part and variant; returns their folder."""
     asked = cfg.train
-    unknown = [part for part in asked.parts if part not in PARTS]
-    if unknown or not asked.parts:
-        raise ValueError(f"train.parts={list(asked.parts)}: choose from {', '.join(PARTS)}")
-    device = device_of(cfg.device).type
-    scale = asked.shape or ("qwen3_4b" if device == "cuda" else "small")
-    if scale not in SHAPES:
-        raise ValueError(f"train.shape={scale}: choose one of {', '.join(SHAPES)}, or null for the machine's")
-    folder = Path(cfg.root) / "speed" / (cfg.name or f"train-{scale}-{device}")
-    with Stage("speed", folder, cfg, force=cfg.force, ignore=("name",)) as stage:
+    scale, device = place_of(cfg)
+    with stage_of(cfg) as stage:
         if stage.done:
-            return folder
+            return stage.folder
+        folder = stage.work
         sizes = container(asked.sizes or {})
         shapes = {name: sized(shape, sizes, device) for name, shape in SHAPES[scale].items()}
         rows, checks = [], {}
@@ -66,7 +62,27 @@ def run(cfg: DictConfig) -> Path:
         write_text(folder / "steps.md", text)
         print(text)
         stage.finish(checks)
-    return folder
+    return stage.folder
+
+
+def place_of(cfg: DictConfig) -> tuple[str, str]:
+    """The shape that is timed and the kind of device, as the settings or the machine say. Errors: ValueError."""
+    asked = cfg.train
+    unknown = [part for part in asked.parts if part not in PARTS]
+    if unknown or not asked.parts:
+        raise ValueError(f"train.parts={list(asked.parts)}: choose from {', '.join(PARTS)}")
+    device = device_of(cfg.device).type
+    scale = asked.shape or ("qwen3_4b" if device == "cuda" else "small")
+    if scale not in SHAPES:
+        raise ValueError(f"train.shape={scale}: choose one of {', '.join(SHAPES)}, or null for the machine's")
+    return scale, device
+
+
+def stage_of(cfg: DictConfig) -> Stage:
+    """The stage of this measurement, not entered."""
+    scale, device = place_of(cfg)
+    name = folder_name(cfg.name or f"train-{scale}-{device}", "a folder (name=)")
+    return Stage("speed", Path(cfg.root) / "speed" / name, cfg, force=cfg.force, results=RESULTS)
 
 
 def sized(shape: StepShape, sizes: Mapping[str, Any], device: str) -> StepShape:

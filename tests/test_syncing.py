@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import uuid
 from pathlib import Path
 
@@ -18,6 +19,7 @@ import pytest
 from analysis.compare import compare
 from analysis.read import runs
 from experiments.cli import main
+from specbench.files.folder_swap import beside, swap
 from specbench.runs.run_folder import RunFolder
 from specbench.runs.wandb_sync import offline_runs
 from specbench.runs.wandb_tracking import Tracking
@@ -83,6 +85,32 @@ def test_a_run_that_is_synced_reads_back_as_it_lies_here(server: Wandb, tmp_path
         pd.testing.assert_frame_equal(frame, made[1].frames[name])
     assert main(["sync", f"root={tmp_path}"]) == 0
     assert "nothing to upload" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("moved", ["root", "into the place of an older run"])
+def test_a_run_that_was_moved_is_uploaded_whole(server: Wandb, tmp_path: Path, capsys, moved: str) -> None:
+    """W&B's offline log names files by the absolute paths at which they lay when the run was made."""
+    root = tmp_path / "made"
+    work = beside(root / "runs" / "train" / "mine") if moved != "root" else root / "runs" / "train" / "mine"
+    with Tracking("offline", "lab") as tracking, RunFolder(root, "train", "mine", {}, folder=work) as run:
+        tracking.start(run)
+        tracking.table("slots", ["a"], [[1]])
+        (run.path / "draft").mkdir()
+        (run.path / "draft" / "weights").write_bytes(b"weights")
+        tracking.artifact("draft-mine", "draft", run.path / "draft")
+        run.finish()
+        tracking.finish()
+    if moved == "root":
+        shutil.move(root, tmp_path / "moved")
+    else:
+        assert main(["sync", f"root={root}"]) == 0
+        assert "nothing to upload" in capsys.readouterr().out  # not before it is complete
+        swap(root / "runs" / "train" / "mine")
+    assert main(["sync", f"root={tmp_path}"]) == 0
+    assert "1 of 1 runs uploaded and verified" in capsys.readouterr().out
+    (artifact,) = [a for a in server.artifacts.values() if a["artifactTypeName"] == "draft"]
+    assert server.files[f"/artifacts/{artifact['id']}/weights"] == b"weights"
+    assert not work.exists() and not work.is_symlink()
 
 
 def test_what_did_not_arrive_is_named_and_sent_again(server: Wandb, tmp_path: Path, capsys) -> None:

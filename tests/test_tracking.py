@@ -7,6 +7,7 @@ import os
 import socket
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import lightning
@@ -53,6 +54,14 @@ def inspect(run: Path) -> str:
     (log,) = run.glob("wandb/offline-run-*/run-*.wandb")
     command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(log)]
     return subprocess.run(command, capture_output=True, text=True, check=True, timeout=300).stdout
+
+
+def exit_codes(log: str) -> list[int]:
+    """The exit codes in the records of a W&B log; its writer leaves out a zero."""
+    found = [json.loads(line) for line in log.splitlines() if line.strip()]
+    return [
+        int(record["exit"].get("exitCode", record["exit"].get("exit_code", 0))) for record in found if "exit" in record
+    ]
 
 
 def test_offline_run_mirrors_the_folder(tmp_path: Path) -> None:
@@ -120,6 +129,12 @@ def test_modes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         Tracking(mode="on")
     monkeypatch.setenv("WANDB_MODE", "disabled")
     assert Tracking().resolved_mode() == "disabled"
+    monkeypatch.setenv("WANDB_MODE", "")  # set to nothing is not set
+    assert Tracking().resolved_mode() == "offline"
+    for wrong in ("banana", "Offline", " "):
+        monkeypatch.setenv("WANDB_MODE", wrong)
+        with pytest.raises(ValueError, match=f"WANDB_MODE={wrong} in the environment"):
+            Tracking().check()
     monkeypatch.delenv("WANDB_MODE")
     netrc = tmp_path / "netrc"
     netrc.write_text("machine api.wandb.ai login user password secret\n")
@@ -171,3 +186,20 @@ def test_a_run_that_failed_does_not_swallow_the_next(tmp_path: Path) -> None:
             ids.append(tracking.wandb.experiment.id)
     tracking.finish()
     assert ids[0] != ids[1] and len(list(run.path.glob("wandb/offline-run-*"))) == 1
+
+
+@pytest.mark.parametrize("error", [ValueError("x"), KeyboardInterrupt(), SystemExit(1)], ids=repr)
+def test_what_failed_here_failed_there_whatever_runs_next(tmp_path: Path, error: BaseException) -> None:
+    """Exit codes of a failed run, of the one after it in the same process, and of one that ends without `finish`."""
+    folders = []
+    for number, raised in enumerate((error, None)):
+        record = RunFolder(tmp_path, "train", f"run-{number}", {})
+        folders.append(record.path)
+        with suppress(type(error)), Tracking(mode="offline") as tracking, record as run:
+            tracking.start(run)
+            if raised is not None:
+                raise raised
+    logs = [inspect(folder) for folder in folders]
+    assert [exit_codes(log) for log in logs] == [[1], [0]]
+    mirrored = json.loads((folders[0] / "wandb" / "record" / "summary.json").read_text())
+    assert mirrored["status"] in ("failed", "interrupted")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import os
 import signal
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -18,8 +19,10 @@ from specbench.decoding.loop import Limits, speculative_decode
 from specbench.decoding.sampling import Sampling
 from specbench.losses.objective import Objective
 from specbench.models.target import Target, new_causal_lm
-from specbench.training.callbacks import DecodeProbe, GracefulStop, KeepLast
-from specbench.training.module import DraftTraining, warmup_cosine
+from specbench.runs.folder_logger import FolderLogger
+from specbench.runs.run_folder import RunFolder
+from specbench.training.callbacks import DecodeProbe, GracefulStop, KeepLast, TrainingBar
+from specbench.training.module import DraftTraining, require_precision, warmup_cosine
 from tests import toys
 from tests.data.tiny_target import talks
 
@@ -179,6 +182,74 @@ def test_mixed_precision_trains_and_probes_a_bf16_target(method):
     assert torch.cosine_similarity(*moves, 0) > 0.9
     assert [step for step, _ in probe.history] == [step for step, _ in other.history] == [2, 4]
     assert probe.best == pytest.approx(other.best, rel=0.3)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize("where", ["loss", "gradient"])
+def test_a_step_that_is_not_finite_changes_no_weight(value, where, monkeypatch):
+    """Three good steps, then a value that is no number: in the loss, or in one gradient while the loss is finite."""
+    seen, real = [], DraftTraining.loss
+
+    def loss(self, draft, batch, epoch):
+        found = real(self, draft, batch, epoch)
+        seen.append({k: p.detach().clone() for k, p in draft.named_parameters()})
+        if len(seen) == 7:  # two micro-batches a step: the first of the fourth
+            if where == "loss":
+                return replace(found, value=found.value * value)
+            next(p for p in draft.parameters() if p.requires_grad).register_hook(lambda g: g * value)
+        return found
+
+    monkeypatch.setattr(DraftTraining, "loss", loss)
+    caught = []
+    watch = L.Callback()
+    watch.on_exception = lambda trainer, module, error: caught.append(module)
+    with pytest.raises(ValueError, match=r"at step 3, and no weight .* lower trainer\.recipe\.lr"):
+        train(callbacks=[watch])
+    for name, weight in caught[0].draft.named_parameters():
+        assert torch.equal(weight, seen[6][name]), name
+    assert any(not torch.equal(seen[0][name], seen[6][name]) for name in seen[0])
+
+
+def test_float16_is_refused_before_a_step():
+    for precision in ("16-mixed", "16-true", "16", 16):
+        with pytest.raises(ValueError, match=f"precision={precision}: .* use bf16-mixed or 32-true"):
+            require_precision(precision)
+    for precision in ("bf16-mixed", "bf16-true", "32-true", "64-true"):
+        require_precision(precision)
+    with pytest.raises(ValueError, match="precision=16-true: "):
+        trained_under("16-true", "dflash")
+
+
+def test_a_checkpoint_that_cannot_be_written_leaves_the_last_one_and_nothing_else(tmp_path, monkeypatch):
+    real = L.Trainer.save_checkpoint
+
+    def full(self, path, *args, **kwargs):
+        real(self, path, *args, **kwargs)
+        if self.global_step == 4:
+            Path(path).write_bytes(Path(path).read_bytes()[:100])
+            raise OSError(28, "No space left on device", str(path))
+
+    monkeypatch.setattr(L.Trainer, "save_checkpoint", full)
+    with pytest.raises(OSError, match="No space left"):
+        train(callbacks=[KeepLast(tmp_path, 2)])
+    assert [file.name for file in tmp_path.iterdir()] == ["last.ckpt"]
+    assert torch.load(tmp_path / "last.ckpt", weights_only=False)["global_step"] == 2
+    monkeypatch.setattr(L.Trainer, "save_checkpoint", real)
+    assert_same_weights(train(resume=tmp_path / "last.ckpt"), train())
+
+
+def test_the_progress_bar_shows_no_version(tmp_path):
+    bar, shown = TrainingBar(), []
+    owner = toys.target()
+    data = OnlineTarget(owner, talks(4, toys.VOCABULARY), samples_per_micro=2, threads=0)
+    module = DraftTraining(copy.deepcopy(toys.draft("mtp")), owner.tables, Objective(ce=1.0), max_steps=2, log_every=1)
+    watch = L.Callback()
+    watch.on_train_batch_end = lambda trainer, module, *args: shown.append(bar.get_metrics(trainer, module))
+    with RunFolder(tmp_path, "train", "bar", {}) as run:
+        logger = FolderLogger(run)
+        quiet = {"enable_checkpointing": False, "enable_model_summary": False, "accelerator": "cpu"}
+        L.Trainer(max_steps=2, max_epochs=-1, logger=logger, callbacks=[bar, watch], **quiet).fit(module, data)
+    assert shown and all(keys.keys() == {"loss"} for keys in shown[1:])
 
 
 def test_learning_rate_warms_up_and_falls_to_zero():

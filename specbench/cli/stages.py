@@ -1,29 +1,36 @@
-"""What every stage shares: skip what is finished, one writer a folder, progress, and the last words.
+"""What every stage shares: skip what is finished, replace nothing unasked, one writer a folder, progress, last words.
 
-A stage leaves `stage.json` in its folder: its configuration, its status and what it found out. The marker is written
-when the stage begins, too, so that half-done work of another configuration is never continued.
+A stage leaves `stage.json` in its folder: its identity (identity.py), its status, what it found out, and the size and
+digest of every file that is its result. The marker is written when the stage begins, too, so that half-done work of
+another configuration is never continued.
 """
 
 from __future__ import annotations
 
 import fcntl
 import os
+import shutil
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from specbench.cli.recording import recorded
-from specbench.files.atomic import changes, plain, read_json, write_json
+from specbench.cli.identity import content, identity
+from specbench.files.atomic import plain, read_json, write_json
+from specbench.files.folder_swap import beside, remove, settle, swap
 from specbench.files.redaction import redacted
 
 MARKER = "stage.json"
-# Where something goes and how it is shown does not change what it is.
-WITHOUT_EFFECT = ("force", "root", "tracking", "yes", "progress", "study", "methods")
+SCHEMA = "specbench.stage/2"
+ROOM = 1 << 23  # bytes that must be free before any stage begins
+SHOWN = 8  # differences that a refusal names
+# Of these the presence alone is claimed: a later step may add to them.
+PRESENT = ("summary.json", "config.yaml")
 
 
 def container(config: DictConfig | Mapping[str, Any]) -> dict[str, Any]:
@@ -35,20 +42,30 @@ def container(config: DictConfig | Mapping[str, Any]) -> dict[str, Any]:
 def first_rank() -> bool:
     """Whether this process is the one that writes, under torchrun, Slurm or Lightning's own launcher."""
     ranks = (os.environ.get(name) for name in ("RANK", "SLURM_PROCID", "LOCAL_RANK"))
-    return next((rank for rank in ranks if rank is not None), "0") == "0"
+    return next((rank for rank in ranks if rank), "0") == "0"
 
 
 class Stage:
     """One stage at work in one folder.
 
-        with Stage("answers", folder, config, force=cfg.force) as stage:
+        with Stage("answers", folder, config, force=cfg.force, results=("answers.jsonl",)) as stage:
             if not stage.done:
-                ...                                   # stage.resumes: half-done work here is of this configuration
+                ...                             # in stage.work; stage.resumes: half-done work of the same is there
                 stage.finish({"answers": 1200}, next="specbench cache")
 
-    `state` is one of: new, resume (half done under this configuration), changed (there under another one, to be
-    overwritten, and the differing keys were printed), forced, done. `summary` is what a finished stage handed to
-    `finish`. A second process on the same folder gets a ValueError. Ranks beside the first neither lock nor write.
+    `state` is one of
+
+        new       nothing was there
+        resume    half done under this configuration, or finished and no longer whole
+        forced    force=true: the work is done in a folder beside `folder`, which takes its name in `finish`
+        done      finished, and every file is what the stage wrote
+
+    A folder of another configuration is a ValueError that names the differences, unless `force`. `work` is where to
+    write. `results` are patterns of the files that a finished stage consists of; one that was changed since is moved
+    aside (NAME.changed) before the stage mends its folder, except those in `mends`, which the stage itself completes.
+    `inputs` are fingerprints of what the stage reads, beside those that identity.py finds; `instead` says how the user
+    asks for another folder. `summary` is what a finished stage handed to `finish`. A second process on the same folder
+    gets a ValueError. Ranks beside the first neither lock nor write.
     """
 
     def __init__(
@@ -58,15 +75,20 @@ class Stage:
         config: DictConfig | Mapping[str, Any],
         *,
         force: bool = False,
-        ignore: Sequence[str] = (),
+        results: Sequence[str] = (),
+        mends: Sequence[str] = (),
+        inputs: Mapping[str, str] | None = None,
+        instead: str = "another name= or root=",
     ) -> None:
-        self.name, self.folder, self.force = name, Path(folder), force
-        dropped = {*WITHOUT_EFFECT, *ignore}
-        self.config = {key: value for key, value in recorded(config).items() if key not in dropped}
+        self.name, self.folder, self.force = name, Path(folder), bool(force)
+        self.identity = identity(name, config, inputs)
+        self.results, self.mends, self.instead = tuple(results), tuple(mends), instead
+        self.work = self.folder
         self.state = "new"
         self.summary: dict[str, Any] = {}
         self._began = time.monotonic()
-        self._lock: Any = None
+        self._locks: list[Any] = []
+        self._finished = False
 
     @property
     def done(self) -> bool:
@@ -76,58 +98,189 @@ class Stage:
     def resumes(self) -> bool:
         return self.state == "resume"
 
+    def decide(self) -> str:
+        """The state that entering would have; sets `work` and touches nothing. Errors: ValueError as for entering."""
+        self.work = self.folder
+        there, new = read_marker(self.folder), read_marker(beside(self.folder))
+        if new is not None and new["status"] == "finished":
+            there, new = new, None  # a swap that was cut short, which entering finishes
+        if there is None:
+            if (self.folder / "summary.json").is_file() and not self.force:
+                raise ValueError(
+                    f"{self.name}: {self.folder} holds a run without {MARKER}, so what it was made from is not known: "
+                    f"choose {self.instead}, or force=true to replace it once the new one is complete"
+                )
+            if not (self.folder / "summary.json").is_file():
+                return "new"
+        elif not self.force or (there["status"] != "finished" and there.get("forced")):
+            differing = self.identity.against(self.name, there)
+            if not differing:
+                return self._of_its_own(there)
+            if not self.force:
+                self._refuse(there, differing)
+        self.work = beside(self.folder)
+        if new is None or self.identity.against(self.name, new):
+            return "forced"
+        return "resume"
+
+    def _of_its_own(self, there: Mapping[str, Any]) -> str:
+        """What to do with work of this very configuration."""
+        if there["status"] != "finished":
+            return "resume"
+        return "resume" if self._faults(there) else "done"
+
+    def _faults(self, there: Mapping[str, Any]) -> dict[str, str]:
+        """Result files of a finished stage that are not what it wrote: name -> what is wrong."""
+        faults = {}
+        claimed: Mapping[str, Any] = there.get("files") or {}
+        for name, facts in claimed.items():
+            path = self.folder / name
+            if not path.is_file():
+                faults[name] = "is missing"
+            elif name not in PRESENT and path.stat().st_size != facts["bytes"]:
+                faults[name] = f"holds {path.stat().st_size} bytes instead of {facts['bytes']}"
+            elif name not in PRESENT and content([path]) != facts["digest"]:
+                faults[name] = "holds something else than was written"
+        if not claimed:  # written by an earlier version
+            faults = {p: "is missing" for p in self.results if not any(self.folder.glob(p))}
+        return faults
+
+    def _refuse(self, there: Mapping[str, Any], differing: Sequence[str]) -> None:
+        more = f"; and {len(differing) - SHOWN} more" if len(differing) > SHOWN else ""
+        unfinished = "" if there["status"] == "finished" else ", unfinished,"
+        raise ValueError(
+            f"{self.name}: {self.folder} is there{unfinished} under another configuration "
+            f"({'; '.join(differing[:SHOWN])}{more}): choose {self.instead}, or force=true to replace it once the new "
+            "one is complete"
+        )
+
     def __enter__(self) -> Stage:
+        try:
+            return self._enter()
+        except BaseException:
+            self._release()
+            raise
+
+    def _enter(self) -> Stage:
         if first_rank():
-            self.folder.mkdir(parents=True, exist_ok=True)
-            self._lock = _locked(self.folder)
-        marker = read_json(self.folder / MARKER, None)
-        self.state, differing = self._judge(marker)
+            for folder in (beside(self.folder), self.folder):
+                if folder.is_dir():
+                    self._locks.append(_locked(folder, self.folder))
+            settle(self.folder, lambda new: (read_marker(new) or {}).get("status") == "finished")
+        self.state = self.decide()
+        there = read_marker(self.work)
         if self.done:
-            self.summary = marker["summary"]
+            assert there is not None
+            self.summary = there["summary"]
             say(f"{self.name}: finished before, skipped ({self.folder}; force=true redoes it)")
             return self
-        if self.state == "changed":
-            say(f"{self.name}: there under another configuration, done again ({'; '.join(differing)})")
-        elif self.resumes:
-            say(f"{self.name}: continues what was left unfinished in {self.folder}")
+        if first_rank():
+            _require_room(self.folder)
+            if self.state == "forced":
+                remove(self.work)
+            if not self.work.is_dir():
+                self.work.mkdir(parents=True)
+                self._locks.append(_locked(self.work, self.folder))
+        self._announce(there)
         self._mark("running")
         return self
 
-    def _judge(self, marker: Mapping[str, Any] | None) -> tuple[str, list[str]]:
-        if marker is None:
-            return "new", []
-        if self.force:
-            return "forced", []
-        differing = changes(marker["config"], self.config)
-        if differing:
-            return "changed", differing
-        return ("done" if marker["status"] == "finished" else "resume"), []
+    def _announce(self, there: Mapping[str, Any] | None) -> None:
+        if self.state == "forced":
+            say(f"{self.name}: done again; {self.folder} stays as it is until the new one is complete")
+        elif self.resumes and there is not None and there["status"] == "finished":
+            for name, wrong in self._faults(there).items():
+                path = self.folder / name
+                kept = ""
+                if path.is_file() and name not in self.mends and first_rank():
+                    os.replace(path, path.with_name(f"{path.name}.changed"))
+                    kept = f", kept as {path.name}.changed"
+                say(f"{self.name}: finished before, but {path} {wrong}{kept}; it is made again")
+        elif self.resumes:
+            say(f"{self.name}: continues what was left unfinished in {self.work}")
 
-    def finish(self, summary: Mapping[str, Any] | None = None, next: str | None = None) -> None:
-        """Mark the stage finished and print what was made, where, how long it took and what comes next."""
+    def reopen(self) -> None:
+        """Take a finished stage up again, because more was asked of it than it claims."""
+        self.state = "resume"
+        self._mark("running")
+
+    def finish(
+        self, summary: Mapping[str, Any] | None = None, next: str | None = None, *, last_rank: bool = False
+    ) -> None:
+        """Mark the stage finished, put its folder in place, and print what was made, where, how long it took and what
+        comes next. `last_rank`: the rank that is done last calls, and not the first one.
+
+        Errors: ValueError when one of its result files is not there.
+        """
         self.summary = plain(summary or {})
-        self._mark("finished")
+        if first_rank() or last_rank:
+            self._mark("finished", anyone=last_rank, files=self._claims())
+            if self.work != self.folder:
+                swap(self.folder)
+                self.work = self.folder
+        self._finished = True
         report(self.name, self.folder, time.monotonic() - self._began, self.summary, next)
+
+    def _claims(self) -> dict[str, Any]:
+        claims = {}
+        for pattern in self.results:
+            found = sorted(path for path in self.work.glob(pattern) if path.is_file())
+            if not found:
+                raise ValueError(f"{self.name} is not finished: {self.work / pattern} was not written")
+            for path in found:
+                facts = {"bytes": path.stat().st_size, "digest": content([path])}
+                claims[path.relative_to(self.work).as_posix()] = facts
+        return claims
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
         try:
-            if kind is not None and not self.done:
-                self._mark("failed" if issubclass(kind, Exception) else "interrupted")
-        except OSError:
-            pass  # a full disk: the marker still says running, which is resumed all the same
+            if kind is not None and not self.done and not self._finished:
+                with suppress(OSError):  # a full disk: the marker still says running, which is resumed all the same
+                    self._mark("failed" if issubclass(kind, Exception) else "interrupted")
         finally:
-            if self._lock is not None:
-                self._lock.close()
+            self._release()
 
-    def _mark(self, status: str) -> None:
-        if first_rank():
-            facts = {"schema": "specbench.stage/1", "stage": self.name, "status": status}
+    def _release(self) -> None:
+        for lock in self._locks:
+            lock.close()
+        self._locks = []
+
+    def _mark(self, status: str, anyone: bool = False, **more: Any) -> None:
+        if first_rank() or anyone:
+            facts = {"schema": SCHEMA, "stage": self.name, "status": status, "forced": self.force}
             seconds = round(time.monotonic() - self._began, 3)
-            facts |= {"seconds": seconds, "summary": self.summary, "config": self.config}
-            write_json(self.folder / MARKER, redacted(facts))
+            facts |= {"seconds": seconds, "summary": self.summary, **more}
+            facts |= {"config": self.identity.settings, "inputs": self.identity.inputs}
+            write_json(self.work / MARKER, redacted(facts))
 
 
-def _locked(folder: Path) -> Any:
+def read_marker(folder: Path) -> dict[str, Any] | None:
+    """stage.json of a folder, None where there is none. Errors: ValueError for one that is not a stage's."""
+    path = folder / MARKER
+    try:
+        found = read_json(path, None)
+    except (ValueError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not JSON ({error}): restore it, or remove {folder}") from error
+    if found is not None and not (isinstance(found, dict) and {"status", "config", "summary"} <= found.keys()):
+        raise ValueError(f"{path} does not say what was done there: restore it, or remove {folder}")
+    return found
+
+
+def _require_room(folder: Path) -> None:
+    """Refuse a folder that cannot be made or written, or a disk that is full, before any work."""
+    above = folder.absolute()
+    while not above.exists():
+        above = above.parent
+    if not above.is_dir():
+        raise ValueError(f"{folder} cannot be written: {above} is a file; choose another root=")
+    if not os.access(above, os.W_OK | os.X_OK):
+        raise ValueError(f"{folder} cannot be written: no permission in {above}; choose another root=")
+    free = shutil.disk_usage(above).free
+    if free < ROOM:
+        raise ValueError(f"{above} has {free / 2**20:.1f} MiB left on its disk: make room, or choose another root=")
+
+
+def _locked(folder: Path, named: Path) -> Any:
     """The open lock file of `folder`; the lock falls when it is closed or the process dies."""
     lock = open(folder / ".lock", "a+")  # noqa: SIM115 - it stays open for as long as the stage runs
     try:
@@ -136,7 +289,7 @@ def _locked(folder: Path) -> Any:
         lock.seek(0)
         owner = lock.read().strip() or "another process"
         lock.close()
-        raise ValueError(f"{folder} is being written by {owner}: wait for it, or choose another root or name") from None
+        raise ValueError(f"{named} is being written by {owner}: wait for it, or choose another root or name") from None
     except OSError:
         say(f"{folder} lies on a file system without locks: take care that one process at a time writes there")
     lock.truncate(0)

@@ -41,6 +41,11 @@ class Study:
         """Overrides of every simulation, given whose rounds lie where; the baseline replays its own draft's."""
         if not self.simulations:
             return []
+        if len(methods) != len(decoded):
+            raise ValueError(
+                f"{self.name} replays one evaluation of each draft, and {len(decoded)} of {len(methods)} drafts are "
+                "asked for: leave out temperatures="
+            )
         rounds = dict(zip(methods, decoded, strict=True))
         own = self.baseline["method"]
         if own not in rounds or len(rounds) < 2:

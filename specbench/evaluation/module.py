@@ -9,7 +9,6 @@ Axes: K slots.
 from __future__ import annotations
 
 import os
-import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -250,10 +249,6 @@ class DraftEvaluation(L.LightningModule):
         self.protocol, self.folder, self.labels, self.progress = protocol, folder, dict(labels), progress
         self.decoding = DecodingMetrics(draft.block_size if draft is not None else 1)
         self.known: dict[tuple[str, str, int], Answered] = {}
-
-    def forget(self) -> None:
-        """Remove what an earlier evaluation of this folder left, because its numbers were decoded otherwise."""
-        shutil.rmtree(self.folder / "parts", ignore_errors=True)
 
     def on_test_start(self) -> None:
         self.parts = Parts(self.folder, self.global_rank)

@@ -40,6 +40,7 @@ WRITTEN = (
     *("provenance.json", "dirty.diff", "tracking.json"),
 )
 
+LONGEST = 200  # bytes of a name; file systems take 255, and there are endings to come
 COLUMNS = pa.schema(
     [
         *((name, pa.string()) for name in ("run", "method", "target", "suite", "benchmark", "domain", "prompt_id")),
@@ -74,7 +75,8 @@ class RunFolder:
 
     An exception leaves `failed`, Ctrl-C leaves `interrupted`, a kill leaves `running` with a process that is gone,
     which `read_summary` reports as `unfinished`. Opening the folder again continues the same run; `fresh` starts over
-    and removes what the earlier run wrote, checkpoints/ and draft/ included.
+    and removes what the earlier run wrote, checkpoints/ and draft/ included. `folder` is where the run is written
+    instead, until it takes its place.
     `writes=False` gives every method but no effect: for the ranks beside the first.
     """
 
@@ -87,13 +89,12 @@ class RunFolder:
         *,
         fresh: bool = False,
         writes: bool = True,
+        folder: Path | None = None,
     ) -> None:
         if kind not in KINDS:
             raise ValueError(f"a run folder's kind is one of {', '.join(KINDS)}, not '{kind}'")
-        if not name or name != Path(name).name or name.startswith("."):
-            raise ValueError(f"'{name}' cannot name a run folder: give a name without slashes or a leading dot")
-        self.kind, self.name, self.writes = kind, name, writes
-        self.path = Path(root) / "runs" / kind / name
+        self.kind, self.name, self.writes = kind, folder_name(name, "a run folder"), writes
+        self.path = folder or Path(root) / "runs" / kind / self.name
         self.config = redacted(plain(config))
         self._fresh = fresh
         self._summary: dict[str, Any] = {}
@@ -198,6 +199,16 @@ class RunFolder:
             text = json_line(line)
             with open(self.path / file, "a", encoding="utf-8") as lines:
                 lines.write(text)
+
+
+def folder_name(name: object, what: str) -> str:
+    """`name` as the text that it is, if a folder can bear it. Errors: ValueError naming `what` it would name."""
+    text = str(name)
+    if not text or text != Path(text).name or text.startswith(".") or not text.isprintable():
+        raise ValueError(f"{text!r} cannot name {what}: give a name without slashes, control signs or a leading dot")
+    if len(text.encode("utf-8", "surrogatepass")) > LONGEST:
+        raise ValueError(f"{text[:20]!r}... cannot name {what}: it has more than {LONGEST} bytes")
+    return text
 
 
 def read_summary(folder: str | Path) -> dict[str, Any]:

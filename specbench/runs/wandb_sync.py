@@ -11,7 +11,8 @@ import hashlib
 import os
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,9 @@ from specbench.runs.wandb_tracking import SERVER, has_key, reachable, uploaded
 def offline_runs(folder: str | Path) -> list[Path]:
     """Run folders at or below `folder` that hold W&B runs which no sync has uploaded."""
     records = sorted(Path(folder).rglob("tracking.json"))
-    return [record.parent for record in records if unsynced(record.parent)]
+    # What has a dot in front is a run that is being made again, or what is left of one.
+    shown = [r.parent for r in records if not any(p.startswith(".") for p in r.relative_to(folder).parts)]
+    return [run for run in shown if unsynced(run)]
 
 
 def unsynced(run: Path) -> list[Path]:
@@ -44,6 +47,42 @@ def sync(run: str | Path) -> list[str]:
         raise ValueError("there is no W&B key to upload with: run `wandb login` or set WANDB_API_KEY")
     if not reachable():
         raise ValueError(f"{os.environ.get('WANDB_BASE_URL', SERVER)} cannot be reached: sync where there is a network")
+    with where_recorded(run, record):
+        return _sync(run, record)
+
+
+@contextmanager
+def where_recorded(run: Path, record: Mapping[str, Any]) -> Iterator[None]:
+    """Within it, a run that was moved since (with its root, or into the place of an older one) is found where W&B was
+    told that its files lie: its offline log names them by absolute paths.
+    """
+    told = Path(record.get("folder") or run.resolve())
+    if told.exists() and told.resolve() != run.resolve() and told.name.startswith("."):
+        raise ValueError(f"{told} is in the way of the files of {run}: finish or remove that run before the upload")
+    if told.exists() or told.is_symlink() or not told.is_absolute():
+        yield
+        return
+    made: list[Path] = []
+    try:
+        try:
+            for above in reversed(told.parents):
+                if not above.exists():
+                    above.mkdir()
+                    made.append(above)
+            told.symlink_to(run.resolve(), target_is_directory=True)
+            made.append(told)
+        except OSError as error:
+            raise ValueError(
+                f"{run} was written as {told}, where W&B looks for its files, and no link can be made there ({error}): "
+                "move it back for the upload"
+            ) from error
+        yield
+    finally:
+        for path in reversed(made):
+            path.unlink() if path.is_symlink() else path.rmdir()
+
+
+def _sync(run: Path, record: Mapping[str, Any]) -> list[str]:
     gone = [file for artifact in record["artifacts"] for file in artifact["files"] if not Path(file).exists()]
     if gone:
         raise ValueError(f"{gone[0]} is part of an artifact of {run} and is gone: W&B would leave it out in silence")

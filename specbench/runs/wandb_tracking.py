@@ -16,6 +16,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
+from types import TracebackType
 from typing import Annotated, Any
 from urllib.parse import urlparse
 
@@ -40,7 +41,8 @@ class Tracking:
 
     `mode`: `online` needs a key; `offline` writes beside the run folder for a later `sync`; `disabled` imports nothing;
     `auto` is online with a key and a server in reach, else offline; WANDB_MODE in the environment overrules it.
-    Use: `start(run)`, give `loggers` to the Trainer, then `table`, `image`, `artifact`, `summary`, and `finish`.
+    Use: `start(run)`, give `loggers` to the Trainer, then `table`, `image`, `artifact`, `summary`, and `finish`. As a
+    context manager around the run folder's own it closes the W&B run of whatever ends in an error as failed.
     """
 
     def __init__(
@@ -74,6 +76,8 @@ class Tracking:
         self._record = {
             "id": old.get("id") or secrets.token_hex(4),
             "mode": mode,
+            # Where W&B was told that the files lie: offline it keeps absolute paths.
+            "folder": str(run.path.resolve()),
             "project": self.project,
             "entity": self.entity,
             "artifacts": old.get("artifacts", []),
@@ -94,16 +98,34 @@ class Tracking:
         return self
 
     def resolved_mode(self) -> str:
-        """The mode that `auto` stands for here; raises ValueError when `online` has no key."""
-        mode = os.environ.get("WANDB_MODE", "auto") if self.mode == "auto" else self.mode
-        mode = {"dryrun": "offline", "run": "online"}.get(mode, mode)
-        if mode not in MODES:
-            raise ValueError(f"WANDB_MODE is one of online, offline, disabled, not '{mode}'")
+        """The mode that `auto` stands for here; raises ValueError as `check` does."""
+        mode = self.check()
         if mode == "auto":
             return "online" if has_key() and reachable() else "offline"
+        return mode
+
+    def check(self) -> str:
+        """The mode that is asked for, without asking a server.
+
+        Raises ValueError when WANDB_MODE is none of them, or `online` has no key. An empty variable is an unset one.
+        """
+        mode = (os.environ.get("WANDB_MODE") or "auto") if self.mode == "auto" else self.mode
+        mode = {"dryrun": "offline", "run": "online"}.get(mode, mode)
+        if mode not in MODES:
+            raise ValueError(f"WANDB_MODE={mode} in the environment: set online, offline or disabled, or leave it out")
         if mode == "online" and not has_key():
             raise ValueError("tracking is online but there is no W&B key: run `wandb login`, or use tracking=offline")
         return mode
+
+    def __enter__(self) -> Tracking:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        if kind is None:
+            self.finish()
+            return
+        with suppress(Exception):  # what ended the run is what the user is told
+            self.finish(succeeded=False)
 
     def _logger(self, mode: str) -> WandbLogger:
         import wandb

@@ -13,10 +13,11 @@ from typing import Any
 import lightning as L
 import torch
 import torch.distributed as dist
-from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.callbacks import Callback, TQDMProgressBar
 
 from specbench.decoding.loop import Limits, speculative_decode
 from specbench.decoding.sampling import Sampling
+from specbench.files.folder_swap import remove
 from specbench.models.target import Target
 
 PROBE_KEY = "probe/accepted_length"
@@ -100,9 +101,21 @@ def save_checkpoint(trainer: L.Trainer, path: Path) -> None:
     """Write a checkpoint whole or not at all; every rank must call it."""
     temporary = path.with_suffix(".tmp")
     path.parent.mkdir(parents=True, exist_ok=True)
-    trainer.save_checkpoint(temporary)
-    if trainer.is_global_zero:
-        os.replace(temporary, path)
+    try:
+        trainer.save_checkpoint(temporary)
+        if trainer.is_global_zero:
+            os.replace(temporary, path)
+    finally:
+        if trainer.is_global_zero:
+            remove(temporary)
+
+
+class TrainingBar(TQDMProgressBar):
+    """Lightning's progress bar without the last letters of the loggers' versions, which are no number of a run."""
+
+    def get_metrics(self, trainer: L.Trainer, module: L.LightningModule) -> dict[str, Any]:
+        shown = super().get_metrics(trainer, module)
+        return {key: value for key, value in shown.items() if key != "v_num"}
 
 
 class GracefulStop(Callback):

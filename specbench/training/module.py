@@ -41,6 +41,15 @@ from specbench.ranges import (
 )
 
 
+def require_precision(precision: str | int) -> None:
+    """Refuse float16: its gradients need a scale that follows them, which these optimiser steps do not keep."""
+    if str(precision).startswith("16"):
+        raise ValueError(
+            f"trainer.lightning.precision={precision}: training in float16 needs a loss scale, which is not kept here; "
+            "use bf16-mixed or 32-true"
+        )
+
+
 def warmup_cosine(step: int, total: int, warmup: int) -> float:
     """Learning-rate factor: linear from 0 over `warmup` steps, then half a cosine to 0 at `total`."""
     if step < warmup:
@@ -158,6 +167,7 @@ class DraftTraining(L.LightningModule):
         return self._target_tables[0]
 
     def setup(self, stage: str) -> None:
+        require_precision(self.trainer.precision)
         self._target_tables = (self.target_tables.to(self.device),)
 
     def configure_optimizers(self) -> Any:
@@ -208,6 +218,12 @@ class DraftTraining(L.LightningModule):
             _local(parameter.grad).div_(total.to(parameter.grad.dtype))
         norm = torch.nn.utils.clip_grad_norm_(parameters, self.gradient_clip or torch.inf)
         norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+        mean = value / total
+        if not torch.isfinite(mean + norm):
+            raise ValueError(
+                f"the loss is {float(mean)} and the gradient's norm {float(norm)} at step {step.number}, and no weight "
+                "was changed by it: lower trainer.recipe.lr, or check the cache"
+            )
         optimizer.step()
         self.lr_schedulers().step()
         if self.average is not None:
@@ -215,9 +231,6 @@ class DraftTraining(L.LightningModule):
                 pairs = zip(self.average.parameters(), self.draft.parameters(), strict=True)
                 for mean_weight, weight in pairs:
                     _local(mean_weight).lerp_(_local(weight), 1 - self.ema)
-        mean = value / total
-        if not torch.isfinite(mean):
-            raise ValueError(f"the loss is {float(mean)} at step {step.number}; lower trainer.lr or check the cache")
         # The progress bar and the loggers read numbers every `log_every` steps; each read costs a synchronisation.
         if (step.number + 1) % self.log_every == 0:
             rate = optimizer.param_groups[0]["lr"]

@@ -86,7 +86,10 @@ def check_header(folder: Path | str, policy: Policy) -> None:
         return
     if not isinstance(there, dict) or there.get("schema") != SCHEMA or not isinstance(there.get("policy"), dict):
         raise ValueError(f"{path} is no header of answers ({SCHEMA}): start over with force=true")
-    differing = changes(there.get("policy"), redacted(plain(asdict(policy))))
+    before, now = there["policy"], redacted(plain(asdict(policy)))
+    if before.get("revision") == now["revision"] is not None:
+        before = {**before, "model": now["model"]}  # the same weights from another place
+    differing = changes(before, now)
     if differing:
         raise ValueError(
             f"{folder} holds answers of another policy ({'; '.join(differing)}): ask for the old settings, choose "

@@ -33,6 +33,14 @@ def split_of(messages: list[dict[str, str]], validation: float | int, seed: int 
     return "validation" if draw < validation else "train"
 
 
+def require_shares(validation: float | int, near_duplicate: float | int | None) -> None:
+    """Refuse a share to hold out, or a similarity, that cannot be one."""
+    if not 0 <= validation < 1:
+        raise ValueError(f"validation={validation} is not a share: choose a number from 0 up to, not including, 1")
+    if near_duplicate is not None and not 0 < near_duplicate <= 1:
+        raise ValueError(f"near_duplicate={near_duplicate} is not a similarity: choose a number in (0, 1], or null")
+
+
 def build(
     source: Source,
     folder: Path | str,
@@ -53,10 +61,7 @@ def build(
     ngram: words in a row that count as an overlap; None removes equal questions only.
     progress: called with the number of conversations read so far.
     """
-    if not 0 <= validation < 1:
-        raise ValueError(f"validation={validation} is not a share: choose a number from 0 up to, not including, 1")
-    if near_duplicate is not None and not 0 < near_duplicate <= 1:
-        raise ValueError(f"near_duplicate={near_duplicate} is not a similarity: choose a number in (0, 1], or null")
+    require_shares(validation, near_duplicate)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "report.json").unlink(missing_ok=True)

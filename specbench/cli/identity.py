@@ -1,0 +1,196 @@
+"""What makes a run the run that it is: its settings without those that leave the result alone, its inputs by content.
+
+Two commands mean the same run when their identities are equal, whatever the folder that they are given from, where
+their inputs lie now and on how many devices they run.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+import xxhash
+from omegaconf import DictConfig
+
+from specbench.cli.recording import recorded
+from specbench.files.atomic import changes
+
+# Where something goes, how it is shown and by how many hands it is done does not change what it is. Dotted keys; a key
+# stands for everything below it, and * for one part.
+WITHOUT_EFFECT = (
+    *("root", "force", "name", "folder", "plan", "memory", "yes", "study", "docs", "methods", "check", "check_dtype"),
+    *("tracking", "progress", "logging", "verbose"),
+    *("device", "devices", "target.device", "target.threads", "threads"),
+    *("batch_size", "token_budget", "concurrency", "patience", "servers", "api_key", "chunk"),
+    *("trainer.recipe.log_every", "trainer.data.threads"),
+    *(f"trainer.{key}" for key in ("accelerator", "devices", "enable_progress_bar")),
+    *(f"trainer.lightning.{key}" for key in ("accelerator", "devices", "num_nodes", "enable_progress_bar")),
+)
+# What else leaves the result of one verb alone: those settings belong to the evaluation that follows a training.
+OF_VERB = {
+    "train": (
+        *("evaluate", "temperatures", "max_new_tokens", "limit", "evaluation_seed", "suite"),
+        "trainer.evaluation",
+    ),
+    # Answers are added to those that are there; whose they are is said by their header.
+    "answers": ("count", "policy.model"),
+    # Where a copy goes, which is written each time.
+    "calibrate": ("draft",),
+}
+# A measurement of time is another one on another device, and with other numbers of threads and requests.
+TIMING = ("speed",)
+FOR_TIMING = ("root", "force", "name", "folder", "yes", "study", "tracking", "progress", "logging", "verbose")
+
+# Settings that name files: what lies there counts, and not where.
+INPUTS = (
+    *("draft", "start", "cache", "answers", "rounds", "held_out", "calibration", "prompts", "suite.prompts"),
+    *("target.id", "data.source.paths", "profile.path", "policies.*.rounds", "policies.*.calibration"),
+    "scheduler.calibration.path",
+)
+# Values of these settings that name no file, though one may lie there by chance.
+WORDS = ("target", "random", "plain", "ngram", "oracle")
+PREFIX = "small:"  # of a draft that is a small language model
+
+SAMPLED = 1 << 28  # bytes above which a file is known by its size and by a part of it
+BLOCKS, BLOCK = 256, 1 << 16
+
+
+@dataclass(frozen=True)
+class Identity:
+    """`settings` that decide the result, as plain data; `inputs`: dotted key -> fingerprint of what lies there."""
+
+    settings: dict[str, Any]
+    inputs: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def code(self) -> str:
+        """Eight hex digits for the name of a run."""
+        facts = {"settings": without(self.settings, self.inputs), "inputs": self.inputs}
+        return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:8]
+
+    def against(self, verb: str, then: Mapping[str, Any]) -> list[str]:
+        """What differs from the identity that a stage wrote down, as `key: then -> now`.
+
+        An input that one side has not seen is compared as it is written, unless that side left it to be found.
+        """
+        before: dict[str, str] = then.get("inputs") or {}
+        both = before.keys() & self.inputs.keys()
+        found = {key for key in before if select(self.settings, key) is None}
+        found |= {key for key in self.inputs if select(then["config"], key) is None}
+        old = without(then["config"], [*no_effect(verb), *both, *found])
+        lines = changes(old, without(self.settings, both | found))
+        for key in sorted(both):
+            if before[key] != self.inputs[key]:
+                names = [select(settings, key) for settings in (then["config"], self.settings)]
+                words = [
+                    f"{name} ({code})" if name else code
+                    for name, code in zip(names, (before[key], self.inputs[key]), strict=True)
+                ]
+                lines.append(f"{key}: {' -> '.join(words)}")
+        return lines
+
+
+def identity(verb: str, config: DictConfig | Mapping[str, Any], inputs: Mapping[str, str] | None = None) -> Identity:
+    """The identity of a run of `verb` under `config`; `inputs` are fingerprints that the verb knows beside."""
+    settings = without(recorded(config), no_effect(verb))
+    found = {}
+    for key in INPUTS:
+        for path, value in matching(settings, key):
+            if (seen := fingerprint(value, path.rpartition(".")[2])) is not None:
+                found[path] = seen
+    return Identity(settings, {**found, **(inputs or {})})
+
+
+def no_effect(verb: str) -> tuple[str, ...]:
+    """The settings that leave the result of this verb alone."""
+    return FOR_TIMING if verb in TIMING else (*WITHOUT_EFFECT, *OF_VERB.get(verb, ()))
+
+
+def without(tree: Mapping[str, Any], patterns: Iterable[str], where: str = "") -> dict[str, Any]:
+    """`tree` without the dotted keys that match one of the patterns."""
+    patterns, kept = list(patterns), {}
+    for key, value in tree.items():
+        path = f"{where}.{key}" if where else str(key)
+        if not any(_matches(path, pattern) for pattern in patterns):
+            kept[key] = without(value, patterns, path) if isinstance(value, Mapping) else value
+    return kept
+
+
+def matching(tree: Mapping[str, Any], pattern: str, where: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted keys of `tree` that match the pattern, with their values."""
+    for key, value in tree.items():
+        path = f"{where}.{key}" if where else str(key)
+        if _matches(path, pattern):
+            yield path, value
+        elif isinstance(value, Mapping):
+            yield from matching(value, pattern, path)
+
+
+def select(tree: Mapping[str, Any], key: str) -> Any:
+    """The value at a dotted key, or None."""
+    return next((value for _, value in matching(tree, key)), None)
+
+
+def _matches(path: str, pattern: str) -> bool:
+    return path.count(".") == pattern.count(".") and fnmatchcase(path, pattern)
+
+
+def fingerprint(value: Any, kind: str = "") -> str | None:
+    """Sixteen hex digits for what lies at a path, or at each of several; None where it names no file or folder."""
+    if isinstance(value, list):
+        each = [fingerprint(one, kind) for one in value]
+        return None if not each or None in each else xxhash.xxh3_64_hexdigest("\n".join(map(str, each)).encode())
+    if not isinstance(value, str) or value in WORDS or not value:
+        return None
+    path = Path(value.removeprefix(PREFIX))
+    try:
+        if path.is_file():
+            return content([path])
+        return _folder(path, kind) if path.is_dir() else None
+    except OSError:  # a name that no file can have; whatever is wrong with it is said where it is read
+        return None
+
+
+def _folder(path: Path, kind: str) -> str | None:
+    if (path / "manifest.json").is_file():  # a target cache says itself what it holds
+        try:
+            return str(json.loads((path / "manifest.json").read_text(encoding="utf-8"))["fingerprint"])
+        except (ValueError, KeyError):
+            return None
+    if kind in ("rounds", "held_out"):
+        return content([path / "rounds.jsonl"]) if (path / "rounds.jsonl").is_file() else None
+    if (path / "draft" / "config.json").is_file():
+        path = path / "draft"
+    if (path / "config.json").is_file():  # weights, and what turns text into their tokens
+        beside = ("config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+        files = [path / name for name in beside if (path / name).is_file()]
+        files += [*path.glob("*.safetensors"), *path.glob("*.bin")]
+    else:
+        files = [file for file in path.iterdir() if file.suffix in (".jsonl", ".parquet") and file.is_file()]
+    return content(sorted(files)) if files else None
+
+
+def content(files: Iterable[Path]) -> str:
+    """Sixteen hex digits for the names and the contents of files; a lone file counts by its content alone.
+
+    Files above SAMPLED bytes are known by their size and by BLOCKS blocks at even distances.
+    """
+    files = list(files)
+    digest = xxhash.xxh3_64()
+    for file in files:
+        size = file.stat().st_size
+        digest.update(f"{file.name if len(files) > 1 else ''}\n{size}\n".encode())
+        with open(file, "rb") as stream:
+            if size <= SAMPLED:
+                while block := stream.read(1 << 20):
+                    digest.update(block)
+                continue
+            for number in range(BLOCKS):
+                stream.seek(number * (size - BLOCK) // (BLOCKS - 1))
+                digest.update(stream.read(BLOCK))
+    return digest.hexdigest()
