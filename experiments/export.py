@@ -16,6 +16,7 @@ from specbench.cli.assembly import own_methods
 from specbench.cli.errors import naming
 from specbench.cli.stages import report
 from specbench.files.atomic import read_object, write_text
+from specbench.files.folder_swap import replacing_folder
 from specbench.runs.run_folder import read_settings, read_summary
 
 
@@ -30,13 +31,14 @@ def run(cfg: DictConfig) -> Path:
     folder = vacant(Path(cfg.folder or Path(cfg.root) / "export" / f"{path.name}-{cfg.format}"), cfg.force)
     target = cfg.target_id or (training or {}).get("config", {}).get("target", {}).get("id")
     methods = own_methods(cfg.methods)
-    with naming("draft", cfg.draft):
-        export_draft(source, folder, cfg.format, target, target_tables(cfg.target_id, source), methods)
     found = evaluations(cfg, path)
-    about = read_config(folder)
-    dtype = about.get("dtype") or about.get("torch_dtype")
-    card = model_card(cfg.push or folder.name, cfg.format, target, cfg.licence, training, found, dtype)
-    write_text(folder / "README.md", card)
+    with replacing_folder(folder) as made:
+        with naming("draft", cfg.draft):
+            export_draft(source, made, cfg.format, target, target_tables(cfg.target_id, source), methods)
+        about = read_config(made)
+        dtype = about.get("dtype") or about.get("torch_dtype")
+        card = model_card(cfg.push or folder.name, cfg.format, target, cfg.licence, training, found, dtype)
+        write_text(made / "README.md", card)
     facts: dict[str, Any] = {"format": cfg.format, "evaluations in the card": len(found)}
     if cfg.push:
         try:

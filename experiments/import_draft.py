@@ -13,6 +13,7 @@ from specbench.checkpoints.formats import read
 from specbench.cli.assembly import own_methods
 from specbench.cli.errors import naming
 from specbench.cli.stages import report, say
+from specbench.files.folder_swap import replacing_folder
 from specbench.models.embedding_head import Tables
 from specbench.models.target import Target
 
@@ -27,7 +28,8 @@ def run(cfg: DictConfig) -> Path:
         config, tensors = read_folder(source)
         reading = read(config, tensors, None if taps is None else list(taps), methods)
         draft = assemble_draft(reading, target_tables(cfg.target_id, source))
-    save_draft(draft, folder, reading.text, reading.settings)
+    with replacing_folder(folder) as made:
+        save_draft(draft, made, reading.text, reading.settings)
     size = len(draft.tables.head)
     facts = {
         "method": type(draft).__name__,
@@ -46,6 +48,8 @@ def run(cfg: DictConfig) -> Path:
 
 def vacant(folder: Path, force: bool) -> Path:
     """The folder, if it may be written. Errors: ValueError when a draft lies there and `force` is false."""
+    if folder.is_dir() and any(folder.iterdir()) and not (folder / "config.json").is_file():
+        raise ValueError(f"{folder} holds files that are no draft: choose another folder=")
     if (folder / "config.json").exists() and not force:
         raise ValueError(f"{folder} holds a draft already: choose another folder=, or force=true to write over it")
     return folder

@@ -39,7 +39,7 @@ from specbench.models.embedding_head import Tables
 from specbench.runs.provenance import provenance
 from specbench.runs.run_folder import RunFolder, folder_name
 from specbench.training.callbacks import DecodeProbe, GracefulStop, KeepLast, TrainingBar
-from specbench.training.initialisation import STARTS, from_draft, from_target, randomise
+from specbench.training.initialisation import AUTO, STARTS, from_draft, from_target, randomise, resolved
 from specbench.training.module import DraftTraining, digest, require_precision, trainable_parameters
 
 RESULTS = ("draft/config.json", "draft/*.safetensors", "summary.json", "config.yaml")
@@ -130,7 +130,10 @@ def _train(cfg: DictConfig, stage: Stage, name: str) -> None:
             stops = () if target is None else target.stop_token_ids
             vocabulary = frequent_tokens(cfg, data, stops)
             draft = build_draft(cfg.method, cfg.target, config, data.tables, vocabulary)
-            copied = initialise(draft, cfg.start, target, data.tables)
+            start, why = resolved(cfg.start, target)
+            if why is not None:
+                say(f"train: the draft starts from random weights: {why}")
+            copied = initialise(draft, start, target, data.tables)
         choice = chosen(config, cfg.method.backbone)
         say(f"train: {choice.reason}")
         steps = cfg.trainer.max_steps or cfg.trainer.epochs * data.steps_per_epoch
@@ -143,7 +146,7 @@ def _train(cfg: DictConfig, stage: Stage, name: str) -> None:
             **OmegaConf.to_container(cfg.trainer.recipe, resolve=True),
         )
         layers = {"family": choice.family, "own": choice.own, "reason": choice.reason}
-        lineage = {"cache": data.lineage, "start": cfg.start, "copied": len(copied)}
+        lineage = {"cache": data.lineage, "start": start, "copied": len(copied)}
         prompts = probe_prompts(cfg, target) if cfg.trainer.probe.every else []
         rendered = target.tokenizer.decode(prompts[0]) if prompts and target.tokenizer is not None else None
         facts, diff = provenance(sys.argv, dict(cfg.seed), lineage["cache"], rendered)
@@ -214,7 +217,7 @@ def _train(cfg: DictConfig, stage: Stage, name: str) -> None:
 
 def needs_target(cfg: DictConfig) -> bool:
     """Whether the target itself must be in memory: to copy layers, to probe, or to compute states online."""
-    return cfg.start == "target" or bool(cfg.trainer.probe.every) or cfg.online
+    return cfg.start in ("target", AUTO) or bool(cfg.trainer.probe.every) or cfg.online
 
 
 def initialise(draft: Draft, start: str, target: Any, tables: Tables) -> list[str]:

@@ -7,7 +7,7 @@ import torch
 
 from specbench.models.backbone import FAMILIES
 from specbench.models.target import Target
-from specbench.training.initialisation import from_target, layer_weights
+from specbench.training.initialisation import from_target, layer_weights, resolved
 from tests import tiny
 
 
@@ -76,6 +76,19 @@ def test_a_target_whose_layer_is_not_ours_has_nothing_to_copy():
     target = Target.from_config({**tiny.QWEN3, "model_type": "olmo2", "pad_token_id": 0}, tiny.TAPS, stop_token_ids=[])
     with pytest.raises(ValueError, match=r"start=target: target model_type olmo2 .* use start=random"):
         from_target(tiny.draft("dflash", "qwen3"), target)
+
+
+def test_an_automatic_start_copies_where_it_can_and_says_why_it_cannot():
+    known = tiny.target("qwen3")
+    foreign = Target.from_config({**tiny.QWEN3, "model_type": "olmo2", "pad_token_id": 0}, tiny.TAPS, stop_token_ids=[])
+    assert resolved("auto", known) == ("target", None)
+    start, why = resolved("auto", foreign)
+    assert start == "random" and "olmo2" in why
+    assert [resolved(start, foreign) for start in ("target", "random", "x/y")] == [
+        ("target", None),
+        ("random", None),
+        ("x/y", None),
+    ]
 
 
 def test_the_tiny_targets_are_of_every_family():

@@ -12,6 +12,7 @@ import torch
 from omegaconf import OmegaConf
 from safetensors.torch import load_file
 
+from experiments.cli import main
 from specbench.blocks import with_anchors
 from specbench.checkpoints import formats
 from specbench.checkpoints.draft_folder import (
@@ -280,3 +281,32 @@ def test_what_an_engine_cannot_load_is_refused(method, family, settings, form, r
     with pytest.raises(FormatError, match=reason):
         export_draft(tmp_path / "own", tmp_path / "out", form)
     assert not (tmp_path / "out").exists()
+
+
+def bytes_of(folder: Path) -> dict[str, bytes]:
+    return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+
+
+@pytest.mark.parametrize("verb", ["import", "export"])
+def test_a_written_draft_stays_until_its_successor_is_whole(verb, tmp_path, capsys):
+    source = GOLDEN / "qwen3_dspark_vanilla" / "draft"
+    place = tmp_path / "written"
+    words = [verb, f"draft={source}", f"folder={place}", f"root={tmp_path}"]
+    words += ["format=deepspec"] if verb == "export" else []
+    assert main(words) == 0, capsys.readouterr().err
+    before = bytes_of(place)
+    assert main(words) == 2 and "force=true" in capsys.readouterr().err
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "config.json").write_text((source / "config.json").read_text())
+    assert main([w if not w.startswith("draft=") else f"draft={tmp_path}/broken" for w in words] + ["force=true"]) == 2
+    assert bytes_of(place) == before
+    assert main([*words, "force=true"]) == 0, capsys.readouterr().err
+    assert bytes_of(place).keys() == before.keys() and sorted(p.name for p in tmp_path.iterdir()) == [
+        "broken",
+        "written",
+    ]
+    other = tmp_path / "notes"
+    other.mkdir()
+    (other / "thesis.txt").write_text("mine")
+    assert main([w if not w.startswith("folder=") else f"folder={other}" for w in words] + ["force=true"]) == 2
+    assert bytes_of(other) == {"thesis.txt": b"mine"}

@@ -17,7 +17,8 @@ from specbench.models.backbone import Layer, backbone_of, chosen
 from specbench.models.embedding_head import Tables
 from specbench.models.target import Target
 
-STARTS = ("target", "random")
+AUTO = "auto"
+STARTS = ("target", "random", AUTO)
 FUSION = ("fc.", "fc_norm.", "input_norm.", "hidden_norm.")
 
 
@@ -48,6 +49,15 @@ def layer_weights(theirs: Mapping[str, Tensor]) -> dict[str, Tensor]:
     if joined is not None:
         found["mlp.gate_proj.weight"], found["mlp.up_proj.weight"] = joined.chunk(2)
     return found
+
+
+def resolved(start: str, target: Target | None) -> tuple[str, str | None]:
+    """What a start means for a target, and why where that is a choice: `auto` copies the target's own layers if the
+    draft's layers can follow them, and begins with random weights otherwise."""
+    if start != AUTO:
+        return start, None
+    own = chosen(target.config)
+    return ("target", None) if own.own else ("random", own.reason)
 
 
 @torch.no_grad()
