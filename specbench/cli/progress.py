@@ -61,11 +61,13 @@ class Progress:
         done, elapsed = self.count - self._start, time.monotonic() - self._began
         if self.total is not None and done and self.count < self.total:
             parts.append(f"{duration((self.total - self.count) * elapsed / done)} left")
-        return ", ".join([*parts, *([self._note] if self._note else [])])
+        return ", ".join(part for part in (*parts, self._note) if part)
 
     def _rate(self) -> str:
         rate = (self.count - self._start) / max(time.monotonic() - self._began, 1e-9)
-        return f"{rate:.1f} {self.unit}/s" if rate >= 0.1 else f"{duration(1 / rate) if rate else '?'} a {self.unit}"
+        if not rate:
+            return ""
+        return f"{rate:.1f} {self.unit}/s" if rate >= 0.1 else f"{duration(1 / rate)} a {self.unit}"
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
         if self._bars is not None:

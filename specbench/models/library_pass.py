@@ -282,6 +282,11 @@ def law_of(model: nn.Module, parts: Anatomy) -> Law:
         )
     if "known" not in found or "last" not in found or out.shape != found["known"].shape:
         raise Unsupported(f"{kind} does not compute its logits by its own head from its decoder's final states")
+    if not bool(torch.isfinite(found["last"]).all()):
+        raise Unsupported(
+            f"{kind} gives NaN or infinite final states in {str(found['last'].dtype).removeprefix('torch.')}: its "
+            "weights are broken, or need a dtype with a wider range"
+        )
     before = _factor(found["read"], found["last"])
     if before is None:
         raise Unsupported(f"{kind} changes its final states before the head by more than a factor")

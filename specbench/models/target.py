@@ -42,7 +42,14 @@ from specbench.models.library_pass import (
     run_whole,
     stated_positions,
 )
-from specbench.models.target_files import raw_config, read_model, read_tokenizer, require_finite, require_ids
+from specbench.models.target_files import (
+    raw_config,
+    read_model,
+    read_tokenizer,
+    require_finite,
+    require_ids,
+    tell_of_stops,
+)
 
 __all__ = ["Target", "TargetState", "new_causal_lm", "raw_config", "save"]
 
@@ -141,7 +148,14 @@ class Target:
         raw = raw_config(id, revision)
         model = read_model(id, revision, dtype, raw).to(device)
         require_finite(id, model)
-        tokenizer = read_tokenizer(id, revision, len(model.get_input_embeddings().weight))
+        rows = len(model.get_input_embeddings().weight)
+        tokenizer = read_tokenizer(id, revision, rows)
+        if stop_token_ids is None:
+            tell_of_stops(id, revision, rows)
+        elif beyond := [stop for stop in stop_token_ids if not 0 <= stop < rows]:
+            raise ValueError(
+                f"target.stop_token_ids={list(stop_token_ids)}: {beyond[0]} is beyond the target's vocabulary of {rows}"
+            )
         name = name or Path(str(id)).name
         try:
             target = cls(model, raw, target_layer_ids, tokenizer, name, revision, stop_token_ids)
@@ -181,7 +195,7 @@ class Target:
         digest = xxhash.xxh3_128()
         for key, value in sorted(self.model.state_dict().items()):
             digest.update(key.encode())
-            digest.update(value.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+            digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()
 
     def logits(self, last: Float[Tensor, "*b D"]) -> Float[Tensor, "*b V"]:

@@ -53,6 +53,13 @@ def read_model(id: str | Path, revision: str | None, dtype: torch.dtype, raw: Ma
     Errors: ValueError naming the target and what is wrong with it.
     """
     transformers_logging.disable_progress_bar()
+    # Where peft is installed the library would load the adapter's base model from wherever the adapter says.
+    if _beside(id, "adapter_config.json", revision):
+        raise ValueError(
+            f"target {str(id)!r} holds an adapter (adapter_config.json): merge it into its base model, save that "
+            "whole, and use that folder"
+        )
+    generation_stops(id, revision)
     config = _config(id, revision, raw)
     try:
         model, told = AutoModelForCausalLM.from_pretrained(
@@ -71,6 +78,45 @@ def read_model(id: str | Path, revision: str | None, dtype: torch.dtype, raw: Ma
     layers, more = (stated.get(key) for key in ("num_hidden_layers", "num_nextn_predict_layers"))
     _require_whole(id, told, range(layers, layers + more) if layers and more else range(0))
     return model
+
+
+def generation_stops(id: str | Path, revision: str | None) -> list[int]:
+    """The stop tokens of generation_config.json; none where there is no such file.
+
+    Errors: ValueError where it cannot be read, for the library would go on without its stop tokens.
+    """
+    found = _beside(id, "generation_config.json", revision)
+    if found is None:
+        return []
+    try:
+        stops = read_object(found).get("eos_token_id")
+    except (OSError, ValueError) as error:
+        raise ValueError(f"target {str(id)!r} has no readable generation_config.json: {_first(error)}") from error
+    stops = stops if isinstance(stops, list) else [] if stops is None else [stops]
+    if wrong := [stop for stop in stops if not isinstance(stop, int) or isinstance(stop, bool) or stop < 0]:
+        raise ValueError(
+            f"target {str(id)!r}: generation_config.json states eos_token_id={wrong[0]!r}, which is no token id"
+        )
+    return stops
+
+
+def tell_of_stops(id: str | Path, revision: str | None, rows: int) -> None:
+    """A stop token beyond the `rows` of the embedding can never be written and is told once."""
+    if beyond := [stop for stop in generation_stops(id, revision) if stop >= rows]:
+        log.warning(
+            "target %r: its stop tokens %s lie beyond its vocabulary of %d, so none of them ends an answer",
+            str(id),
+            beyond,
+            rows,
+        )
+
+
+def _beside(id: str | Path, name: str, revision: str | None) -> str | None:
+    """Where a file of a folder or hub id lies; None where there is none."""
+    return cached_file(
+        str(id), name, revision=revision, _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False, _raise_exceptions_for_gated_repo=False,
+    )  # fmt: skip
 
 
 def _config(id: str | Path, revision: str | None, raw: Mapping[str, Any]) -> Any:
@@ -98,14 +144,7 @@ def _config(id: str | Path, revision: str | None, raw: Mapping[str, Any]) -> Any
 
 
 def _cause(id: str | Path, revision: str | None, error: Exception) -> str:
-    found = [
-        name
-        for name in PICKLED
-        if cached_file(
-            str(id), name, revision=revision, _raise_exceptions_for_missing_entries=False,
-            _raise_exceptions_for_connection_errors=False, _raise_exceptions_for_gated_repo=False,
-        )
-    ]  # fmt: skip
+    found = [name for name in PICKLED if _beside(id, name, revision)]
     if isinstance(error, OSError) and found:
         return (
             f"its weights are in {found[0]}, which has to be unpickled and may run code: convert them to safetensors "
@@ -196,5 +235,8 @@ def require_ids(what: str, tokens: Sequence[int], rows: int) -> None:
 
 
 def _first(error: BaseException) -> str:
-    lines = [line for line in str(error).splitlines() if line.strip()]
-    return lines[0].strip() if lines else type(error).__name__
+    """The first sentence of a library's error; what says too little by itself gets its kind, or its second line."""
+    if isinstance(error, KeyError):
+        return f"KeyError {error}: a name in its files that the installed transformers does not know, or a missing one"
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return " ".join(lines[: 2 if lines[0].endswith(":") else 1]) if lines else type(error).__name__
