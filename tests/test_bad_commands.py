@@ -24,7 +24,7 @@ from pydantic import BaseModel
 from experiments.cli import main
 from specbench.cli.assembly import PACKAGED, composed, location
 from specbench.cli.overrides import leaves
-from specbench.cli.schema import _alternatives, _flat, annotation_at, describe
+from specbench.cli.schema import SECRET, _alternatives, _flat, annotation_at, describe
 from specbench.cli.settings import SCHEMAS, check_settings
 from specbench.cli.verbs import VERBS
 from tests.pipeline import prepare
@@ -125,6 +125,8 @@ def bad_values(every: bool) -> Iterator[Bad]:
             if annotation is Any or (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
                 continue
             bad = list(kinds(annotation, metadata).items())
+            if path[-1] in SECRET:  # a key that is typed is withheld first and then is a text, whatever it looks like
+                bad = [(why, text) for why, text in bad if not why.startswith("a list")]
             chosen = bad if every and key not in seen else [bad[next(turn) % len(bad)]]
             seen.add(key)
             for why, text in chosen:

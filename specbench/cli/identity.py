@@ -160,7 +160,7 @@ def _folder(path: Path, kind: str) -> str | None:
     if (path / "manifest.json").is_file():  # a target cache says itself what it holds
         try:
             return str(json.loads((path / "manifest.json").read_text(encoding="utf-8"))["fingerprint"])
-        except (ValueError, KeyError):
+        except (ValueError, KeyError, TypeError):  # damaged: whoever opens it says so
             return None
     if kind in ("rounds", "held_out"):
         return content([path / "rounds.jsonl"]) if (path / "rounds.jsonl").is_file() else None
