@@ -20,13 +20,13 @@ import yaml
 
 from analysis.read.records import Table, read_table
 from specbench.files import json_lines as jsonl
+from specbench.files import plain_yaml
 
 SCHEMA = "specbench.run/1"
 FINISHED = "finished"
 SUMMARY, PROVENANCE, PARENT = "summary.", "provenance.", "parent."
 KINDS = ("target", "train", "evaluate", "speed", "serve")
 MARKS = ("summary.json", "config.yaml", "provenance.json", "records.parquet")
-YAML_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
 def find(source: str) -> list[Path]:
@@ -211,7 +211,7 @@ def _parts(text: str) -> list[str]:
 
 @lru_cache(4096)
 def _entry(text: str) -> tuple[Any, dict[str, Any]]:
-    found = yaml.load(text, YAML_LOADER) or {}
+    found = plain_yaml.read(text) or {}
     return found, dict(flatten(found)) if isinstance(found, dict) else {}
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from itertools import product
 from pathlib import Path
@@ -12,6 +13,7 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override, Transformer
+from hydra.errors import OverrideParseException
 from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
 
 from specbench.cli.comments import comments
@@ -26,6 +28,11 @@ MANY_JOBS = 256
 
 # The name of a target that is given by its folder or hub id alone.
 OmegaConf.register_new_resolver("basename", lambda path: Path(str(path)).name, replace=True)
+
+
+PLAIN = re.compile(r"([+~]{0,2}[\w./@-]+)=(.*)", re.DOTALL)
+# Within quotes, backslashes count where a quote or the end follows them.
+QUOTES = re.compile(r"(\\*)('|\Z)")
 
 
 def compose(config: str, overrides: Sequence[str]) -> DictConfig:
@@ -160,6 +167,29 @@ def values(override: Override) -> list[Any]:
 def first_job(overrides: Sequence[str]) -> list[str]:
     """The overrides with every sweep replaced by its first value."""
     return [_first(override) for override in parse(overrides)]
+
+
+def readable(overrides: Sequence[str], sweep: bool = False) -> list[str]:
+    """The overrides, in quotes where the value is none of Hydra's grammar: a path with brackets or accents is a text.
+
+    Errors: ValueError for a word that is no key=value, and within a `sweep` for one with a comma: it may be several.
+    """
+    found = []
+    for word in overrides:
+        try:
+            parse([word])
+        except OverrideParseException as error:
+            split = PLAIN.fullmatch(word)
+            if split is None:
+                raise ValueError(f"{word!r} is no setting: settings are key=value") from error
+            if sweep and "," in split[2]:
+                raise ValueError(
+                    f"{word}: cannot be read as the values of a sweep: put each text in quotes, {split[1]}=\"'A','B'\""
+                ) from error
+            quotes = QUOTES.sub(lambda ahead: ahead[1] * 2 + ("\\'" if ahead[2] else ""), split[2])
+            word = f"{split[1]}='{quotes}'"
+        found.append(word)
+    return found
 
 
 def parse(overrides: Sequence[str]) -> list[Override]:

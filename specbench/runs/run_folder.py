@@ -28,6 +28,7 @@ import pyarrow.parquet as pq
 import yaml
 
 from specbench.files import json_lines as jsonl
+from specbench.files import plain_yaml
 from specbench.files.atomic import json_line, plain, read_json, read_object, replacing, write_json, write_text
 from specbench.files.redaction import redact, redacted
 
@@ -232,7 +233,7 @@ def read_settings(folder: str | Path) -> dict[str, Any]:
     """
     path = Path(folder) / "config.yaml"
     try:
-        found = yaml.safe_load(path.read_text(encoding="utf-8"))
+        found = plain_yaml.read(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is no YAML of plain values ({' '.join(str(error).split())})") from error
     if not isinstance(found, dict):
