@@ -310,3 +310,33 @@ def test_a_written_draft_stays_until_its_successor_is_whole(verb, tmp_path, caps
     (other / "thesis.txt").write_text("mine")
     assert main([w if not w.startswith("folder=") else f"folder={other}" for w in words] + ["force=true"]) == 2
     assert bytes_of(other) == {"thesis.txt": b"mine"}
+
+
+@pytest.mark.parametrize(
+    "where, key",
+    [((), "foo"), ((), "final_logit_softcap"), (("specbench",), "class_"), (("specbench", "settings"), "slots")],
+)
+def test_no_key_of_our_own_format_is_passed_over(where, key, tmp_path):
+    draft, kept, config = made("dspark")
+    save_draft(draft, tmp_path / "draft", config, kept)
+    tables = tiny.target("qwen3").tables
+    load_draft(tmp_path / "draft", tables)
+    file = tmp_path / "draft" / "config.json"
+    facts = json.loads(file.read_text())
+    place = facts
+    for name in where:
+        place = place[name]
+    place[key] = 1
+    file.write_text(json.dumps(facts))
+    with pytest.raises(FormatError, match=key):
+        load_draft(tmp_path / "draft", tables)
+
+
+def test_a_field_that_contradicts_the_settings_is_refused(tmp_path):
+    draft, kept, config = made("dspark")
+    save_draft(draft, tmp_path / "draft", config, kept)
+    file = tmp_path / "draft" / "config.json"
+    facts = json.loads(file.read_text())
+    file.write_text(json.dumps({**facts, "target_layer_ids": [0, 1]}))
+    with pytest.raises(FormatError, match=r"target_layer_ids=\[0, 1\] and specbench.settings.target_layer_ids"):
+        load_draft(tmp_path / "draft", tiny.target("qwen3").tables)

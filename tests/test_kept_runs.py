@@ -50,7 +50,7 @@ REFUSED = {
     "train seed.data=1": "seed.data: 0 -> 1",
     "train trainer.lightning.precision=16-mixed force=true": "use bf16-mixed or 32-true",
     "train trainer.lightning.precision=bf16-mixed": "trainer.lightning.precision: 32-true -> bf16-mixed",
-    "train start=random": "start: target -> random",
+    "train start=random": "start: auto -> random",
     "train tracking=online force=true": "no W&B key",
     "train method.objective.nothing=1 force=true": "nothing",
     "train +method.draft.nothing=1 force=true": "nothing",

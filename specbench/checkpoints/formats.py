@@ -27,7 +27,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from specbench.checkpoints.config_keys import FormatError, Keys, agreed, agreed_flag, agreed_number
+from specbench.checkpoints.config_keys import REASONS, FormatError, Keys, agreed, agreed_flag, agreed_number
 from specbench.checkpoints.layer_config import Layers, gemma4_layers_of, layers_of
 from specbench.drafts.dflash import DFlash
 from specbench.drafts.draft import Draft
@@ -95,7 +95,7 @@ def describe(
     settings, which are held against the method's signature. Errors: FormatError.
     """
     if "specbench" in config:
-        own = _section(config, "specbench")
+        own = _own(config)
         try:
             kind = method_named(own.get("class"), methods)
             return kind, checked(kind, own.get("settings"), "specbench.settings")
@@ -103,6 +103,72 @@ def describe(
             raise FormatError(f"config.json: {error}") from error
     form = understand(config, taps)
     return form.kind, form.settings
+
+
+# What a folder of our own holds beside its target's configuration: its section, and the fields of DeepSpec's format.
+OWN_SECTION = ("class", "settings", "backbone", "target_config")
+OWN_FIELDS = frozenset(
+    [
+        "specbench",
+        "architectures",
+        "model_type",
+        "dtype",
+        "torch_dtype",
+        "num_target_layers",
+        "num_hidden_layers",
+        "layer_types",
+        "target_layer_ids",
+        "tie_word_embeddings",
+        "attention_k_eq_v",
+        "ttt_length",
+        "draft_num_hidden_layers",
+        "step_loss_decay",
+        "block_size",
+        "mask_token_id",
+        "num_anchors",
+        "markov_rank",
+        "enable_confidence_head",
+        "markov_head_type",
+        "confidence_head_with_markov",
+        "hidden_size",
+        "intermediate_size",
+        "num_attention_heads",
+        "num_key_value_heads",
+        "head_dim",
+        "vocab_size",
+        "rms_norm_eps",
+        "rope_theta",
+        "rope_scaling",
+        "rope_parameters",
+        "hidden_act",
+        "attention_bias",
+        "mlp_bias",
+        "max_position_embeddings",
+    ]
+)
+
+
+def _own(config: Config) -> Config:
+    """The section of a folder of our own, held to its keys. Errors: FormatError naming a key that nothing here writes,
+    or a field that says something else than the settings."""
+    own = _section(config, "specbench")
+    target = _section(own, "target_config")
+    text = target.get("text_config")
+    known = OWN_FIELDS | REASONS.keys() | target.keys() | (text.keys() if isinstance(text, Mapping) else set())
+    strange = [key for key in config if key not in known] + [f"specbench.{k}" for k in own if k not in OWN_SECTION]
+    if strange:
+        raise FormatError(
+            f"config.json: {', '.join(strange)} is not known here. A draft is loaded as it was trained or not at all; "
+            "take a key out of config.json only if you know that it does not change the draft"
+        )
+    settings = own.get("settings")
+    for key in ("target_layer_ids", "mask_token_id"):
+        if isinstance(settings, Mapping) and key in config and key in settings and config[key] != settings[key]:
+            raise FormatError(
+                f"config.json: {key}={config[key]!r} and specbench.settings.{key}={settings[key]!r} contradict each "
+                "other; set both to what the draft was trained with"
+            )
+    return own
 
 
 def read(

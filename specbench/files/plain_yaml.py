@@ -17,7 +17,11 @@ def read(text: str) -> Any:
     that unfold into more than MOST values or into themselves: what reads such a value never ends.
     """
     try:
-        found = yaml.load(text, LOADER)
+        loader = LOADER(text)
+        try:
+            found = loader.get_single_data()
+        finally:
+            loader.dispose()
     except (RecursionError, ValueError, OverflowError) as error:
         raise yaml.YAMLError(f"a value that cannot be read: {error}") from error
     waiting, seen = [found], 0
