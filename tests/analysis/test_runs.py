@@ -209,10 +209,10 @@ def test_metrics_in_long_form_without_a_cut_line(tmp_path):
 
 def test_many_runs_cost_four_open_files_each_and_no_more_parsing(tmp_path, monkeypatch):
     """Twice the runs of a sweep: twice the files, each opened once, and not one more entry of YAML to parse."""
-    opened, parsed, load = [], [], folders.yaml.load
+    opened, parsed, load = [], [], folders.plain_yaml.read
     parquet = records.pq.ParquetFile
     monkeypatch.setattr(records.pq, "ParquetFile", lambda file, **k: opened.append(file.name) or parquet(file, **k))
-    monkeypatch.setattr(folders.yaml, "load", lambda text, loader: parsed.append(text) or load(text, loader))
+    monkeypatch.setattr(folders.plain_yaml, "read", lambda text: parsed.append(text) or load(text))
     read = Path.read_text
     monkeypatch.setattr(Path, "read_text", lambda file, *a: opened.append(file.name) or read(file, *a))
     for method, start in (("dspark", 0), ("dflash", 20)):
