@@ -5,27 +5,41 @@ from __future__ import annotations
 import json
 import math
 import random
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
 
-from specbench.metrics.functional import conditional_acceptance, deepspec_row, expected_lengths, histogram, suffix_decay
+from specbench.metrics import functional
+from specbench.metrics.calibration import ConfidenceMetrics
+from specbench.metrics.functional import (
+    conditional_acceptance,
+    deepspec_row,
+    expected_lengths,
+    histogram,
+    slot_counts,
+    suffix_decay,
+)
 from specbench.metrics.rounds import (
     AcceptanceRate,
     AcceptedLength,
     ConditionalAcceptance,
     DecodingMetrics,
-    ExpectedLength,
-    SlotMetrics,
     SuffixDecay,
     Survival,
     VerifiedPerRound,
 )
 from specbench.metrics.slot_statistics import SlotStatistics
+from specbench.metrics.slots import ExpectedLength, SlotMetrics
 
 FIXTURE = Path(__file__).parent / "fixtures" / "deepspec_rounds.json"
 K = 5
@@ -112,14 +126,15 @@ def test_histograms_and_triples_are_the_same_update():
         committed = sum(c for _, _, c in prompt)
         triples.update([[m, j, 1] for m, j, _ in prompt], committed)
         counted.update(histogram([m for m, _, _ in prompt], [j for _, j, _ in prompt], K), committed)
-    for metric in (triples, counted):
-        assert torch.equal(metric.histogram, fill(DecodingMetrics(K), data).histogram)
-        assert metric.histogram.dtype == torch.int64 and metric.ratios.dtype == torch.float64
+    for one, other in zip(triples.values(), counted.values(), strict=True):
+        assert torch.equal(one.histogram, fill(AcceptedLength(K), data).histogram)
+        assert torch.equal(other.histogram, one.histogram) and torch.equal(other.counts, one.counts)
+        assert one.histogram.dtype == torch.int64 and one.ratios.dtype == torch.float64
 
 
 def test_survival_is_the_product_of_conditionals_when_every_round_proposes_all():
     counts = histogram([4] * 60, [min(4, int(random.Random(i).expovariate(0.4))) for i in range(60)], 4)
-    conditional, _ = conditional_acceptance(counts)
+    conditional = conditional_acceptance(slot_counts(counts))
     metric = DecodingMetrics(4)
     metric.update(counts, 0)
     survived = [float(metric.compute()[f"survival@{k}"]) for k in range(1, 5)]
@@ -212,10 +227,9 @@ def _rank(rank, path):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=2)
     data = list(prompts(7))
-    whole, shared = fill(DecodingMetrics(K), data), fill(DecodingMetrics(K), data[rank::2])
-    whole.distributed_available_fn = lambda: False
-    slots, shared_slots = SlotMetrics(K), SlotMetrics(K)
-    slots.distributed_available_fn = lambda: False
+    whole = fill(DecodingMetrics(K, sync_on_compute=False), data)
+    shared = fill(DecodingMetrics(K), data[rank::2])
+    slots, shared_slots = SlotMetrics(K, sync_on_compute=False), SlotMetrics(K)
     for seed in range(3):
         slots.update(statistics(seed)[0])
         if seed % 2 == rank:
@@ -230,3 +244,82 @@ def _rank(rank, path):
 
 def test_two_ranks_report_what_one_would(tmp_path):
     mp.start_processes(_rank, (tmp_path / "rendezvous",), nprocs=2, start_method="spawn")
+
+
+def test_one_slot_has_a_curve_too():
+    metric = DecodingMetrics(1)
+    metric.update([(1, 1, 3), (1, 0, 1)], committed=7)
+    assert float(metric.compute()["survival@1"]) == float(metric.compute()["conditional@1"]) == 0.75
+
+
+@given(
+    arrays(np.int64, (3, K + 1, K + 1), elements=st.integers(0, 50)),
+    arrays(np.float64, (3, 4, K), elements=st.floats(0, 1)),
+)
+@settings(deadline=None, max_examples=40, derandomize=True)
+def test_numpy_torch_and_leading_axes_agree(cells, alpha):
+    """The same formula on arrays, on tensors, on both with leading axes, and on each row alone."""
+    cells = np.tril(cells)  # no round accepts more than it proposed
+
+    def numbers(counts, alpha):
+        slots, totals = functional.slot_counts(counts), functional.round_totals(counts)
+        conditional, mask = conditional_acceptance(slots), alpha >= 0
+        forced = functional.teacher_forced(functional.teacher_forced_sums(alpha, mask))
+        yield from (*slots, *totals, conditional, functional.survival(slots), suffix_decay(conditional, slots.reached))
+        yield functional.acceptance_rate(totals.accepted, totals.proposed)
+        yield functional.verified_per_round(totals.proposed, totals.rounds)
+        yield from (*forced, functional.expected_length(alpha, mask))
+
+    together = list(numbers(cells, alpha))
+    for found, tensor in zip(together, numbers(torch.from_numpy(cells), torch.from_numpy(alpha)), strict=True):
+        assert isinstance(tensor, torch.Tensor)
+        np.testing.assert_allclose(tensor.numpy(), found, rtol=1e-9, atol=1e-9)
+    for row in range(3):
+        for found, own in zip(together, numbers(cells[row], alpha[row]), strict=True):
+            np.testing.assert_allclose(found[row], own, rtol=1e-9, atol=1e-9)
+
+
+@given(st.lists(st.tuples(st.integers(0, 20), st.booleans()), min_size=1, max_size=30))
+@settings(deadline=None, max_examples=40, derandomize=True)
+def test_reliability_is_what_plain_python_counts(rows):
+    """Predictions in twentieths, so that ties and the edges of bins occur."""
+    p, y = [n / 20 for n, _ in rows], [event for _, event in rows]
+    bins: dict[int, list[tuple[float, bool]]] = {}
+    for value, event in zip(p, y, strict=True):
+        bins.setdefault(min(int(value * 20), 19), []).append((value, event))
+    ece = sum(abs(sum(v for v, _ in b) - sum(e for _, e in b)) for b in bins.values()) / len(rows)
+    pairs = [(a > b) + (a == b) / 2 for a, one in zip(p, y, strict=True) for b, o in zip(p, y, strict=True) if one > o]
+    expected = {
+        "ece": ece,
+        "brier": sum((v - e) ** 2 for v, e in zip(p, y, strict=True)) / len(rows),
+        "auroc": sum(pairs) / len(pairs) if pairs else math.nan,
+    }
+    metric = ConfidenceMetrics(1)
+    for part in (slice(0, 7), slice(7, None)):
+        if rows[part]:
+            accepted = torch.tensor(y[part]).long()
+            metric.update(torch.tensor(p[part], dtype=torch.float64)[:, None], accepted, torch.ones_like(accepted))
+    twins = {"ece": functional.calibration_error, "brier": functional.brier_score, "auroc": functional.auroc}
+    for name, value in metric.compute().items():
+        assert float(value) == pytest.approx(expected[name], abs=1e-12, nan_ok=True), name
+        found = float(twins[name](np.array(p), np.array(y)))
+        assert found == pytest.approx(expected[name], abs=1e-12, nan_ok=True), name
+
+
+@pytest.mark.parametrize("kind", [AcceptedLength, Survival, ConditionalAcceptance, SuffixDecay, AcceptanceRate])
+def test_metrics_take_the_standard_arguments_and_draw_themselves(kind):
+    import matplotlib
+
+    matplotlib.use("agg")
+    metric = kind(K, sync_on_compute=False, dist_sync_on_step=True)
+    assert metric.dist_sync_on_step and not metric.sync_on_compute and metric.higher_is_better
+    metric.update_rounds([5, 5, 5], [5, 2, 0], [6, 3, 1])
+    figure, axes = metric.plot()
+    assert axes.lines and figure is axes.figure
+    with pytest.raises(ValueError, match="no_such"):
+        kind(K, no_such=True)
+
+
+def test_formulas_need_no_torch():
+    code = "import sys, specbench.metrics.functional; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

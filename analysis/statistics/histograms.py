@@ -1,4 +1,5 @@
-"""From (proposed, accepted, count) histograms to sums over prompts, and from sums to the quantities of the laboratory.
+"""From (proposed, accepted, count) histograms to sums over prompts, and from sums to the quantities of the laboratory,
+whose formulas are those of specbench/metrics/functional.py.
 
 Axes: P prompts, K slots, F summed features; leading `axes` of a quantity are whatever was resampled or grouped.
 
@@ -13,6 +14,9 @@ from dataclasses import dataclass
 
 import numpy as np
 from jaxtyping import Float, Int
+
+from specbench.metrics import functional
+from specbench.metrics.functional import SlotCounts
 
 
 @dataclass(frozen=True)
@@ -39,9 +43,8 @@ class Counts:
 
     def features(self) -> Float[np.ndarray, "P F"]:
         """The columns that a bootstrap sums, read back by `Sums`; F = 6 + 3K."""
-        has = self.rounds > 0
-        ratio = np.divide(self.committed, self.rounds, out=np.zeros_like(self.committed), where=has)
-        scalars = [self.committed, self.rounds, self.proposed, self.accepted, ratio, has.astype(float)]
+        own = functional.prompt_ratios(self.committed, self.rounds)
+        scalars = [self.committed, self.rounds, self.proposed, self.accepted, own.own, own.some]
         return np.concatenate([np.stack(scalars, 1), self.offered, self.reached, self.passed], 1)
 
     def total(self) -> Sums:
@@ -78,64 +81,44 @@ class Sums:
         return self._slot(2)
 
     @property
+    def slot_counts(self) -> SlotCounts:
+        """Sums of all three, as the formulas take them."""
+        return SlotCounts(self.offered, self.reached, self.passed)
+
+    @property
     def accepted_length(self) -> Float[np.ndarray, "*axes"]:
         """Tokens committed / rounds, pooled over rounds (the published definition)."""
-        return ratio(self.values[..., 0], self.values[..., 1])
+        return functional.accepted_length(self.values[..., 0], self.values[..., 1])
 
     @property
     def accepted_length_per_prompt(self) -> Float[np.ndarray, "*axes"]:
         """Mean over prompts of each prompt's own committed / rounds; prompts without rounds have no ratio."""
-        return ratio(self.values[..., 4], self.values[..., 5])
+        return functional.ratio(self.values[..., 4], self.values[..., 5])
 
     @property
     def acceptance_rate(self) -> Float[np.ndarray, "*axes"]:
         """Tokens accepted / tokens proposed."""
-        return ratio(self.values[..., 3], self.values[..., 2])
+        return functional.acceptance_rate(self.values[..., 3], self.values[..., 2])
 
     @property
     def verified_per_round(self) -> Float[np.ndarray, "*axes"]:
         """Tokens that the target checks in a round: the proposal and the anchor."""
-        return ratio(self.values[..., 2] + self.values[..., 1], self.values[..., 1])
+        return functional.verified_per_round(self.values[..., 2], self.values[..., 1])
 
     @property
     def survival(self) -> Float[np.ndarray, "*axes K"]:
         """Rounds that accepted at least k / rounds that proposed at least k."""
-        return ratio(self.passed, self.offered)
+        return functional.survival(self.slot_counts)
 
     @property
     def conditional(self) -> Float[np.ndarray, "*axes K"]:
         """Rounds that accepted at least k / rounds that proposed at least k and accepted at least k-1."""
-        return ratio(self.passed, self.reached)
+        return functional.conditional_acceptance(self.slot_counts)
 
     @property
     def suffix_decay(self) -> Float[np.ndarray, "*axes"]:
-        """Least-squares slope of log conditional@k over k, weighted by n_k (see `suffix_decay` below)."""
-        return suffix_decay(self.conditional, self.reached)
-
-
-def ratio(numerator: np.ndarray | np.floating, denominator: np.ndarray | np.floating) -> np.ndarray:
-    """Elementwise division, NaN where there is nothing to divide by."""
-    shape = np.broadcast_shapes(np.shape(numerator), np.shape(denominator))
-    return np.divide(numerator, denominator, out=np.full(shape, np.nan), where=np.asarray(denominator) > 0)
-
-
-def suffix_decay(
-    conditional: Float[np.ndarray, "*axes K"], n: Float[np.ndarray, "*axes K"]
-) -> Float[np.ndarray, "*axes"]:
-    """Weighted least-squares slope of log conditional@k over k = 1..K with weights n_k, per slot.
-
-    A slot that nothing reached, or at which nothing was ever accepted (its logarithm does not exist), carries no
-    weight; NaN when fewer than two slots are left. Below zero: later slots are worse.
-    """
-    usable = (n > 0) & (np.nan_to_num(conditional) > 0)
-    weight = np.where(usable, n, 0.0)
-    level = np.log(np.where(usable, conditional, 1.0))
-    slot = np.arange(1, conditional.shape[-1] + 1, dtype=float)
-    total = weight.sum(-1, keepdims=True)
-    centred = slot - ratio((weight * slot).sum(-1, keepdims=True), total)
-    spread = np.nansum(weight * centred**2, -1)
-    slope = np.nansum(weight * centred * level, -1)
-    return ratio(slope, np.where(usable.sum(-1) >= 2, spread, 0.0))
+        """Least-squares slope of log conditional@k over k, weighted by n_k."""
+        return functional.suffix_decay(self.conditional, self.reached)
 
 
 def count(
@@ -159,20 +142,10 @@ def count(
     width = (slots + 1) ** 2
     index = cluster[cell_record] * width + cell_proposed * (slots + 1) + cell_accepted
     # Of integers where there is no cell at all, whatever the weights.
-    histogram = np.bincount(index, weights=cell_count, minlength=len(keys) * width).astype(float).reshape(-1, width)
-    proposed, accepted = np.divmod(np.arange(width), slots + 1)
-    slot = np.arange(1, slots + 1)
-    offers = proposed[:, None] >= slot
-    return Counts(
-        prompts=keys,
-        committed=np.bincount(cluster, weights=committed, minlength=len(keys)).astype(float),
-        rounds=histogram.sum(1),
-        proposed=histogram @ proposed.astype(float),
-        accepted=histogram @ accepted.astype(float),
-        offered=histogram @ offers.astype(float),
-        reached=histogram @ (offers & (accepted[:, None] >= slot - 1)).astype(float),
-        passed=histogram @ (accepted[:, None] >= slot).astype(float),
-    )
+    histogram = np.bincount(index, weights=cell_count, minlength=len(keys) * width).astype(float)
+    histogram = histogram.reshape(-1, slots + 1, slots + 1)
+    summed = np.bincount(cluster, weights=committed, minlength=len(keys)).astype(float)
+    return Counts(keys, summed, *functional.round_totals(histogram), *functional.slot_counts(histogram))
 
 
 def join(parts: Sequence[Counts]) -> Counts:

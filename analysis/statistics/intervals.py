@@ -20,7 +20,9 @@ import numpy as np
 from jaxtyping import Float
 from scipy import special
 
-from analysis.statistics.histograms import Counts, Sums, ratio
+from analysis.statistics.histograms import Counts, Sums
+from specbench.metrics import functional
+from specbench.metrics.functional import ratio
 
 LEVEL = 0.95
 RESAMPLES = 2000
@@ -217,7 +219,7 @@ def macro_draws(
         key = (index, resamples, seed, sums.tobytes())
         if key not in memo:
             drawn = resample(sums, resamples, stratum_seed(seed, index))
-            memo[key] = ratio(drawn[:, 0], drawn[:, 1])
+            memo[key] = functional.accepted_length(drawn[:, 0], drawn[:, 1])
         draws.append(memo[key])
     return value, np.mean(draws, 0)
 

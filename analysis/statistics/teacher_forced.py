@@ -16,8 +16,9 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
-from analysis.statistics.histograms import Counts, Sums, ratio
+from analysis.statistics.histograms import Counts, Sums
 from analysis.statistics.intervals import RESAMPLES, bounds, resample
+from specbench.metrics.functional import teacher_forced
 
 SUMS = 4
 
@@ -57,22 +58,20 @@ def quantities(on: Sums, forced: Float[np.ndarray, "*axes K four"]) -> tuple[dic
     acceptance   mean alpha_k over anchors: what training reports
     conditional  sum prod_{i<=k} alpha_i / sum prod_{i<k} alpha_i, beside conditional@k of the rounds
     survival     mean prod_{i<=k} alpha_i, beside survival@k
-    expected_length  1 + sum_k survival@k, beside accepted_length; each slot over the anchors that have it, so that
-                     blocks which the end of a text cuts short do not shorten it
+    expected_length  1 + sum_k survival@k, beside accepted_length
     """
     K = min(on.offered.shape[-1], forced.shape[-2])
-    anchors, alpha, survived, reached = np.moveaxis(forced, -1, 0)
-    conditional, survival = ratio(survived, reached), ratio(survived, anchors)
-    expected = 1 + np.nansum(survival[..., :K], -1)
+    found = teacher_forced(forced, K)
     curves = {
-        "acceptance": ratio(alpha, anchors)[..., :K],
-        "conditional": conditional[..., :K],
-        "survival": survival[..., :K],
+        "acceptance": found.acceptance,
+        "conditional": found.conditional,
+        "survival": found.survival,
         "on_policy": on.conditional[..., :K],
         "on_policy_survival": on.survival[..., :K],
-        "gap": conditional[..., :K] - on.conditional[..., :K],
-        "survival_gap": survival[..., :K] - on.survival[..., :K],
+        "gap": found.conditional - on.conditional[..., :K],
+        "survival_gap": found.survival - on.survival[..., :K],
     }
+    expected = found.expected_length
     lengths = {"expected_length": expected, "accepted_length": on.accepted_length}
     return curves, lengths | {"length_gap": expected - on.accepted_length}
 

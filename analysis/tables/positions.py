@@ -17,11 +17,11 @@ from jaxtyping import Float
 
 from analysis.read import details
 from analysis.read.runs import Runs
-from analysis.statistics.histograms import ratio
 from analysis.statistics.intervals import RESAMPLES, bounds, resample
 from analysis.tables import frames as tables
 from analysis.tables import groups as grouping
 from analysis.tables.groups import Group
+from specbench.metrics.functional import ratio
 
 POSITIONS = (1, 17, 33, 65, 129, 257, 513, 1025, 2049, 4097)
 CONTEXTS = (1, 65, 129, 257, 513, 1025, 2049, 4097, 8193, 16385)

@@ -16,46 +16,33 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
 from jaxtyping import Bool, Float, Int
-from torchmetrics.functional.classification import binary_auroc
 
 from specbench.decoding.scheduling import Scheduler
 from specbench.files.atomic import read_object, write_json
+from specbench.metrics.functional import (
+    BINS,
+    Reliability,
+    auroc,
+    brier_score,
+    prefix_events,
+    reliability_of,
+    reliability_sums,
+)
 
 SCHEMA = "specbench.calibration/1"
-BINS = 20
 GRID = tuple(float(10 ** (step / 100)) for step in range(-100, 101))  # 0.1 to 10 in steps of 2.3%, 1 among them
 
 
-@dataclass(frozen=True)
-class Reliability:
-    """A reliability diagram: per equal-width bin the count, the mean prediction and the observed rate (0 if empty)."""
-
-    count: Int[np.ndarray, " bins"]
-    predicted: Float[np.ndarray, " bins"]
-    observed: Float[np.ndarray, " bins"]
-
-    @property
-    def ece(self) -> float:
-        """Expected calibration error: the mean over observations of their bin's |predicted - observed|."""
-        return float((self.count * np.abs(self.predicted - self.observed)).sum() / self.count.sum())
-
-
 def reliability(predicted: Float[np.ndarray, " N"], observed: Bool[np.ndarray, " N"], bins: int = BINS) -> Reliability:
-    """Bin predictions into [0, 1/bins), ..., [1 - 1/bins, 1].
+    """The reliability diagram of one slot. ValueError without an observation.
 
-    >>> round(reliability(np.array([0.81, 0.83, 0.32]), np.array([True, False, False])).ece, 4)
+    >>> round(float(reliability(np.array([0.81, 0.83, 0.32]), np.array([True, False, False])).ece), 4)
     0.32
     """
     if len(predicted) == 0:
         raise ValueError("no observation of this slot: record rounds that propose it (scheduler=fixed, length null)")
-    index = np.minimum((predicted * bins).astype(np.int64), bins - 1)
-    count = np.bincount(index, minlength=bins)
-    each = np.maximum(count, 1)
-    total = (np.bincount(index, weights=values, minlength=bins) for values in (predicted, observed))
-    predicted_mean, observed_mean = (values / each for values in total)
-    return Reliability(count, predicted_mean, observed_mean)
+    return reliability_of(reliability_sums(predicted, observed, bins))
 
 
 def probabilities(logits: Float[np.ndarray, "R K"], temperatures: Sequence[float] = ()) -> Float[np.ndarray, "R K"]:
@@ -75,23 +62,27 @@ def by_slot(
     `confidence` are probabilities of conditional acceptance; their running product is judged. A slot nobody proposed
     has n = 0 and None for every number; auroc is None where all rounds agree.
     """
-    a = np.cumprod(confidence, axis=1)
+    events = prefix_events(confidence, accepted, proposed)
     rows = []
     for k in range(1, confidence.shape[1] + 1):
-        seen = proposed >= k
+        seen = events.seen[:, k - 1]
         row = dict.fromkeys(("survival", "predicted", "ece", "auroc", "brier", "reliability"))
         if seen.any():
-            p, y = a[seen, k - 1], accepted[seen] >= k
+            p, y = events.predicted[seen, k - 1], events.passed[seen, k - 1]
             diagram = reliability(p, y, bins)
             row |= {
                 "survival": float(y.mean()),
                 "predicted": float(p.mean()),
-                "ece": diagram.ece,
-                "brier": float(((p - y) ** 2).mean()),
-                "reliability": {name: value.tolist() for name, value in asdict(diagram).items()},
+                "ece": float(diagram.ece),
+                "brier": float(brier_score(p, y)),
+                "reliability": {
+                    "count": diagram.count.astype(int).tolist(),
+                    "predicted": diagram.predicted.tolist(),
+                    "observed": diagram.observed.tolist(),
+                },
             }
             if 0 < y.sum() < len(y):
-                row["auroc"] = float(binary_auroc(torch.from_numpy(p), torch.from_numpy(y.astype(np.int64))))
+                row["auroc"] = float(auroc(p, y))
         rows.append({"slot": k, "n": int(seen.sum()), **row})
     return rows
 

@@ -23,6 +23,7 @@ from specbench.blocks import Batch, Context, slot_positions, take, with_anchors
 from specbench.decoding.sampling import Sampling, warp
 from specbench.drafts.draft import Draft, Proposer
 from specbench.losses.chunks import CHUNK_BYTES
+from specbench.metrics.functional import teacher_forced_sums
 from specbench.models.target import Target
 
 
@@ -41,10 +42,7 @@ class SlotAcceptance:
         >>> SlotAcceptance(torch.tensor([[0.5, 0.5], [1.0, 0.0]]), torch.tensor([[True, True], [True, False]])).sums()
         [[2.0, 1.5, 1.5, 2.0], [1.0, 0.5, 0.25, 0.5]]
         """
-        alpha, mask = self.alpha.double(), self.mask.double()
-        survived = alpha.cumprod(-1)
-        reached = torch.cat([torch.ones_like(survived[:, :1]), survived[:, :-1]], 1)
-        return torch.stack([(x * mask).sum(0) for x in (mask, alpha, survived, reached)], 1).tolist()
+        return teacher_forced_sums(self.alpha, self.mask).tolist()
 
 
 @torch.inference_mode()

@@ -1,24 +1,52 @@
-"""What is measured, defined once: pure functions on counts of decoding rounds.
+"""Every formula of a metric, once: pure functions of numpy arrays or torch tensors, which are answered in kind.
 
-A round proposes m tokens and accepts j <= m of them. All numbers of a decoding run follow from two things a prompt: the
-histogram H[m, j] of its rounds and the tokens that they committed. What was never observed is NaN, never zero.
+Counts of decoding rounds come first: a round proposes m tokens and accepts j <= m of them, and all numbers of a
+decoding run follow from two things a prompt, the histogram H[m, j] of its rounds and the tokens that they committed.
+Then teacher-forced acceptance, and the reliability of confidences. The torchmetrics classes beside this file,
+calibration and the tables of `analysis` hold sums and call these functions.
 
-Axes: K slots, M blocks; a histogram is (K+1, K+1), m j.
+What was never observed is NaN, never zero. Arrays are asked for the library they belong to; torch is not imported here.
+
+Axes: K slots, M blocks, P prompts, N observations; a histogram is (K+1, K+1), m j. Leading `axes` are whatever was
+grouped or resampled.
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
-import torch
-from jaxtyping import Bool, Float, Int
-from torch import Tensor
+import numpy as np
+from jaxtyping import Bool, Float, Int, Num
 
+Array = Any  # a numpy array or a torch tensor; a number where one does as well
 Triples = Iterable[Sequence[int]]
+BINS = 20
 
 
-def histogram(proposed: Sequence[int], accepted: Sequence[int], slots: int) -> Int[Tensor, "m j"]:
+def array_namespace(*arrays: Array) -> Any:
+    """torch where any of `arrays` is a tensor, numpy otherwise: both follow the array API standard in what is used
+    here (`xp.where(...)`, `xp.arange(..., device=x.device)`)."""
+    torch = sys.modules.get("torch")  # without it imported nothing can be a tensor
+    return torch if torch is not None and any(isinstance(x, torch.Tensor) for x in arrays) else np
+
+
+def ratio(numerator: Array, denominator: Array) -> Float[Any, "*axes"]:
+    """Elementwise division in fp64, NaN where there is nothing to divide by.
+
+    >>> ratio(np.array([3, 0]), np.array([2, 0])).tolist()
+    [1.5, nan]
+    """
+    xp = array_namespace(numerator, denominator)
+    device = next((x.device for x in (numerator, denominator) if hasattr(x, "device")), None)
+    above, below = (xp.asarray(x, dtype=xp.float64, device=device) for x in (numerator, denominator))
+    some = below > 0
+    return xp.where(some, above / xp.where(some, below, 1.0), xp.nan)
+
+
+def histogram(proposed: Sequence[int], accepted: Sequence[int], slots: int) -> Int[np.ndarray, "m j"]:
     """H[m, j]: how many rounds proposed m and accepted j tokens, m and j in 0..slots.
 
     >>> histogram([2, 2, 1], [2, 0, 0], slots=2).tolist()
@@ -27,13 +55,13 @@ def histogram(proposed: Sequence[int], accepted: Sequence[int], slots: int) -> I
     return histogram_of(zip(proposed, accepted, [1] * len(proposed), strict=True), slots)
 
 
-def histogram_of(triples: Triples, slots: int) -> Int[Tensor, "m j"]:
+def histogram_of(triples: Triples, slots: int) -> Int[np.ndarray, "m j"]:
     """H[m, j] from a record's (proposed, accepted, count) triples. ValueError for a round that cannot be.
 
     >>> histogram_of([(2, 0, 1), (2, 2, 5)], slots=2).tolist()
     [[0, 0, 0], [0, 0, 0], [1, 0, 5]]
     """
-    counts = torch.zeros(slots + 1, slots + 1, dtype=torch.int64)
+    counts = np.zeros((slots + 1, slots + 1), dtype=np.int64)
     for m, j, count in triples:
         if not 0 <= j <= m <= slots or count < 0:
             raise ValueError(f"{count} rounds that accept {j} of {m} proposed tokens with {slots} slots cannot be")
@@ -41,73 +69,291 @@ def histogram_of(triples: Triples, slots: int) -> Int[Tensor, "m j"]:
     return counts
 
 
-def accepted_length(committed: Tensor, rounds: Tensor) -> Tensor:
-    """Tokens committed a round, the bonus or corrected token included.
+class RoundTotals(NamedTuple):
+    """Sums over the rounds of a histogram, fp64."""
 
-    >>> accepted_length(torch.tensor(7), torch.tensor(2))
-    tensor(3.5000, dtype=torch.float64)
+    rounds: Float[Any, "*axes"]
+    proposed: Float[Any, "*axes"]
+    accepted: Float[Any, "*axes"]
+
+
+def round_totals(counts: Num[Any, "*axes m j"]) -> RoundTotals:
+    """Rounds, tokens proposed and tokens accepted.
+
+    >>> [float(total) for total in round_totals(histogram([2, 2, 1], [2, 0, 0], slots=2))]
+    [3.0, 5.0, 2.0]
     """
-    return committed.double() / rounds.double()
+    xp = array_namespace(counts)
+    counts = xp.asarray(counts, dtype=xp.float64)
+    sizes = xp.arange(counts.shape[-1], dtype=xp.float64, device=counts.device)
+    proposed, accepted = counts.sum(-1), counts.sum(-2)
+    return RoundTotals(proposed.sum(-1), (proposed * sizes).sum(-1), (accepted * sizes).sum(-1))
 
 
-def survival(counts: Int[Tensor, "m j"]) -> tuple[Float[Tensor, " K"], Int[Tensor, " K"]]:
-    """survival@k = rounds with j >= k / rounds that proposed at least k; and those counts n_k.
+class SlotCounts(NamedTuple):
+    """Rounds by slot k = 1..K, fp64: `offered` proposed at least k tokens; `reached` of them accepted at least k-1;
+    `passed` accepted at least k."""
 
-    >>> values, n = survival(histogram([2, 2, 1], [2, 1, 0], slots=2))
-    >>> [round(v, 4) for v in values.tolist()], n.tolist()
-    ([0.6667, 0.5], [3, 2])
+    offered: Float[Any, "*axes K"]
+    reached: Float[Any, "*axes K"]
+    passed: Float[Any, "*axes K"]
+
+
+def slot_counts(counts: Num[Any, "*axes m j"]) -> SlotCounts:
+    """What the curves by slot are quotients of.
+
+    >>> [part.tolist() for part in slot_counts(histogram([2, 2, 1], [2, 1, 0], slots=2))]
+    [[3.0, 2.0], [3.0, 2.0], [2.0, 1.0]]
     """
-    proposed, accepted = _at_least(counts.sum(1)), _at_least(counts.sum(0))
-    return accepted / proposed.double(), proposed
+    xp = array_namespace(counts)
+    counts = xp.asarray(counts, dtype=xp.float64)
+    size = counts.shape[-1]
+    # One column a slot over the cells (m, j), so that each sum is one product with the flattened histograms.
+    place = {"dtype": xp.int64, "device": counts.device}
+    m, j = xp.arange(size, **place)[:, None, None], xp.arange(size, **place)[None, :, None]
+    k = xp.arange(1, size, **place)
+    cells = counts.reshape((*counts.shape[:-2], size * size))
+    columns = ((m >= k) & (j >= 0), (m >= k) & (j >= k - 1), (m >= 0) & (j >= k))
+    return SlotCounts(*(cells @ xp.asarray(part.reshape(size * size, size - 1), dtype=xp.float64) for part in columns))
 
 
-def conditional_acceptance(counts: Int[Tensor, "m j"]) -> tuple[Float[Tensor, " K"], Int[Tensor, " K"]]:
-    """conditional@k = rounds with j >= k / rounds that proposed at least k and had j >= k-1; and those counts n_k.
+def accepted_length(committed: Array, rounds: Array) -> Float[Any, "*axes"]:
+    """Tokens committed a round, the bonus or corrected token included, pooled over all rounds (the published
+    definition).
 
-    >>> values, n = conditional_acceptance(histogram([2, 2, 1, 1], [2, 1, 0, 1], slots=2))
-    >>> values.tolist(), n.tolist()
-    ([0.75, 0.5], [4, 2])
+    >>> float(accepted_length(7, 2))
+    3.5
     """
-    slots = len(counts) - 1
-    k = torch.arange(1, slots + 1, device=counts.device)
-    m = torch.arange(slots + 1, device=counts.device)
-    # reached[k]: sum over m >= k and j >= k-1
-    wide, long = (m[None] >= k[:, None]).to(counts.dtype), (m[None] >= k[:, None] - 1).to(counts.dtype)
-    reached = torch.einsum("km,mj,kj->k", wide.double(), counts.double(), long.double())
-    return _at_least(counts.sum(0)) / reached, reached.long()
+    return ratio(committed, rounds)
 
 
-def _at_least(counts: Int[Tensor, " n"]) -> Int[Tensor, " K"]:
-    """Counts of values >= k for k = 1..K."""
-    return counts.flip(0).cumsum(0).flip(0)[1:]
+class PromptRatios(NamedTuple):
+    """Each prompt's own committed / rounds, 0 without a round, and `some`: 1.0 where it has rounds."""
+
+    own: Float[Any, "*axes P"]
+    some: Float[Any, "*axes P"]
 
 
-def suffix_decay(conditional: Float[Tensor, " K"], n: Int[Tensor, " K"]) -> Float[Tensor, ""]:
+def prompt_ratios(committed: Num[Any, "*axes P"], rounds: Num[Any, "*axes P"]) -> PromptRatios:
+    """What accepted_length_per_prompt is a quotient of: the sums of both over prompts."""
+    xp = array_namespace(committed, rounds)
+    some = xp.asarray(rounds) > 0
+    return PromptRatios(xp.where(some, ratio(committed, rounds), 0.0), xp.asarray(some, dtype=xp.float64))
+
+
+def accepted_length_per_prompt(committed: Num[Any, "*axes P"], rounds: Num[Any, "*axes P"]) -> Float[Any, "*axes"]:
+    """Mean over prompts of each prompt's own committed / rounds; prompts without rounds have none.
+
+    >>> float(accepted_length_per_prompt(np.array([9, 1, 0]), np.array([3, 1, 0])))
+    2.0
+    """
+    own, some = prompt_ratios(committed, rounds)
+    return ratio(own.sum(-1), some.sum(-1))
+
+
+def acceptance_rate(accepted: Array, proposed: Array) -> Float[Any, "*axes"]:
+    """Tokens accepted / tokens proposed.
+
+    >>> float(acceptance_rate(3, 8))
+    0.375
+    """
+    return ratio(accepted, proposed)
+
+
+def verified_per_round(proposed: Array, rounds: Array) -> Float[Any, "*axes"]:
+    """Tokens that the target checks in a round: the proposal and the anchor.
+
+    >>> float(verified_per_round(5, 2))
+    3.5
+    """
+    return ratio(proposed + rounds, rounds)
+
+
+def survival(slots: SlotCounts) -> Float[Any, "*axes K"]:
+    """survival@k = rounds with j >= k / rounds that proposed at least k; those are its counts n_k, `slots.offered`.
+
+    >>> survival(slot_counts(histogram([2, 2, 1, 1], [2, 1, 0, 1], slots=2))).tolist()
+    [0.75, 0.5]
+    """
+    return ratio(slots.passed, slots.offered)
+
+
+def conditional_acceptance(slots: SlotCounts) -> Float[Any, "*axes K"]:
+    """conditional@k = rounds with j >= k / rounds that proposed at least k and had j >= k-1; those are its counts n_k,
+    `slots.reached`.
+
+    >>> conditional_acceptance(slot_counts(histogram([2, 2, 2, 1], [2, 1, 0, 1], slots=2))).tolist()
+    [0.75, 0.5]
+    """
+    return ratio(slots.passed, slots.reached)
+
+
+def suffix_decay(conditional: Float[Any, "*axes K"], n: Num[Any, "*axes K"]) -> Float[Any, "*axes"]:
     """Slope of log conditional@k over k, least squares weighted by n_k: below zero, later slots are worse.
 
     A slot that nothing reached, or where nothing was ever accepted (no logarithm), carries no weight; NaN when fewer
     than two slots are left.
 
-    >>> suffix_decay(torch.tensor([0.8, 0.4, 0.2]).double(), torch.tensor([100, 80, 32]))
-    tensor(-0.6931, dtype=torch.float64)
+    >>> round(float(suffix_decay(np.array([0.8, 0.4, 0.2]), np.array([100, 80, 32]))), 4)
+    -0.6931
     """
+    xp = array_namespace(conditional, n)
     usable = (n > 0) & (conditional > 0)
-    if usable.sum() < 2:
-        return conditional.new_full((), float("nan"))
-    weight = n[usable].double()
-    slot = torch.arange(1, len(n) + 1, device=n.device)[usable].double()
-    level = conditional[usable].log()
-    centred = slot - (weight * slot).sum() / weight.sum()
-    return (weight * centred * level).sum() / (weight * centred**2).sum()
+    weight = xp.where(usable, xp.asarray(n, dtype=xp.float64), 0.0)
+    level = xp.log(xp.where(usable, xp.asarray(conditional, dtype=xp.float64), 1.0))
+    slot = xp.arange(1, conditional.shape[-1] + 1, dtype=xp.float64, device=conditional.device)
+    centred = slot - ratio((weight * slot).sum(-1), weight.sum(-1))[..., None]
+    spread = xp.nansum(weight * centred**2, -1)
+    slope = xp.nansum(weight * centred * level, -1)
+    return ratio(slope, xp.where(usable.sum(-1) >= 2, spread, 0.0))
 
 
-def expected_lengths(alpha: Float[Tensor, "M K"], mask: Bool[Tensor, "M K"]) -> Float[Tensor, " M"]:
+def expected_lengths(alpha: Float[Any, "*axes K"], mask: Bool[Any, "*axes K"]) -> Float[Any, "*axes"]:
     """1 + sum_k prod_{i<=k} alpha_i over the supervised slots of each block (a prefix); 0 for a block without any.
+    alpha_k is sum_v min(p, q) of draft and target: 1 - half their L1 distance.
 
-    >>> expected_lengths(torch.tensor([[0.5, 0.5], [1.0, 0.0]]), torch.ones(2, 2, dtype=torch.bool)).tolist()
+    >>> expected_lengths(np.array([[0.5, 0.5], [1.0, 0.0]]), np.ones((2, 2), dtype=bool)).tolist()
     [1.75, 2.0]
     """
-    return mask[:, 0] + (alpha * mask).cumprod(-1).sum(-1)
+    return mask[..., 0] + (alpha * mask).cumprod(-1).sum(-1)
+
+
+def expected_length(alpha: Float[Any, "*axes M K"], mask: Bool[Any, "*axes M K"]) -> Float[Any, "*axes"]:
+    """Mean of `expected_lengths` over the blocks with a supervised slot; never a product of means.
+
+    >>> float(expected_length(np.array([[0.5, 0.5], [1.0, 0.0]]), np.ones((2, 2), dtype=bool)))
+    1.875
+    """
+    return ratio(expected_lengths(alpha, mask).sum(-1), mask[..., 0].sum(-1))
+
+
+def teacher_forced_sums(alpha: Float[Any, "*axes N K"], mask: Bool[Any, "*axes N K"]) -> Float[Any, "*axes K four"]:
+    """For each slot k over N anchors: anchors with that slot, sum of alpha_k, of prod_{i<=k} alpha_i, of
+    prod_{i<k} alpha_i. `mask` is false where the text ends before the slot.
+
+    >>> teacher_forced_sums(np.array([[0.5, 0.5], [1.0, 0.0]]), np.array([[True, True], [True, False]])).tolist()
+    [[2.0, 1.5, 1.5, 2.0], [1.0, 0.5, 0.25, 0.5]]
+    """
+    xp = array_namespace(alpha, mask)
+    alpha, mask = (xp.asarray(x, dtype=xp.float64) for x in (alpha, mask))
+    survived = alpha.cumprod(-1)
+    reached = xp.concatenate([xp.ones_like(survived[..., :1]), survived[..., :-1]], -1)
+    return xp.stack([(x * mask).sum(-2) for x in (mask, alpha, survived, reached)], -1)
+
+
+class TeacherForced(NamedTuple):
+    """Curves by slot: `acceptance` mean alpha_k; `conditional` and `survival` as of rounds, beside conditional@k and
+    survival@k; `expected_length` 1 + sum_k survival_k, each slot over the anchors that have it, so that blocks which
+    the end of a text cuts short do not shorten it."""
+
+    acceptance: Float[Any, "*axes K"]
+    conditional: Float[Any, "*axes K"]
+    survival: Float[Any, "*axes K"]
+    expected_length: Float[Any, "*axes"]
+
+
+def teacher_forced(sums: Float[Any, "*axes K four"], slots: int | None = None) -> TeacherForced:
+    """The quotients of `teacher_forced_sums`, of the first `slots` slots (default: all).
+
+    >>> found = teacher_forced(np.array([[2.0, 1.5, 1.5, 2.0], [1.0, 0.5, 0.25, 0.5]]))
+    >>> found.survival.tolist(), found.conditional.tolist(), float(found.expected_length)
+    ([0.75, 0.25], [0.75, 0.5], 2.0)
+    """
+    xp = array_namespace(sums)
+    anchors, alpha, survived, reached = (sums[..., :slots, part] for part in range(4))
+    surviving = ratio(survived, anchors)
+    return TeacherForced(ratio(alpha, anchors), ratio(survived, reached), surviving, 1 + xp.nansum(surviving, -1))
+
+
+class PrefixEvents(NamedTuple):
+    """What is judged of a confidence head at slot k, one row a round: the running product `predicted` = c_1 ... c_k,
+    the event `passed` that the round accepted at least k tokens, and where it was `seen` (at least k proposed)."""
+
+    predicted: Float[Any, "R K"]
+    passed: Bool[Any, "R K"]
+    seen: Bool[Any, "R K"]
+
+
+def prefix_events(confidence: Float[Any, "R K"], accepted: Int[Any, " R"], proposed: Int[Any, " R"]) -> PrefixEvents:
+    """From probabilities of conditional acceptance (NaN beyond what was proposed) and the rounds' counts."""
+    xp = array_namespace(confidence, accepted, proposed)
+    k = xp.arange(1, confidence.shape[-1] + 1, device=confidence.device)
+    return PrefixEvents(confidence.cumprod(-1), accepted[:, None] >= k, proposed[:, None] >= k)
+
+
+@dataclass(frozen=True)
+class Reliability:
+    """A reliability diagram: per equal-width bin the count, the mean prediction and the observed rate (0 if empty)."""
+
+    count: Num[Any, "*axes bins"]
+    predicted: Float[Any, "*axes bins"]
+    observed: Float[Any, "*axes bins"]
+
+    @property
+    def ece(self) -> Float[Any, "*axes"]:
+        """Expected calibration error: the mean over observations of their bin's |predicted - observed|."""
+        return ratio((self.count * abs(self.predicted - self.observed)).sum(-1), self.count.sum(-1))
+
+
+def reliability_sums(
+    predicted: Float[Any, " N"], observed: Bool[Any, " N"], bins: int = BINS
+) -> Float[Any, "bins three"]:
+    """Of each of the bins [0, 1/bins), ..., [1 - 1/bins, 1]: observations, sum of predictions, sum of events; fp64.
+
+    >>> reliability_sums(np.array([0.25, 0.375, 1.0]), np.array([True, False, True]), bins=2).tolist()
+    [[2.0, 0.625, 1.0], [1.0, 1.0, 1.0]]
+    """
+    xp = array_namespace(predicted, observed)
+    predicted, observed = (xp.asarray(x, dtype=xp.float64) for x in (predicted, observed))
+    index = xp.asarray(predicted * bins, dtype=xp.int64)
+    index = xp.where(index < bins, index, bins - 1)
+    columns = (xp.ones_like(predicted), predicted, observed)
+    return xp.stack([xp.bincount(index, weights=values, minlength=bins) for values in columns], -1)
+
+
+def reliability_of(sums: Float[Any, "*axes bins three"]) -> Reliability:
+    """The diagram that `reliability_sums` add up to."""
+    xp = array_namespace(sums)
+    count, predicted, observed = (sums[..., part] for part in range(3))
+    each = xp.where(count > 0, count, 1.0)
+    return Reliability(count, predicted / each, observed / each)
+
+
+def calibration_error(predicted: Float[Any, " N"], observed: Bool[Any, " N"], bins: int = BINS) -> Float[Any, ""]:
+    """Expected calibration error of probabilities of events. NaN without an observation.
+
+    >>> round(float(calibration_error(np.array([0.81, 0.83, 0.32]), np.array([True, False, False]))), 4)
+    0.32
+    """
+    return reliability_of(reliability_sums(predicted, observed, bins)).ece
+
+
+def brier_score(predicted: Float[Any, " N"], observed: Bool[Any, " N"]) -> Float[Any, ""]:
+    """Mean squared distance of a probability from its event (0 or 1).
+
+    >>> float(brier_score(np.array([0.5, 1.0]), np.array([False, True])))
+    0.125
+    """
+    xp = array_namespace(predicted, observed)
+    distance = xp.asarray(predicted, dtype=xp.float64) - xp.asarray(observed, dtype=xp.float64)
+    return ratio((distance**2).sum(), len(distance))
+
+
+def auroc(predicted: Float[Any, " N"], observed: Bool[Any, " N"]) -> Float[Any, ""]:
+    """Chance that an event was given a higher probability than a non-event, ties counted half: the area under the
+    receiver operating characteristic. NaN unless there are both.
+
+    >>> float(auroc(np.array([0.9, 0.4, 0.4]), np.array([True, True, False])))
+    0.75
+    """
+    xp = array_namespace(predicted, observed)
+    if not len(predicted):
+        return ratio(predicted.sum(), 0)
+    values, place = xp.unique(xp.asarray(predicted), return_inverse=True)
+    events = xp.asarray(observed, dtype=xp.float64)
+    one, other = (xp.bincount(place, weights=part, minlength=len(values)) for part in (events, 1 - events))
+    below = other.cumsum(-1) - other
+    return ratio((one * (below + other / 2)).sum(), one.sum() * other.sum())
 
 
 def deepspec_row(

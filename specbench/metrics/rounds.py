@@ -1,45 +1,72 @@
-"""Metrics of decoding rounds and of training slots: torchmetrics classes over the formulas of roundcounts.py.
+"""Metrics of decoding rounds: torchmetrics classes over the formulas of functional.py.
 
-States are int64 and float64 sums, so that ranks and micro-batches add up exactly. Numbers of decoding come from real
-rounds; `SlotMetrics` and `ExpectedLength` are teacher-forced, from training.
+States are int64 and float64 sums, so that ranks add up exactly. `DecodingMetrics`, the collection of all of them, is
+what an evaluation logs.
 
-Axes: K slots, M blocks.
+Axes: K slots.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import fields
+from typing import Any
 
+import numpy as np
 import torch
-from jaxtyping import Bool, Float
 from torch import Tensor
-from torchmetrics import Metric
+from torchmetrics import Metric, MetricCollection
 
 from specbench.metrics.functional import (
+    SlotCounts,
     Triples,
+    acceptance_rate,
     accepted_length,
     conditional_acceptance,
-    expected_lengths,
     histogram,
     histogram_of,
+    ratio,
+    round_totals,
+    slot_counts,
     suffix_decay,
     survival,
+    verified_per_round,
 )
-from specbench.metrics.slot_statistics import SlotStatistics
+
+
+class Curve(Metric):
+    """A metric with one value a slot, (K,); torchmetrics gives a single one as a scalar."""
+
+    full_state_update = False
+    is_differentiable = False
+    plot_lower_bound = 0.0
+    plot_upper_bound = 1.0
+
+    def plot(self, val: Any = None, ax: Any = None) -> Any:
+        """Figure and axes of the value over the slots 1..K."""
+        import matplotlib.pyplot as plt
+
+        curve = (self.compute() if val is None else val).reshape(-1)
+        figure, axes = plt.subplots() if ax is None else (ax.figure, ax)
+        axes.plot(range(1, len(curve) + 1), curve.tolist(), marker="o")
+        axes.set(xlabel="slot", ylabel=type(self).__name__, ylim=(self.plot_lower_bound, self.plot_upper_bound))
+        return figure, axes
 
 
 class RoundMetric(Metric):
     """Counts of rounds over prompts and ranks; the classes below read them. `slots` is the longest proposal K.
 
-    update(rounds, committed) takes one prompt: its histogram tensor or its (proposed, accepted, count) triples, and the
-    tokens that its rounds committed.
+    update(rounds, committed) takes one prompt: its histogram or its (proposed, accepted, count) triples, and the
+    tokens that its rounds committed. Keyword arguments are those of `torchmetrics.Metric` (sync_on_compute,
+    dist_sync_on_step, process_group, ...).
     """
 
     full_state_update = False
+    is_differentiable = False
+    higher_is_better: bool | None = True
+    plot_lower_bound = 0.0
 
-    def __init__(self, slots: int):
-        super().__init__()
+    def __init__(self, slots: int, **kwargs: Any):
+        super().__init__(**kwargs)
         if slots < 1:
             raise ValueError(f"slots={slots}: a block holds at least one slot")
         self.slots = slots
@@ -48,15 +75,13 @@ class RoundMetric(Metric):
         self.add_state("counts", torch.zeros(3, dtype=torch.int64), dist_reduce_fx="sum")
         self.add_state("ratios", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
 
-    def update(self, rounds: Tensor | Triples, committed: int) -> None:
-        counts = rounds if isinstance(rounds, Tensor) else histogram_of(rounds, self.slots)
-        counts = counts.to(self.histogram)
+    def update(self, rounds: Tensor | np.ndarray | Triples, committed: int) -> None:
+        counts = rounds if isinstance(rounds, (Tensor, np.ndarray)) else histogram_of(rounds, self.slots)
+        counts = torch.as_tensor(counts).to(self.histogram)
         if counts.shape != self.histogram.shape:
             raise ValueError(f"a histogram of shape {tuple(counts.shape)} does not fit {self.slots} slots")
-        number, most = (
-            int(counts.sum()),
-            int((counts.sum(0) * torch.arange(self.slots + 1, device=counts.device)).sum()),
-        )
+        totals = round_totals(counts)
+        number, most = int(totals.rounds), int(totals.accepted)
         if not 0 <= committed <= most + number:
             raise ValueError(f"{number} rounds that accept {most} tokens cannot commit {committed}")
         self.histogram += counts
@@ -72,6 +97,15 @@ class RoundMetric(Metric):
         """Number of rounds seen."""
         return self.histogram.sum()
 
+    @property
+    def slot_counts(self) -> SlotCounts:
+        """Rounds that offered, reached and passed every slot."""
+        return slot_counts(self.histogram)
+
+    def plot(self, val: Any = None, ax: Any = None) -> Any:
+        """Figure and axes of the value, or of the values of several steps."""
+        return self._plot(val, ax)
+
 
 class AcceptedLength(RoundMetric):
     """Tokens committed a round: pooled over all rounds (the published definition), or `per_prompt`, the mean over
@@ -85,15 +119,15 @@ class AcceptedLength(RoundMetric):
     (2.5, 2.0)
     """
 
-    def __init__(self, slots: int, per_prompt: bool = False):
-        super().__init__(slots)
+    def __init__(self, slots: int, per_prompt: bool = False, **kwargs: Any):
+        super().__init__(slots, **kwargs)
         self.per_prompt = per_prompt
 
     def compute(self) -> Tensor:
-        return self.ratios / self.counts[1] if self.per_prompt else accepted_length(self.counts[0], self.rounds)
+        return ratio(self.ratios, self.counts[1]) if self.per_prompt else accepted_length(self.counts[0], self.rounds)
 
 
-class Survival(RoundMetric):
+class Survival(Curve, RoundMetric):
     """survival@k of every slot, (K,).
 
     >>> metric = Survival(slots=2)
@@ -103,10 +137,10 @@ class Survival(RoundMetric):
     """
 
     def compute(self) -> Tensor:
-        return survival(self.histogram)[0]
+        return survival(self.slot_counts)
 
 
-class ConditionalAcceptance(RoundMetric):
+class ConditionalAcceptance(Curve, RoundMetric):
     """conditional@k of every slot, (K,).
 
     >>> metric = ConditionalAcceptance(slots=2)
@@ -116,7 +150,7 @@ class ConditionalAcceptance(RoundMetric):
     """
 
     def compute(self) -> Tensor:
-        return conditional_acceptance(self.histogram)[0]
+        return conditional_acceptance(self.slot_counts)
 
 
 class SuffixDecay(RoundMetric):
@@ -128,8 +162,10 @@ class SuffixDecay(RoundMetric):
     -1.3863
     """
 
+    plot_lower_bound = None
+
     def compute(self) -> Tensor:
-        return suffix_decay(*conditional_acceptance(self.histogram))
+        return suffix_decay(conditional_acceptance(self.slot_counts), self.slot_counts.reached)
 
 
 class AcceptanceRate(RoundMetric):
@@ -141,13 +177,15 @@ class AcceptanceRate(RoundMetric):
     0.375
     """
 
+    plot_upper_bound = 1.0
+
     def compute(self) -> Tensor:
-        sizes = torch.arange(self.slots + 1, device=self.histogram.device)
-        return (self.histogram.sum(0) * sizes).sum().double() / (self.histogram.sum(1) * sizes).sum()
+        totals = round_totals(self.histogram)
+        return acceptance_rate(totals.accepted, totals.proposed)
 
 
 class VerifiedPerRound(RoundMetric):
-    """Tokens that the target verifies a round: proposed + 1.
+    """Tokens that the target verifies a round: proposed + 1. A cost: at the same accepted length fewer are better.
 
     >>> metric = VerifiedPerRound(slots=4)
     >>> metric.update([(4, 3, 1), (1, 0, 1)], committed=5)
@@ -155,13 +193,39 @@ class VerifiedPerRound(RoundMetric):
     3.5
     """
 
+    higher_is_better = False
+
     def compute(self) -> Tensor:
-        sizes = torch.arange(1, self.slots + 2, device=self.histogram.device)
-        return (self.histogram.sum(1) * sizes).sum().double() / self.rounds
+        totals = round_totals(self.histogram)
+        return verified_per_round(totals.proposed, totals.rounds)
 
 
-class DecodingMetrics(RoundMetric):
-    """All numbers of a decoding run in one dictionary of scalars; slots are numbered from 1, n_k beside each curve.
+class RoundCounts(RoundMetric):
+    """What the others are quotients of: rounds, committed, prompts and prompts_without_rounds, and the counts
+    survival_n@k and conditional_n@k of each slot.
+
+    >>> metric = RoundCounts(slots=1)
+    >>> metric.update([(1, 1, 2), (0, 0, 1)], committed=5)
+    >>> {name: int(value) for name, value in metric.compute().items()}
+    {'rounds': 3, 'committed': 5, 'prompts': 1, 'prompts_without_rounds': 0, 'survival_n@1': 2, 'conditional_n@1': 2}
+    """
+
+    higher_is_better = None
+
+    def compute(self) -> dict[str, Tensor]:
+        committed, with_rounds, without = self.counts
+        values = {"rounds": self.rounds, "committed": committed, "prompts": with_rounds + without}
+        values["prompts_without_rounds"] = without
+        for k, (offered, reached) in enumerate(zip(*self.slot_counts[:2], strict=True), start=1):
+            values |= {f"survival_n@{k}": offered, f"conditional_n@{k}": reached}
+        return values
+
+
+class DecodingMetrics(MetricCollection):
+    """All numbers of a decoding run in one dictionary of fp64 scalars; slots are numbered from 1, n_k beside curves.
+
+    The members hold one state between them (a compute group), so a prompt is counted once. update() and
+    update_rounds() are those of `RoundMetric`; keyword arguments go to every member.
 
     >>> metric = DecodingMetrics(slots=2)
     >>> metric.update([(2, 2, 1), (2, 1, 1)], committed=5)
@@ -170,88 +234,29 @@ class DecodingMetrics(RoundMetric):
     {'accepted_length': 2.5, 'survival@2': 0.5, 'conditional@2': 0.5, 'rounds': 2.0}
     """
 
-    def compute(self) -> dict[str, Tensor]:
-        sizes = torch.arange(self.slots + 1, device=self.histogram.device)
-        proposed, accepted = (self.histogram.sum(1) * sizes).sum(), (self.histogram.sum(0) * sizes).sum()
-        survived, offered = survival(self.histogram)
-        conditional, reached = conditional_acceptance(self.histogram)
-        values = {
-            "accepted_length": accepted_length(self.counts[0], self.rounds),
-            "accepted_length_per_prompt": self.ratios / self.counts[1],
-            "acceptance_rate": accepted.double() / proposed,
-            "verified_per_round": (proposed + self.rounds).double() / self.rounds,
-            "suffix_decay": suffix_decay(conditional, reached),
-            "rounds": self.rounds,
-            "committed": self.counts[0],
-            "prompts": self.counts[1:].sum(),
-            "prompts_without_rounds": self.counts[2],
+    def __init__(self, slots: int, **kwargs: Any):
+        metrics = {
+            "accepted_length": AcceptedLength(slots, **kwargs),
+            "accepted_length_per_prompt": AcceptedLength(slots, per_prompt=True, **kwargs),
+            "acceptance_rate": AcceptanceRate(slots, **kwargs),
+            "verified_per_round": VerifiedPerRound(slots, **kwargs),
+            "suffix_decay": SuffixDecay(slots, **kwargs),
+            "survival": Survival(slots, **kwargs),
+            "conditional": ConditionalAcceptance(slots, **kwargs),
+            "counts": RoundCounts(slots, **kwargs),
         }
-        for k in range(self.slots):
-            values |= {f"survival@{k + 1}": survived[k], f"survival_n@{k + 1}": offered[k]}
-            values |= {f"conditional@{k + 1}": conditional[k], f"conditional_n@{k + 1}": reached[k]}
-        return {name: value.double() for name, value in values.items()}
-
-
-class ExpectedLength(Metric):
-    """Mean over blocks of 1 + sum_k prod_{i<=k} alpha_i, alpha = 1 - half the L1 distance; never a product of means.
-
-    >>> metric = ExpectedLength()
-    >>> metric.update(torch.tensor([[0.5, 0.5], [1.0, 0.0]]), torch.ones(2, 2, dtype=torch.bool))
-    >>> float(metric.compute())
-    1.875
-    """
-
-    full_state_update = False
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.add_state("length", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
-        self.add_state("blocks", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
-
-    def update(self, alpha: Float[Tensor, "M K"], mask: Bool[Tensor, "M K"]) -> None:
-        self.length += expected_lengths(alpha.double(), mask).sum()
-        self.blocks += mask[:, 0].sum()
-
-    def compute(self) -> Tensor:
-        return self.length / self.blocks
-
-
-class SlotMetrics(Metric):
-    """Teacher-forced statistics by slot, fed from `Loss.slots` of every micro-batch; one state, one reduction.
-
-    compute() gives means over the supervised slots: acceptance, agreement, hit, ce, tv, outside, and for a draft with a
-    confidence head confidence and confidence_error; each also by slot as name@k; expected_length; supervised (a count).
-    """
-
-    full_state_update = False
-
-    def __init__(self, slots: int):
-        super().__init__()
+        super().__init__(metrics, compute_groups=[list(metrics)])
         self.slots = slots
-        self.names = [field.name for field in fields(SlotStatistics) if field.name not in ("expected_length", "blocks")]
-        self.add_state("sums", torch.zeros(len(self.names) * slots + 2, dtype=torch.float64), dist_reduce_fx="sum")
 
-    def update(self, slots: SlotStatistics) -> None:
-        curves = [getattr(slots, name) for name in self.names]
-        if curves[0].shape != (self.slots,):
-            raise ValueError(f"statistics of {len(curves[0])} slots do not fit metrics of {self.slots} slots")
-        self.sums += torch.cat([*curves, slots.expected_length[None], slots.blocks[None]])
+    def update_rounds(self, proposed: Sequence[int], accepted: Sequence[int], committed: Sequence[int]) -> None:
+        """One prompt given as its rounds in order."""
+        self.update(histogram(proposed, accepted, self.slots), sum(committed))
 
     def compute(self) -> dict[str, Tensor]:
-        curves = dict(zip(self.names, self.sums[:-2].view(len(self.names), self.slots), strict=True))
-        means = {
-            "acceptance": "alpha",
-            "agreement": "agreement",
-            "hit": "hit",
-            "ce": "ce",
-            "tv": "tv",
-            "outside": "outside",
-        }
-        if curves["confidence"].sum() > 0:
-            means |= {"confidence": "confidence", "confidence_error": "confidence_error"}
-        values = {"expected_length": self.sums[-2] / self.sums[-1], "supervised": curves["count"].sum()}
-        for shown, name in means.items():
-            count = curves["labelled" if name == "ce" else "count"]
-            values[shown] = curves[name].sum() / count.sum()
-            values |= {f"{shown}@{k + 1}": curves[name][k] / count[k] for k in range(self.slots)}
+        values: dict[str, Tensor] = {}
+        for name, value in super().compute().items():
+            # By name: torchmetrics gives the curve of a single slot as a scalar.
+            curve = name in ("survival", "conditional")
+            each = {f"{name}@{k}": one for k, one in enumerate(value.reshape(-1), start=1)} if curve else {name: value}
+            values |= {key: one.double() for key, one in each.items()}
         return values

@@ -26,7 +26,7 @@ from specbench.blocks import Batch, with_anchors
 from specbench.data.loading.target_cache import Step
 from specbench.drafts.draft import Draft
 from specbench.losses.objective import Loss, Objective
-from specbench.metrics.rounds import SlotMetrics
+from specbench.metrics.slots import SlotMetrics
 from specbench.models.embedding_head import Tables
 from specbench.ranges import (
     AboveZero,

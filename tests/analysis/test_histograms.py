@@ -7,7 +7,8 @@ from collections import defaultdict
 import numpy as np
 import pytest
 
-from analysis.statistics.histograms import Counts, Sums, count, join, suffix_decay
+from analysis.statistics.histograms import Counts, Sums, count, join
+from specbench.metrics.functional import suffix_decay
 
 ROUNDS = {
     "a": [(3, 3), (3, 0), (3, 2)],  # commits 4 + 1 + 3 = 8
