@@ -13,7 +13,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig
 from rich.console import Console
 
-from specbench.cli.assembly import load_target, location
+from specbench.cli.assembly import load_target
 from specbench.cli.checks import check_before
 from specbench.cli.following import command
 from specbench.cli.progress import Progress
@@ -28,6 +28,7 @@ from specbench.decoding.loop import Limits, decode
 from specbench.decoding.sampling import Sampling
 from specbench.files.atomic import plain
 from specbench.models.target import Target
+from specbench.models.target_files import location
 
 RESULTS = ("answers.jsonl", "header.json")
 DEFINITE = ("chunk", "batch_size", "concurrency", "max_new_tokens")  # settings that null does not turn off

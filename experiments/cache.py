@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,6 @@ from specbench.cli.progress import Progress
 from specbench.cli.stages import Stage, first_rank, say
 from specbench.data.answers import generation as answers
 from specbench.data.answers.chat import Encoded
-from specbench.data.answers.templates import ChatError
 from specbench.data.cache.build import build
 from specbench.data.cache.manifest import Manifest, fingerprint, identity_of, require_same
 from specbench.data.cache.plan import plan
@@ -126,20 +124,7 @@ def encoded(
 
     vocabulary: rows of the target's embedding; answers with a token id beyond it are an error that names their line.
     """
-    if tokenizer is None:
-        raise ValueError("the target has no tokenizer, so its answers cannot be turned into tokens; set target.id")
-    kept, causes = [], Counter()
-    for row in answers.read(folder, vocabulary):
-        try:
-            coded = answers.encoded(row, tokenizer, thinking, max_length)
-        except ChatError as error:
-            causes[type(error).__name__] += 1
-            say(f"cache: conversation {row['id']} is left out: {error}")
-            continue
-        kept.append(coded)
-    if not kept:
-        raise ValueError(f"{folder} holds no usable answer: run `specbench answers` first")
-    return kept, {"truncated": sum(c.truncated for c in kept), "left_out": sum(causes.values())}
+    return answers.all_encoded(folder, tokenizer, max_length, thinking, vocabulary, lambda text: say(f"cache: {text}"))
 
 
 def digest(file: Path) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from omegaconf import DictConfig, OmegaConf
 
-from specbench.cli.assembly import build_draft, location
+from specbench.cli.assembly import build_draft
 from specbench.cli.environment import free_memory
 from specbench.cli.launching import shards_of
 from specbench.cli.stages import say
@@ -16,6 +16,7 @@ from specbench.drafts.draft import Draft
 from specbench.models.backbone import backbone_of, chosen
 from specbench.models.embedding_head import Tables
 from specbench.models.target import raw_config
+from specbench.models.target_files import location
 from specbench.training.memory_estimate import GIB, Footprint, footprint
 
 

@@ -30,8 +30,11 @@ from specbench.cli.identity import content, fingerprint, identity
 from specbench.cli.launching import rank_and_world, ranks, repeats_the_command, shards_of
 from specbench.cli.recording import recorded
 from specbench.cli.stages import Stage, first_rank, say
+from specbench.data.cache.remote import is_remote
+from specbench.data.loading.step_data import StepData
 from specbench.decoding.sampling import Sampling
 from specbench.drafts.draft import Draft
+from specbench.drafts.initialisation import AUTO, STARTS, from_target, randomise, resolved
 from specbench.drafts.installed import installed
 from specbench.files.torch_checkpoints import read_checkpoint
 from specbench.models.backbone import backbone_of, chosen
@@ -39,7 +42,7 @@ from specbench.models.embedding_head import Tables
 from specbench.runs.provenance import provenance
 from specbench.runs.run_folder import RunFolder, folder_name
 from specbench.training.callbacks import DecodeProbe, GracefulStop, KeepLast, TrainingBar
-from specbench.training.initialisation import AUTO, STARTS, from_draft, from_target, randomise, resolved
+from specbench.training.initialisation import from_draft
 from specbench.training.module import DraftTraining, digest, require_precision, trainable_parameters
 
 RESULTS = ("draft/config.json", "draft/*.safetensors", "summary.json", "config.yaml")
@@ -114,7 +117,7 @@ def check(cfg: DictConfig) -> None:
         tables = Tables(empty, empty, facts.embedding_scale, facts.soft_cap)
         draft = build_draft(cfg.method, cfg.target, config, tables)
         recipe = OmegaConf.to_container(cfg.trainer.recipe, resolve=True) | {"compile": False}
-        DraftTraining(draft, tables, objective, max_steps=cfg.trainer.max_steps or 1, **recipe)
+        DraftTraining(draft, objective, target_tables=tables, max_steps=cfg.trainer.max_steps or 1, **recipe)
 
 
 def _train(cfg: DictConfig, stage: Stage, name: str) -> None:
@@ -139,8 +142,9 @@ def _train(cfg: DictConfig, stage: Stage, name: str) -> None:
         steps = cfg.trainer.max_steps or cfg.trainer.epochs * data.steps_per_epoch
         module = DraftTraining(
             draft,
-            data.tables,
             build_objective(cfg.method),
+            target_tables=data.tables,
+            tables_from=tables_from(cfg, data),
             max_steps=steps,
             anchor_seed=cfg.seed.anchors,
             **OmegaConf.to_container(cfg.trainer.recipe, resolve=True),
@@ -218,6 +222,14 @@ def _train(cfg: DictConfig, stage: Stage, name: str) -> None:
 def needs_target(cfg: DictConfig) -> bool:
     """Whether the target itself must be in memory: to copy layers, to probe, or to compute states online."""
     return cfg.start in ("target", AUTO) or bool(cfg.trainer.probe.every) or cfg.online
+
+
+def tables_from(cfg: DictConfig, data: StepData) -> dict[str, str | None] | None:
+    """Where a checkpoint's reader finds the target's tables; None: nowhere, so that the checkpoint holds them."""
+    if not cfg.online:
+        return {"cache": str(data.folder) if is_remote(data.folder) else str(Path(data.folder).resolve())}
+    id = cfg.target.get("id")
+    return None if id is None else {"target": id, "revision": cfg.target.get("revision")}
 
 
 def initialise(draft: Draft, start: str, target: Any, tables: Tables) -> list[str]:

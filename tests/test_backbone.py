@@ -11,10 +11,10 @@ import torch
 from transformers import AutoConfig, LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+from specbench.drafts.initialisation import layer_weights
 from specbench.models.attention import Visibility, attend, attend_flex, block_mask
 from specbench.models.backbone import Backbone, Layer, RotaryEmbedding, backbone_of, chosen, rotate
 from specbench.models.target import Target
-from specbench.training.initialisation import layer_weights
 from tests import tiny
 
 BEFORE, LAYER = 2, 3  # taps that the layer reads and writes; in Gemma4 the layer of full attention

@@ -22,11 +22,12 @@ from omegaconf import OmegaConf
 from pydantic import BaseModel
 
 from experiments.cli import main
-from specbench.cli.assembly import PACKAGED, composed, location
+from specbench.cli.assembly import composed
 from specbench.cli.overrides import leaves
 from specbench.cli.schema import SECRET, _alternatives, _flat, annotation_at, describe
 from specbench.cli.settings import SCHEMAS, check_settings
 from specbench.cli.verbs import VERBS
+from specbench.models.target_files import PACKAGED, location
 from tests.pipeline import prepare
 
 REPOSITORY = Path(__file__).resolve().parents[1]

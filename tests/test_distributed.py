@@ -93,7 +93,9 @@ def train(
     draft = fresh(method)
     terms = {"ce": 0.1, "tv": 0.9, "confidence": 1.0} if method == "dspark" else {"kl": 1.0}
     objective = Objective(**terms, slot_weight={"exp": 4.0})
-    module = DraftTraining(draft, owner.tables, objective, max_steps=STEPS, lr=1e-2, log_every=1, **recipe)
+    module = DraftTraining(
+        draft, objective, target_tables=owner.tables, max_steps=STEPS, lr=1e-2, log_every=1, **recipe
+    )
     kept = folder / f"{world}-{strategy}"
     probe = DecodeProbe(owner, [[0, 3, 1], [2, 2], [4]], every=2, max_new_tokens=6, folder=kept)
     numbers = Numbers()
@@ -154,7 +156,7 @@ def test_an_interrupted_run_continues_from_its_checkpoint(strategy, tmp_path):
 )
 def test_what_a_sharded_draft_cannot_do_is_refused(tensor_parallel, compile, said):
     owner = toys.target()
-    module = DraftTraining(fresh("dspark"), owner.tables, Objective(ce=1.0), max_steps=1, compile=compile)
+    module = DraftTraining(fresh("dspark"), Objective(ce=1.0), target_tables=owner.tables, max_steps=1, compile=compile)
     sizes = {"tensor_parallel": SimpleNamespace(size=lambda: tensor_parallel)}
     module._device_mesh = sizes
     with pytest.raises(ValueError, match=said):

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from specbench.drafts.initialisation import from_target, layer_weights, resolved
 from specbench.models.backbone import FAMILIES
 from specbench.models.target import Target
-from specbench.training.initialisation import from_target, layer_weights, resolved
 from tests import tiny
 
 

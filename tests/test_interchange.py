@@ -28,7 +28,7 @@ from specbench.checkpoints.exports import obstacle
 from specbench.cli.assembly import build_draft as compose_draft
 from specbench.decoding.loop import Limits, decode, speculative_decode
 from specbench.decoding.sampling import Sampling
-from specbench.training.initialisation import randomise
+from specbench.drafts.initialisation import randomise
 from tests import tiny
 
 GOLDEN = Path(__file__).parent / "fixtures" / "golden"

@@ -181,7 +181,7 @@ def test_the_shipped_target_is_small_and_is_the_one_that_its_provenance_describe
 
 def test_the_shipped_target_has_the_loss_that_its_provenance_states(shipped):
     facts = json.loads((EMBEDDED / "provenance.json").read_text())
-    model = targets.Target.load(EMBEDDED, target_layer_ids=[]).model
+    model = targets.Target.load(EMBEDDED, taps=[]).model
     data = CorpusBatches(shipped, validation=100, limit=0)
     data.setup("validate")
     losses = {d: [] for d in DOMAINS}
@@ -206,7 +206,7 @@ def test_the_stage_writes_a_target_that_loads_and_skips_it_the_second_time(tmp_p
     facts = json.loads((folder / "provenance.json").read_text())
     assert facts["steps"] == 4 and facts["recipe"]["vocabulary"] == 300 and str(tmp_path) not in json.dumps(facts)
     assert (folder / "checkpoints" / "last.ckpt").exists()
-    target = targets.Target.load(folder, target_layer_ids=[0, 1])
+    target = targets.Target.load(folder, taps=[0, 1])
     assert len(target.tokenizer) == 300 and target.stop_token_ids == (target.tokenizer.eos_token_id,)
     assert target.model.dtype == torch.float32 and facts["dtype"] == "bfloat16"
     written = (folder / "model.safetensors").stat().st_mtime_ns

@@ -17,9 +17,9 @@ from specbench.data.cache.storage import storage
 from specbench.data.loading.target_cache import TargetCache
 from specbench.decoding.loop import Limits, decode, speculative_decode
 from specbench.decoding.sampling import Sampling
+from specbench.drafts.initialisation import randomise
 from specbench.models.backbone import backbone_of
 from specbench.models.target import Target
-from specbench.training.initialisation import randomise
 from specbench.training.module import DraftTraining
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -120,7 +120,7 @@ def test_deepseek_goes_through_cache_training_and_lossless_decoding(method, sett
     assert draft.backbone == backbone_of(owner.config, "qwen3") and draft.backbone.hidden_size == 32
     randomise(draft)
     before = {key: value.clone() for key, value in draft.state_dict().items()}
-    module = DraftTraining(draft, owner.tables, build_objective(cfg), max_steps=4, lr=1e-3)
+    module = DraftTraining(draft, build_objective(cfg), target_tables=owner.tables, max_steps=4, lr=1e-3)
     trainer = L.Trainer(
         accelerator="cpu",
         max_steps=4,

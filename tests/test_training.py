@@ -35,7 +35,7 @@ def train(until: int = STEPS, callbacks=(), resume: Path | None = None, lr: floa
     data = OnlineTarget(owner, talks(11, toys.VOCABULARY), samples_per_micro=2, micro_batches_per_step=2, threads=0)
     draft = copy.deepcopy(toys.draft("dspark", anchors=4)).train()
     objective = Objective(ce=0.1, tv=0.9, confidence=1.0, slot_weight={"exp": 4.0})
-    module = DraftTraining(draft, owner.tables, objective, max_steps=STEPS, lr=lr, **settings)
+    module = DraftTraining(draft, objective, target_tables=owner.tables, max_steps=STEPS, lr=lr, **settings)
     trainer = L.Trainer(
         accelerator="cpu",
         max_steps=until,
@@ -145,7 +145,7 @@ def trained_under(precision: str, method: str) -> tuple[DraftTraining, DecodePro
     draft = copy.deepcopy(toys.draft(method)).train()
     draft.tables = owner.tables if precision == "bf16-mixed" else copy.deepcopy(owner.tables).float()
     tables = draft.tables
-    module = DraftTraining(draft, tables, Objective(kl=1.0), max_steps=4, lr=1e-2, warmup=0.0)
+    module = DraftTraining(draft, Objective(kl=1.0), target_tables=tables, max_steps=4, lr=1e-2, warmup=0.0)
     probed = (
         owner
         if precision == "bf16-mixed"
@@ -242,7 +242,9 @@ def test_the_progress_bar_shows_no_version(tmp_path):
     bar, shown = TrainingBar(), []
     owner = toys.target()
     data = OnlineTarget(owner, talks(4, toys.VOCABULARY), samples_per_micro=2, threads=0)
-    module = DraftTraining(copy.deepcopy(toys.draft("mtp")), owner.tables, Objective(ce=1.0), max_steps=2, log_every=1)
+    module = DraftTraining(
+        copy.deepcopy(toys.draft("mtp")), Objective(ce=1.0), target_tables=owner.tables, max_steps=2, log_every=1
+    )
     watch = L.Callback()
     watch.on_train_batch_end = lambda trainer, module, *args: shown.append(bar.get_metrics(trainer, module))
     with RunFolder(tmp_path, "train", "bar", {}) as run:
@@ -266,7 +268,7 @@ def test_a_step_is_the_same_in_one_micro_batch_and_in_four():
         data = OnlineTarget(owner, talks(8, toys.VOCABULARY), **order)
         draft = copy.deepcopy(toys.draft("dspark", anchors=4)).train()
         objective = Objective(ce=0.1, tv=0.9, confidence=1.0, slot_weight={"exp": 4.0})
-        module = DraftTraining(draft, owner.tables, objective, max_steps=3, lr=1e-2)
+        module = DraftTraining(draft, objective, target_tables=owner.tables, max_steps=3, lr=1e-2)
         quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
         L.Trainer(accelerator="cpu", max_steps=3, max_epochs=-1, enable_model_summary=False, **quiet).fit(module, data)
         return module
@@ -279,6 +281,6 @@ def test_a_step_is_the_same_in_one_micro_batch_and_in_four():
 def test_settings_that_cannot_be_are_refused():
     tables, objective = toys.target().tables, Objective(ce=1.0)
     with pytest.raises(ValueError, match="max_steps=0"):
-        DraftTraining(toys.draft("mtp"), tables, objective, max_steps=0)
+        DraftTraining(toys.draft("mtp"), objective, target_tables=tables, max_steps=0)
     with pytest.raises(ValueError, match="supervision=unshifted"):
-        DraftTraining(toys.draft("eagle3", supervision="unshifted"), tables, objective, max_steps=1)
+        DraftTraining(toys.draft("eagle3", supervision="unshifted"), objective, target_tables=tables, max_steps=1)

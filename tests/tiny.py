@@ -10,8 +10,8 @@ from omegaconf import OmegaConf
 
 from specbench.blocks import Batch, Sample, pack
 from specbench.cli.assembly import build_draft
+from specbench.drafts.initialisation import randomise
 from specbench.models.target import Target
-from specbench.training.initialisation import randomise
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 METHODS = sorted(p.stem for p in (CONFIGS / "method").glob("*.yaml"))

@@ -13,10 +13,10 @@ from specbench.drafts.dflash import DFlash
 from specbench.drafts.draft import Draft
 from specbench.drafts.dspark import DSpark
 from specbench.drafts.eagle3 import Eagle3
+from specbench.drafts.initialisation import from_target, randomise
 from specbench.drafts.mtp import MTP
 from specbench.models.backbone import backbone_of
 from specbench.models.target import Target
-from specbench.training.initialisation import from_target, randomise
 
 VOCABULARY, TAPS = 5, (0, 1)
 CONFIG = {

@@ -6,7 +6,6 @@ import logging
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import lightning.pytorch  # noqa: F401
@@ -16,7 +15,6 @@ from hydra.utils import get_class, instantiate
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
-import specbench
 from specbench.cli.config_groups import configs
 from specbench.cli.errors import naming
 from specbench.cli.method_signature import fits
@@ -27,7 +25,6 @@ from specbench.models.backbone import backbone_of
 from specbench.models.embedding_head import Tables
 from specbench.models.target import Target
 
-PACKAGED = "package:"
 # Lightning sets its own level to INFO as it is imported, and its tips are no news of a run.
 logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
 
@@ -37,13 +34,6 @@ def composed(config: str, overrides: Sequence[str] = ()) -> DictConfig:
     # The command line is inside Hydra already, a library call is not.
     with nullcontext() if GlobalHydra.instance().is_initialized() else configs("configs"):
         return without_hydra(compose(config, overrides))
-
-
-def location(id: str) -> str:
-    """A target's id as a path: `package:PATH` lies inside the installed package."""
-    if str(id).startswith(PACKAGED):
-        return str(Path(specbench.__file__).parent / str(id).removeprefix(PACKAGED))
-    return str(id)
 
 
 THREADS = torch.get_num_threads()
@@ -80,7 +70,7 @@ def load_target(cfg: DictConfig, device: str | None = None) -> Target:
             return Target.from_config(config, taps, seed=cfg.seed, device=where, name=cfg.name, stop_token_ids=stops)
     with naming("target.id", cfg.id):
         return Target.load(
-            location(cfg.id),
+            cfg.id,
             taps,
             revision=cfg.revision,
             dtype=cfg.dtype,

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from inspect import Parameter, signature
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -19,11 +20,16 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from specbench.blocks import Batch, Blocks, Context
-from specbench.models.backbone import Backbone
+from specbench.drafts.initialisation import AUTO, STARTS, from_target, randomise, resolved
+from specbench.models.backbone import Backbone, backbone_of, chosen
 from specbench.models.embedding_head import Tables
 from specbench.models.fast.folded_layers import Stack
 from specbench.models.kv_cache import KVCache
+from specbench.models.target import Target
+from specbench.models.target_files import mask_token_of
 
+# What a constructor takes beside its settings: objects, which no file can hold.
+OBJECTS = ("backbone", "tables", "draft_vocabulary")
 # logits (B, S, V) of S consecutive slots -> tokens (B, S) and, when drawn, the probabilities (B, S, V) they came from
 Sample = Callable[[Tensor], tuple[Tensor, Tensor | None]]
 
@@ -84,6 +90,83 @@ class Draft(nn.Module):
     supervision = "predicted"
     # The layers as decoding runs them, if the draft has layers; renewed as requests begin.
     stack: Stack | None = None
+    # Constructor settings by name, defaults included and `OBJECTS` not: what a folder or checkpoint keeps of a draft.
+    settings: dict[str, Any]
+    # How `for_target` made it, in words; empty for a draft that was made otherwise.
+    origin: str = ""
+    # The target's whole tables, in a tuple so that they are no part of the draft; empty where only `tables` is known.
+    target_tables: tuple[Tables, ...] = ()
+    # Where those tables can be read again: the target's id and revision.
+    target_source: tuple[str, str | None] | None = None
+
+    def __new__(cls, *args: Any, **settings: Any) -> Draft:
+        """Remember the settings that the constructor is called with, of whatever class it is."""
+        draft = super().__new__(cls)
+        # Not yet a module: nn.Module.__init__ comes later, and leaves what is there.
+        object.__setattr__(draft, "settings", _settings(cls, args, settings))
+        return draft
+
+    @classmethod
+    def for_target(
+        cls,
+        target: Target,
+        *,
+        start: str = AUTO,
+        seed: int = 0,
+        mask_token_id: int | None = None,
+        backbone: str | None = None,
+        window: int | None = None,
+        max_length: int | None = None,
+        draft_vocabulary: Int[Tensor, " W"] | None = None,
+        **settings: Any,
+    ) -> Draft:
+        """A draft of this method for `target`: its taps, tables and layer facts, and first weights.
+
+        start: "target" copies the target's last layers and final norm, "random" does not, "auto" copies where the
+            layers can be copied. `print(draft)` says what was chosen.
+        seed: of the random part of the first weights; torch's own generator is left as it is.
+        mask_token_id: the token that stands for a slot to be filled; None chooses it (`mask_token_of`).
+        backbone: a family of specbench.models.backbone; None: the target's own, else qwen3.
+        window: positions that a slot sees; None: all. max_length: longest text, for rope that depends on it.
+        settings: of the method's constructor (`help(METHOD)`).
+
+        Errors: ValueError for a target without taps, a start that is not possible, or a setting that is not right.
+        """
+        if not target.target_layer_ids:
+            raise ValueError(f"target {target.name} was loaded without taps: give Target.load(..., taps=[...])")
+        if start not in STARTS:
+            raise ValueError(f"start={start!r}: choose one of {', '.join(STARTS)}")
+        mask, named = (
+            (mask_token_id, "given")
+            if mask_token_id is not None
+            else mask_token_of(target.tokenizer, len(target.tables.embedding), target.stop_token_ids)
+        )
+        tables = target.tables
+        scales = {name: getattr(tables, name) for name in ("embedding_scale", "soft_cap", "logit_scale")}
+        facts = replace(backbone_of(target.config, backbone, window, max_length), **scales)
+        begun, why = resolved(start, target)
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            draft = cls(
+                facts,
+                tables,
+                target_layer_ids=list(target.target_layer_ids),
+                mask_token_id=mask,
+                draft_vocabulary=draft_vocabulary,
+                **settings,
+            )
+            randomise(draft)
+            copied = from_target(draft, target) if begun == "target" else []
+        draft.target_tables, draft.target_source = (tables,), target.source
+        reason = f" ({why})" if why else ""
+        draft.origin = (
+            f"{chosen(target.config, backbone).reason}; start={begun}, {len(copied)} tensors of {target.name}{reason}; "
+            f"seed={seed}; mask_token_id={mask} ({named})"
+        )
+        return draft.to(target.device)
+
+    def extra_repr(self) -> str:
+        return self.origin
 
     def __init__(
         self,
@@ -161,3 +244,25 @@ class Draft(nn.Module):
             return probabilities
         wide = probabilities.new_zeros(*probabilities.shape[:-1], self.backbone.vocab_size)
         return wide.index_copy_(-1, self.draft_vocabulary, probabilities)
+
+
+def _settings(kind: type, args: tuple[Any, ...], given: dict[str, Any]) -> dict[str, Any]:
+    """Constructor settings by name: those given, by position or by name, over the defaults of the class and its bases.
+
+    A class that hands `*args` or `**settings` on takes what its base takes.
+    """
+    found, names, settled = {}, [], False
+    for part in kind.__mro__:
+        if "__init__" not in vars(part) or not issubclass(part, nn.Module) or part is nn.Module:
+            continue
+        parameters = list(signature(part.__init__).parameters.values())[1:]
+        if not settled:
+            names += [p.name for p in parameters if p.kind is Parameter.POSITIONAL_OR_KEYWORD]
+            settled = not any(p.kind is Parameter.VAR_POSITIONAL for p in parameters)
+        for one in parameters:
+            if one.default is not Parameter.empty:
+                found.setdefault(one.name, one.default)
+        if not any(p.kind is Parameter.VAR_KEYWORD for p in parameters):
+            break
+    found |= dict(zip(names, args, strict=False)) | given
+    return {name: value for name, value in found.items() if name not in OBJECTS}

@@ -13,6 +13,7 @@ Deviations from the paper: none in the forward pass. The Markov bias is added af
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Annotated
 
@@ -24,8 +25,10 @@ from torch import Tensor, nn
 from specbench.blocks import Batch, Blocks, slot_positions, take
 from specbench.drafts.draft import Proposal, Sample
 from specbench.drafts.parallel import ParallelDraft
+from specbench.models.backbone import Backbone
+from specbench.models.embedding_head import Tables
 from specbench.models.fast.projection import SharedLookups, add_linear_, return_memory
-from specbench.ranges import Among, Rank
+from specbench.ranges import Among, Count, LayerId, Layers, Rank, Slots
 
 MARKOV_HEADS = ("vanilla", "gated", "rnn")
 # Bytes of an embedding's gradient from which the memory freed before it is worth asking back (a few milliseconds).
@@ -89,14 +92,40 @@ class DSpark(ParallelDraft):
 
     def __init__(
         self,
-        *args,
+        backbone: Backbone,
+        tables: Tables,
+        target_layer_ids: tuple[int, ...] | list[int],
+        mask_token_id: int,
+        *,
         markov_head: Annotated[str, Among(MARKOV_HEADS)] = "vanilla",
         markov_rank: Rank = 256,
         confidence_head: bool = True,
         confidence_with_markov: bool = True,
-        **kwargs,
+        layers: Layers = 5,
+        block_size: Slots = 7,
+        anchors: Count | None = 512,
+        sample_from_anchor: bool = True,
+        causal_block: bool = False,
+        full_layers: Sequence[LayerId] = (),
+        checkpointing: bool = False,
+        train_tables: bool = False,
+        draft_vocabulary: Int[Tensor, " W"] | None = None,
     ):
-        super().__init__(*args, **kwargs)
+        super().__init__(
+            backbone,
+            tables,
+            target_layer_ids,
+            mask_token_id,
+            layers=layers,
+            block_size=block_size,
+            anchors=anchors,
+            sample_from_anchor=sample_from_anchor,
+            causal_block=causal_block,
+            full_layers=full_layers,
+            checkpointing=checkpointing,
+            train_tables=train_tables,
+            draft_vocabulary=draft_vocabulary,
+        )
         D, V, W = self.backbone.hidden_size, self.backbone.vocab_size, len(self.tables.head)
         if markov_rank < 0:
             raise ValueError(f"markov_rank={markov_rank}: give a rank of at least 0 (0: no Markov head)")

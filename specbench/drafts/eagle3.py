@@ -16,11 +16,17 @@ Deviations: drafts of more than one layer pair every layer with the embedding; r
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from specbench.blocks import SUPERVISIONS
 from specbench.drafts.recurrent import RecurrentDraft
+from specbench.models.backbone import Backbone
+from specbench.models.embedding_head import Tables
+from specbench.ranges import Among, Count, Layers, Slots
 
 
 class Eagle3(RecurrentDraft):
@@ -34,8 +40,35 @@ class Eagle3(RecurrentDraft):
     paired = True
     halts_on_stop = True
 
-    def __init__(self, *args, fc_norm: bool = False, norm_before_fc: bool = False, norm_output: bool = False, **kwargs):
-        super().__init__(*args, **kwargs)
+    def __init__(
+        self,
+        backbone: Backbone,
+        tables: Tables,
+        target_layer_ids: tuple[int, ...] | list[int],
+        mask_token_id: int | None = None,
+        *,
+        fc_norm: bool = False,
+        norm_before_fc: bool = False,
+        norm_output: bool = False,
+        layers: Layers = 1,
+        block_size: Slots = 7,
+        anchors: Count | None = None,
+        supervision: Annotated[str, Among(SUPERVISIONS)] = "predicted",
+        train_tables: bool = False,
+        draft_vocabulary: Int[Tensor, " W"] | None = None,
+    ):
+        super().__init__(
+            backbone,
+            tables,
+            target_layer_ids,
+            mask_token_id,
+            layers=layers,
+            block_size=block_size,
+            anchors=anchors,
+            supervision=supervision,
+            train_tables=train_tables,
+            draft_vocabulary=draft_vocabulary,
+        )
         if fc_norm and norm_before_fc:
             raise ValueError("fc_norm=true and norm_before_fc=true: norm the taps one by one or all together, not both")
         D, eps, taps = self.backbone.hidden_size, self.backbone.norm_eps, len(self.target_layer_ids)

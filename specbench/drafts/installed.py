@@ -13,10 +13,7 @@ from pydantic import ConfigDict, PydanticSchemaGenerationError, TypeAdapter, Val
 
 from specbench.drafts import __name__ as PACKAGE
 from specbench.drafts import __path__ as FOLDER
-from specbench.drafts.draft import Draft
-
-# What the caller hands over as objects; a file cannot hold it.
-OBJECTS = ("backbone", "tables", "draft_vocabulary")
+from specbench.drafts.draft import OBJECTS, Draft
 
 
 def installed() -> dict[str, type[Draft]]:

@@ -10,11 +10,17 @@ final hidden state is.
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from specbench.blocks import SUPERVISIONS
 from specbench.drafts.recurrent import RecurrentDraft
+from specbench.models.backbone import Backbone
+from specbench.models.embedding_head import Tables
+from specbench.ranges import Among, Count, Layers, Slots
 
 
 class MTP(RecurrentDraft):
@@ -23,8 +29,32 @@ class MTP(RecurrentDraft):
     reads_taps = False
     reads_last = True
 
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
+    def __init__(
+        self,
+        backbone: Backbone,
+        tables: Tables,
+        target_layer_ids: tuple[int, ...] | list[int],
+        mask_token_id: int | None = None,
+        *,
+        layers: Layers = 1,
+        block_size: Slots = 7,
+        anchors: Count | None = None,
+        supervision: Annotated[str, Among(SUPERVISIONS)] = "predicted",
+        train_tables: bool = False,
+        draft_vocabulary: Int[Tensor, " W"] | None = None,
+    ):
+        super().__init__(
+            backbone,
+            tables,
+            target_layer_ids,
+            mask_token_id,
+            layers=layers,
+            block_size=block_size,
+            anchors=anchors,
+            supervision=supervision,
+            train_tables=train_tables,
+            draft_vocabulary=draft_vocabulary,
+        )
         D = self.backbone.hidden_size
         self.feature_norm, self.embedding_norm = self.backbone.norm(D), self.backbone.norm(D)
         self.proj = nn.Linear(2 * D, D, bias=False)

@@ -53,6 +53,7 @@ class ParallelDraft(Draft):
         tables: Tables,
         target_layer_ids: tuple[int, ...] | list[int],
         mask_token_id: int,
+        *,
         layers: Layers = 5,
         block_size: Slots = 7,
         anchors: Count | None = 512,

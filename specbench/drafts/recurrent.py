@@ -44,6 +44,7 @@ class RecurrentDraft(Draft):
         tables: Tables,
         target_layer_ids: tuple[int, ...] | list[int],
         mask_token_id: int | None = None,
+        *,
         layers: Layers = 1,
         block_size: Slots = 7,
         anchors: Count | None = None,

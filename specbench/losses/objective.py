@@ -79,6 +79,22 @@ class Objective:
         normalise: Annotated[str, Among(NORMALISATIONS)] = "weights",
         chunk_rows: Count | None = None,
     ):
+        # As given, in plain values: what a checkpoint keeps of a loss.
+        self.settings = {
+            "ce": ce,
+            "soft_ce": soft_ce,
+            "kl": kl,
+            "reverse_kl": reverse_kl,
+            "js": js,
+            "tv": tv,
+            "accept": accept,
+            "blend": None if blend is None else dict(blend),
+            "confidence": confidence,
+            "detach_confidence": detach_confidence,
+            "slot_weight": slot_weight if isinstance(slot_weight, str) else dict(slot_weight),
+            "normalise": normalise,
+            "chunk_rows": chunk_rows,
+        }
         terms = {"ce": ce, "soft_ce": soft_ce, "kl": kl, "reverse_kl": reverse_kl, "js": js, "tv": tv, "accept": accept}
         for name, value in {**terms, "confidence": confidence}.items():
             if not 0 <= value < float("inf"):

@@ -43,6 +43,7 @@ from specbench.models.library_pass import (
     stated_positions,
 )
 from specbench.models.target_files import (
+    location,
     raw_config,
     read_model,
     read_tokenizer,
@@ -79,6 +80,9 @@ class TargetState:
 
 class Target:
     """A frozen causal language model with its tokenizer, taps and tables."""
+
+    # Id and revision that it was loaded by; None for one that was made in this process.
+    source: tuple[str, str | None] | None = None
 
     def __init__(
         self,
@@ -136,14 +140,19 @@ class Target:
     def load(
         cls,
         id: str | Path,
-        target_layer_ids: Sequence[int],
+        taps: Sequence[int],
         revision: str | None = None,
         dtype: str | torch.dtype = "float32",
         device: str | torch.device = "cpu",
         name: str | None = None,
         stop_token_ids: Sequence[int] | None = None,
     ) -> Target:
-        """Load a local folder or a hub id; `stop_token_ids=[]` means that no token ends an answer."""
+        """Load a local folder, a hub id, or `package:data/embedded`, the small target that comes with the package.
+
+        taps: layers whose output drafts read, from 0, ascending; [] for decoding alone, where a draft brings its own.
+        stop_token_ids: [] means that no token ends an answer; None takes the target's own.
+        """
+        source, id = (str(id), revision), location(id)
         dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
         raw = raw_config(id, revision)
         model = read_model(id, revision, dtype, raw).to(device)
@@ -158,9 +167,10 @@ class Target:
             )
         name = name or Path(str(id)).name
         try:
-            target = cls(model, raw, target_layer_ids, tokenizer, name, revision, stop_token_ids)
+            target = cls(model, raw, taps, tokenizer, name, revision, stop_token_ids)
         except Unsupported as error:
             raise ValueError(f"target {str(id)!r} cannot be used: {error}") from error
+        target.source = source
         selfcheck.settle(target)
         return target
 

@@ -33,7 +33,42 @@ BESIDE = re.compile(
     r"(^|\.)(mtp|nextn|eh_proj|enorm|hnorm|shared_head|vision\w*|visual\w*|audio\w*|image_\w+|multi_modal_projector|"
     r"multimodal_projector|mm_projector|patch_embed)(\.|_|$)|(\.inv_freq|\.masked_bias|\.attn\.bias|attention\.bias)$"
 )
+# `package:PATH` lies inside this package: the small target that comes with it is package:data/embedded.
+PACKAGED = "package:"
+# How tokenizers spell a token that stands for one to be filled in.
+MASKS = ("<|mask|>", "<mask>", "[MASK]", "<|MASK|>")
 log = logging.getLogger("specbench")
+
+
+def location(id: str | Path) -> str:
+    """A target's id as a folder or hub id."""
+    text = str(id)
+    return str(Path(__file__).parents[1] / text.removeprefix(PACKAGED)) if text.startswith(PACKAGED) else text
+
+
+def mask_token_of(
+    tokenizer: PreTrainedTokenizerBase | None, rows: int, stop_token_ids: Sequence[int]
+) -> tuple[int, str]:
+    """The token id that stands for a slot to be filled, and why that one; `rows` are those of the embedding.
+
+    The tokenizer's own mask token, else the first row of the embedding that no token uses (DeepSpec's choice for
+    Qwen3), else a padding token that ends no answer. Errors: ValueError where there is none of them.
+    """
+    if tokenizer is not None:
+        own = tokenizer.mask_token_id
+        spelled = [tokenizer.get_vocab().get(word) for word in MASKS]
+        found = next((id for id in (own, *spelled) if id is not None and id < rows), None)
+        if found is not None:
+            return found, f"{tokenizer.convert_ids_to_tokens(found)} of the tokenizer"
+        if len(tokenizer) < rows:
+            return len(tokenizer), "the first row of the embedding that no token uses"
+        padding = tokenizer.pad_token_id
+        if padding is not None and padding < rows and padding not in stop_token_ids:
+            return padding, f"{tokenizer.pad_token}, the padding token"
+    raise ValueError(
+        "the target has no mask token, no unused row of its embedding and no padding token of its own: give "
+        "mask_token_id=ID, a token that never occurs in text"
+    )
 
 
 def raw_config(id: str | Path, revision: str | None = None) -> dict[str, Any]:

@@ -10,9 +10,11 @@ Axes: B batch, N blocks, K slots.
 from __future__ import annotations
 
 import copy
+import dataclasses
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -23,11 +25,16 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 
 from specbench.blocks import Batch, with_anchors
-from specbench.data.loading.target_cache import Step
+from specbench.data.loading.target_cache import Step, TargetCache
 from specbench.drafts.draft import Draft
+from specbench.drafts.installed import checked, full_name, method_named
+from specbench.files.atomic import plain
+from specbench.files.torch_checkpoints import read_checkpoint
 from specbench.losses.objective import Loss, Objective
 from specbench.metrics.slots import SlotMetrics
+from specbench.models.backbone import Backbone
 from specbench.models.embedding_head import Tables
+from specbench.models.target import Target
 from specbench.ranges import (
     AboveZero,
     AtLeastZero,
@@ -39,6 +46,9 @@ from specbench.ranges import (
     ShareAboveZero,
     ShareWithin,
 )
+
+# What a checkpoint keeps of the target's tables, where it keeps them.
+TABLES = ("embedding", "head", "embedding_scale", "soft_cap", "logit_scale", "bias")
 
 
 def require_precision(precision: str | int) -> None:
@@ -64,14 +74,23 @@ class DraftTraining(L.LightningModule):
     steps. Defaults are the published recipe: AdamW, lr 6e-4, no weight decay, warm-up 4%, cosine to 0, clip 1.0.
     `layer_decay` multiplies the learning rate a layer away from the head (1: off); `ema` is the decay of an exponential
     moving average of the weights (None: off), which then is what gets validated, probed and written.
+    `max_steps=None` takes the trainer's. `target_tables` are the target's embedding and head, by which the loss knows
+    the target's distribution (None: those of the target that the draft was made for). `tables_from` says where they can
+    be read again, as {"target": ID, "revision": R} or {"cache": FOLDER}; without it a checkpoint holds them.
+
+    A checkpoint holds the draft as plain settings beside its weights: `DraftTraining.load_from_checkpoint(PATH)`.
+    A step sums over its micro-batches and divides once, so it is optimised by hand: `gradient_clip` and the data's
+    `micro_batches_per_step` take the place of the Trainer's gradient_clip_val and accumulate_grad_batches, which are
+    refused.
     """
 
     def __init__(
         self,
         draft: Draft,
-        target_tables: Tables,
         objective: Objective,
-        max_steps: int,
+        *,
+        target_tables: Tables | None = None,
+        max_steps: int | None = None,
         lr: LearningRate = 6e-4,
         betas: Betas = (0.9, 0.999),
         weight_decay: AtLeastZero = 0.0,
@@ -82,11 +101,12 @@ class DraftTraining(L.LightningModule):
         log_every: Count = 10,
         compile: bool = False,
         ema: ShareWithin | None = None,
+        tables_from: Mapping[str, str | None] | None = None,
     ):
         super().__init__()
         self.automatic_optimization = False
         self.strict_loading = False
-        if max_steps < 1:
+        if max_steps is not None and max_steps < 1:
             raise ValueError(f"max_steps={max_steps}: train for at least one step")
         if draft.supervision == "unshifted" and ("ce" in objective.coefficients or objective.slot_weight.dynamic):
             raise ValueError(
@@ -95,10 +115,29 @@ class DraftTraining(L.LightningModule):
             )
         self.draft, self.objective = draft, objective
         # In a tuple, so that the target's tables are neither a second copy in checkpoints nor wrapped by a strategy.
-        self._target_tables = (target_tables,)
+        self._target_tables = (target_tables if target_tables is not None else _tables_of(draft),)
+        if tables_from is None and draft.target_source is not None:
+            tables_from = dict(zip(("target", "revision"), draft.target_source, strict=True))
+        self.tables_from = None if tables_from is None else dict(tables_from)
         self.recipe = {"lr": lr, "betas": tuple(betas), "weight_decay": weight_decay}
-        self.max_steps, self.warmup, self.gradient_clip = max_steps, max(1, round(warmup * max_steps)), gradient_clip
+        self.max_steps, self.warmup_share, self.gradient_clip = max_steps, warmup, gradient_clip
         self.layer_decay, self.anchor_seed, self.log_every = layer_decay, anchor_seed, log_every
+        self.save_hyperparameters(
+            plain(
+                {
+                    "draft": {
+                        "class": full_name(type(draft)),
+                        "settings": draft.settings,
+                        "backbone": dataclasses.asdict(draft.backbone),
+                    },
+                    "objective": objective.settings,
+                    "training": self.recipe
+                    | {"max_steps": max_steps, "warmup": warmup, "gradient_clip": gradient_clip}
+                    | {"layer_decay": layer_decay, "anchor_seed": anchor_seed, "log_every": log_every}
+                    | {"compile": compile, "ema": ema, "tables_from": self.tables_from},
+                }
+            )
+        )
         self.train_slots = SlotMetrics(draft.block_size)
         self.val_slots = SlotMetrics(draft.block_size)
         self.supervised = 0
@@ -108,6 +147,7 @@ class DraftTraining(L.LightningModule):
         if ema is not None:
             # The tables are shared, not copied: they are as large as everything else together.
             shared = {} if draft.tables.trainable else {id(draft.tables): draft.tables}
+            shared |= {id(tables): tables for tables in draft.target_tables}
             self.average = copy.deepcopy(draft, shared).requires_grad_(False)
         self.sharded = False
         self.compiles = compile
@@ -169,12 +209,28 @@ class DraftTraining(L.LightningModule):
     def setup(self, stage: str) -> None:
         require_precision(self.trainer.precision)
         self._target_tables = (self.target_tables.to(self.device),)
+        if stage == "fit":
+            self.steps_in_all = self.max_steps or self._steps_of_the_trainer()
+            self.warmup = max(1, round(self.warmup_share * self.steps_in_all))
+
+    def _steps_of_the_trainer(self) -> int:
+        """Length of the learning-rate schedule where `max_steps` leaves it to the trainer."""
+        trainer = self.trainer
+        if trainer.max_steps > 0:
+            return trainer.max_steps
+        by_epoch = getattr(trainer.datamodule, "steps_per_epoch", None)
+        if trainer.max_epochs and trainer.max_epochs > 0 and by_epoch:
+            return trainer.max_epochs * by_epoch
+        raise ValueError(
+            f"max_steps={trainer.max_steps} and max_epochs={trainer.max_epochs} of the Trainer do not say how long the "
+            "learning-rate schedule is: give Trainer(max_steps=N) or DraftTraining(..., max_steps=N)"
+        )
 
     def configure_optimizers(self) -> Any:
         groups = self._groups() if self.layer_decay != 1.0 else [p for p in self.draft.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(groups, **self.recipe)
         schedule = torch.optim.lr_scheduler.LambdaLR(
-            optimizer, lambda step: warmup_cosine(step, self.max_steps, self.warmup)
+            optimizer, lambda step: warmup_cosine(step, self.steps_in_all, self.warmup)
         )
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
@@ -269,6 +325,14 @@ class DraftTraining(L.LightningModule):
         self.log_dict({f"val/{k}": v for k, v in self.val_slots.compute().items()})
         self.val_slots.reset()
 
+    def test_step(self, step: Step, index: int) -> None:
+        """What validation does, under names of its own: teacher-forced, on the conversations that were held out."""
+        self.validation_step(step, index)
+
+    def on_test_epoch_end(self) -> None:
+        self.log_dict({f"test/{k}": v for k, v in self.val_slots.compute().items()})
+        self.val_slots.reset()
+
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """The draft alone: metrics are transient and the tables belong to the cache."""
         full = super().state_dict(*args, **kwargs)
@@ -276,9 +340,90 @@ class DraftTraining(L.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["supervised"] = self.supervised
+        if self.draft.draft_vocabulary is not None:
+            checkpoint["draft_vocabulary"] = self.draft.draft_vocabulary.cpu()
+        if self.tables_from is None:
+            tables = self.target_tables
+            checkpoint["target_tables"] = {name: getattr(tables, name) for name in TABLES}
 
     def on_load_checkpoint(self, checkpoint: Mapping[str, Any]) -> None:
         self.supervised = checkpoint["supervised"]
+
+    @classmethod
+    def load_from_checkpoint(
+        cls,
+        checkpoint_path: str | Path,
+        *,
+        target: Target | None = None,
+        target_tables: Tables | None = None,
+        methods: Sequence[type[Draft]] = (),
+    ) -> DraftTraining:
+        """The module of a checkpoint, on the CPU, with its draft and loss built anew from plain settings.
+
+        The target's tables are those of `target` or `target_tables` if given, else those in the checkpoint, else they
+        are read from where the checkpoint says that they came from (a target's id, a cache's folder). `methods` are
+        classes of methods outside of this package. Nothing is unpickled but tensors and plain containers.
+
+        Errors: ValueError for a file that is no such checkpoint, or tables that are not there or do not fit.
+        """
+        found = read_checkpoint(checkpoint_path)
+        try:
+            kept = found["hyper_parameters"]
+            named, training = kept["draft"], dict(kept["training"])
+            facts, loss = named["backbone"], kept["objective"]
+        except KeyError as error:
+            raise ValueError(
+                f"{checkpoint_path} does not say how its draft was built (no {error}): it is of an earlier version; "
+                "load the draft/ folder of its run"
+            ) from error
+        kind = method_named(named["class"], methods)
+        settings = checked(kind, named["settings"], "settings")
+        backbone = Backbone(**checked(Backbone, facts, "backbone"))
+        objective = Objective(**checked(Objective, loss, "objective"))
+        tables = target.tables if target is not None else target_tables
+        if tables is None:
+            tables = _tables_again(found, training.get("tables_from"), str(checkpoint_path))
+        wanted, given = (backbone.vocab_size, backbone.hidden_size), tuple(tables.embedding.shape)
+        if wanted != given:
+            raise ValueError(f"{checkpoint_path} was trained for a target with an embedding of {wanted}, not {given}")
+        draft = kind(backbone, tables, draft_vocabulary=found.get("draft_vocabulary"), **settings)
+        training = checked(cls, training, "training", ("draft", "objective", "target_tables"))
+        module = cls(draft, objective, target_tables=tables, **training)
+        missing, unknown = module.load_state_dict(found["state_dict"], strict=False)
+        missing = [name for name in missing if not name.startswith(("train_slots.", "val_slots."))]
+        if missing or unknown:
+            raise ValueError(f"{checkpoint_path} lacks {missing} and has unknown tensors {unknown}: it is damaged")
+        module.supervised = found["supervised"]
+        return module
+
+
+def _tables_of(draft: Draft) -> Tables:
+    """The target's whole tables, from a draft that holds them."""
+    if draft.target_tables:
+        return draft.target_tables[0]
+    if draft.tables.trainable or draft.tables.ids is not None:
+        raise ValueError(
+            "this draft has tables of its own (train_tables or a reduced vocabulary), so the target's are not among "
+            "them: give target_tables=target.tables"
+        )
+    return draft.tables
+
+
+def _tables_again(checkpoint: Mapping[str, Any], place: Mapping[str, Any] | None, name: str) -> Tables:
+    """The tables that a checkpoint holds, or those of the place that it names."""
+    if "target_tables" in checkpoint:
+        return Tables(**checkpoint["target_tables"])
+    place = place or {}
+    try:
+        if place.get("cache"):
+            return TargetCache(place["cache"], taps=[]).tables
+        if place.get("target"):
+            return Target.load(place["target"], [], place.get("revision")).tables
+    except (ValueError, OSError) as error:
+        raise ValueError(
+            f"{name}: its target's tables are not to be had from {dict(place)} ({error}): give target="
+        ) from error
+    raise ValueError(f"{name} holds no tables of its target and does not say where they are: give target=")
 
 
 def _local(tensor: Tensor) -> Tensor:

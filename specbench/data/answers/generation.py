@@ -7,6 +7,7 @@ header.json     the policy under which the answers were drawn; answers of anothe
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -14,9 +15,12 @@ from typing import Any
 
 from specbench.data.answers.chat import Encoded, encode
 from specbench.data.answers.engines import Conversation, Engine, Policy
+from specbench.data.answers.templates import ChatError
 from specbench.files import json_lines as jsonl
 from specbench.files.atomic import changes, plain, read_json, write_json, write_text
 from specbench.files.redaction import redact, redacted
+
+log = logging.getLogger("specbench")
 
 SCHEMA = "specbench.answers/1"
 LARGEST = 2**31 - 1  # no vocabulary has more token ids
@@ -104,11 +108,13 @@ def answered(folder: Path | str) -> set[str]:
 
 
 def read(folder: Path | str, vocabulary: int | None = None) -> Iterator[dict[str, Any]]:
-    """Rows of answers.jsonl in file order. BrokenLine for one that is not whole, or with token ids of another target.
+    """Rows of answers.jsonl (a folder that holds it, or the file) in file order.
+
+    BrokenLine for one that is not whole, or with token ids of another target.
 
     vocabulary: how many token ids the target has; None checks that they are token ids at all.
     """
-    path = Path(folder) / "answers.jsonl"
+    path = answers_file(folder)
     for number, row in jsonl.conversations(path):
         try:
             _require_answers(row, vocabulary)
@@ -158,6 +164,40 @@ def encoded(row: Mapping[str, Any], tokenizer: Any, thinking: bool | None, max_l
         id=row["id"],
         source=row.get("source", ""),
     )
+
+
+def answers_file(path: Path | str) -> Path:
+    """The file of answers that a path means: itself, or answers.jsonl in a folder."""
+    path = Path(path)
+    return path / "answers.jsonl" if path.is_dir() or path.suffix != ".jsonl" else path
+
+
+def all_encoded(
+    path: Path | str,
+    tokenizer: Any,
+    max_length: int | None,
+    thinking: bool | None = None,
+    vocabulary: int | None = None,
+    left_out: Callable[[str], None] = log.warning,
+) -> tuple[list[Encoded], dict[str, int]]:
+    """Answers as tokens and loss masks, and how many of them were truncated and left out.
+
+    `left_out` is told of every conversation that cannot be encoded, and why. vocabulary: rows of the target's
+    embedding; answers with a token id beyond it are an error that names their line. Errors: ValueError for a target
+    without a tokenizer, and where no answer is left.
+    """
+    if tokenizer is None:
+        raise ValueError("the target has no tokenizer, so its answers cannot be turned into tokens; set target.id")
+    kept, dropped = [], 0
+    for row in read(path, vocabulary):
+        try:
+            kept.append(encoded(row, tokenizer, thinking, max_length))
+        except ChatError as error:
+            dropped += 1
+            left_out(f"conversation {row['id']} is left out: {error}")
+    if not kept:
+        raise ValueError(f"{path} holds no usable answer: run `specbench answers` first")
+    return kept, {"truncated": sum(one.truncated for one in kept), "left_out": dropped}
 
 
 def _settle(path: Path, done: set[str]) -> None:

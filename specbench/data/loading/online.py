@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
 from specbench.blocks import Batch, Context, Sample
+from specbench.data.answers.generation import all_encoded
 from specbench.data.cache.manifest import conversations_hash
 from specbench.data.cache.shards import Conversation
 from specbench.data.loading.order import ROWS
@@ -24,6 +26,8 @@ from specbench.models.embedding_head import Tables
 class OnlineTarget(StepData):
     """Steps of `conversations` with states from `target`; arguments beyond StepData's:
 
+    conversations: encoded ones, or the path of an answers.jsonl, whose lines are encoded with the target's template;
+        `max_length` (tokens) cuts them and `thinking` is passed to the template.
     dtype: of the states, by name, as a cache would hold them ("bfloat16" rounds as the bf16 cache does); None keeps the
         target's own.
     states_device: where the states are left; None keeps them on the target's device.
@@ -35,12 +39,17 @@ class OnlineTarget(StepData):
     def __init__(
         self,
         target: Any,
-        conversations: Sequence[Conversation],
+        conversations: Sequence[Conversation] | str | Path,
         dtype: str | None = None,
         states_device: str | None = None,
+        max_length: int | None = None,
+        thinking: bool | None = None,
         **order: Any,
     ):
         super().__init__(**order)
+        if isinstance(conversations, (str, Path)):
+            rows = len(target.tables.embedding)
+            conversations, _ = all_encoded(conversations, target.tokenizer, max_length, thinking, rows)
         if not len(conversations):
             raise ValueError("conversations is empty: the answers stage has to run first")
         if self.shuffle_window is not None:

@@ -164,6 +164,10 @@ class StepData(L.LightningDataModule):
             return []
         return self._epoch(EpochPlan(held, self.lengths, self.samples_per_micro, self.world, self.balance))
 
+    def test_dataloader(self) -> EpochSteps | list:
+        """The held-out conversations, as for validation."""
+        return self.val_dataloader()
+
     def identity(self) -> dict[str, Any]:
         """What must be the same for a run to be continued; the number of ranks may differ."""
         return {

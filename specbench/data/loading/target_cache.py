@@ -11,13 +11,17 @@ import numpy as np
 import torch
 
 from specbench.blocks import Batch, Sample
-from specbench.data.cache.manifest import Manifest, require_same
+from specbench.data.answers.generation import all_encoded, answers_file
+from specbench.data.cache.build import build
+from specbench.data.cache.manifest import Manifest, require_same, sha256
 from specbench.data.cache.remote import RemoteFiles, is_remote
+from specbench.data.cache.storage import storage
 from specbench.data.loading.order import ROWS, EpochPlan
 from specbench.data.loading.reading import CacheReader, Damage, Files, LocalFiles
 from specbench.data.loading.step_data import StepData
 from specbench.data.loading.steps import EpochSteps, Step, empty_batch
 from specbench.models.embedding_head import Tables
+from specbench.models.target import Target
 
 __all__ = ["Step", "StepData", "TargetCache"]
 
@@ -55,6 +59,43 @@ class TargetCache(StepData):
         self._options = (None if taps is None else tuple(taps), dtype and getattr(torch, dtype), on_damage)
         self._needs_all_last, self._expect = needs_all_last, dict(expect or {})
         self._local_folder, self._local_bytes = local_folder, local_bytes
+
+    @classmethod
+    def build(
+        cls,
+        target: Target,
+        answers: str | Path,
+        folder: str | Path,
+        *,
+        codec: str = "bf16",
+        max_length: int = 4096,
+        thinking: bool | None = None,
+        **order: Any,
+    ) -> TargetCache:
+        """Compute the states of `answers` (an answers.jsonl or its folder) into `folder`, and open them for training.
+
+        codec: what the states are stored in (`specbench.data.cache.storage.PRESETS`). max_length: tokens at which a
+        conversation is cut. thinking: passed to the chat template. order: arguments of TargetCache. A folder that is
+        complete is opened, one that was interrupted is completed.
+
+        Errors: ValueError for answers that cannot be used, CacheMismatch for a folder of another target, other answers
+        or another codec, NoRoom on a full disk.
+        """
+        file = answers_file(answers)
+        conversations, _ = all_encoded(file, target.tokenizer, max_length, thinking, len(target.tables.embedding))
+        texts, names = zip(*((one.tokens, f"conversation {one.id!r}") for one in conversations), strict=True)
+        target.require(texts, names=names)
+        norm = getattr(target.parts.final_norm, "weight", None)
+        build(
+            target,
+            conversations,
+            folder,
+            storage(codec),
+            max_length,
+            sources={file.name: sha256(file)},
+            norm=None if norm is None else norm.detach(),
+        )
+        return cls(folder, **order)
 
     @cached_property
     def reader(self) -> CacheReader:

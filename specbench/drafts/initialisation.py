@@ -1,0 +1,118 @@
+"""Where a draft's weights start: from nothing or from the target's own layers.
+
+Starting every method from the target's layers in the same way keeps a comparison of methods a comparison of methods.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from specbench.models.backbone import Layer, backbone_of, chosen
+from specbench.models.target import Target
+
+AUTO = "auto"
+STARTS = ("target", "random", AUTO)
+
+
+def randomise(draft: nn.Module, std: float = 0.02) -> None:
+    """Normal(0, std) for every linear map, Normal(0, 1) for Markov embeddings; the Markov output stays at zero."""
+    for name, module in draft.named_modules():
+        if isinstance(module, nn.Linear) and "markov_w2" not in name:
+            nn.init.normal_(module.weight, std=std)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+        elif isinstance(module, nn.Embedding):
+            nn.init.normal_(module.weight)
+
+
+def layer_weights(theirs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A target layer's weights under the names of our `Layer`: Phi-3's joined projections are cut into their parts.
+
+    Heads of queries come first, then those of keys, then of values, the last two of equal number; gate before up.
+    """
+    found = dict(theirs)
+    joined = found.pop("self_attn.qkv_proj.weight", None)
+    if joined is not None:
+        queries = found["self_attn.o_proj.weight"].shape[1]
+        rest = (len(joined) - queries) // 2
+        for name, part in zip("qkv", joined.split([queries, rest, rest]), strict=True):
+            found[f"self_attn.{name}_proj.weight"] = part
+    joined = found.pop("mlp.gate_up_proj.weight", None)
+    if joined is not None:
+        found["mlp.gate_proj.weight"], found["mlp.up_proj.weight"] = joined.chunk(2)
+    return found
+
+
+def resolved(start: str, target: Target | None) -> tuple[str, str | None]:
+    """What a start means for a target, and why where that is a choice: `auto` copies the target's own layers if the
+    draft's layers can follow them, and begins with random weights otherwise."""
+    if start != AUTO:
+        return start, None
+    own = chosen(target.config)
+    return ("target", None) if own.own else ("random", own.reason)
+
+
+@torch.no_grad()
+def from_target(draft: nn.Module, target: Target) -> list[str]:
+    """Copy the target's last layers and final norm into the draft; returns the names of what was copied.
+
+    Draft layer i of L takes target layer i - L from the end, of Gemma 4 among the layers of full attention, whose
+    geometry a draft has. Where a draft's map has more input than the target's
+    (a paired layer reads [embedding ; feature], a projection reads both), the feature's half takes the target's
+    weights or the identity and the embedding's half starts small. Tap fusion starts as the mean of the taps. What the
+    target's layers do not have (a dense feed-forward in place of experts, norms of another family) keeps its random
+    start. Norms keep their effect where one family stores 1 + w and the other w. Errors: ValueError when the target's
+    layers are of no family known here, or the widths or heads differ, because then no such start exists.
+    """
+    own = chosen(target.config)
+    if not own.own:
+        raise ValueError(f"start=target: {own.reason}, so there is nothing to copy; use start=random")
+    D, copied = draft.backbone.hidden_size, []
+    sources = list(target.layers)
+    if own.family == "gemma4":
+        kinds = target.text.get("layer_types") or []
+        sources = [layer for layer, kind in zip(sources, kinds, strict=True) if kind == "full_attention"]
+    if len(draft.layers) > len(sources):
+        raise ValueError(
+            f"layers={len(draft.layers)}: {target.name} has {len(sources)} layers to copy; use start=random"
+        )
+    # What to add to a stored norm so that it multiplies alike.
+    shift = int(backbone_of(target.config).norm_adds_one) - int(draft.backbone.norm_adds_one)
+    for i, layer in enumerate(draft.layers):
+        source = layer_weights(sources[len(sources) - len(draft.layers) + i].state_dict())
+        for name, parameter in layer.state_dict().items():
+            known = "input_layernorm.weight" if name == "hidden_norm.weight" else name
+            if known not in source:
+                continue
+            given = source[known] + shift if name.endswith("norm.weight") and shift else source[known]
+            _fill(f"layers.{i}.{name}", parameter, given, layer)
+            copied.append(f"layers.{i}.{name}")
+    norm = getattr(target.parts.final_norm, "weight", None)
+    if norm is None or norm.shape != draft.norm.weight.shape:
+        raise ValueError(f"{target.name} has no final norm of the draft's width to copy; use start=random")
+    draft.norm.weight.copy_(norm + shift)
+    copied.append("norm.weight")
+    for name in ("fc", "proj"):
+        module = getattr(draft, name, None)
+        if isinstance(module, nn.Linear) and module.in_features % D == 0:
+            parts = module.in_features // D
+            module.weight.copy_(torch.eye(D).repeat(1, parts) / parts)
+            copied.append(f"{name}.weight")
+    return copied
+
+
+def _fill(name: str, parameter: torch.Tensor, given: torch.Tensor, layer: Layer) -> None:
+    if parameter.shape == given.shape:
+        parameter.copy_(given)
+    elif parameter.dim() == 2 and parameter.shape == (given.shape[0], 2 * given.shape[1]):
+        embedding, feature = parameter.chunk(2, 1)
+        feature.copy_(given)
+        embedding.normal_(std=0.02)
+    else:
+        raise ValueError(
+            f"start=target: {name} is {tuple(parameter.shape)} in the draft and {tuple(given.shape)} in the target; "
+            "use start=random, or a backbone of the target's own family"
+        )
