@@ -41,6 +41,20 @@ class Comparison:
     runs: Runs = field(repr=False)
     text: str = field(repr=False)
 
+    def table(self, name: str = "accepted_length") -> pd.DataFrame:
+        """One of the tables that were written, by its name: one row a method, benchmark and protocol.
+
+        Raises:
+            ValueError: there is no such table.
+        """
+        if name not in self.frames:
+            raise ValueError(f"there is no table {name!r}; there are {', '.join(self.frames)}")
+        return self.frames[name]
+
+    def markdown(self) -> str:
+        """The main tables as they stand in accepted_length.md."""
+        return (self.folder / "accepted_length.md").read_text(encoding="utf-8")
+
 
 def compare(
     sources: str | os.PathLike[str] | Iterable[str | os.PathLike[str]],

@@ -7,11 +7,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import lightning as L
 from hydra.utils import instantiate
 from omegaconf import DictConfig, open_dict
 
-from analysis.statistics.headline import PER_REQUEST, headline
+from analysis.statistics.headline import PER_REQUEST
 from experiments.mirror import mirror
 from specbench.checkpoints.draft_folder import FormatError, fetch, load_draft, read_config, taps_of
 from specbench.cli.assembly import load_target, own_methods
@@ -23,7 +22,6 @@ from specbench.cli.launching import rank_and_world
 from specbench.cli.progress import Progress
 from specbench.cli.recording import recorded
 from specbench.cli.stages import Stage, say
-from specbench.data.answers.templates import template_facts
 from specbench.data.prompts.benchmarks import Benchmarks
 from specbench.decoding.loop import Limits
 from specbench.decoding.sampling import Sampling
@@ -31,13 +29,14 @@ from specbench.decoding.scheduling import StaticThreshold
 from specbench.drafts.baselines import SLOTS, SMALL, Baseline, Small, baseline, is_baseline, short_name
 from specbench.drafts.draft import Draft
 from specbench.evaluation.audit import verdict
-from specbench.evaluation.module import THINKING, Answered, DraftEvaluation, Protocol, merged, write_rounds
+from specbench.evaluation.decoding import decode_suite, facts_of
+from specbench.evaluation.module import THINKING, Protocol
+from specbench.library.evaluation import PLAIN, headline_of
 from specbench.models.target import Target
 from specbench.runs.provenance import provenance
 from specbench.runs.run_folder import RunFolder, folder_name, read_settings, read_summary
 from specbench.training.module import digest
 
-PLAIN = "plain"
 RESULTS = ("records.parquet", "rounds.jsonl", "summary.json", "config.yaml")
 
 
@@ -189,26 +188,21 @@ def _evaluate(cfg: DictConfig, stage: Stage, name: str, source: Path | None, abo
         }
         turns = sum(len(p.turns or (0,)) if suite.turns == "all" else 1 for p in prompts)
         with Progress(f"evaluate {about['method']} at T={cfg.temperature:g}", turns, "prompts") as bar:
-            module = DraftEvaluation(target, draft, protocol, run.path, labels, lambda answered: bar.advance())
-            trainer = L.Trainer(
-                accelerator="cpu" if target.device.type == "cpu" else "gpu",
+            done = decode_suite(
+                run,
+                target,
+                draft,
+                suite,
+                protocol,
+                labels,
+                loggers=tracking.loggers,
                 devices=cfg.devices,
-                logger=tracking.loggers,
-                enable_progress_bar=False,
-                enable_model_summary=False,
-                enable_checkpointing=False,
-                use_distributed_sampler=False,
+                progress=lambda answered: bar.advance(),
             )
-            trainer.test(module, datamodule=suite, verbose=False)
         if rank:
             return
-        done = merged(run.path)
-        run.write_records([item.record for item in done])
-        write_rounds(run.path / "rounds.jsonl", done)
-        numbers = headline([item.record for item in done]) if draft is not None else plain_headline(done)
-        summary = {**labels, "temperature": cfg.temperature, "accounting": cfg.accounting}
-        summary["prompts"] = suite.facts() | template_facts(target.tokenizer)
-        summary["protocol"] = protocol.facts(str(target.dtype), draft and draft.block_size)
+        numbers = headline_of(done, draft is None)
+        summary = facts_of(target, draft, suite, protocol, labels)
         costs = {"draft_parameters": draft.parameters_count} if isinstance(draft, Small) else about.get("costs", {})
         summary |= {"metrics": numbers, "lineage": lineage, "training_seed": about["seed"], **costs}
         mirror(tracking, run, about["method"], numbers)
@@ -243,10 +237,3 @@ def weights_of(draft: Draft | Baseline | None) -> str | None:
 def first_prompt(prompts: list[Any]) -> str:
     """The first prompt as text, or its ids."""
     return prompts[0].turns[0] if prompts[0].turns else str(list(prompts[0].prompt_ids or ()))
-
-
-def plain_headline(done: list[Answered]) -> dict[str, Any]:
-    """Tokens a second of plain decoding: its rounds do not exist."""
-    seconds = sum(item.record["seconds"] for item in done)
-    tokens = sum(item.record["output_tokens"] for item in done)
-    return {PER_REQUEST: {"value": tokens / seconds if seconds else None, "count": tokens}}

@@ -1,5 +1,16 @@
 """SpecBench: the laboratory for speculative-decoding draft models.
 
+    import specbench as sb
+    target = sb.Target.load("package:data/embedded", taps=[1, 3, 5])
+    data   = sb.TargetCache.build(target, "answers.jsonl", "cache/", validation_fraction=0.1)
+    draft  = sb.DSpark.for_target(target, layers=2, block_size=7)
+    module = sb.DraftTraining(draft, sb.Objective(ce=0.1, tv=0.9, confidence=1.0))
+    sb.Trainer(max_steps=300, callbacks=[sb.DecodeProbe(target, every=100)]).fit(module, data)
+    result = sb.evaluate(target, draft, suite="embedded", temperature=0)
+
+`dir(specbench)` lists what is public; docs/library.md describes it. A name is imported when it is first used, so that
+`import specbench` costs nothing and readers of files need no torch.
+
 Read the package in the order in which data flows through it; a folder imports only from those before it:
 
     blocks.py      the layout of samples, batches and blocks, and the index law
@@ -7,14 +18,54 @@ Read the package in the order in which data flows through it; a folder imports o
     runs/          run folders, provenance, Weights & Biases
     metrics/       every formula once, and the torchmetrics classes over it
     models/        the target, the layers of drafts, attention, key-value cache, embedding and head; fast/: faster paths
-    drafts/        the contract (draft.py), parallel.py, recurrent.py, one file a method, baselines
+    drafts/        the contract (draft.py), initialisation, parallel.py, recurrent.py, one file a method, baselines
     checkpoints/   published formats in and out, draft folders, model cards
     losses/        terms, slot weights, the chunked objective and its reference
     decoding/      the loop, sampling, verification, scheduling, calibration of confidence
     data/          prompts/, answers/, cache/, loading/
-    training/      the LightningModule, callbacks, initialisation, pretraining of small targets
+    training/      the LightningModule, callbacks, pretraining of small targets
     evaluation/    decoding of benchmarks into records, teacher-forced acceptance, audits
     profiling/     measured cost of decoding, training steps and reading
     serving/       simulation of an engine under load
+    library/       what a script or notebook calls beside these: Trainer, evaluate, compare, load_draft
     cli/           the command line's machinery: overrides, help, errors, stages, progress
 """
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+# Public name -> the module that has it; __init__.pyi says the same to type checkers.
+PUBLIC = {
+    "Target": "specbench.models.target",
+    "TargetCache": "specbench.data.loading.target_cache",
+    "OnlineTarget": "specbench.data.loading.online",
+    "Draft": "specbench.drafts.draft",
+    "DSpark": "specbench.drafts.dspark",
+    "DFlash": "specbench.drafts.dflash",
+    "Eagle3": "specbench.drafts.eagle3",
+    "MTP": "specbench.drafts.mtp",
+    "Objective": "specbench.losses.objective",
+    "DraftTraining": "specbench.training.module",
+    "DecodeProbe": "specbench.training.callbacks",
+    "Trainer": "specbench.library.training",
+    "evaluate": "specbench.library.evaluation",
+    "Evaluation": "specbench.library.evaluation",
+    "Estimate": "specbench.library.evaluation",
+    "compare": "specbench.library.comparison",
+    "load_draft": "specbench.library.drafts",
+}
+__all__ = list(PUBLIC)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in PUBLIC:
+        raise AttributeError(f"module 'specbench' has no attribute {name!r}; it has {', '.join(PUBLIC)}")
+    found = getattr(importlib.import_module(PUBLIC[name]), name)
+    globals()[name] = found
+    return found
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *PUBLIC})

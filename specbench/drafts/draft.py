@@ -265,4 +265,5 @@ def _settings(kind: type, args: tuple[Any, ...], given: dict[str, Any]) -> dict[
         if not any(p.kind is Parameter.VAR_KEYWORD for p in parameters):
             break
     found |= dict(zip(names, args, strict=False)) | given
-    return {name: value for name, value in found.items() if name not in OBJECTS}
+    held = {name: value for name, value in found.items() if name not in OBJECTS}
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in held.items()}

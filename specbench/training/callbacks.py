@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 import signal
@@ -15,12 +16,15 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch.callbacks import Callback, TQDMProgressBar
 
+from specbench.data.loading.step_data import StepData
 from specbench.decoding.loop import Limits, speculative_decode
 from specbench.decoding.sampling import Sampling
 from specbench.files.folder_swap import remove
 from specbench.models.target import Target
 
 PROBE_KEY = "probe/accepted_length"
+PROMPTS = 12  # of a probe that chooses them itself
+log = logging.getLogger("specbench")
 
 
 class DecodeProbe(Callback):
@@ -28,20 +32,22 @@ class DecodeProbe(Callback):
 
     Training accuracy can rise while accepted length falls, so the judge is the number that users get. The prompts
     are split over ranks and the counts are summed. Decoding uses seeds of its own, never the training generators.
+    `prompts` are token ids; None takes the first PROMPTS held-out conversations of the training data up to their
+    answers, or, with a warning, conversations that are trained on where none are held out (validation_fraction).
     With `folder`, last.ckpt is written after every probe and best.ckpt after every one that beats all before it.
     """
 
     def __init__(
         self,
         target: Target,
-        prompts: Sequence[Sequence[int]],
-        every: int,
+        prompts: Sequence[Sequence[int]] | None = None,
+        every: int = 100,
         sampling: Sampling | None = None,
         max_new_tokens: int = 64,
         batch_size: int = 16,
         folder: Path | None = None,
     ):
-        if not prompts:
+        if prompts is not None and not prompts:
             raise ValueError("the decode probe has no prompt; give it some, or set probe.every=null")
         if every < 1:
             raise ValueError(f"probe.every={every}: probe every 1 or more steps, or set it to null")
@@ -50,6 +56,15 @@ class DecodeProbe(Callback):
         self.limits = Limits(max_new_tokens, target.stop_token_ids, batch_size)
         self.folder, self.best = folder, -math.inf
         self.history: list[tuple[int, float]] = []
+
+    def on_fit_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        if self.target.device.type != module.device.type:
+            raise ValueError(
+                f"the probe's target is on {self.target.device} and the draft trains on {module.device}: load the "
+                "target there (Target.load(..., device=...)), or set the Trainer's accelerator"
+            )
+        if self.prompts is None:
+            self.prompts = first_prompts(trainer.datamodule, PROMPTS)
 
     def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, *args: Any) -> None:
         if trainer.global_step % self.every == 0 or trainer.global_step == trainer.max_steps:
@@ -84,6 +99,28 @@ class DecodeProbe(Callback):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.history, self.best = [tuple(entry) for entry in state["history"]], state["best"]
+
+
+def first_prompts(data: StepData, count: int) -> list[list[int]]:
+    """The first `count` held-out conversations of `data`, each up to its first supervised token, as token ids.
+
+    Errors: ValueError where the trainer was given no data module.
+    """
+    if not isinstance(data, StepData):
+        raise ValueError("the decode probe has no prompt: give prompts=[[token ids], ...], or train on a data module")
+    train, held = data.rows
+    if not len(held):
+        log.warning(
+            "the decode probe judges by prompts that are trained on, because none are held out; set validation_fraction"
+        )
+    found = []
+    for sample in data.samples((held if len(held) else train)[:count]):
+        answer = sample.loss_mask.nonzero()
+        if len(answer) and int(answer[0]):
+            found.append(sample.tokens[: int(answer[0])].tolist())
+    if not found:
+        raise ValueError("no conversation of the data begins with a prompt: give the probe prompts of its own")
+    return found
 
 
 class KeepLast(Callback):

@@ -60,6 +60,14 @@ def require_precision(precision: str | int) -> None:
         )
 
 
+@contextmanager
+def ordinary() -> Iterator[None]:
+    """Without gradients, and out of the inference mode in which a Trainer validates: what is kept from there, metrics
+    and lookups, is used and written in training too, which tensors of that mode refuse."""
+    with torch.inference_mode(False), torch.no_grad():
+        yield
+
+
 def warmup_cosine(step: int, total: int, warmup: int) -> float:
     """Learning-rate factor: linear from 0 over `warmup` steps, then half a cosine to 0 at `total`."""
     if step < warmup:
@@ -208,10 +216,22 @@ class DraftTraining(L.LightningModule):
 
     def setup(self, stage: str) -> None:
         require_precision(self.trainer.precision)
+        self._require_own_tables()
         self._target_tables = (self.target_tables.to(self.device),)
         if stage == "fit":
             self.steps_in_all = self.max_steps or self._steps_of_the_trainer()
             self.warmup = max(1, round(self.warmup_share * self.steps_in_all))
+
+    def _require_own_tables(self) -> None:
+        """Refuse a precision that converts the module, frozen tables included, where these are a live target's too."""
+        shared = bool(self.draft.target_tables) or "target" in (self.tables_from or {})
+        precision, dtype = str(self.trainer.precision), self.draft.tables.embedding.dtype
+        wanted = {"64-true": torch.float64, "bf16-true": torch.bfloat16, "32-true": torch.float32}.get(precision)
+        if shared and wanted in (torch.float64, torch.bfloat16) and wanted != dtype:
+            raise ValueError(
+                f"precision={precision} would convert the tables that the draft shares with its target from {dtype}: "
+                f"load the target in {wanted}, or use bf16-mixed or 32-true"
+            )
 
     def _steps_of_the_trainer(self) -> int:
         """Length of the learning-rate schedule where `max_steps` leaves it to the trainer."""
@@ -316,22 +336,26 @@ class DraftTraining(L.LightningModule):
             gradient.copy_(part)
 
     def validation_step(self, step: Step, index: int) -> None:
-        for batch in step.micro:
-            self.val_slots.update(self.loss(self.published, batch, 0).slots)
+        with ordinary():
+            for batch in step.micro:
+                self.val_slots.update(self.loss(self.published, batch, 0).slots)
         if self.sharded:
             self.published.reshard()
 
     def on_validation_epoch_end(self) -> None:
-        self.log_dict({f"val/{k}": v for k, v in self.val_slots.compute().items()})
-        self.val_slots.reset()
+        self._log_slots("val")
 
     def test_step(self, step: Step, index: int) -> None:
         """What validation does, under names of its own: teacher-forced, on the conversations that were held out."""
         self.validation_step(step, index)
 
     def on_test_epoch_end(self) -> None:
-        self.log_dict({f"test/{k}": v for k, v in self.val_slots.compute().items()})
-        self.val_slots.reset()
+        self._log_slots("test")
+
+    def _log_slots(self, name: str) -> None:
+        with ordinary():
+            self.log_dict({f"{name}/{k}": v for k, v in self.val_slots.compute().items()})
+            self.val_slots.reset()
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """The draft alone: metrics are transient and the tables belong to the cache."""

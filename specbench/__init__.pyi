@@ -1,0 +1,37 @@
+from specbench.data.loading.online import OnlineTarget as OnlineTarget
+from specbench.data.loading.target_cache import TargetCache as TargetCache
+from specbench.drafts.dflash import DFlash as DFlash
+from specbench.drafts.draft import Draft as Draft
+from specbench.drafts.dspark import DSpark as DSpark
+from specbench.drafts.eagle3 import Eagle3 as Eagle3
+from specbench.drafts.mtp import MTP as MTP
+from specbench.library.comparison import compare as compare
+from specbench.library.drafts import load_draft as load_draft
+from specbench.library.evaluation import Estimate as Estimate
+from specbench.library.evaluation import Evaluation as Evaluation
+from specbench.library.evaluation import evaluate as evaluate
+from specbench.library.training import Trainer as Trainer
+from specbench.losses.objective import Objective as Objective
+from specbench.models.target import Target as Target
+from specbench.training.callbacks import DecodeProbe as DecodeProbe
+from specbench.training.module import DraftTraining as DraftTraining
+
+__all__ = [
+    "MTP",
+    "DFlash",
+    "DSpark",
+    "DecodeProbe",
+    "Draft",
+    "DraftTraining",
+    "Eagle3",
+    "Estimate",
+    "Evaluation",
+    "Objective",
+    "OnlineTarget",
+    "Target",
+    "TargetCache",
+    "Trainer",
+    "compare",
+    "evaluate",
+    "load_draft",
+]

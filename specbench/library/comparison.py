@@ -1,0 +1,40 @@
+"""Compare evaluations of this process with runs on disk."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+import weakref
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from analysis.compare import Comparison
+from analysis.compare import compare as compare_runs
+from specbench.library.evaluation import Evaluation
+
+Source = Evaluation | str | Path
+
+
+def compare(sources: Source | Sequence[Source], folder: str | Path | None = None, **settings: Any) -> Comparison:
+    """Tables of `sources`, paired by prompt, as `specbench compare` makes them; with `folder` also figures and a page.
+
+    sources: evaluations, run folders, folders above some, `wandb:ENTITY/PROJECT`, in any mix.
+    folder: where tables, figures and report.html are written; None: tables alone, in a temporary folder that goes with
+        the result.
+    settings: of `analysis.compare.compare`: filters, group_by, resamples, seed, holm, draw, ...
+
+    Errors: ValueError where nothing can be compared, or numbers of different protocols would share a column.
+    """
+    several = [sources] if isinstance(sources, (Evaluation, str, Path)) else sources
+    named = [one.folder if isinstance(one, Evaluation) else one for one in several]
+    place = Path(tempfile.mkdtemp(prefix="specbench-")) if folder is None else Path(folder)
+    try:
+        found = compare_runs(named, place, **({"draw": folder is not None} | settings))
+    except BaseException:
+        if folder is None:
+            shutil.rmtree(place, ignore_errors=True)
+        raise
+    if folder is None:
+        weakref.finalize(found, shutil.rmtree, place, True)
+    return found

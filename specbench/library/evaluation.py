@@ -1,0 +1,309 @@
+"""Decode prompts with a draft and say with intervals how much of it was accepted.
+
+An evaluation is a run folder, wherever it lies: what the command line writes, the library writes, so that either can be
+compared with the other.
+"""
+
+from __future__ import annotations
+
+import math
+import shutil
+import sys
+import tempfile
+import weakref
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pandas as pd
+from lightning.pytorch.loggers import Logger
+
+from analysis.figures import acceptance as figures
+from analysis.read.runs import load
+from analysis.statistics.headline import PER_REQUEST, headline
+from analysis.tables import frames as tables
+from analysis.tables import groups as grouping
+from specbench.data.prompts.benchmarks import Benchmarks, Prompt
+from specbench.data.prompts.suites import suite_of
+from specbench.decoding.loop import Limits
+from specbench.decoding.sampling import Sampling
+from specbench.decoding.scheduling import FixedLength, Scheduler
+from specbench.drafts.baselines import Baseline
+from specbench.drafts.draft import Draft
+from specbench.evaluation.decoding import decode_suite, facts_of
+from specbench.evaluation.module import Answered, Protocol
+from specbench.files.atomic import json_line
+from specbench.models.target import Target
+from specbench.ranges import Number
+from specbench.runs.provenance import provenance
+from specbench.runs.run_folder import RunFolder, read_summary
+from specbench.training.module import digest
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+PLAIN = "plain"
+Prompts = Sequence[str] | Sequence[Sequence[str]] | Sequence[Sequence[int]]
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A value with its 95% interval (cluster bootstrap over prompts) and the number of rounds that it rests on.
+
+    The bounds are NaN where fewer than two prompts had a round. The value is NaN where nothing defines it: a decay where
+    no slot behind the first was ever reached.
+    """
+
+    value: float
+    low: float
+    high: float
+    count: int
+
+    def __float__(self) -> float:
+        return self.value
+
+    def __str__(self) -> str:
+        if math.isnan(self.value):
+            return "no value"
+        if math.isnan(self.low):
+            return f"{self.value:.2f} [no interval: fewer than two prompts]"
+        return f"{self.value:.2f} [{self.low:.2f}, {self.high:.2f}]"
+
+    __repr__ = __str__
+
+
+class Evaluation:
+    """What an evaluation found: numbers with intervals, the records as a data frame, figures.
+
+    `folder` is its run folder; `Evaluation(FOLDER)` opens one that `specbench evaluate` or `save` wrote. Errors:
+    ValueError for a folder that holds no finished evaluation.
+    """
+
+    def __init__(self, folder: str | Path):
+        self.folder = Path(folder)
+        try:
+            self.summary: dict[str, Any] = read_summary(self.folder)
+        except FileNotFoundError as error:
+            raise ValueError(f"{folder} holds no summary.json: it is not the folder of an evaluation") from error
+        if self.summary.get("kind") != "evaluate" or self.summary["status"] != "finished":
+            state = f"{self.summary.get('kind')}, {self.summary['status']}"
+            raise ValueError(f"{folder} is no finished evaluation ({state}): name one, or evaluate again")
+        self.metrics: dict[str, Any] = self.summary["metrics"]
+
+    def _estimate(self, name: str) -> Estimate:
+        found = self.metrics.get(name)
+        if found is None:
+            raise ValueError(f"{self.summary['name']} has no {name}: plain decoding has no rounds, and so no proposals")
+        value, low, high = (math.nan if found[key] is None else found[key] for key in ("value", "low", "high"))
+        return Estimate(value, low, high, found["count"])
+
+    @property
+    def accepted_length(self) -> Estimate:
+        """Tokens committed / rounds, pooled over all rounds, bonus token included."""
+        return self._estimate("accepted_length")
+
+    @property
+    def accepted_length_per_prompt(self) -> Estimate:
+        """The mean over prompts of each prompt's own accepted length."""
+        return self._estimate("accepted_length_per_prompt")
+
+    @property
+    def acceptance_rate(self) -> Estimate:
+        """Tokens accepted / tokens proposed."""
+        return self._estimate("acceptance_rate")
+
+    @property
+    def suffix_decay(self) -> Estimate:
+        """Slope of log conditional acceptance along the block, a slot, weighted by rounds; 0: no decay."""
+        return self._estimate("suffix_decay")
+
+    @property
+    def conditional_acceptance(self) -> pd.DataFrame:
+        """One row a slot: conditional acceptance with its interval, the rounds n that reached it, and survival."""
+        return pd.DataFrame(self.metrics.get("slots", []))
+
+    @property
+    def records(self) -> pd.DataFrame:
+        """One row a prompt and turn, as records.parquet has it."""
+        return pd.read_parquet(self.folder / "records.parquet")
+
+    def plot_conditional_acceptance(self, quantity: str = "conditional") -> Figure:
+        """Conditional acceptance (or quantity="survival") by slot with 95% bands, a panel a domain."""
+        found = grouping.collect(load([self.folder]).decoded())
+        return figures.by_slot(tables.conditional_by_domain(found), quantity)
+
+    def save(self, folder: str | Path) -> Path:
+        """Copy the run folder to `folder`, which `specbench compare runs=FOLDER` reads. Errors: ValueError if there is
+        something already."""
+        place = Path(folder)
+        if place.exists() and any(place.iterdir()):
+            raise ValueError(f"save({str(folder)!r}): there is something already; name a new folder")
+        return Path(shutil.copytree(self.folder, place, dirs_exist_ok=True))
+
+    def __repr__(self) -> str:
+        about = " ".join(str(self.summary[key]) for key in ("method", "target", "suite"))
+        prompts = self.metrics.get("prompts")
+        said = f"Evaluation({about}, temperature={self.summary['temperature']:g}"
+        if "accepted_length" not in self.metrics:
+            return f"{said}: plain decoding)"
+        return f"{said}: accepted_length={self.accepted_length}, {self.metrics['rounds']} rounds of {prompts} prompts)"
+
+
+def evaluate(
+    target: Target,
+    draft: Draft | Baseline | None,
+    suite: str | Path | Prompts | Benchmarks = "quick",
+    *,
+    temperature: Number = 0.0,
+    top_k: int = 0,
+    top_p: Number = 1.0,
+    min_p: Number = 0.0,
+    max_new_tokens: int = 256,
+    stop_token_ids: Sequence[int] | None = None,
+    prompts: str | Path | None = None,
+    limit: int | None = None,
+    turns: str | None = None,
+    thinking: bool | None = None,
+    scheduler: Scheduler | None = None,
+    slots: int | None = None,
+    accounting: str = "specbench",
+    teacher_forced: bool = False,
+    seed: int = 0,
+    batch_size: int = 16,
+    token_budget: int | None = None,
+    folder: str | Path | None = None,
+    method: str | None = None,
+    training_seed: int = 0,
+    loggers: Sequence[Logger] = (),
+) -> Evaluation:
+    """Decode prompts with `target` and `draft`, losslessly, as `specbench evaluate` does: the same settings give the
+    same records.
+
+    draft: None decodes plainly. It is put on the target's device and back into the mode that it was in.
+    suite: a name of configs/suite ("quick", "paper", "embedded", ...; those of the hub need a network), a file or
+        folder of prompts, or a list of prompts: texts, lists of user turns, or lists of token ids.
+    prompts: a file or folder read in place of the suite's own prompts. limit: at most so many of each benchmark.
+    stop_token_ids: None takes the target's own.
+    folder: where the run folder is written, new or empty; None: a temporary one that goes with the result.
+    method: what the tables call the draft; None: its class. training_seed: the seed column of the records.
+
+    Errors: ValueError naming the setting.
+    """
+    label = method or (PLAIN if draft is None else type(draft).__name__.lower())
+    if teacher_forced and draft is None:
+        raise ValueError("teacher_forced=True examines what a draft proposes, and draft=None proposes nothing")
+    if slots is not None and draft is not None and not 1 <= slots <= draft.block_size:
+        raise ValueError(f"slots={slots}: the block of this draft holds {draft.block_size}; ask for 1 to so many")
+    place = Path(tempfile.mkdtemp(prefix="specbench-")) if folder is None else Path(folder)
+    try:
+        if folder is not None and place.exists() and any(place.iterdir()):
+            raise ValueError(f"folder={str(folder)!r} is not empty: name a new one")
+        chosen = _suite(suite, place, prompts, limit, turns)
+        stops = target.stop_token_ids if stop_token_ids is None else tuple(stop_token_ids)
+        limits = Limits(max_new_tokens, stops, batch_size, token_budget, accounting)
+        protocol = Protocol(
+            Sampling(float(temperature), top_k, float(top_p), float(min_p)),
+            limits,
+            scheduler or FixedLength(),
+            slots,
+            chosen.turns,
+            thinking,
+            seed,
+            teacher_forced,
+        )
+        first = chosen.load()[0]
+        weights = _weights(draft)
+        mark = PLAIN if weights is None else weights[:8]
+        name = place.name if folder is not None else f"{label}-{target.name}-{chosen.name}-t{temperature:g}-{mark}"
+        labels = {"run": name, "method": label, "target": target.name, "suite": chosen.name, "seed": training_seed}
+        settings = {
+            "target": {"name": target.name, "id": target.source and target.source[0]},
+            "draft": label,
+            "suite": {"name": chosen.name, "limit": chosen.limit, "turns": chosen.turns, "seed": chosen.seed},
+            **protocol.facts(str(target.dtype), draft and draft.block_size),
+            "seed": seed,
+        }
+        lineage = {"draft": weights, "target": target.weights_hash, "parents": []}
+        facts, diff = provenance(sys.argv, {"decoding": seed, "init": training_seed}, None, _text(first))
+        with RunFolder(place.parent, "evaluate", name, settings, folder=place) as run:
+            run.write_provenance(facts, diff)
+            with _decoding(target, draft):
+                done = decode_suite(run, target, draft, chosen, protocol, labels, loggers=loggers)
+            run.finish(
+                **facts_of(target, draft, chosen, protocol, labels),
+                metrics=headline_of(done, draft is None),
+                lineage=lineage,
+                training_seed=training_seed,
+            )
+    except BaseException:
+        if folder is None:
+            shutil.rmtree(place, ignore_errors=True)
+        raise
+    found = Evaluation(place)
+    if folder is None:
+        weakref.finalize(found, shutil.rmtree, place, True)
+    return found
+
+
+def headline_of(done: Sequence[Answered], plain: bool = False) -> dict[str, Any]:
+    """The numbers of an evaluation with intervals; of plain decoding, which has no rounds, tokens a second alone."""
+    if not plain:
+        return headline([item.record for item in done])
+    seconds = sum(item.record["seconds"] for item in done)
+    tokens = sum(item.record["output_tokens"] for item in done)
+    return {PER_REQUEST: {"value": tokens / seconds if seconds else None, "count": tokens}}
+
+
+@contextmanager
+def _decoding(target: Target, draft: Draft | Baseline | None) -> Iterator[None]:
+    """The draft on the target's device and not in training, the target with the taps that it reads; as before after."""
+    if not isinstance(draft, Draft):
+        yield
+        return
+    training = draft.training
+    draft.to(target.device).eval()
+    try:
+        with target.tapping(draft.target_layer_ids):
+            yield
+    finally:
+        draft.train(training)
+
+
+def _suite(
+    suite: str | Path | Prompts | Benchmarks,
+    place: Path,
+    prompts: str | Path | None,
+    limit: int | None,
+    turns: str | None,
+) -> Benchmarks:
+    if isinstance(suite, Benchmarks):
+        if (prompts, limit, turns) != (None, None, None):
+            raise ValueError("prompts, limit and turns belong to a suite that is named: set them in your Benchmarks")
+        return suite
+    if isinstance(suite, (str, Path)):
+        return suite_of(suite, prompts, limit, turns)
+    if prompts is not None:
+        raise ValueError(f"suite is a list of prompts, and prompts={prompts} names others: give one of them")
+    if not len(suite):
+        raise ValueError("suite=[] holds no prompt: give texts, lists of user turns, or lists of token ids")
+    place.mkdir(parents=True, exist_ok=True)
+    file = place / "own.jsonl"
+    file.write_text("".join(json_line(_line(one)) for one in suite), encoding="utf-8")
+    return suite_of(file, None, limit, turns)
+
+
+def _line(prompt: Any) -> dict[str, Any]:
+    if isinstance(prompt, str):
+        return {"turns": [prompt]}
+    words = list(prompt)
+    return {"turns": words} if words and all(isinstance(word, str) for word in words) else {"prompt_ids": words}
+
+
+def _weights(draft: Draft | Baseline | None) -> str | None:
+    return draft.weights_hash if isinstance(draft, Baseline) else draft and digest(draft.state_dict().items())
+
+
+def _text(prompt: Prompt) -> str:
+    return prompt.turns[0] if prompt.turns else str(list(prompt.prompt_ids or ()))

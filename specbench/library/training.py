@@ -1,0 +1,45 @@
+"""A Lightning Trainer with the settings that draft training needs, so that a script need not know them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.callbacks import Checkpoint
+
+ELSEWHERE = {
+    "gradient_clip_val": "set DraftTraining(..., gradient_clip=VALUE), which clips once a step, after the division",
+    "gradient_clip_algorithm": "DraftTraining clips by norm: set its gradient_clip",
+    "accumulate_grad_batches": "set micro_batches_per_step of TargetCache or OnlineTarget: one batch is one step here",
+}
+
+
+class Trainer(L.Trainer):
+    """`lightning.Trainer` with other defaults; every argument of it can be given, and a stock one fits as well.
+
+    Steps come from a data module that knows ranks itself, so no sampler is added; numbers are logged as often as
+    `DraftTraining(log_every=...)` says; nothing is written but what is asked for (`logger=True`, a ModelCheckpoint).
+
+    Errors: ValueError for `gradient_clip_val` and `accumulate_grad_batches`: a step sums weighted terms over its
+    micro-batches and divides once by the sum of weights, so both belong to where that is done.
+    """
+
+    def __init__(self, *, max_steps: int = -1, **settings: Any):
+        for name, remedy in ELSEWHERE.items():
+            if settings.get(name) not in (None, 1 if name == "accumulate_grad_batches" else None):
+                raise ValueError(f"Trainer({name}={settings[name]!r}): {remedy}")
+        callbacks = settings.get("callbacks") or []
+        callbacks = callbacks if isinstance(callbacks, (list, tuple)) else [callbacks]
+        defaults = {
+            "logger": False,
+            "enable_checkpointing": any(isinstance(one, Checkpoint) for one in callbacks),
+            "enable_model_summary": False,
+            "num_sanity_val_steps": 0,
+            "log_every_n_steps": 1,
+            "use_distributed_sampler": False,
+            # Inference tensors would outlive a validation: a sharded draft gathers its weights into the same memory.
+            "inference_mode": False,
+        }
+        if "val_check_interval" in settings:
+            defaults["check_val_every_n_epoch"] = None
+        super().__init__(max_steps=max_steps, **(defaults | settings))
