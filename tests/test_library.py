@@ -96,9 +96,8 @@ def test_the_whole_way_from_answers_to_a_table(tmp_path: Path) -> None:
     assert length.count == records["rounds"].sum()
     assert str(length) == f"{length.value:.2f} [{length.low:.2f}, {length.high:.2f}]"
     assert float(result.acceptance_rate) == pytest.approx(records["accepted"].sum() / records["proposed"].sum())
-    assert (
-        str(result.suffix_decay) == "no value" or float(result.suffix_decay) == result.metrics["suffix_decay"]["value"]
-    )
+    decay = result.metrics["suffix_decay"]["value"]
+    assert str(result.suffix_decay) == "no value" if decay is None else float(result.suffix_decay) == decay
     first = result.conditional_acceptance.iloc[0]
     accepted = sum(count for cells in records["histogram"] for _, taken, count in cells if taken)
     assert first["conditional"] == pytest.approx(accepted / first["n"])
@@ -160,10 +159,8 @@ def test_the_command_line_and_the_library_give_the_same_records(target: sb.Targe
 def test_a_suite_by_name_is_the_one_that_the_command_line_composes(name: str) -> None:
     from hydra.utils import instantiate
 
-    theirs, mine = (
-        instantiate(composed("evaluate", ["draft=plain", f"suite={name}"]).suite, _convert_="all"),
-        suite_of(name),
-    )
+    composition = composed("evaluate", ["draft=plain", f"suite={name}"])
+    theirs, mine = instantiate(composition.suite, _convert_="all"), suite_of(name)
     assert mine.benchmarks == theirs.benchmarks
     for fact in ("name", "limit", "turns", "seed", "folder"):
         assert getattr(mine, fact) == getattr(theirs, fact), fact
@@ -367,3 +364,43 @@ def test_a_script_needs_no_hydra() -> None:
     names_used = ", ".join(f"specbench.{name}" for name in sb.__all__)
     code = f"import sys, specbench; {names_used}; sys.exit('hydra' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
+
+
+def cells() -> list[str]:
+    """The code of the notebook, cell by cell."""
+    held = json.loads((ROOT / "notebooks" / "quickstart.ipynb").read_text())["cells"]
+    return ["".join(cell["source"]) for cell in held if cell["cell_type"] == "code"]
+
+
+@pytest.mark.long
+def test_the_notebook_runs_from_top_to_bottom() -> None:
+    found: dict[str, object] = {}
+    for number, cell in enumerate(cells(), start=1):
+        exec(compile(cell, f"cell {number}", "exec"), found)
+    assert set(found["compared"].table()["method"]) == {"dspark", "dflash"}
+    assert len(found["results"]["dspark"].records) == 36
+
+
+def test_the_notebook_shows_what_it_made() -> None:
+    held = json.loads((ROOT / "notebooks" / "quickstart.ipynb").read_text())["cells"]
+    outputs = [output for cell in held for output in cell.get("outputs", [])]
+    assert any("image/png" in output.get("data", {}) for output in outputs)
+    assert not any(output["output_type"] == "error" for output in outputs)
+    named = {name for cell in cells() for name in re.findall(r"\bsb\.(\w+)", cell)}
+    assert named <= set(sb.__all__)
+
+
+def test_the_page_of_the_library_gives_every_name_with_its_parameters() -> None:
+    page = (ROOT / "docs" / "library.md").read_text()
+    shown = dict(re.findall(r"^### `sb\.([\w.]+)\((.*)\)`$", page, re.M))
+    assert {name.partition(".")[0] for name in shown} == set(sb.__all__) - {"Draft"}
+    for name, listed in shown.items():
+        first, _, method = name.partition(".")
+        called = getattr(getattr(sb, first), method) if method else getattr(sb, first)
+        call = ast.parse(f"f({listed})", mode="eval").body
+        stated = [(one.id, None) for one in call.args]
+        stated += [(one.arg or one.value.id, one.arg and ast.literal_eval(one.value)) for one in call.keywords]
+        parameters = inspect.signature(called).parameters.values()
+        defaults = [None if one.default is one.empty else one.default for one in parameters]
+        plain = [list(value) if isinstance(value, tuple) else value for value in defaults]
+        assert stated == list(zip((one.name for one in parameters), plain, strict=True)), name

@@ -52,8 +52,8 @@ Prompts = Sequence[str] | Sequence[Sequence[str]] | Sequence[Sequence[int]]
 class Estimate:
     """A value with its 95% interval (cluster bootstrap over prompts) and the number of rounds that it rests on.
 
-    The bounds are NaN where fewer than two prompts had a round. The value is NaN where nothing defines it: a decay where
-    no slot behind the first was ever reached.
+    The bounds are NaN where fewer than two prompts had a round. The value is NaN where nothing defines it: a
+    decay where no slot behind the first was ever reached.
     """
 
     value: float
