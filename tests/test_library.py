@@ -6,6 +6,7 @@ import ast
 import inspect
 import json
 import logging
+import re
 import subprocess
 import sys
 from pathlib import Path
