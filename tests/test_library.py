@@ -280,6 +280,12 @@ def test_a_checkpoint_alone_gives_the_module_back(
     assert str(one) == str(two)
 
 
+def test_a_password_in_the_address_of_the_tables_is_not_kept(target: sb.Target) -> None:
+    module = module_of(target, tables_from={"cache": "https://reader:Zx81planted@shards.example/cache"})
+    assert "Zx81planted" not in repr(module.hparams) and "Zx81planted" not in repr(module.tables_from)
+    assert "shards.example/cache" in module.hparams["training"]["tables_from"]["cache"]
+
+
 def test_a_checkpoint_that_does_not_say_how_it_was_built_is_refused(target: sb.Target, tmp_path: Path) -> None:
     torch.save({"state_dict": {}, "global_step": 1}, tmp_path / "old.ckpt")
     with pytest.raises(ValueError, match=r"old\.ckpt does not say how its draft was built"):

@@ -29,6 +29,7 @@ from specbench.data.loading.target_cache import Step, TargetCache
 from specbench.drafts.draft import Draft
 from specbench.drafts.installed import checked, full_name, method_named
 from specbench.files.atomic import plain
+from specbench.files.redaction import redacted
 from specbench.files.torch_checkpoints import read_checkpoint
 from specbench.losses.objective import Loss, Objective
 from specbench.metrics.slots import SlotMetrics
@@ -84,7 +85,8 @@ class DraftTraining(L.LightningModule):
     moving average of the weights (None: off), which then is what gets validated, probed and written.
     `max_steps=None` takes the trainer's. `target_tables` are the target's embedding and head, by which the loss knows
     the target's distribution (None: those of the target that the draft was made for). `tables_from` says where they can
-    be read again, as {"target": ID, "revision": R} or {"cache": FOLDER}; without it a checkpoint holds them.
+    be read again, as {"target": ID, "revision": R} or {"cache": FOLDER}; without it a checkpoint holds them. A
+    password in an address is not kept: such a checkpoint is loaded with `target=`.
 
     A checkpoint holds the draft as plain settings beside its weights: `DraftTraining.load_from_checkpoint(PATH)`.
     A step sums over its micro-batches and divides once, so it is optimised by hand: `gradient_clip` and the data's
@@ -126,7 +128,8 @@ class DraftTraining(L.LightningModule):
         self._target_tables = (target_tables if target_tables is not None else _tables_of(draft),)
         if tables_from is None and draft.target_source is not None:
             tables_from = dict(zip(("target", "revision"), draft.target_source, strict=True))
-        self.tables_from = None if tables_from is None else dict(tables_from)
+        # It stands in checkpoints and in what loggers keep, where a password of a cache's address must not.
+        self.tables_from = None if tables_from is None else redacted(dict(tables_from))
         self.recipe = {"lr": lr, "betas": tuple(betas), "weight_decay": weight_decay}
         self.max_steps, self.warmup_share, self.gradient_clip = max_steps, warmup, gradient_clip
         self.layer_decay, self.anchor_seed, self.log_every = layer_decay, anchor_seed, log_every
