@@ -20,7 +20,7 @@ from specbench.cli.progress import Progress
 from specbench.cli.stages import Stage, say
 from specbench.data.answers import generation as answers
 from specbench.data.answers.chat import render
-from specbench.data.answers.engines import Engine, InProcessEngine, Policy, ServerEngine
+from specbench.data.answers.engines import AnswerPolicy, Engine, InProcessEngine, ServerEngine
 from specbench.data.answers.servers import ServerPool
 from specbench.data.answers.templates import ChatError, date_of, server_options, template_hash, template_of
 from specbench.data.prompts import preparation as prompts
@@ -108,9 +108,9 @@ async def _reached(pool: ServerPool) -> None:
 
 def policy_of(
     cfg: DictConfig, revision: str | None = None, template: str | None = None, date: str | None = None
-) -> Policy:
+) -> AnswerPolicy:
     """The law of the answers."""
-    return Policy(
+    return AnswerPolicy(
         model=cfg.target.id,
         revision=revision,
         template=template,

@@ -30,12 +30,12 @@ from specbench.drafts.baselines import SLOTS, SMALL, Baseline, Small, baseline, 
 from specbench.drafts.draft import Draft
 from specbench.evaluation.audit import verdict
 from specbench.evaluation.decoding import decode_suite, facts_of
-from specbench.evaluation.module import THINKING, Protocol
+from specbench.evaluation.draft_evaluation import THINKING, Protocol
 from specbench.library.evaluation import PLAIN, headline_of
 from specbench.models.target import Target
 from specbench.runs.provenance import provenance
 from specbench.runs.run_folder import RunFolder, folder_name, read_settings, read_summary
-from specbench.training.module import digest
+from specbench.training.draft_training import digest
 
 RESULTS = ("records.parquet", "rounds.jsonl", "summary.json", "config.yaml")
 

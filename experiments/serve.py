@@ -19,7 +19,7 @@ from specbench.decoding.calibration import Calibration
 from specbench.evaluation.recorded_rounds import recorded_rounds
 from specbench.files.atomic import write_json
 from specbench.runs.run_folder import RunFolder, folder_name
-from specbench.serving.load import NOTICE, Policy, closed_loop, poisson, service_levels, workload
+from specbench.serving.load import NOTICE, ServedPolicy, closed_loop, poisson, service_levels, workload
 
 RESULTS = ("points.csv", "points.json", "service_levels.csv", "profile.json", "summary.json", "config.yaml")
 SHOWN = ("policy", "load", "concurrency", "throughput", "interactivity", "verified_per_round", "accepted_length")
@@ -67,17 +67,17 @@ def described(cfg: DictConfig) -> dict[str, Any]:
     return {**recorded(cfg), "contents": [rounds_digest(path) for path in sources]}
 
 
-def _policy(name: str, chosen: DictConfig, cfg: DictConfig) -> Policy:
+def _policy(name: str, chosen: DictConfig, cfg: DictConfig) -> ServedPolicy:
     """A policy replays its own rounds where it names some (another draft's), the common ones otherwise."""
     rounds = chosen.rounds if "rounds" in chosen else cfg.rounds
     calibration = chosen.calibration if "calibration" in chosen else cfg.calibration
     loaded = None if calibration is None else Calibration.load(calibration)
     with naming("rounds", rounds):
         replayed = workload(recorded_rounds(rounds), loaded)
-    return Policy(name, instantiate(chosen.scheduler), replayed)
+    return ServedPolicy(name, instantiate(chosen.scheduler), replayed)
 
 
-def _sweep(policies: list[Policy], profile, cfg: DictConfig) -> list[dict]:
+def _sweep(policies: list[ServedPolicy], profile, cfg: DictConfig) -> list[dict]:
     rows = []
     with Progress("serve", len(policies) * (len(cfg.concurrency) + len(cfg.rate)), "points") as bar:
         for policy in policies:

@@ -25,7 +25,7 @@ from specbench.decoding.sampling import Sampling
 from specbench.decoding.scheduling import HardwareAware
 from specbench.drafts.baselines import Baseline
 from specbench.drafts.draft import Draft
-from specbench.evaluation.module import Protocol
+from specbench.evaluation.draft_evaluation import Protocol
 from specbench.files.atomic import read_json
 from specbench.models.target import Target
 from specbench.profiling.decoding_speed import (

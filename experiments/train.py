@@ -30,7 +30,7 @@ from specbench.cli.identity import content, fingerprint, identity
 from specbench.cli.launching import rank_and_world, ranks, repeats_the_command, shards_of
 from specbench.cli.recording import recorded
 from specbench.cli.stages import Stage, first_rank, say
-from specbench.data.cache.remote import is_remote
+from specbench.data.cache.remote_shards import is_remote
 from specbench.data.loading.step_data import StepData
 from specbench.decoding.sampling import Sampling
 from specbench.drafts.draft import Draft
@@ -42,8 +42,8 @@ from specbench.models.embedding_head import Tables
 from specbench.runs.provenance import provenance
 from specbench.runs.run_folder import RunFolder, folder_name
 from specbench.training.callbacks import DecodeProbe, GracefulStop, KeepLast, TrainingBar
-from specbench.training.initialisation import from_draft
-from specbench.training.module import DraftTraining, digest, require_precision, trainable_parameters
+from specbench.training.draft_training import DraftTraining, digest, require_precision, trainable_parameters
+from specbench.training.warm_start import from_draft
 
 RESULTS = ("draft/config.json", "draft/*.safetensors", "summary.json", "config.yaml")
 

@@ -15,7 +15,7 @@ from experiments.cache import encoded
 from specbench.cli.stages import say
 from specbench.data.answers.chat import prompt_ids
 from specbench.data.cache.manifest import DamagedManifest, Manifest
-from specbench.data.cache.remote import is_remote
+from specbench.data.cache.remote_shards import is_remote
 from specbench.data.cache.storage import storage
 from specbench.data.loading.online import OnlineTarget
 from specbench.data.loading.step_data import StepData

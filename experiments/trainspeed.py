@@ -17,7 +17,7 @@ from specbench.cli.assembly import device_of
 from specbench.cli.progress import Progress
 from specbench.cli.stages import Stage, container
 from specbench.files.atomic import write_json, write_text
-from specbench.profiling.step_measurement import Build, StepCost, fresh, measure
+from specbench.profiling.step_measurement import PrepareStep, StepCost, fresh, measure
 from specbench.profiling.training_speed import (
     SHAPES,
     StepShape,
@@ -133,7 +133,7 @@ PART = {
 }
 
 
-def _measured(builds: Mapping[str, Build], asked: DictConfig) -> dict[str, StepCost]:
+def _measured(builds: Mapping[str, PrepareStep], asked: DictConfig) -> dict[str, StepCost]:
     return measure(builds, repeats=asked.repeats, warmup=asked.warmup, threads=asked.threads)
 
 

@@ -47,7 +47,7 @@ PUBLIC = {
     "Eagle3": "specbench.drafts.eagle3",
     "MTP": "specbench.drafts.mtp",
     "Objective": "specbench.losses.objective",
-    "DraftTraining": "specbench.training.module",
+    "DraftTraining": "specbench.training.draft_training",
     "DecodeProbe": "specbench.training.callbacks",
     "Trainer": "specbench.library.training",
     "evaluate": "specbench.library.evaluation",

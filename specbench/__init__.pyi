@@ -14,7 +14,7 @@ from specbench.library.training import Trainer as Trainer
 from specbench.losses.objective import Objective as Objective
 from specbench.models.target import Target as Target
 from specbench.training.callbacks import DecodeProbe as DecodeProbe
-from specbench.training.module import DraftTraining as DraftTraining
+from specbench.training.draft_training import DraftTraining as DraftTraining
 
 __all__ = [
     "MTP",

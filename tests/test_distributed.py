@@ -22,10 +22,10 @@ from specbench.data.loading.online import OnlineTarget
 from specbench.data.prompts.benchmarks import Benchmark, Benchmarks
 from specbench.decoding.loop import Limits
 from specbench.decoding.sampling import Sampling
-from specbench.evaluation.module import DraftEvaluation, Protocol, merged
+from specbench.evaluation.draft_evaluation import DraftEvaluation, Protocol, merged
 from specbench.losses.objective import Objective
 from specbench.training.callbacks import DecodeProbe
-from specbench.training.module import DraftTraining
+from specbench.training.draft_training import DraftTraining
 from tests import toys
 from tests.data.tiny_target import talks
 from tests.pipeline import prepare

@@ -17,11 +17,11 @@ from experiments.cli import main
 from specbench.blocks import Context
 from specbench.decoding.loop import Limits, decode, speculative_decode
 from specbench.decoding.sampling import Sampling, warp
-from specbench.drafts.baselines import NGram, Oracle, Small
+from specbench.drafts.baselines import NGram, OracleDraft, Small
 from specbench.evaluation.audit import Parting, audit, parting, spacing, verdict
-from specbench.evaluation.module import Protocol
+from specbench.evaluation.draft_evaluation import Protocol
 from specbench.evaluation.recorded_rounds import digest
-from specbench.evaluation.teacher_forced import Forced, SlotAcceptance, slot_acceptance
+from specbench.evaluation.teacher_forced import SlotAcceptance, TrueTokens, slot_acceptance
 from specbench.evaluation.token_classes import token_classes
 from specbench.models.target import Target, save
 from specbench.runs.run_folder import read_summary
@@ -48,7 +48,7 @@ def test_acceptance_on_text_equals_proposals_with_the_true_tokens_forced(method)
         before = Context(states.taps[:, :anchor], states.last[:, :anchor], torch.tensor([anchor]))
         true = torch.cat([text[:, anchor + 1 :], text.new_zeros(1, K)], 1)
         state = draft.begin(before, text[:, :anchor])
-        p = draft.propose(state, text[0, anchor : anchor + 1], Forced(true, sampling)).probabilities[0]
+        p = draft.propose(state, text[0, anchor : anchor + 1], TrueTokens(true, sampling)).probabilities[0]
         there = min(K, text.shape[1] - 1 - anchor)
         wanted = torch.minimum(p[:there], q[anchor : anchor + there]).sum(-1)
         torch.testing.assert_close(found.alpha[n, :there], wanted, atol=1e-5, rtol=1e-4)
@@ -75,7 +75,7 @@ def test_every_round_accepts_what_the_text_says_at_its_anchor(method):
 @pytest.mark.parametrize("sampling", [Sampling(), Sampling(1.0)], ids=["greedy", "drawn"])
 def test_a_perfect_draft_is_accepted_everywhere(sampling):
     owner = toys.target()
-    drafts = [Small(owner, toys.VOCABULARY, 3)] + ([Oracle(owner, 3)] if sampling.greedy else [])
+    drafts = [Small(owner, toys.VOCABULARY, 3)] + ([OracleDraft(owner, 3)] if sampling.greedy else [])
     text = next(iter(decode(owner, PROMPTS[:1], sampling, Limits(20))))
     for draft in drafts:
         found = slot_acceptance(owner, draft, text.prompt_ids, text.output_ids, sampling, 3)
@@ -106,7 +106,7 @@ def texts(target: Target, draft, count: int = 8, new: int = 32):
 
 
 def test_bf16_texts_part_at_near_ties_alone(short):
-    rows = [parted and parted.row() for parted in audit(short, *texts(short, Oracle(short, 5)))]
+    rows = [parted and parted.row() for parted in audit(short, *texts(short, OracleDraft(short, 5)))]
     found = verdict(rows, 2.0)
     assert found["violations"] == 0 and found["identical"] + found["ties"] == found["texts"] == 8
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
+from collections.abc import Iterator
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
@@ -151,3 +152,31 @@ def test_analysis_runs_without_torch() -> None:
 @pytest.mark.parametrize("file", sources(*PACKAGES, "tests", "configs"), ids=path)
 def test_files_are_named_for_what_they_hold(file: Path) -> None:
     assert file.stem not in BANNED
+
+
+def classes(file: Path) -> Iterator[str]:
+    """Names of the public classes and type aliases that a file defines."""
+    for node in ast.parse(file.read_text(encoding="utf-8")).body:
+        name = node.name if isinstance(node, ast.ClassDef) else ""
+        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
+            name = node.targets[0].id
+        if name[:1].isupper() and not name.isupper():
+            yield name
+
+
+def test_one_name_is_one_class() -> None:
+    """A reader who meets a class by its name knows which one it is."""
+    where: dict[str, list[str]] = {}
+    for file in sources(*PACKAGES):
+        for name in classes(file):
+            where.setdefault(name, []).append(path(file))
+    assert not {name: files for name, files in where.items() if len(files) > 1}
+
+
+def test_one_name_is_one_module() -> None:
+    """The same for modules below folders; a verb in experiments/ is named as the command is."""
+    where: dict[str, list[str]] = {}
+    for file in sources("specbench", "analysis"):
+        if file.stem != "__init__":
+            where.setdefault(file.stem, []).append(path(file))
+    assert not {name: files for name, files in where.items() if len(files) > 1}

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from specbench.metrics import functional
-from specbench.metrics.calibration import ConfidenceMetrics
+from specbench.metrics.confidence import ConfidenceMetrics
 from specbench.metrics.functional import (
     conditional_acceptance,
     deepspec_row,

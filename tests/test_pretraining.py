@@ -15,7 +15,7 @@ from transformers import AutoTokenizer
 
 from experiments.target import run
 from specbench.data.answers.embedded_tokenizer import rendered, train_tokenizer
-from specbench.data.loading.padded_rows import Encoded, batches, unigram_loss
+from specbench.data.loading.padded_rows import CorpusText, batches, unigram_loss
 from specbench.data.prompts.embedded_corpus import DOMAINS, conversations
 from specbench.models import target as targets
 from specbench.training.pretraining import CorpusBatches, LanguageModeling, initialise, split_parameters, token_losses
@@ -85,7 +85,7 @@ def test_batches_hold_every_conversation_once_with_the_right_weights():
     examples = []
     for i in range(300):
         size = draw.randint(3, 60)
-        examples.append(Encoded([i + 1] * size, [0] * (size // 2) + [1] * (size - size // 2), i % 3))
+        examples.append(CorpusText([i + 1] * size, [0] * (size // 2) + [1] * (size - size // 2), i % 3))
     seen = {}
     for rows in batches(examples, 256, 0.25, random.Random(2)):
         assert rows.tokens.numel() <= 256
@@ -111,7 +111,7 @@ def test_token_losses_are_those_of_plain_counting():
 
 
 def test_unigram_loss_of_known_counts():
-    assert unigram_loss([Encoded([9, 1, 1, 2], [0, 1, 1, 1], 0)]) == pytest.approx(
+    assert unigram_loss([CorpusText([9, 1, 1, 2], [0, 1, 1, 1], 0)]) == pytest.approx(
         -(2 / 3 * math.log(2 / 3) + 1 / 3 * math.log(1 / 3))
     )
 

@@ -20,7 +20,7 @@ from specbench.checkpoints.config_keys import NEUTRAL, REASONS, FormatError
 from specbench.checkpoints.draft_folder import build_draft, export_draft, load_draft, save_draft
 from specbench.checkpoints.exports import obstacle
 from specbench.models.embedding_head import Tables
-from specbench.training.initialisation import from_draft
+from specbench.training.warm_start import from_draft
 from tests import published, tiny, transcriptions
 from tests.test_interchange import IDS, made, same
 

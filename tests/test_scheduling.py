@@ -17,7 +17,7 @@ from specbench.decoding.scheduling import (
     DelayedGlobal,
     FixedLength,
     HardwareAware,
-    Oracle,
+    OracleScheduler,
     StaticThreshold,
     prefix_schedule,
     prefix_schedule_reference,
@@ -251,11 +251,11 @@ def test_errors_say_what_to_do_instead():
     with pytest.raises(ValueError, match=r"threshold=1.5"):
         StaticThreshold(1.5)
     with pytest.raises(ValueError, match="recordings only"):
-        Oracle().lengths(None, full)
+        OracleScheduler().lengths(None, full)
     with pytest.raises(ValueError, match=r"covers 1 to 3 tokens.*asked for 1 to 4"):
         HardwareAware(APPENDIX_A).lengths(np.full((1, 3), 0.5), full)
-    assert not Oracle.lossless
-    np.testing.assert_array_equal(Oracle().lengths(None, np.array([3, 1]), accepted=np.array([2, 2])), [2, 1])
+    assert not OracleScheduler.lossless
+    np.testing.assert_array_equal(OracleScheduler().lengths(None, np.array([3, 1]), accepted=np.array([2, 2])), [2, 1])
 
 
 def test_256_requests_of_7_slots_cost_well_under_a_millisecond():

@@ -18,10 +18,10 @@ from specbench.decoding.calibration import fit
 from specbench.decoding.cost_profile import CostProfile
 from specbench.decoding.loop import Limits, speculative_decode
 from specbench.decoding.sampling import Sampling
-from specbench.decoding.scheduling import DelayedGlobal, FixedLength, HardwareAware, Oracle, StaticThreshold
+from specbench.decoding.scheduling import DelayedGlobal, FixedLength, HardwareAware, OracleScheduler, StaticThreshold
 from specbench.evaluation.recorded_rounds import PromptRounds, flatten, from_lines
-from specbench.serving.load import Policy, closed_loop, poisson, service_levels, workload
-from specbench.serving.simulator import Engine, Workload
+from specbench.serving.load import ServedPolicy, closed_loop, poisson, service_levels, workload
+from specbench.serving.simulator import SimulatedEngine, Workload
 from tests import tiny
 
 SLOTS = 5
@@ -54,7 +54,7 @@ def drawn(prompts=24, seed=0, ending=True):
 
 
 def policy(scheduler, prompts):
-    return Policy(scheduler.label, scheduler, workload(prompts))
+    return ServedPolicy(scheduler.label, scheduler, workload(prompts))
 
 
 @pytest.mark.parametrize("length", [0, 1, 3, 5, None])
@@ -81,7 +81,14 @@ def test_a_linear_cost_has_a_closed_form_too():
 
 @pytest.mark.parametrize(
     "scheduler",
-    [FixedLength(), FixedLength(2), StaticThreshold(0.6), HardwareAware(CONSTANT), DelayedGlobal(CONSTANT), Oracle()],
+    [
+        FixedLength(),
+        FixedLength(2),
+        StaticThreshold(0.6),
+        HardwareAware(CONSTANT),
+        DelayedGlobal(CONSTANT),
+        OracleScheduler(),
+    ],
     ids=lambda s: s.label,
 )
 @pytest.mark.parametrize("arrivals", [None, np.linspace(0, 3, 50)], ids=["closed", "open"])
@@ -89,7 +96,7 @@ def test_tokens_are_conserved(scheduler, arrivals):
     """What 50 requests committed is what was recorded for their prompts, whatever the scheduler and the load."""
     prompts = drawn()
     order = np.random.default_rng(4).permutation(len(prompts))
-    engine = Engine(workload(prompts), CONSTANT, scheduler, 7, order, arrivals=arrivals, limit=50)
+    engine = SimulatedEngine(workload(prompts), CONSTANT, scheduler, 7, order, arrivals=arrivals, limit=50)
     steps = list(engine.steps())
     expected = [prompts[order[i % len(order)]].tokens for i in range(50)]
     assert sorted(s.tokens for s in engine.served) == sorted(expected)
@@ -103,7 +110,7 @@ def test_tokens_are_conserved(scheduler, arrivals):
 def test_a_full_length_replay_of_one_user_is_the_recording():
     """Round for round: as many steps as were recorded, each with the recorded acceptance."""
     prompts = drawn(prompts=3)
-    engine = Engine(workload(prompts), CONSTANT, FixedLength(), 1, [0, 1, 2], limit=3)
+    engine = SimulatedEngine(workload(prompts), CONSTANT, FixedLength(), 1, [0, 1, 2], limit=3)
     steps = list(engine.steps())
     recorded = np.concatenate([p.accepted for p in prompts])
     assert len(steps) == len(recorded)
@@ -137,7 +144,7 @@ def test_the_simulated_engine_takes_the_steps_of_the_real_one(batch, length):
         for d in done
     ]
     assert sum(sum(line["accepted"]) for line in lines) > 0
-    engine = Engine(workload(from_lines(lines)), CONSTANT, FixedLength(), batch, range(7), limit=7)
+    engine = SimulatedEngine(workload(from_lines(lines)), CONSTANT, FixedLength(), batch, range(7), limit=7)
     assert [step.requests for step in engine.steps()] == in_flight
 
 
@@ -148,7 +155,7 @@ def test_the_oracle_verifies_what_is_accepted_and_bounds_every_policy():
     profile = CostProfile(tokens, 1 / (0.005 + 0.001 * tokens), "line", "illustrative")
     rows = {
         s.label: closed_loop(policy(s, prompts), profile, 16, steps=400, warmup=50)
-        for s in (Oracle(), FixedLength(1), FixedLength(), StaticThreshold(0.7), HardwareAware(profile))
+        for s in (OracleScheduler(), FixedLength(1), FixedLength(), StaticThreshold(0.7), HardwareAware(profile))
     }
     assert rows["oracle"]["acceptance_rate"] == 1.0 and rows["oracle"]["lossless"] is False
     best = rows.pop("oracle")["throughput"]
@@ -184,7 +191,7 @@ def test_poisson_serves_what_is_offered_until_it_cannot():
 
 
 def test_an_idle_engine_waits_for_the_next_arrival():
-    engine = Engine(workload(uniform(2)), CONSTANT, FixedLength(), 8, [0, 1, 2], arrivals=[1.0, 100.0])
+    engine = SimulatedEngine(workload(uniform(2)), CONSTANT, FixedLength(), 8, [0, 1, 2], arrivals=[1.0, 100.0])
     steps = list(engine.steps())
     assert [s.started for s in engine.served] == [1.0, 100.0]
     assert len(steps) == 80 and steps[40].end == pytest.approx(100.02)

@@ -20,7 +20,7 @@ from specbench.decoding.sampling import Sampling
 from specbench.drafts.initialisation import randomise
 from specbench.models.backbone import backbone_of
 from specbench.models.target import Target
-from specbench.training.module import DraftTraining
+from specbench.training.draft_training import DraftTraining
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 TINY = ("tiny_qwen3", "tiny_gemma4", "tiny_deepseek_v4")

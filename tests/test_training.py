@@ -22,7 +22,7 @@ from specbench.models.target import Target, new_causal_lm
 from specbench.runs.folder_logger import FolderLogger
 from specbench.runs.run_folder import RunFolder
 from specbench.training.callbacks import DecodeProbe, GracefulStop, KeepLast, TrainingBar
-from specbench.training.module import DraftTraining, require_precision, warmup_cosine
+from specbench.training.draft_training import DraftTraining, require_precision, warmup_cosine
 from tests import toys
 from tests.data.tiny_target import talks
 

@@ -19,7 +19,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from analysis.read.runs import Runs
-from analysis.statistics.teacher_forced import Forced
+from analysis.statistics.acceptance_gap import TeacherForcedSums
 
 NAMES = ("by_round", "token_classes", "teacher_forced")
 
@@ -77,7 +77,7 @@ def classes(runs: Runs, known: pd.DataFrame) -> pd.DataFrame:
     )
 
 
-def forced(runs: Runs) -> tuple[Forced, Runs] | None:
+def forced(runs: Runs) -> tuple[TeacherForcedSums, Runs] | None:
     """Teacher-forced sums by prompt and the records that carry them; None where no record does."""
     prompts, sums, kept = [], [], []
     for places, columns in _files(runs):
@@ -87,7 +87,7 @@ def forced(runs: Runs) -> tuple[Forced, Runs] | None:
                 prompts.append(runs.records["prompt"].iloc[place])
                 sums.append(slots)
                 kept.append(place)
-    return (Forced.of(prompts, sums), runs.pick(np.sort(kept))) if prompts else None
+    return (TeacherForcedSums.of(prompts, sums), runs.pick(np.sort(kept))) if prompts else None
 
 
 def _files(runs: Runs) -> Iterator[tuple[np.ndarray, dict[str, pa.Array]]]:

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from analysis.read import remote
+from analysis.read import wandb_runs
 from analysis.read.configurations import Facts, identity, joined, of_decoding, of_draft, prompt_sets
 from analysis.read.folders import FINISHED, SUMMARY, find, inherit, read_run, trainings
 from analysis.read.records import Table, check, concatenate
@@ -192,7 +192,7 @@ def load(
     folders: dict[Path, None] = {}
     for source in [sources] if isinstance(sources, (str, os.PathLike)) else sources:
         text = os.fspath(source)
-        found = remote.fetch(text, Path(cache)) if text.startswith(remote.PREFIX) else find(text)
+        found = wandb_runs.fetch(text, Path(cache)) if text.startswith(wandb_runs.PREFIX) else find(text)
         folders.update(dict.fromkeys(found))
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         read = list(pool.map(read_run, folders))

@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
+from analysis.statistics.acceptance_gap import TeacherForcedSums, paired
 from analysis.statistics.histograms import Counts, count
 from analysis.statistics.intervals import by_slot, interval
-from analysis.statistics.teacher_forced import Forced, paired
 
 # Tokens / seconds that their requests spent in flight: of one request inside its batch, not of the batch.
 PER_REQUEST = "tokens_per_second_per_request"
@@ -34,7 +34,7 @@ def headline(records: Sequence[Mapping[str, Any]], resamples: int = 2000, seed: 
     """Every headline metric as {value, low, high, count}, the slot curves, and the same by benchmark.
 
     `count` is rounds; a quantity that has no value (no round, one prompt) is null. Records with teacher-forced sums add
-    expected_length, length_gap and a curve `teacher_forced` (analysis.statistics.teacher_forced),
+    expected_length, length_gap and a curve `teacher_forced` (analysis.statistics.acceptance_gap),
     whose counts are anchors.
     """
     whole = _numbers(records, resamples, seed)
@@ -76,7 +76,9 @@ def _numbers(records: Sequence[Mapping[str, Any]], resamples: int, seed: int) ->
 def _teacher_forced(records: Sequence[Mapping[str, Any]], counts: Counts, resamples: int, seed: int) -> dict[str, Any]:
     have = [r for r in records if r.get("teacher_forced")]
     both = (
-        paired(counts, Forced.of(_keys(have), [r["teacher_forced"] for r in have]), resamples, seed) if have else None
+        paired(counts, TeacherForcedSums.of(_keys(have), [r["teacher_forced"] for r in have]), resamples, seed)
+        if have
+        else None
     )
     if both is None:
         return {}

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import pandas as pd
 
 from analysis.read import details
+from analysis.statistics.acceptance_gap import TeacherForcedSums, paired
 from analysis.statistics.histograms import join
 from analysis.statistics.intervals import RESAMPLES
-from analysis.statistics.teacher_forced import Forced, paired
 from analysis.tables import frames as tables
 from analysis.tables import groups as grouping
 from analysis.tables.groups import Group
@@ -33,7 +33,7 @@ def table(found: Sequence[Group], resamples: int = RESAMPLES, seed: int = 0) -> 
         if not parts:
             continue
         prompts = [prompt for sums, _ in parts for prompt in sums.prompts]
-        whole = Forced.of(prompts, [row for sums, _ in parts for row in sums.sums.tolist()])
+        whole = TeacherForcedSums.of(prompts, [row for sums, _ in parts for row in sums.sums.tolist()])
         both = paired(join([runs.counts() for _, runs in parts]), whole, resamples, seed)
         if both is None:
             continue

@@ -28,7 +28,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from specbench.checkpoints.config_keys import REASONS, FormatError, Keys, agreed, agreed_flag, agreed_number
-from specbench.checkpoints.layer_config import Layers, gemma4_layers_of, layers_of
+from specbench.checkpoints.layer_config import LayerFacts, gemma4_layers_of, layers_of
 from specbench.drafts.dflash import DFlash
 from specbench.drafts.draft import Draft
 from specbench.drafts.dspark import MARKOV_HEADS, DSpark
@@ -81,7 +81,7 @@ class Form:
 
     kind: type[Draft]
     settings: dict[str, Any]
-    layers: Layers
+    layers: LayerFacts
     text: dict[str, Any]
     about: dict[str, Any] = field(default_factory=dict)
 
@@ -292,7 +292,7 @@ def _deepspec(config: Keys, family: str, tensors: Collection[str], settings: Any
     return Form(draft, found, layers, plain)
 
 
-def _deepspec_block(config: Keys, layers: Layers) -> tuple[type[Draft], dict[str, Any]]:
+def _deepspec_block(config: Keys, layers: LayerFacts) -> tuple[type[Draft], dict[str, Any]]:
     return _with_heads(
         config,
         {
@@ -305,7 +305,7 @@ def _deepspec_block(config: Keys, layers: Layers) -> tuple[type[Draft], dict[str
     )
 
 
-def _deepspec_eagle3(config: Keys, layers: Layers) -> tuple[type[Draft], dict[str, Any]]:
+def _deepspec_eagle3(config: Keys, layers: LayerFacts) -> tuple[type[Draft], dict[str, Any]]:
     count = config.integer("draft_num_hidden_layers", 1)
     if count != layers.count:
         raise FormatError(
@@ -364,7 +364,7 @@ def _zlab(config: Keys) -> Form:
     return Form(DFlash, settings, layers, layers.text(config), about)
 
 
-def _block_attention(layers: Layers, causal: bool | None, inputs: int) -> dict[str, Any]:
+def _block_attention(layers: LayerFacts, causal: bool | None, inputs: int) -> dict[str, Any]:
     """The settings of attention inside a block; `causal` of all layers (None: of those that slide).
 
     Errors: FormatError for a window that reaches no block's end, and for full layers that are causal beside others.
@@ -417,7 +417,7 @@ def _speculators_block(config: Keys, name: str) -> Form:
 
 def _speculators_layers(
     config: Keys, families: tuple[str, ...] | None, norm_first: bool = False
-) -> tuple[dict[str, Any], Layers]:
+) -> tuple[dict[str, Any], LayerFacts]:
     """transformer_layer_config, whose class is Qwen3's where it does not say; `families` it may have (None: its layers
     are Qwen3's, whatever it says)."""
     inner = config.section(config.needed("transformer_layer_config"))
@@ -475,7 +475,7 @@ def _eagle_flags(*sections: Keys) -> dict[str, bool]:
     return {name: True for name, on in found.items() if on}
 
 
-def _same_width(config: Keys, layers: Layers) -> None:
+def _same_width(config: Keys, layers: LayerFacts) -> None:
     width = config.integer("target_hidden_size")
     if width not in (None, layers.backbone.hidden_size):
         raise FormatError(
@@ -484,7 +484,7 @@ def _same_width(config: Keys, layers: Layers) -> None:
         )
 
 
-def _one_layer(layers: Layers) -> int:
+def _one_layer(layers: LayerFacts) -> int:
     if layers.count != 1:
         raise FormatError(f"num_hidden_layers={layers.count}: further layers of this format do not read the embedding")
     return layers.count

@@ -31,7 +31,7 @@ FULL, SLIDING = "full_attention", "sliding_attention"
 
 
 @dataclass(frozen=True)
-class Layers:
+class LayerFacts:
     """Number and facts of a draft's layers; those in `sliding`, counted from 0, look through the backbone's window."""
 
     count: int
@@ -49,7 +49,7 @@ class Layers:
         return self.facts | {key: value for key, value in config.values.items() if value is not None}
 
 
-def layers_of(config: Keys, family: str, norm_before_residual: bool = False, unnamed: str = "qwen3") -> Layers:
+def layers_of(config: Keys, family: str, norm_before_residual: bool = False, unnamed: str = "qwen3") -> LayerFacts:
     """Read the layers of `family` (qwen3 or llama) from a configuration whose defaults are those of the class that
     its model_type names, `unnamed` where it names none. Errors: FormatError."""
     known = config.text("model_type", unnamed)
@@ -94,10 +94,10 @@ def layers_of(config: Keys, family: str, norm_before_residual: bool = False, unn
     facts |= _rope(config, defaults.get("rope_theta"))
     window, sliding = windows_of(config, facts["num_hidden_layers"])
     backbone = _backbone(facts | {"model_type": family}, family, window, norm_before_residual)
-    return Layers(facts["num_hidden_layers"], backbone, facts, sliding)
+    return LayerFacts(facts["num_hidden_layers"], backbone, facts, sliding)
 
 
-def gemma4_layers_of(config: Keys, own_values: bool) -> Layers:
+def gemma4_layers_of(config: Keys, own_values: bool) -> LayerFacts:
     """The same of a Gemma4 text configuration, whose drafts have the full-attention geometry; `own_values`: the
     checkpoint holds value projections, whatever `attention_k_eq_v` says of the target."""
     rope = config.section("rope_parameters")
@@ -138,7 +138,7 @@ def gemma4_layers_of(config: Keys, own_values: bool) -> Layers:
         )
     for key in ("sliding_window", "use_sliding_window"):
         config.get(key)  # of the target's own layers
-    return Layers(facts["num_hidden_layers"], _backbone(facts, "gemma4", None, False), facts)
+    return LayerFacts(facts["num_hidden_layers"], _backbone(facts, "gemma4", None, False), facts)
 
 
 def windows_of(config: Keys, layers: int) -> tuple[int | None, frozenset[int]]:

@@ -29,7 +29,7 @@ RAW = (("model",),)
 PARTS = {bool: "true or false", str: "a text", type(None): "null", dict: "a mapping", Any: "any value"}
 
 
-class Group(BaseModel):
+class Settings(BaseModel):
     """A group of settings: whole numbers are whole numbers, no text is read as a number, and nothing else is known."""
 
     model_config = STRICT

@@ -14,7 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 from pydantic import AfterValidator, Field, model_validator
 
 from specbench.cli import schema
-from specbench.cli.schema import Built, Group, Told, show
+from specbench.cli.schema import Built, Settings, Told, show
 from specbench.ranges import (
     AboveZero,
     AtLeastZero,
@@ -152,11 +152,11 @@ Name = Annotated[
 Folder = Annotated[str, Field(min_length=1), AfterValidator(_path), Told("a path")]
 Device = Annotated[str, AfterValidator(_device), Told(DEVICE)]
 DType = Literal["float32", "bfloat16", "float16", "float64"]
-Codec = Annotated[str, AfterValidator(_codec), Told("the name of a codec")]
+CodecName = Annotated[str, AfterValidator(_codec), Told("the name of a codec")]
 Family = Annotated[str, AfterValidator(_family), Told("the name of a family of backbones")]
 Taps = Annotated[list[LayerId], Field(min_length=1), AfterValidator(_ascending)]
 Stops = list[TokenId]
-Texts = list[Text]
+TextList = list[Text]
 RawConfig = Annotated[dict[str, Any], AfterValidator(_sizes), Told("the raw configuration of a model, by its keys")]
 Place = Annotated[Folder | list[Folder], Told("a path, or a list of paths")]
 PROGRAM = ("backbone", "tables", "target_layer_ids", "mask_token_id", "draft_vocabulary")
@@ -164,34 +164,36 @@ TRAINED = ("draft", "target_tables", "objective", "max_steps", "anchor_seed")
 
 DraftArguments = Annotated[dict[str, Any], Built(kind="specbench.drafts.draft.Draft", given=PROGRAM)]
 ObjectiveArguments = Annotated[dict[str, Any], Built(of="specbench.losses.objective.Objective", tried=True)]
-Recipe = Annotated[dict[str, Any], Built(of="specbench.training.module.DraftTraining", given=TRAINED)]
+TrainingArguments = Annotated[
+    dict[str, Any], Built(of="specbench.training.draft_training.DraftTraining", given=TRAINED)
+]
 DataArguments = Annotated[
     dict[str, Any],
     Built(of="specbench.data.loading.step_data.StepData", given=("seed", "limit_samples", "rank", "world")),
 ]
-Tracking = Annotated[dict[str, Any], Built(kind="specbench.runs.wandb_tracking.Tracking")]
-Suite = Annotated[
+TrackingArguments = Annotated[dict[str, Any], Built(kind="specbench.runs.wandb_tracking.Tracking")]
+SuiteArguments = Annotated[
     dict[str, Any], AfterValidator(_benchmarks), Built(kind="specbench.data.prompts.benchmarks.Benchmarks")
 ]
-Scheduler = Annotated[dict[str, Any], Built(kind="specbench.decoding.scheduling.Scheduler")]
-Profile = Annotated[dict[str, Any], Built(kind="specbench.decoding.cost_profile.CostProfile")]
-Patience = Annotated[dict[str, Any], Built(kind="specbench.data.answers.servers.Patience")]
-Source = Annotated[dict[str, Any], Built(given=("dropped",))]
+SchedulerArguments = Annotated[dict[str, Any], Built(kind="specbench.decoding.scheduling.Scheduler")]
+ProfileArguments = Annotated[dict[str, Any], Built(kind="specbench.decoding.cost_profile.CostProfile")]
+PatienceArguments = Annotated[dict[str, Any], Built(kind="specbench.data.answers.servers.Patience")]
+SourceArguments = Annotated[dict[str, Any], Built(given=("dropped",))]
 
 
-class Sampling(Group):
+class SamplingSettings(Settings):
     temperature: Temperature
     top_p: ShareAboveZero
     top_k: Natural
     min_p: ShareBelowOne
 
 
-class AnswerSampling(Sampling):
+class AnswerSamplingSettings(SamplingSettings):
     repetition_penalty: AboveZero
     presence_penalty: Penalty
 
 
-class Target(Group):
+class TargetSettings(Settings):
     name: Name
     id: Folder
     revision: Text | None
@@ -203,21 +205,21 @@ class Target(Group):
     device: Device
     thinking: bool | None
     max_length: Tokens
-    sampling: Sampling
+    sampling: SamplingSettings
     seed: Seed = 0
     config: RawConfig | None = None
     shapes: RawConfig | None = None
 
 
-class Data(Group):
+class DataSettings(Settings):
     name: Name
-    source: Source
+    source: SourceArguments
     near_duplicate: ShareAboveZero | None
     ngram: Count | None
-    decontaminate: Text | Texts | None
+    decontaminate: Text | TextList | None
 
 
-class Method(Group):
+class MethodSettings(Settings):
     name: Name
     draft: DraftArguments
     backbone: Family | None
@@ -228,7 +230,7 @@ class Method(Group):
     loss: Text | None = None
 
     @model_validator(mode="after")
-    def _a_label_says_what_is_built(self) -> Method:
+    def _a_label_says_what_is_built(self) -> MethodSettings:
         if any(key.startswith(("markov", "confidence")) for key in self.draft):
             from specbench.cli.method_signature import fits
 
@@ -248,19 +250,19 @@ class Method(Group):
         return self
 
 
-class Probe(Group):
+class ProbeSettings(Settings):
     every: Count | None
     prompts: Count
     max_new_tokens: Tokens
     temperature: Temperature
 
 
-class AfterTraining(Group):
+class AfterTrainingSettings(Settings):
     limit: Count | None
     max_new_tokens: Tokens
 
 
-class Lightning(Group):
+class LightningSettings(Settings):
     accelerator: ACCELERATORS
     devices: Annotated[Count | Literal["auto"] | list[Natural], Told("a number of devices, a list of them, or auto")]
     num_nodes: Count
@@ -276,59 +278,59 @@ class Lightning(Group):
     enable_progress_bar: bool | None = None
 
 
-class Trainer(Group):
+class TrainerSettings(Settings):
     max_steps: Count | None
     epochs: Count | None
-    recipe: Recipe
+    recipe: TrainingArguments
     data: DataArguments
-    probe: Probe
+    probe: ProbeSettings
     validate_every: Count | None
-    evaluation: AfterTraining
-    lightning: Lightning
+    evaluation: AfterTrainingSettings
+    lightning: LightningSettings
 
     @model_validator(mode="after")
-    def _it_ends(self) -> Trainer:
+    def _it_ends(self) -> TrainerSettings:
         if self.max_steps is None and self.epochs is None:
             raise ValueError("trainer.max_steps=null trainer.epochs=null: give one of them, so that training ends")
         return self
 
 
-class Seeds(Group):
+class SeedsSettings(Settings):
     init: Seed
     data: Seed
     anchors: Seed
 
 
-class Study(Group):
+class StudySettings(Settings):
     """What `reproduce` reads of an experiment; the other verbs carry it."""
 
     verb: Literal["train", "evaluate", "serve"] = "train"
     train: dict[str, Any] = Field({})
     calibrate: bool = False
-    caches: list[Codec] = Field([])
-    group_by: Texts = Field([])
+    caches: list[CodecName] = Field([])
+    group_by: TextList = Field([])
     baseline: dict[str, Text] = Field({})
 
 
-class Train(Group):
-    method: Method
-    target: Target
-    data: Data
-    suite: Suite
-    trainer: Trainer
-    tracking: Tracking
+class TrainSettings(Settings):
+    method: MethodSettings
+    target: TargetSettings
+    data: DataSettings
+    suite: SuiteArguments
+    trainer: TrainerSettings
+    tracking: TrackingArguments
     choice: Text | None = None
-    study: Study | None = None
+    study: StudySettings | None = None
     root: Folder
     force: bool
     name: Name | None
     cache: Folder | None
-    cache_codec: Codec | None
+    cache_codec: CodecName | None
     online: bool
     plan: bool
     memory: AboveZero | None
     start: Folder
-    seed: Seeds
+    seed: SeedsSettings
     limit_samples: Count | None
     cache_dtype: DType | None
     on_damage: Literal["raise", "skip"]
@@ -340,38 +342,38 @@ class Train(Group):
     evaluation_seed: Seed
 
     @model_validator(mode="after")
-    def _evaluation_has_temperatures(self) -> Train:
+    def _evaluation_has_temperatures(self) -> TrainSettings:
         if self.evaluate and not self.temperatures:
             raise ValueError("temperatures=[]: give at least one, or evaluate=false")
         return self
 
 
-class Stages(Group):
-    prompts: Texts
-    answers: Texts
-    cache: Texts
+class StagesSettings(Settings):
+    prompts: TextList
+    answers: TextList
+    cache: TextList
 
 
-class Reproduce(Train):
+class ReproduceSettings(TrainSettings):
     name: Text
     yes: bool
-    codec: Codec
+    codec: CodecName
     entity: Text | None
     project: Text
-    stages: Stages
+    stages: StagesSettings
 
 
-class Evaluate(Group):
-    target: Target
-    suite: Suite
-    scheduler: Scheduler
-    tracking: Tracking
-    study: Study | None = None
+class EvaluateSettings(Settings):
+    target: TargetSettings
+    suite: SuiteArguments
+    scheduler: SchedulerArguments
+    tracking: TrackingArguments
+    study: StudySettings | None = None
     root: Folder
     force: bool
     name: Name | None
     draft: Folder
-    methods: Texts = Field(default_factory=list)
+    methods: TextList = Field(default_factory=list)
     prompts: Folder | None
     temperature: Temperature
     top_k: Natural
@@ -393,7 +395,7 @@ class Evaluate(Group):
     devices: Threads
 
     @model_validator(mode="after")
-    def _what_goes_together(self) -> Evaluate:
+    def _what_goes_together(self) -> EvaluateSettings:
         for name in ("teacher_forced", "audit"):
             if getattr(self, name) and self.draft == "plain":
                 raise ValueError(f"{name}=true examines what a draft proposes and draft=plain proposes nothing")
@@ -407,12 +409,12 @@ class Evaluate(Group):
         return self
 
 
-class Packing(Group):
+class PackingSettings(Settings):
     row_length: Tokens
     vocabulary: Tokens
 
 
-class StepTimes(Group):
+class StepTimesSettings(Settings):
     parts: Annotated[
         list[Literal["dspark", "eagle3", "terms", "packing"]], Field(min_length=1), AfterValidator(_distinct)
     ]
@@ -421,18 +423,18 @@ class StepTimes(Group):
     threads: Threads
     repeats: Count
     warmup: Natural
-    packing: Packing
+    packing: PackingSettings
 
 
-class Speed(Group):
-    target: Target
-    suite: Suite
+class SpeedSettings(Settings):
+    target: TargetSettings
+    suite: SuiteArguments
     root: Folder
     name: Name | None
     force: bool
     what: Literal["decode", "train"]
     draft: Folder | None
-    methods: Texts = Field(default_factory=list)
+    methods: TextList = Field(default_factory=list)
     slots: Slots | None
     prompts: Folder | None
     batch_sizes: Annotated[list[Count], Field(min_length=1), AfterValidator(_distinct)]
@@ -451,10 +453,10 @@ class Speed(Group):
     thinking: bool | None
     device: Device
     stop_token_ids: Stops | None
-    train: StepTimes
+    train: StepTimesSettings
 
     @model_validator(mode="after")
-    def _something_is_timed(self) -> Speed:
+    def _something_is_timed(self) -> SpeedSettings:
         if self.what == "decode" and self.draft is None:
             raise ValueError(
                 "speed needs draft=... (a draft folder, a training run or a baseline), or `specbench speed train`"
@@ -464,58 +466,58 @@ class Speed(Group):
         return self
 
 
-class Prompts(Group):
-    data: Data
+class PromptsSettings(Settings):
+    data: DataSettings
     root: Folder
     force: bool
     validation: ShareBelowOne
     near_duplicate: ShareAboveZero | None
     ngram: Count | None
-    decontaminate: Text | Texts | None
+    decontaminate: Text | TextList | None
     prompts: Folder | None
     seed: Seed
 
 
-class Answers(Group):
-    target: Target
-    data: Data
+class AnswersSettings(Settings):
+    target: TargetSettings
+    data: DataSettings
     root: Folder
     force: bool
     split: Literal["train", "validation"]
     count: Count | None
     preview: Count | None
     thinking: bool | None
-    sampling: AnswerSampling
+    sampling: AnswerSamplingSettings
     max_new_tokens: Tokens
     seed: Seed
-    servers: Annotated[Texts, AfterValidator(_distinct)]
+    servers: Annotated[TextList, AfterValidator(_distinct)]
     model: Text
     api_key: Annotated[str, Told("a text")]
     concurrency: Threads
-    patience: Patience
+    patience: PatienceArguments
     device: Device
     batch_size: Count
     token_budget: Count | None
     chunk: Count
 
     @model_validator(mode="after")
-    def _servers_are_addresses(self) -> Answers:
+    def _servers_are_addresses(self) -> AnswersSettings:
         for url in self.servers:
             if not re.match(r"https?://[^/\s]+", url):
                 raise ValueError(f"servers={show(self.servers)}: takes base URLs, as in [http://localhost:8000/v1]")
         return self
 
 
-class Cache(Group):
-    target: Target
-    data: Data
+class CacheSettings(Settings):
+    target: TargetSettings
+    data: DataSettings
     root: Folder
     force: bool
     plan: bool
     answers: Folder | None
     folder: Folder | None
-    codec: Codec
-    last_codec: Codec | None
+    codec: CodecName
+    last_codec: CodecName | None
     last_rows: Literal["all", "supervised"]
     max_length: Tokens
     thinking: bool | None
@@ -524,7 +526,7 @@ class Cache(Group):
     device: Device
 
 
-class Calibrate(Group):
+class CalibrateSettings(Settings):
     root: Folder
     name: Name
     force: bool
@@ -536,15 +538,15 @@ class Calibrate(Group):
     draft: Folder | None
 
 
-class ServedPolicy(Group):
-    scheduler: Scheduler
+class ServedPolicySettings(Settings):
+    scheduler: SchedulerArguments
     rounds: Folder | None = None
     calibration: Folder | None = None
 
 
-class Serve(Group):
-    profile: Profile
-    study: Study | None = None
+class ServeSettings(Settings):
+    profile: ProfileArguments
+    study: StudySettings | None = None
     root: Folder
     name: Name
     force: bool
@@ -559,10 +561,10 @@ class Serve(Group):
     seed: Seed
     floors: list[AboveZero]
     baseline: Text
-    policies: dict[str, ServedPolicy | None]
+    policies: dict[str, ServedPolicySettings | None]
 
     @model_validator(mode="after")
-    def _there_is_load_and_a_baseline(self) -> Serve:
+    def _there_is_load_and_a_baseline(self) -> ServeSettings:
         if not self.concurrency and not self.rate:
             raise ValueError("concurrency=[] rate=[]: give users, arrivals or both, or there is no load")
         kept = [name for name, policy in self.policies.items() if policy is not None]
@@ -573,7 +575,7 @@ class Serve(Group):
         return self
 
 
-class Filters(Group):
+class FiltersSettings(Settings):
     target: Any
     method: Any
     suite: Any
@@ -585,7 +587,7 @@ class Filters(Group):
     thinking: Any
 
     @model_validator(mode="after")
-    def _values_not_mappings(self) -> Filters:
+    def _values_not_mappings(self) -> FiltersSettings:
         for name, value in self:
             if (
                 any(isinstance(item, Mapping) for item in (value if isinstance(value, list) else [value]))
@@ -595,13 +597,13 @@ class Filters(Group):
         return self
 
 
-class Compare(Group):
+class CompareSettings(Settings):
     root: Folder
     name: Name
     runs: Place
-    filters: Filters
-    where: Annotated[str | Texts, Told("conditions such as key=value or key!=value, or a list of them")]
-    group_by: Annotated[Text | Texts, Told("a key, or a list of keys")]
+    filters: FiltersSettings
+    where: Annotated[str | TextList, Told("conditions such as key=value or key!=value, or a list of them")]
+    group_by: Annotated[Text | TextList, Told("a key, or a list of keys")]
     resamples: Count
     seed: Seed
     minimum_shared: Share
@@ -611,7 +613,7 @@ class Compare(Group):
     figures: bool
 
     @model_validator(mode="after")
-    def _conditions(self) -> Compare:
+    def _conditions(self) -> CompareSettings:
         for word in self.where.split() if isinstance(self.where, str) else self.where:
             if not re.fullmatch(r"[^=!\s]+!?=.*", word):
                 raise ValueError(f"where={show(self.where)}: takes conditions such as key=value or key!=value")
@@ -620,16 +622,16 @@ class Compare(Group):
         return self
 
 
-class Report(Compare):
+class ReportSettings(CompareSettings):
     title: Text | None
     entity: Text | None
     project: Text
 
 
-class Export(Group):
+class ExportSettings(Settings):
     root: Folder
     draft: Folder
-    methods: Texts = Field(default_factory=list)
+    methods: TextList = Field(default_factory=list)
     format: Literal["deepspec", "vllm", "sglang"]
     folder: Folder | None
     target_id: Folder | None
@@ -640,10 +642,10 @@ class Export(Group):
     force: bool
 
 
-class Import(Group):
+class ImportSettings(Settings):
     root: Folder
     draft: Folder
-    methods: Texts = Field(default_factory=list)
+    methods: TextList = Field(default_factory=list)
     revision: Text | None
     folder: Folder | None
     target_id: Folder | None
@@ -651,14 +653,14 @@ class Import(Group):
     force: bool
 
 
-class Sync(Group):
+class SyncSettings(Settings):
     root: Folder
     run: Folder | None
 
 
-class Rerun(Group):
+class RerunSettings(Settings):
     run: Folder
-    classes: Texts = Field(default_factory=list)
+    classes: TextList = Field(default_factory=list)
     name: Name | None
     root: Folder | None
     seconds: bool
@@ -666,36 +668,36 @@ class Rerun(Group):
     force: bool
 
 
-class Remake(Group):
+class RemakeSettings(Settings):
     remake: bool
     seconds: Seconds
 
 
-class Clock(Group):
+class ClockSettings(Settings):
     prompts: Natural
     repeats: Count
     max_new_tokens: Tokens
 
 
-class Quickstart(Group):
-    tracking: Tracking
+class QuickstartSettings(Settings):
+    tracking: TrackingArguments
     root: Folder
     force: bool
     seed: Seed
-    target: Remake
+    target: RemakeSettings
     methods: Annotated[list[Name], Field(min_length=1), AfterValidator(_distinct)]
     temperatures: Annotated[list[Temperature], Field(min_length=1), AfterValidator(_distinct)]
     prompts: Count
     held_out: Count
     benchmark_prompts: Count
     max_new_tokens: Tokens
-    clock: Clock
-    codec: Codec
+    clock: ClockSettings
+    codec: CodecName
     steps: Count
     docs: Folder | None
 
     @model_validator(mode="after")
-    def _methods_exist(self) -> Quickstart:
+    def _methods_exist(self) -> QuickstartSettings:
         from specbench.cli.config_groups import known_options
 
         if unknown := [name for name in self.methods if name not in known_options("method")]:
@@ -706,14 +708,14 @@ class Quickstart(Group):
         return self
 
 
-class Pretrainer(Group):
+class PretrainerSettings(Settings):
     max_steps: Count
     accelerator: ACCELERATORS
     devices: Count
     enable_progress_bar: bool
 
 
-class Pretrain(Group):
+class PretrainSettings(Settings):
     check: Text | None
     check_dtype: DType
     root: Folder
@@ -728,28 +730,28 @@ class Pretrain(Group):
     training: Annotated[dict[str, Any], Built(kind="specbench.training.pretraining.LanguageModeling", given=("model",))]
     seed: Seed
     every: Count
-    trainer: Pretrainer
+    trainer: PretrainerSettings
 
 
 # By root configuration.
-SCHEMAS: dict[str, type[Group]] = {
-    "quickstart": Quickstart,
-    "pretrain": Pretrain,
-    "prompts": Prompts,
-    "answers": Answers,
-    "cache": Cache,
-    "train": Train,
-    "evaluate": Evaluate,
-    "speed": Speed,
-    "calibrate": Calibrate,
-    "serve": Serve,
-    "compare": Compare,
-    "report": Report,
-    "export": Export,
-    "import": Import,
-    "sync": Sync,
-    "rerun": Rerun,
-    "reproduce": Reproduce,
+SCHEMAS: dict[str, type[Settings]] = {
+    "quickstart": QuickstartSettings,
+    "pretrain": PretrainSettings,
+    "prompts": PromptsSettings,
+    "answers": AnswersSettings,
+    "cache": CacheSettings,
+    "train": TrainSettings,
+    "evaluate": EvaluateSettings,
+    "speed": SpeedSettings,
+    "calibrate": CalibrateSettings,
+    "serve": ServeSettings,
+    "compare": CompareSettings,
+    "report": ReportSettings,
+    "export": ExportSettings,
+    "import": ImportSettings,
+    "sync": SyncSettings,
+    "rerun": RerunSettings,
+    "reproduce": ReproduceSettings,
 }
 
 

@@ -242,7 +242,7 @@ class DelayedGlobal(Scheduler):
 
 
 @dataclass(frozen=True)
-class Oracle(Scheduler):
+class OracleScheduler(Scheduler):
     """Verifies exactly what the target will accept: the upper row of a table, possible only on a recording."""
 
     lossless: ClassVar[bool] = False

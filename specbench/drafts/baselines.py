@@ -1,8 +1,8 @@
 """Drafts that need no training, for the same decoding loop, records and clock as trained ones.
 
-    NGram    prompt lookup: what followed the longest recent suffix when it last occurred (Saxena 2023)
-    Oracle   the target's own greedy continuation: every slot is accepted at temperature 0, the upper row of a table
-    Small    a standalone language model of the same tokenizer (Leviathan et al. 2023; Chen et al. 2023)
+    NGram        prompt lookup: what followed the longest recent suffix when it last occurred (Saxena 2023)
+    OracleDraft  the target's own greedy continuation: every slot is accepted at temperature 0, the upper row of a table
+    Small        a standalone language model of the same tokenizer (Leviathan et al. 2023; Chen et al. 2023)
 
 The first two propose without probabilities: a one-hot law, which verification takes as such, so the output keeps the
 target's law at every temperature. Their time is that of this implementation; the oracle's includes running the target.
@@ -22,7 +22,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from specbench.blocks import Context
-from specbench.drafts.draft import Proposal, Sample
+from specbench.drafts.draft import Proposal, SampleFunction
 from specbench.models.target import Target, TargetState
 
 BASELINES = ("ngram", "oracle")
@@ -97,14 +97,16 @@ class NGram(Baseline):
         new = zip(state.rows, tokens.tolist(), context.lengths.tolist(), strict=True)
         return Texts([row + ids[:count] for row, ids, count in new])
 
-    def propose(self, state: Texts, anchor: Int[Tensor, " B"], sample: Sample, slots: int | None = None) -> Proposal:
+    def propose(
+        self, state: Texts, anchor: Int[Tensor, " B"], sample: SampleFunction, slots: int | None = None
+    ) -> Proposal:
         count = self.block_size if slots is None else min(slots, self.block_size)
         pairs = zip(state.rows, anchor.tolist(), strict=True)
         found = [lookup([*row, first], count, self.longest) for row, first in pairs]
         return Proposal(torch.tensor(found, device=anchor.device), None, None)
 
 
-class Oracle(Baseline):
+class OracleDraft(Baseline):
     """The target as its own draft: a perfect one at temperature 0, the best deterministic one above."""
 
     def __init__(self, target: Target, block_size: int = SLOTS):
@@ -120,7 +122,7 @@ class Oracle(Baseline):
         return state
 
     def propose(
-        self, state: TargetState, anchor: Int[Tensor, " B"], sample: Sample, slots: int | None = None
+        self, state: TargetState, anchor: Int[Tensor, " B"], sample: SampleFunction, slots: int | None = None
     ) -> Proposal:
         target, count = self._target[0], self.block_size if slots is None else min(slots, self.block_size)
         every = torch.arange(len(anchor), device=anchor.device)
@@ -185,7 +187,7 @@ class Small(Baseline):
         return SmallState(state.model, rest, counts)
 
     def propose(
-        self, state: SmallState, anchor: Int[Tensor, " B"], sample: Sample, slots: int | None = None
+        self, state: SmallState, anchor: Int[Tensor, " B"], sample: SampleFunction, slots: int | None = None
     ) -> Proposal:
         count = self.block_size if slots is None else min(slots, self.block_size)
         rows = torch.arange(len(anchor), device=anchor.device)
@@ -269,4 +271,4 @@ def baseline(name: str, target: Target, block_size: int = SLOTS) -> Baseline:
         return small(name.removeprefix(SMALL), target, block_size)
     if name not in BASELINES:
         raise ValueError(f"draft={name}: the baselines are {', '.join(BASELINES)} and {SMALL}FOLDER")
-    return NGram(block_size) if name == "ngram" else Oracle(target, block_size)
+    return NGram(block_size) if name == "ngram" else OracleDraft(target, block_size)

@@ -14,12 +14,12 @@ from __future__ import annotations
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from specbench.drafts.draft import Proposal, Sample
+from specbench.drafts.draft import Proposal, SampleFunction
 from specbench.drafts.parallel import ParallelDraft
 
 
 class DFlash(ParallelDraft):
     """No Markov head, no confidence head."""
 
-    def draw(self, hidden: Float[Tensor, "B K D"], anchor: Int[Tensor, " B"], sample: Sample) -> Proposal:
+    def draw(self, hidden: Float[Tensor, "B K D"], anchor: Int[Tensor, " B"], sample: SampleFunction) -> Proposal:
         return self.draw_at_once(hidden, anchor, sample)

@@ -31,7 +31,7 @@ from specbench.models.target_files import mask_token_of
 # What a constructor takes beside its settings: objects, which no file can hold.
 OBJECTS = ("backbone", "tables", "draft_vocabulary")
 # logits (B, S, V) of S consecutive slots -> tokens (B, S) and, when drawn, the probabilities (B, S, V) they came from
-Sample = Callable[[Tensor], tuple[Tensor, Tensor | None]]
+SampleFunction = Callable[[Tensor], tuple[Tensor, Tensor | None]]
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ class Proposer(Protocol):
 
     def begin(self, context: Context, tokens: Tensor) -> Any: ...
 
-    def propose(self, state: Any, anchor: Tensor, sample: Sample, slots: int | None = None) -> Proposal: ...
+    def propose(self, state: Any, anchor: Tensor, sample: SampleFunction, slots: int | None = None) -> Proposal: ...
 
     def commit(self, state: Any, context: Context, tokens: Tensor) -> Any: ...
 
@@ -206,7 +206,9 @@ class Draft(nn.Module):
             self.stack.renew()
         return self.commit(State(KVCache(len(tokens), tokens.device)), context, tokens)
 
-    def propose(self, state: State, anchor: Int[Tensor, " B"], sample: Sample, slots: int | None = None) -> Proposal:
+    def propose(
+        self, state: State, anchor: Int[Tensor, " B"], sample: SampleFunction, slots: int | None = None
+    ) -> Proposal:
         """Propose `slots` (default: block_size) tokens after `anchor`; the state stays as it is."""
         raise NotImplementedError
 

@@ -23,7 +23,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from specbench.blocks import Batch, Blocks, slot_positions, take
-from specbench.drafts.draft import Proposal, Sample
+from specbench.drafts.draft import Proposal, SampleFunction
 from specbench.drafts.parallel import ParallelDraft
 from specbench.models.backbone import Backbone
 from specbench.models.embedding_head import Tables
@@ -170,7 +170,7 @@ class DSpark(ParallelDraft):
             return self.confidence_head(hidden)
         return self.confidence_head(torch.cat([hidden, self.markov_head.markov_w1(previous)], -1))
 
-    def draw(self, hidden: Float[Tensor, "B K D"], anchor: Int[Tensor, " B"], sample: Sample) -> Proposal:
+    def draw(self, hidden: Float[Tensor, "B K D"], anchor: Int[Tensor, " B"], sample: SampleFunction) -> Proposal:
         """Base logits of all slots at once, then one low-rank bias a slot, left to right."""
         if self.markov_head is None:
             return self.draw_at_once(hidden, anchor, sample)

@@ -17,7 +17,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from specbench.blocks import PADDING, Batch, Blocks, Context, assemble, take
-from specbench.drafts.draft import Draft, Proposal, Sample, State
+from specbench.drafts.draft import Draft, Proposal, SampleFunction, State
 from specbench.models.attention import Span, Visibility, attend, attend_flex, attend_spans, block_mask, spans
 from specbench.models.backbone import Backbone, Layer, RotaryEmbedding
 from specbench.models.embedding_head import Tables
@@ -156,7 +156,9 @@ class ParallelDraft(Draft):
         state.cache.advance(context.lengths)
         return state
 
-    def propose(self, state: State, anchor: Int[Tensor, " B"], sample: Sample, slots: int | None = None) -> Proposal:
+    def propose(
+        self, state: State, anchor: Int[Tensor, " B"], sample: SampleFunction, slots: int | None = None
+    ) -> Proposal:
         x, cache = self.block_inputs(anchor, self.inputs), state.cache
         rope = self.rope.behind(cache, self.inputs, x.dtype)
         masks = {False: cache.visible(self.inputs, causal=self.causal_block, window=self.backbone.window)}
@@ -168,7 +170,7 @@ class ParallelDraft(Draft):
         hidden = self.norm(x if self.sample_from_anchor else x[:, 1:])
         return self.draw(hidden[:, :slots], anchor, sample)
 
-    def draw(self, hidden: Float[Tensor, "B K D"], anchor: Int[Tensor, " B"], sample: Sample) -> Proposal:
+    def draw(self, hidden: Float[Tensor, "B K D"], anchor: Int[Tensor, " B"], sample: SampleFunction) -> Proposal:
         """Sample the slots left to right; a method whose slots do not depend on each other draws them at once."""
 
         def logits(k: int, previous: list[Tensor]) -> Tensor:
@@ -181,7 +183,7 @@ class ParallelDraft(Draft):
         self,
         hidden: Float[Tensor, "B K D"],
         anchor: Int[Tensor, " B"],
-        sample: Sample,
+        sample: SampleFunction,
         logits: Callable[[int, list[Tensor]], Float[Tensor, "B 1 V"]],
     ) -> Proposal:
         """Sample slot k (from 0) from `logits(k, previous)`, `previous` being the anchor and the k tokens before it."""
@@ -194,7 +196,9 @@ class ParallelDraft(Draft):
         drawn = None if probabilities[0] is None else self.widen(torch.cat(probabilities, 1))
         return Proposal(tokens[:, 1:], drawn, self.confidence(hidden, tokens[:, :-1]))
 
-    def draw_at_once(self, hidden: Float[Tensor, "B K D"], anchor: Int[Tensor, " B"], sample: Sample) -> Proposal:
+    def draw_at_once(
+        self, hidden: Float[Tensor, "B K D"], anchor: Int[Tensor, " B"], sample: SampleFunction
+    ) -> Proposal:
         """Sample all slots from one projection, for drafts whose logits do not depend on `previous`."""
         tokens, drawn = sample(self.project(hidden))
         proposal = Proposal(self.to_target(tokens), self.widen(drawn), None)

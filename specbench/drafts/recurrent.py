@@ -17,7 +17,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from specbench.blocks import PADDING, SUPERVISIONS, Batch, Blocks, Context, assemble, slot_positions, take
-from specbench.drafts.draft import Draft, Proposal, Sample, State
+from specbench.drafts.draft import Draft, Proposal, SampleFunction, State
 from specbench.models.attention import Visibility, attend, attend_flex, block_mask
 from specbench.models.backbone import Backbone, Layer, Rope, RotaryEmbedding
 from specbench.models.embedding_head import Tables
@@ -165,7 +165,9 @@ class RecurrentDraft(Draft):
         cache.advance(counts)
         return state
 
-    def propose(self, state: State, anchor: Int[Tensor, " B"], sample: Sample, slots: int | None = None) -> Proposal:
+    def propose(
+        self, state: State, anchor: Int[Tensor, " B"], sample: SampleFunction, slots: int | None = None
+    ) -> Proposal:
         steps = self.block_size if slots is None else min(slots, self.block_size)
         feature, token, cache = state.feature[:, None], anchor[:, None], state.cache
         ropes = zip(*(side.split(1, 1) for side in self.rope.behind(cache, steps, feature.dtype)), strict=True)

@@ -11,7 +11,7 @@ from lightning.pytorch.loggers import Logger
 from specbench.data.answers.templates import template_facts
 from specbench.data.prompts.benchmarks import Benchmarks
 from specbench.drafts.draft import Proposer
-from specbench.evaluation.module import Answered, DraftEvaluation, Protocol, merged, write_rounds
+from specbench.evaluation.draft_evaluation import Answered, DraftEvaluation, Protocol, merged, write_rounds
 from specbench.models.target import Target
 from specbench.runs.run_folder import RunFolder
 

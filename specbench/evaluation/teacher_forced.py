@@ -95,13 +95,13 @@ def _decoding_view(
     context = Context(batch.taps.expand(count, -1, -1, -1), last, anchors)
     state = draft.begin(context, rows)
     true = take(batch.tokens, slot_positions(batch, draft.block_size)[0])[0]
-    proposal = draft.propose(state, rows[0, anchors], Forced(true, sampling), slots)
+    proposal = draft.propose(state, rows[0, anchors], TrueTokens(true, sampling), slots)
     if proposal.probabilities is not None:
         return proposal.probabilities
     return F.one_hot(proposal.tokens, vocabulary).float()
 
 
-class Forced:
+class TrueTokens:
     """A sampler that takes the true tokens, slot after slot, and still says with which probabilities it would draw."""
 
     def __init__(self, tokens: Int[Tensor, "N K"], sampling: Sampling):

@@ -13,10 +13,12 @@ from analysis.compare import Comparison
 from analysis.compare import compare as compare_runs
 from specbench.library.evaluation import Evaluation
 
-Source = Evaluation | str | Path
+ComparedRun = Evaluation | str | Path
 
 
-def compare(sources: Source | Sequence[Source], folder: str | Path | None = None, **settings: Any) -> Comparison:
+def compare(
+    sources: ComparedRun | Sequence[ComparedRun], folder: str | Path | None = None, **settings: Any
+) -> Comparison:
     """Tables of `sources`, paired by prompt, as `specbench compare` makes them; with `folder` also figures and a page.
 
     sources: evaluations, run folders, folders above some, `wandb:ENTITY/PROJECT`, in any mix.

@@ -33,13 +33,13 @@ from specbench.decoding.scheduling import FixedLength, Scheduler
 from specbench.drafts.baselines import Baseline
 from specbench.drafts.draft import Draft
 from specbench.evaluation.decoding import decode_suite, facts_of
-from specbench.evaluation.module import Answered, Protocol
+from specbench.evaluation.draft_evaluation import Answered, Protocol
 from specbench.files.atomic import json_line
 from specbench.models.target import Target
 from specbench.ranges import Number
 from specbench.runs.provenance import provenance
 from specbench.runs.run_folder import RunFolder, read_summary
-from specbench.training.module import digest
+from specbench.training.draft_training import digest
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

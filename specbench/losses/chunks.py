@@ -13,7 +13,7 @@ from jaxtyping import Bool, Shaped
 from torch import Tensor
 
 from specbench.blocks import Blocks
-from specbench.losses.row_pass import RowPass, Rows
+from specbench.losses.row_pass import RowPass, SlotResults
 from specbench.losses.terms import SlotWeight
 from specbench.models.fast.projection import Linears
 
@@ -53,15 +53,15 @@ class Chunks:
         self.spans = list(_spans(self.mask.sum(-1).tolist(), self.rows))
         self.target_linears.room = min(self.rows, len(self.target))
 
-    def __call__(self, row_pass: RowPass, linears: Linears, learning: bool = False) -> tuple[Rows, Tensor]:
+    def __call__(self, row_pass: RowPass, linears: Linears, learning: bool = False) -> tuple[SlotResults, Tensor]:
         """Results of all rows, and if `learning` the gradient of the features (else empty)."""
         linears.room = self.target_linears.room
         parts = [self.chunk(row_pass, linears, learning, rows, blocks) for rows, blocks in self.spans]
-        return Rows.join([rows for rows, _ in parts]), torch.cat([outer for _, outer in parts])
+        return SlotResults.join([rows for rows, _ in parts]), torch.cat([outer for _, outer in parts])
 
     def chunk(
         self, row_pass: RowPass, linears: Linears, learning: bool, rows: slice, blocks: slice
-    ) -> tuple[Rows, Tensor]:
+    ) -> tuple[SlotResults, Tensor]:
         """One chunk of whole blocks, forward and backward."""
         features = self.features[rows].detach().requires_grad_(learning)
         with torch.set_grad_enabled(learning), linears:

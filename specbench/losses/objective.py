@@ -20,17 +20,16 @@ from torch import Tensor
 
 from specbench.blocks import Blocks
 from specbench.losses.chunks import Chunks, grid
-from specbench.losses.row_pass import RowPass, Rows
+from specbench.losses.row_pass import RowPass, SlotResults
 from specbench.losses.terms import Blend, SlotWeight
 from specbench.metrics.slot_statistics import SlotStatistics
 from specbench.models.fast.projection import Known, Linears, SharedLookups, leaves, without
-from specbench.ranges import Among, AtLeastZero, Count
+from specbench.ranges import Among, AtLeastZero, Count, Number
 
 if TYPE_CHECKING:
     from specbench.drafts.draft import Draft
     from specbench.models.embedding_head import Tables
 
-Number = float | int
 NORMALISATIONS = ("weights", "positions")
 ROW_STATISTICS = ("ce", "tv", "alpha", "agreement", "hit", "label_outside", "outside")
 
@@ -146,7 +145,7 @@ class Objective:
 def total(
     objective: Objective,
     blocks: Blocks,
-    rows: Rows,
+    rows: SlotResults,
     confidence: Float[Tensor, "B N K"] | None,
     shared: Sequence[Tensor],
     positions: int | None,

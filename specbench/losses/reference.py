@@ -12,7 +12,7 @@ from torch import Tensor
 
 from specbench.blocks import Blocks
 from specbench.losses.objective import Loss, Objective, total
-from specbench.losses.row_pass import Rows
+from specbench.losses.row_pass import SlotResults
 from specbench.losses.terms import slot_terms
 from specbench.models.fast.projection import leaves
 
@@ -40,7 +40,7 @@ def reference_objective(
     if blend is not None:
         share = blend.weight(values["alpha"] if blend.over == "row" else values["alpha"].mean())
         active["blend"] = share * values["kl"] + (1 - share) * (1 - values["alpha"])
-    rows = Rows(
+    rows = SlotResults(
         ce=values["ce"],
         probability=torch.where(inside[kept], torch.exp(-values["ce"]), 0.0),
         tv=values["tv"],

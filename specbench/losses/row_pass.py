@@ -27,7 +27,7 @@ TILE_BYTES = 2 * 2**20
 
 
 @dataclass
-class Rows:
+class SlotResults:
     """Results of each row in at least fp32; `terms` holds the active ones."""
 
     ce: Float[Tensor, " r"]
@@ -41,7 +41,7 @@ class Rows:
     terms: dict[str, Tensor]
 
     @classmethod
-    def join(cls, parts: list[Rows]) -> Rows:
+    def join(cls, parts: list[SlotResults]) -> SlotResults:
         """The rows of several parts in order."""
         names = [field.name for field in fields(cls) if field.name != "terms"]
         joined = {name: torch.cat([getattr(part, name) for part in parts]) for name in names}
@@ -115,7 +115,7 @@ class RowPass:
         labels: Int[Tensor, " r"],
         scale: Float[Tensor, " r"] | None = None,
         of: Int[Tensor, " r"] | None = None,
-    ) -> Rows:
+    ) -> SlotResults:
         """Results of the rows; given `scale`, a factor on each row's loss, the gradient replaces `draft_logits`.
 
         `of` names the target row of every draft row (None: they stand side by side): what concerns the target alone
@@ -129,7 +129,7 @@ class RowPass:
             picked = torch.arange(tile.start, tile.stop, device=labels.device) if of is None else of[tile]
             rows = (draft_logits[tile], verdict, picked, columns[tile], inside[tile])
             parts.append(self._tile(*rows, None if scale is None else scale[tile]))
-        return Rows.join(parts)
+        return SlotResults.join(parts)
 
     def _judge(self, logits: Float[Tensor, "u V"]) -> Verdict:
         """The target's side of the comparison, row by row in place where that is possible."""
@@ -183,7 +183,7 @@ class RowPass:
         columns: Tensor,
         inside: Tensor,
         scale: Tensor | None,
-    ) -> Rows:
+    ) -> SlotResults:
         wanted, blend = self.coefficients, self.blend
         z = raw.to(torch.promote_types(raw.dtype, torch.float32))
         top, first = _top(z)
@@ -231,7 +231,7 @@ class RowPass:
             share = blend.weight(alpha if blend.over == "row" else self.mean_alpha).to(top.dtype)
             terms["blend"] = share * terms["kl"] + (1 - share) * (1 - alpha)
             slope_q, slope_m = slope_q - share, slope_m + (1 - share) / 2
-        rows = Rows(
+        rows = SlotResults(
             ce=ce,
             probability=p.gather(1, label)[:, 0] * inside,
             tv=tv,

@@ -69,7 +69,7 @@ log = logging.getLogger("specbench")
 class Disagreement(ValueError):
     """A target whose view is not the library's; `report` says where."""
 
-    def __init__(self, message: str, report: Report):
+    def __init__(self, message: str, report: SelfCheckReport):
         super().__init__(message)
         self.report = report
 
@@ -90,7 +90,7 @@ class Line:
 
 
 @dataclass(frozen=True)
-class Report:
+class SelfCheckReport:
     """What a check found: the pass that is used (None: refused), why not a faster one, and every comparison."""
 
     target: str
@@ -130,7 +130,7 @@ def _order(name: str) -> int:
     return int(name) if _number(name) else ["final", "logits"].index(name)
 
 
-def settle(target: Any, anew: bool = False) -> Report:
+def settle(target: Any, anew: bool = False) -> SelfCheckReport:
     """Check `target` unless a check of the same is remembered, and let it decode by the pass that agrees.
 
     Errors: Disagreement (a ValueError) naming the layer where its states first leave the library's.
@@ -149,7 +149,7 @@ def settle(target: Any, anew: bool = False) -> Report:
     return replace(report, target=target.name)
 
 
-def _apply(target: Any, report: Report) -> None:
+def _apply(target: Any, report: SelfCheckReport) -> None:
     if report.mode != "direct":
         target.direct = None
     if report.mode in SLOWER:
@@ -158,7 +158,7 @@ def _apply(target: Any, report: Report) -> None:
         log.warning("target %s is %s: %s", target.name, SLOWER.get(report.mode, "run by its library"), report.reason)
 
 
-def _refusal(report: Report) -> str:
+def _refusal(report: SelfCheckReport) -> str:
     worst = report.first("whole")
     if report.reason == NOT_CAUSAL:
         return f"target {report.target} cannot be used: {NOT_CAUSAL}, so it cannot continue a text token by token"
@@ -170,7 +170,7 @@ def _refusal(report: Report) -> str:
     )
 
 
-def examine(target: Any) -> Report:
+def examine(target: Any) -> SelfCheckReport:
     """Compare every pass that `target` could take, the fastest first, until one agrees."""
     tokens, lengths = _texts(target)
     layers = range(-1, len(target.layers))
@@ -224,7 +224,7 @@ def examine(target: Any) -> Report:
                     f"(relative difference {wrong.difference:.1e}, rounding explains {wrong.tolerance:.0e})"
                 )
             target.direct = held
-    return Report(target.name, mode, None if mode == "direct" else reason, tokens.shape[1], tuple(lines))
+    return SelfCheckReport(target.name, mode, None if mode == "direct" else reason, tokens.shape[1], tuple(lines))
 
 
 def _guarded(run: Any) -> Any:
@@ -435,7 +435,7 @@ def sampled_digest(model: torch.nn.Module, samples: int = 64) -> str:
     return digest.hexdigest()
 
 
-def remembered(path: Path, key: Mapping[str, str]) -> Report | None:
+def remembered(path: Path, key: Mapping[str, str]) -> SelfCheckReport | None:
     """The result of an earlier check of the same; None where there is none, or what stands there is not one."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
@@ -449,12 +449,12 @@ def remembered(path: Path, key: Mapping[str, str]) -> Report | None:
         reason = None if report["reason"] is None else str(report["reason"])
         if report["mode"] == "recompute" and not reason:
             return None
-        return Report(str(report["target"]), report["mode"], reason, int(report["tokens"]), lines)
+        return SelfCheckReport(str(report["target"]), report["mode"], reason, int(report["tokens"]), lines)
     except (OSError, ValueError, LookupError, TypeError):
         return None
 
 
-def _remember(path: Path, key: Mapping[str, str], report: Report) -> None:
+def _remember(path: Path, key: Mapping[str, str], report: SelfCheckReport) -> None:
     """Keep a result; a folder that cannot be written to costs the next load a check."""
     found = asdict(report)
     for line in found["lines"]:

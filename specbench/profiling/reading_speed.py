@@ -31,7 +31,7 @@ VOCABULARY = 512
 
 
 @dataclass(frozen=True)
-class Speed:
+class ReadingSpeed:
     """Bytes of states delivered in bf16 over wall time, and processor seconds for them; best of the repeats."""
 
     reader: str
@@ -80,7 +80,7 @@ def compare(
     threads: int = 2,
     repeats: int = 3,
     codecs: tuple[str, ...] = ("bf16", "exact", "int8", "smallest"),
-) -> list[Speed]:
+) -> list[ReadingSpeed]:
     """Write the same random conversations in both forms below `folder`, then read both in turns.
 
     The files stay in the page cache, as they do in a second epoch on a machine with enough memory.
@@ -108,7 +108,7 @@ def compare(
             found = (time.perf_counter() - wall, _processor_seconds() - processor)
             assert np.isfinite(checked)
             best[name] = min(best.get(name, found), found)
-    return [Speed(name, size / wall, processor / size) for name, (wall, processor) in best.items()]
+    return [ReadingSpeed(name, size / wall, processor / size) for name, (wall, processor) in best.items()]
 
 
 def _processor_seconds() -> float:
@@ -142,6 +142,6 @@ def _write_mapped(path: Path, target: _Lookup, talks: list[_Talk]) -> Callable[[
     return sample
 
 
-def report(speeds: list[Speed]) -> list[dict[str, Any]]:
+def report(speeds: list[ReadingSpeed]) -> list[dict[str, Any]]:
     """The comparison as rows of a table."""
     return [vars(speed) for speed in speeds]

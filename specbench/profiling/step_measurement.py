@@ -20,8 +20,8 @@ from typing import Any
 
 import torch
 
-Step = Callable[[], Any]
-Build = Callable[[], Step]
+TimedStep = Callable[[], Any]
+PrepareStep = Callable[[], TimedStep]
 
 _STATUS, _RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
@@ -39,7 +39,9 @@ class StepCost:
     repeats: int
 
 
-def measure(variants: Mapping[str, Build], repeats: int = 5, warmup: int = 1, threads: int = 2) -> dict[str, StepCost]:
+def measure(
+    variants: Mapping[str, PrepareStep], repeats: int = 5, warmup: int = 1, threads: int = 2
+) -> dict[str, StepCost]:
     """Cost of every variant's step. Builds must be importable (they are sent to fresh processes)."""
     if repeats < 1:
         raise ValueError(f"repeats={repeats}: time at least one step")
@@ -56,7 +58,7 @@ def fresh(task: Callable[[], Any]) -> Any:
         return pool.apply(task)
 
 
-def _times(variants: dict[str, Build], repeats: int, warmup: int, threads: int) -> dict[str, StepCost]:
+def _times(variants: dict[str, PrepareStep], repeats: int, warmup: int, threads: int) -> dict[str, StepCost]:
     torch.set_num_threads(threads)
     steps = {name: build() for name, build in variants.items()}
     taken: dict[str, list[tuple[float, float]]] = {name: [] for name in steps}
@@ -76,7 +78,7 @@ def _times(variants: dict[str, Build], repeats: int, warmup: int, threads: int) 
     return costs
 
 
-def _memory(build: Build, threads: int) -> tuple[int, int]:
+def _memory(build: PrepareStep, threads: int) -> tuple[int, int]:
     """(resident before, peak during) two steps, in bytes."""
     torch.set_num_threads(threads)
     # The first call like this makes torch import 27 MB of Python, which is no part of a step.

@@ -27,7 +27,7 @@ from specbench.losses.objective import Objective
 from specbench.losses.reference import reference_objective, unrolled_objective
 from specbench.models.backbone import qwen3
 from specbench.models.embedding_head import Tables
-from specbench.profiling.step_measurement import Build
+from specbench.profiling.step_measurement import PrepareStep
 from specbench.ranges import Count, Layers, Rank, Slots, Tokens
 
 DSPARK = {"ce": 0.1, "tv": 0.9, "confidence": 1.0, "slot_weight": {"exp": 4.0}}
@@ -231,22 +231,22 @@ def batch_step(shape: StepShape, row_length: int | None, dense: bool = False) ->
     return step
 
 
-def against_straightforward(shape: StepShape) -> dict[str, Build]:
+def against_straightforward(shape: StepShape) -> dict[str, PrepareStep]:
     """The two sides of the table, and on CUDA the compiled draft."""
-    sides: dict[str, Build] = {"product": partial(whole_step, shape)}
+    sides: dict[str, PrepareStep] = {"product": partial(whole_step, shape)}
     if shape.device == "cuda":
         sides["compiled"] = partial(whole_step, shape, compiled=True)
     return sides | {"straightforward": partial(whole_step, shape, True)}
 
 
-def one_more_term(shape: StepShape) -> dict[str, Build]:
+def one_more_term(shape: StepShape) -> dict[str, PrepareStep]:
     """The step, the step with one more term each, and what the statistics add."""
     more = {name: replace(shape, objective={**shape.objective, name: 0.1}) for name in ("accept", "kl")}
     steps = {f"with {name}": partial(whole_step, other) for name, other in more.items()}
     return {"product": partial(whole_step, shape), **steps, "statistics": partial(statistics_step, shape)}
 
 
-def packing(shape: StepShape, row_length: int) -> dict[str, Build]:
+def packing(shape: StepShape, row_length: int) -> dict[str, PrepareStep]:
     """Packed rows against padded ones, which the product computes conversation by conversation where it can."""
     steps = {"packed": partial(batch_step, shape, row_length), "padded": partial(batch_step, shape, None, True)}
     if issubclass(CLASSES[shape.method], ParallelDraft):

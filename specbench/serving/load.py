@@ -16,13 +16,13 @@ from specbench.decoding.calibration import Calibration, probabilities
 from specbench.decoding.cost_profile import CostProfile
 from specbench.decoding.scheduling import Scheduler
 from specbench.evaluation.recorded_rounds import PromptRounds, flatten
-from specbench.serving.simulator import Engine, Step, Workload
+from specbench.serving.simulator import EngineStep, SimulatedEngine, Workload
 
 NOTICE = "simulation: recorded rounds replayed against a cost profile; nothing was served"
 
 
 @dataclass(frozen=True)
-class Policy:
+class ServedPolicy:
     """A name for the legend, a scheduler, and the rounds that it replays (each draft replays its own)."""
 
     name: str
@@ -48,14 +48,16 @@ def workload(prompts: Sequence[PromptRounds], calibration: Calibration | None = 
     return Workload.of(prompts, calibration.apply(rounds.logits))
 
 
-def closed_loop(policy: Policy, profile: CostProfile, concurrency: int, steps: int, warmup: int, seed: int = 0) -> dict:
+def closed_loop(
+    policy: ServedPolicy, profile: CostProfile, concurrency: int, steps: int, warmup: int, seed: int = 0
+) -> dict:
     """`concurrency` users, each sending its next request as soon as the last one is answered.
 
     Measured over `steps` engine steps after `warmup` unmeasured ones. Returns one row (see _row).
     """
     _positive(concurrency=concurrency, steps=steps)
-    engine = Engine(policy.workload, profile, policy.scheduler, concurrency, _order(policy, seed))
-    taken: list[Step] = []
+    engine = SimulatedEngine(policy.workload, profile, policy.scheduler, concurrency, _order(policy, seed))
+    taken: list[EngineStep] = []
     for index, step in enumerate(engine.steps()):
         if index >= warmup:
             taken.append(step)
@@ -65,7 +67,7 @@ def closed_loop(policy: Policy, profile: CostProfile, concurrency: int, steps: i
 
 
 def poisson(
-    policy: Policy,
+    policy: ServedPolicy,
     profile: CostProfile,
     rate: float | int,
     requests: int,
@@ -83,7 +85,7 @@ def poisson(
     generator = np.random.default_rng(np.random.SeedSequence([seed, 1]))
     arrivals = np.cumsum(generator.exponential(1.0 / rate, requests))
     order = _order(policy, seed)
-    engine = Engine(policy.workload, profile, policy.scheduler, concurrency, order, arrivals=arrivals)
+    engine = SimulatedEngine(policy.workload, profile, policy.scheduler, concurrency, order, arrivals=arrivals)
     first, last = float(arrivals[int(warmup * requests)]), float(arrivals[-1])
     taken = [step for step in engine.steps() if first < step.end - step.seconds and step.end <= last]
     if not taken:
@@ -103,10 +105,10 @@ def poisson(
 
 
 def _row(
-    policy: Policy,
+    policy: ServedPolicy,
     profile: CostProfile,
-    engine: Engine,
-    taken: Sequence[Step],
+    engine: SimulatedEngine,
+    taken: Sequence[EngineStep],
     load: dict[str, Any],
     window: float | None = None,
 ) -> dict:
@@ -176,7 +178,7 @@ def service_levels(rows: Sequence[dict], floors: Sequence[float | int], baseline
     return table
 
 
-def _order(policy: Policy, seed: int) -> np.ndarray:
+def _order(policy: ServedPolicy, seed: int) -> np.ndarray:
     """The order in which prompts are dealt: the same for policies with as many prompts."""
     return np.random.default_rng(seed).permutation(len(policy.workload.tokens))
 

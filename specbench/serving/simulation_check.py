@@ -18,7 +18,7 @@ from specbench.evaluation.recorded_rounds import PromptRounds
 from specbench.models.target import Target
 from specbench.profiling.decoding_speed import step_cost
 from specbench.serving.load import workload
-from specbench.serving.simulator import Engine
+from specbench.serving.simulator import SimulatedEngine
 
 # Groups of prompts that a step of one size is timed on.
 GROUPS = 4
@@ -99,6 +99,6 @@ def _throughputs(done: list[Decoded], seconds: float, B: int, length: int, profi
         )
         for request in sorted(done, key=lambda request: request.index)
     ]
-    engine = Engine(workload(rounds), profile, FixedLength(length), B, range(len(rounds)), limit=len(rounds))
+    engine = SimulatedEngine(workload(rounds), profile, FixedLength(length), B, range(len(rounds)), limit=len(rounds))
     steps = list(engine.steps())
     return sum(r.tokens for r in rounds) / seconds, sum(step.committed for step in steps) / steps[-1].end

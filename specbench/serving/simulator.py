@@ -56,7 +56,7 @@ class Workload:
 
 
 @dataclass(frozen=True)
-class Step:
+class EngineStep:
     """One engine step: when it ended, how long it took, and what it did. Counts are sums over its requests."""
 
     end: float
@@ -80,7 +80,7 @@ class Served:
 
 
 @dataclass
-class Engine:
+class SimulatedEngine:
     """The event loop. `arrivals` are ascending times, or None for a closed loop that refills at once.
 
     Prompts are dealt from `order` (indices into the workload) round and round. `steps()` yields every step;
@@ -96,7 +96,7 @@ class Engine:
     limit: int | None = None
     served: list[Served] = field(default_factory=list, init=False)
 
-    def steps(self) -> Iterator[Step]:
+    def steps(self) -> Iterator[EngineStep]:
         """Run until every request is served."""
         w = self.workload
         self.scheduler.reset()
@@ -138,7 +138,7 @@ class Engine:
             now += seconds
             left, cursor = left - committed, cursor + 1
             sums = (int(x.sum()) for x in (lengths, proposed, kept, committed))
-            yield Step(now, seconds, len(name), *sums, waiting=len(waiting))
+            yield EngineStep(now, seconds, len(name), *sums, waiting=len(waiting))
             done = left == 0
             for i in np.flatnonzero(done):
                 self.served.append(Served(float(born[i]), float(began[i]), now, int(w.tokens[prompt[i]])))

@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, IterableDataset
 from torchmetrics import MeanMetric
 
-from specbench.data.loading.padded_rows import Encoded, Rows, batches
+from specbench.data.loading.padded_rows import CorpusText, PaddedRows, batches
 from specbench.data.prompts.embedded_corpus import DOMAINS, conversations
 from specbench.ranges import AboveZero, AtLeastZero, Count, LearningRate, Natural, Seconds, Seed, Share, Tokens
 
@@ -36,10 +36,10 @@ def token_losses(logits: Float[Tensor, "B T V"], tokens: Int[Tensor, "B T"]) -> 
 class _Passes(IterableDataset):
     """Endless passes over the examples; pass number p is shuffled by (seed, p)."""
 
-    def __init__(self, examples: Sequence[Encoded], tokens: int, prompt_weight: float, seed: int) -> None:
+    def __init__(self, examples: Sequence[CorpusText], tokens: int, prompt_weight: float, seed: int) -> None:
         self.examples, self.tokens, self.prompt_weight, self.seed = examples, tokens, prompt_weight, seed
 
-    def __iter__(self) -> Iterator[Rows]:
+    def __iter__(self) -> Iterator[PaddedRows]:
         number = 0
         while True:
             yield from batches(self.examples, self.tokens, self.prompt_weight, random.Random(f"{self.seed}/{number}"))
@@ -71,7 +71,7 @@ class CorpusBatches(lightning.LightningDataModule):
         self.repeats = {d: 1 for d in DOMAINS} | (repeats or {})
         self.limit, self.validation, self.length, self.seed = limit, validation, length, seed
         self.left_out = 0
-        self.examples: dict[str, list[Encoded]] = {}
+        self.examples: dict[str, list[CorpusText]] = {}
 
     def setup(self, stage: str) -> None:
         if self.examples:
@@ -80,7 +80,7 @@ class CorpusBatches(lightning.LightningDataModule):
         held_out = [e for d in DOMAINS for e in self._encode(d, "validation", self.validation)]
         self.examples = {"train": train, "validation": held_out}
 
-    def _encode(self, domain: str, split: str, count: int | None) -> list[Encoded]:
+    def _encode(self, domain: str, split: str, count: int | None) -> list[CorpusText]:
         if not self.repeats[domain]:
             return []
         chosen = [c["messages"] for c in conversations(domain, split, count, self.seed)]
@@ -90,7 +90,7 @@ class CorpusBatches(lightning.LightningDataModule):
             chosen, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
         )
         pairs = zip(encoded["input_ids"], encoded["assistant_masks"], strict=True)
-        fitting = [Encoded(t, m, DOMAINS.index(domain)) for t, m in pairs if len(t) <= self.length]
+        fitting = [CorpusText(t, m, DOMAINS.index(domain)) for t, m in pairs if len(t) <= self.length]
         self.left_out += len(chosen) - len(fitting)
         return fitting
 
@@ -152,7 +152,7 @@ class LanguageModeling(lightning.LightningModule):
         cosine = 0.5 + 0.5 * math.cos(math.pi * self.progress())
         return min(1.0, (self.global_step + 1) / self.warmup) * max(0.01, cosine)
 
-    def training_step(self, rows: Rows, index: int) -> Tensor:
+    def training_step(self, rows: PaddedRows, index: int) -> Tensor:
         weight = rows.weight[:, 1:]
         loss = (token_losses(self(rows.tokens), rows.tokens) * weight).sum() / weight.sum()
         counted, matrices = self.optimizers()[0], self.optimizers(use_pl_optimizer=False)[1]
@@ -173,7 +173,7 @@ class LanguageModeling(lightning.LightningModule):
         self.trainer.should_stop = self.trainer.should_stop or self.progress() >= 1.0
         return loss.detach()
 
-    def validation_step(self, rows: Rows, index: int) -> None:
+    def validation_step(self, rows: PaddedRows, index: int) -> None:
         losses, counted = token_losses(self(rows.tokens), rows.tokens), rows.weight[:, 1:] > 0
         for number, domain in enumerate(DOMAINS):
             chosen = counted & (rows.domain == number)[:, None]

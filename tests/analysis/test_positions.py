@@ -13,9 +13,9 @@ import pytest
 
 from analysis.compare import compare
 from analysis.read import details, runs
+from analysis.statistics.acceptance_gap import TeacherForcedSums, paired
 from analysis.statistics.headline import headline
 from analysis.statistics.histograms import count
-from analysis.statistics.teacher_forced import Forced, paired
 from analysis.tables import gap, groups, positions
 from specbench.evaluation.token_classes import CLASSES
 from specbench.runs.run_folder import OPTIONAL
@@ -121,7 +121,7 @@ def test_the_gap_of_a_case_by_hand():
     prompts, sums = ["a", "b"], [[[1, 0.5, 0.5, 1], [1, 0.4, 0.2, 0.5]], [[1, 0.7, 0.7, 1], [1, 0.6, 0.4, 0.7]]]
     cells = np.array([[0, 2, 2, 1], [0, 2, 1, 1], [1, 2, 1, 1], [1, 2, 0, 1]])
     counts = count(np.array(prompts), np.array([5, 3]), *cells.T)
-    found = paired(counts, Forced.of(prompts, sums), 200)
+    found = paired(counts, TeacherForcedSums.of(prompts, sums), 200)
     assert found.slots["conditional"][0].tolist() == pytest.approx([0.6, 0.5])
     assert found.slots["acceptance"][0].tolist() == pytest.approx([0.6, 0.5])
     assert found.slots["on_policy"][0].tolist() == pytest.approx([3 / 4, 1 / 3])
@@ -136,7 +136,7 @@ def test_where_both_estimates_agree_prompt_by_prompt_the_gap_has_no_width():
     cells = np.array([[i, 1, a, n] for i in range(12) for a, n in ((1, i + 1), (0, 12 - i))])
     counts = count(np.array(prompts), np.array([13 + i + 1 for i in range(12)]), *cells.T)
     sums = [[[13.0, i + 1.0, i + 1.0, 13.0]] for i in range(12)]
-    found = paired(counts, Forced.of(prompts, sums), 200)
+    found = paired(counts, TeacherForcedSums.of(prompts, sums), 200)
     _, low, high = found.slots["conditional"]
     assert high[0] - low[0] > 0.1
     assert found.slots["gap"][1][0] == pytest.approx(0, abs=1e-12) == found.slots["gap"][2][0]

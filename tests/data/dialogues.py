@@ -2,12 +2,12 @@
 
 import json
 
-from specbench.data.answers.engines import Policy, ServerEngine
+from specbench.data.answers.engines import AnswerPolicy, ServerEngine
 from specbench.data.answers.servers import Patience
 from tests.data.chat_server import answer_to
 
 QUICK = Patience(request=0.6, attempts=8, backoff=0.02, longest=0.2, probe=0.05, outage=5.0)
-POLICY = Policy("tiny", max_new_tokens=32)
+POLICY = AnswerPolicy("tiny", max_new_tokens=32)
 
 
 def prompts(count, turns=1):

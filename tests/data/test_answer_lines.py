@@ -86,7 +86,7 @@ def test_building_a_cache_refuses_token_ids_of_another_target(tmp_path):
 
 
 def test_a_header_that_is_none_is_named(tmp_path):
-    policy = answers.Policy("tiny")
+    policy = answers.AnswerPolicy("tiny")
     for content in ("[]", "{}", '{"schema": "specbench.answers/1", "policy": 3}'):
         (tmp_path / "header.json").write_text(content)
         with pytest.raises(ValueError, match=r"header\.json is no header of answers"):

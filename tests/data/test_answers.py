@@ -6,7 +6,7 @@ import pytest
 
 from specbench.data.answers import generation as answers
 from specbench.data.answers.chat import encode, prompt_ids
-from specbench.data.answers.engines import InProcessEngine, Policy
+from specbench.data.answers.engines import AnswerPolicy, InProcessEngine
 from specbench.files import json_lines as jsonl
 from tests.data.chat_server import STOP, ChatServer
 from tests.data.dialogues import POLICY, check, engine, prompts, rows
@@ -34,7 +34,7 @@ def test_multi_turn_answers_with_the_servers_own_tokens(tmp_path):
 
 
 def test_settings_go_out_under_their_right_names(tmp_path):
-    policy = Policy("tiny", None, None, False, 0.7, 0.8, 20, 0.1, 1.05, 1.5, 32, seed=3)
+    policy = AnswerPolicy("tiny", None, None, False, 0.7, 0.8, 20, 0.1, 1.05, 1.5, 32, seed=3)
     with ChatServer(ids=False) as server:
         answers.collect(prompts(3), engine(server), tmp_path, policy)
         bodies = {b["messages"][0]["content"]: b for b in server.bodies}
@@ -51,7 +51,7 @@ def test_settings_go_out_under_their_right_names(tmp_path):
     plain = POLICY.request(5)
     assert "presence_penalty" not in plain and set(plain["extra_body"]) == {"return_token_ids", "top_k"}
     assert len({policy.seed_of(f"p{i}", t) for i in range(50) for t in range(4)}) == 200
-    assert policy.seed_of("p1", 0) != Policy("tiny", seed=4).seed_of("p1", 0)
+    assert policy.seed_of("p1", 0) != AnswerPolicy("tiny", seed=4).seed_of("p1", 0)
 
 
 def test_truncated_answers_are_marked(tmp_path):
@@ -64,7 +64,7 @@ def test_truncated_answers_are_marked(tmp_path):
 def test_answers_of_another_policy_are_refused(tmp_path):
     with ChatServer() as server:
         answers.collect(prompts(2), engine(server), tmp_path, POLICY)
-        other = Policy("tiny", max_new_tokens=32, temperature=1.0, thinking=True)
+        other = AnswerPolicy("tiny", max_new_tokens=32, temperature=1.0, thinking=True)
         with pytest.raises(ValueError, match=r"thinking: None -> True; temperature: 0\.7 -> 1\.0"):
             answers.collect(prompts(4), engine(server), tmp_path, other)
     assert len(rows(tmp_path)) == 2
@@ -131,7 +131,7 @@ def test_in_process_answers_are_the_tokens_that_were_decoded(tmp_path):
     stop = tok.convert_tokens_to_ids("<|im_end|>")
     generate = Parrot(tok)
     asked = prompts(7) + [{**p, "id": "m" + p["id"]} for p in prompts(5, turns=3)]
-    policy = Policy("tiny", thinking=False, max_new_tokens=32)
+    policy = AnswerPolicy("tiny", thinking=False, max_new_tokens=32)
     counts = answers.collect(asked, InProcessEngine(generate, tok, [stop], chunk=4), tmp_path, policy)
     assert (counts["answered"], counts["failed"]) == (12, 0)
     assert generate.calls[0][1].temperature == 0.7 and generate.calls[0][1].top_k == 20
@@ -159,10 +159,10 @@ def test_in_process_failures_and_limits(tmp_path):
     assert counts["failed"] == 3
     assert {r["cause"] for r in rows(tmp_path, "failed.jsonl")} == {"an empty answer", "no question"}
     long = InProcessEngine(Parrot(tok, lambda seed: "many words " * 9), tok, [stop])
-    answers.collect(prompts(1), long, tmp_path / "long", Policy("tiny", max_new_tokens=5))
+    answers.collect(prompts(1), long, tmp_path / "long", AnswerPolicy("tiny", max_new_tokens=5))
     assert rows(tmp_path / "long")[0]["truncated"] == [True]
     with pytest.raises(ValueError, match=r"repetition_penalty=1\.1"):
-        answers.collect(prompts(1), long, tmp_path / "p", Policy("tiny", repetition_penalty=1.1))
+        answers.collect(prompts(1), long, tmp_path / "p", AnswerPolicy("tiny", repetition_penalty=1.1))
 
 
 def test_a_prompt_that_the_target_cannot_read_fails_alone(tmp_path):
@@ -175,7 +175,7 @@ def test_a_prompt_that_the_target_cannot_read_fails_alone(tmp_path):
     asked = prompts(3)
     asked[1]["messages"][0]["content"] = "long " * 200_000  # a megabyte
     asker = InProcessEngine(Parrot(tok), tok, [tok.convert_tokens_to_ids("<|im_end|>")], require=require)
-    counts = answers.collect(asked, asker, tmp_path, Policy("tiny", max_new_tokens=32))
+    counts = answers.collect(asked, asker, tmp_path, AnswerPolicy("tiny", max_new_tokens=32))
     assert (counts["answered"], counts["failed"]) == (2, 1) and {r["id"] for r in rows(tmp_path)} == {"p0", "p2"}
     ((id, cause),) = [(r["id"], r["cause"]) for r in rows(tmp_path, "failed.jsonl")]
     assert id == "p1" and "tiny has 500 positions" in cause

@@ -167,12 +167,12 @@ SCRIPT = """
 import sys
 from pathlib import Path
 from specbench.data.answers import generation as answers
-from specbench.data.answers.engines import Policy, ServerEngine
+from specbench.data.answers.engines import AnswerPolicy, ServerEngine
 ask = lambda i: [{"role": "user", "content": f"question {i}.0"}]
 asked = [{"id": f"p{i}", "source": "s", "messages": ask(i)} for i in range(60)]
 engine = ServerEngine([sys.argv[2]], "tiny", concurrency=4)
 print("ready", flush=True)
-answers.collect(asked, engine, Path(sys.argv[1]), Policy("tiny", max_new_tokens=32))
+answers.collect(asked, engine, Path(sys.argv[1]), AnswerPolicy("tiny", max_new_tokens=32))
 """
 
 

@@ -109,7 +109,7 @@ def test_servers_are_told_the_date_or_refused(tmp_path):
         server_options(template_of(tokenizer(OSS)), None)
     with ChatServer() as server:
         asker = engines.ServerEngine([server.url], "tiny", patience=QUICK, options=options)
-        asker.answer(iter(prompts(2)), engines.Policy("tiny", date=templates.DATE), lambda kind, row: None)
+        asker.answer(iter(prompts(2)), engines.AnswerPolicy("tiny", date=templates.DATE), lambda kind, row: None)
         assert [body["chat_template_kwargs"] for body in server.bodies] == [options] * 2
 
 

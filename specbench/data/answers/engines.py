@@ -1,4 +1,4 @@
-"""Who answers: the law of an answer (Policy) and the two engines that draw it.
+"""Who answers: the law of an answer (AnswerPolicy) and the two engines that draw it.
 
 ServerEngine asks OpenAI-compatible servers, InProcessEngine a callable that decodes batches of prompts. An engine hands
 every conversation over as soon as it is finished, in whatever order that is.
@@ -15,15 +15,15 @@ from typing import Any, Protocol, runtime_checkable
 from specbench.data.answers.chat import prompt_ids
 from specbench.data.answers.servers import Patience, Refused, ServerPool
 from specbench.data.prompts.deduplication import text_hash
+from specbench.data.prompts.turns import Conversation
 from specbench.decoding.sampling import Sampling
 
-Conversation = Mapping[str, Any]
 Emit = Callable[[str, dict[str, Any]], None]
 Generate = Callable[..., Iterator[tuple[int, Sequence[int], bool]]]
 
 
 @dataclass(frozen=True)
-class Policy:
+class AnswerPolicy:
     """Everything that the law of an answer depends on.
 
     model, revision, template: which target and which chat template (hash). thinking: passed to the template; None
@@ -75,7 +75,7 @@ class Engine(Protocol):
 
     name: str
 
-    def answer(self, conversations: Iterator[Conversation], policy: Policy, emit: Emit) -> None: ...
+    def answer(self, conversations: Iterator[Conversation], policy: AnswerPolicy, emit: Emit) -> None: ...
 
 
 class _Open:
@@ -150,19 +150,19 @@ class ServerEngine:
         """Tries that had to be repeated, and times that a server left the pool."""
         return {"retries": self._pool.retries, "outages": self._pool.outages}
 
-    def answer(self, conversations: Iterator[Conversation], policy: Policy, emit: Emit) -> None:
+    def answer(self, conversations: Iterator[Conversation], policy: AnswerPolicy, emit: Emit) -> None:
         """See Engine."""
         try:
             asyncio.run(self._answer(conversations, policy, emit))
         except BaseExceptionGroup as group:
             raise _first(group) from None
 
-    async def _answer(self, conversations: Iterator[Conversation], policy: Policy, emit: Emit) -> None:
+    async def _answer(self, conversations: Iterator[Conversation], policy: AnswerPolicy, emit: Emit) -> None:
         async with self._pool, asyncio.TaskGroup() as group:
             for _ in range(self._workers):
                 group.create_task(self._work(conversations, policy, emit))
 
-    async def _work(self, conversations: Iterator[Conversation], policy: Policy, emit: Emit) -> None:
+    async def _work(self, conversations: Iterator[Conversation], policy: AnswerPolicy, emit: Emit) -> None:
         for conversation in conversations:  # shared: every worker takes the next one when it is free
             state = _Open(conversation)
             try:
@@ -198,7 +198,7 @@ class InProcessEngine:
         self._stops = list(stop_token_ids)
         self.counts: dict[str, int] = {}
 
-    def answer(self, conversations: Iterator[Conversation], policy: Policy, emit: Emit) -> None:
+    def answer(self, conversations: Iterator[Conversation], policy: AnswerPolicy, emit: Emit) -> None:
         """See Engine."""
         if policy.repetition_penalty != 1 or policy.presence_penalty != 0:
             raise ValueError(
@@ -216,7 +216,7 @@ class InProcessEngine:
         state.close(emit)
         return False
 
-    def _turn(self, states: list[_Open], policy: Policy, emit: Emit) -> list[_Open]:
+    def _turn(self, states: list[_Open], policy: AnswerPolicy, emit: Emit) -> list[_Open]:
         """One turn of every conversation; returns those that can go on."""
         prompts, asked = [], []
         for state in states:

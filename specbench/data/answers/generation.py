@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from specbench.data.answers.chat import Encoded, encode
-from specbench.data.answers.engines import Conversation, Engine, Policy
+from specbench.data.answers.engines import AnswerPolicy, Engine
 from specbench.data.answers.templates import ChatError
+from specbench.data.prompts.turns import Conversation
 from specbench.files import json_lines as jsonl
 from specbench.files.atomic import changes, plain, read_json, write_json, write_text
 from specbench.files.redaction import redact, redacted
@@ -30,7 +31,7 @@ def collect(
     prompts: Iterable[Conversation],
     engine: Engine,
     folder: Path | str,
-    policy: Policy,
+    policy: AnswerPolicy,
     *,
     progress: Callable[[str], None] = lambda kind: None,
 ) -> dict[str, int]:
@@ -77,12 +78,12 @@ def collect(
     return counts | engine.counts
 
 
-def header(policy: Policy, engine: str) -> dict[str, Any]:
+def header(policy: AnswerPolicy, engine: str) -> dict[str, Any]:
     """What header.json says."""
     return {"schema": SCHEMA, "policy": redacted(plain(asdict(policy))), "engine": engine}
 
 
-def check_header(folder: Path | str, policy: Policy) -> None:
+def check_header(folder: Path | str, policy: AnswerPolicy) -> None:
     """Refuse a folder whose answers were drawn under another policy."""
     path = Path(folder) / "header.json"
     there = read_json(path, None)

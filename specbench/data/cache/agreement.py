@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from specbench.data.cache.shards import Conversation
+from specbench.data.cache.shards import EncodedConversation
 from specbench.data.cache.storage import Storage, kept_rows
 
 CHECKED_TOKENS = 128  # of the first conversation of every shard
@@ -53,7 +53,7 @@ def relative_error(ours: Float[Tensor, "T V"], live: Float[Tensor, "T V"]) -> Fl
 
 def check(
     target: Any,
-    conversation: Conversation,
+    conversation: EncodedConversation,
     captured: Float[Tensor, "T D"],
     stored: Float[Tensor, "T D"],
     loss_mask: Bool[Tensor, " T"],

@@ -33,7 +33,7 @@ from specbench.data.cache.manifest import (
     write_tables,
 )
 from specbench.data.cache.shard_plan import lay_out
-from specbench.data.cache.shards import Conversation, members, shard_name
+from specbench.data.cache.shards import EncodedConversation, members, shard_name
 from specbench.data.cache.storage import Storage
 from specbench.data.cache.writing import create_once, room_for, written
 from specbench.data.loading.online import states_of
@@ -41,7 +41,7 @@ from specbench.data.loading.order import permutation
 from specbench.files.atomic import plain
 
 FIT_TOKENS = 4096  # tokens whose states set the codecs' channel scales
-Progress = Callable[[int, int], None]
+OnProgress = Callable[[int, int], None]
 
 
 class CacheBuilder:
@@ -56,7 +56,7 @@ class CacheBuilder:
     def __init__(
         self,
         target: Any,
-        conversations: Sequence[Conversation],
+        conversations: Sequence[EncodedConversation],
         folder: str | Path,
         storage: Storage,
         max_length: int,
@@ -153,7 +153,7 @@ class CacheBuilder:
                 yield lambda n=int(ordinal), c=one, t=taps, x=last: members(n, c, t, x, self.storage)
             progress(sum(len(one.tokens) for one in chosen))
 
-    def _check(self, conversation: Conversation, taps: Tensor, last: Tensor) -> Agreement:
+    def _check(self, conversation: EncodedConversation, taps: Tensor, last: Tensor) -> Agreement:
         length = len(conversation.tokens)
         loss_mask = torch.as_tensor(conversation.loss_mask, dtype=torch.bool)
         _, encoded = self.storage.encode(taps[:length].cpu(), last[:length].cpu(), loss_mask)
@@ -198,13 +198,13 @@ class CacheBuilder:
 
 def build(
     target: Any,
-    conversations: Sequence[Conversation],
+    conversations: Sequence[EncodedConversation],
     folder: str | Path,
     storage: Storage,
     max_length: int,
     rank: int = 0,
     world: int = 1,
-    progress: Progress = lambda done, total: None,
+    progress: OnProgress = lambda done, total: None,
     **options: Any,
 ) -> Manifest | None:
     """Build or complete the cache in `folder` and return its manifest (None if other ranks are still at work).

@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from specbench.data.answers.templates import date_of
-from specbench.data.cache.shards import PARTS, Conversation, shard_name
+from specbench.data.cache.shards import PARTS, EncodedConversation, shard_name
 from specbench.data.cache.storage import Storage, storage
 from specbench.files import json_lines as jsonl
 from specbench.files.atomic import plain, replacing, write_json
@@ -60,7 +60,7 @@ def fingerprint(identity: Mapping[str, Any]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def conversations_hash(conversations: Iterable[Conversation]) -> str:
+def conversations_hash(conversations: Iterable[EncodedConversation]) -> str:
     """Hash over every conversation's id, tokens and loss mask, in order."""
     digest = hashlib.sha256()
     for one in conversations:
@@ -87,7 +87,11 @@ def tokenizer_facts(tokenizer: Any) -> dict[str, str | None]:
 
 
 def identity_of(
-    target: Any, wanted: Storage, max_length: int, conversations: Iterable[Conversation], sources: Mapping[str, str]
+    target: Any,
+    wanted: Storage,
+    max_length: int,
+    conversations: Iterable[EncodedConversation],
+    sources: Mapping[str, str],
 ) -> dict[str, Any]:
     """Everything that decides what a cache of `target` over `conversations` holds. `sources`: file name -> SHA-256."""
     return {

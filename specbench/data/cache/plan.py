@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from specbench.data.cache.shard_plan import lay_out
-from specbench.data.cache.shards import BLOCK, Conversation, members
+from specbench.data.cache.shards import BLOCK, EncodedConversation, members
 from specbench.data.cache.storage import PRESETS, Storage, kept_rows, storage
 from specbench.data.cache.writing import NoRoom
 from specbench.data.loading.online import states_of
@@ -84,7 +84,7 @@ class CachePlan:
 
 
 def plan(
-    conversations: Sequence[Conversation],
+    conversations: Sequence[EncodedConversation],
     folder: str | Path,
     wanted: Storage,
     hidden_size: int,
@@ -141,7 +141,7 @@ def _name(wanted: Storage) -> str:
 
 def _measure(
     target: Any,
-    conversations: Sequence[Conversation],
+    conversations: Sequence[EncodedConversation],
     lengths: np.ndarray,
     wanted: Storage,
     batch_tokens: int,

@@ -42,7 +42,7 @@ _DTYPES = {
 
 
 @runtime_checkable
-class Conversation(Protocol):
+class EncodedConversation(Protocol):
     """What the cache asks of a conversation; `specbench.data.answers.chat.encode` returns such objects."""
 
     id: str
@@ -60,7 +60,9 @@ def shard_name(number: int) -> str:
     return f"shard-{number:05d}.tar"
 
 
-def members(ordinal: int, conversation: Conversation, taps: Tensor, last: Tensor, storage: Storage) -> dict[str, bytes]:
+def members(
+    ordinal: int, conversation: EncodedConversation, taps: Tensor, last: Tensor, storage: Storage
+) -> dict[str, bytes]:
     """One conversation and its states (T, C, D) and (T, D) as the members of its sample, without the key."""
     loss_mask = torch.as_tensor(conversation.loss_mask, dtype=torch.bool)
     tokens = torch.as_tensor(conversation.tokens, dtype=torch.int32)

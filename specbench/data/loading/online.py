@@ -16,7 +16,7 @@ import torch
 from specbench.blocks import Batch, Context, Sample
 from specbench.data.answers.generation import all_encoded
 from specbench.data.cache.manifest import conversations_hash
-from specbench.data.cache.shards import Conversation
+from specbench.data.cache.shards import EncodedConversation
 from specbench.data.loading.order import ROWS
 from specbench.data.loading.step_data import StepData
 from specbench.data.loading.steps import empty_batch
@@ -39,7 +39,7 @@ class OnlineTarget(StepData):
     def __init__(
         self,
         target: Any,
-        conversations: Sequence[Conversation] | str | Path,
+        conversations: Sequence[EncodedConversation] | str | Path,
         dtype: str | None = None,
         states_device: str | None = None,
         max_length: int | None = None,
@@ -105,7 +105,7 @@ class OnlineTarget(StepData):
         return empty_batch(len(self.target.target_layer_ids), embedding.shape[-1], self._dtype or embedding.dtype)
 
 
-def states_of(target: Any, conversations: Sequence[Conversation]) -> Context:
+def states_of(target: Any, conversations: Sequence[EncodedConversation]) -> Context:
     """Target states of some conversations in one right-padded batch."""
     lengths = torch.tensor([len(one.tokens) for one in conversations])
     tokens = torch.zeros(len(conversations), int(lengths.max()), dtype=torch.long)

@@ -15,7 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 
-class Rows(NamedTuple):
+class PaddedRows(NamedTuple):
     """Conversations of similar length, padded on the right; `weight` 0 on padding, `domain` an index into DOMAINS."""
 
     tokens: Int[Tensor, "B T"]
@@ -23,15 +23,15 @@ class Rows(NamedTuple):
     domain: Int[Tensor, " B"]
 
 
-class Encoded(NamedTuple):
+class CorpusText(NamedTuple):
     tokens: list[int]
     supervised: list[int]
     domain: int
 
 
 def batches(
-    examples: Sequence[Encoded], tokens: int, prompt_weight: float, order: random.Random | None
-) -> Iterator[Rows]:
+    examples: Sequence[CorpusText], tokens: int, prompt_weight: float, order: random.Random | None
+) -> Iterator[PaddedRows]:
     """One pass over `examples` in batches of at most `tokens` padded tokens (one conversation at the least).
 
     `order` shuffles the conversations, sorts pools of 2,000 by length and shuffles the batches; None keeps the order.
@@ -41,7 +41,7 @@ def batches(
         order.shuffle(drawn)
     for start in range(0, len(drawn), 2000):
         pool = drawn[start : start + 2000]
-        groups: list[list[Encoded]] = [[]]
+        groups: list[list[CorpusText]] = [[]]
         for example in sorted(pool, key=lambda e: len(e.tokens)) if order is not None else pool:
             width = max(len(e.tokens) for e in [*groups[-1], example])
             if groups[-1] and width * (len(groups[-1]) + 1) > tokens:
@@ -52,17 +52,17 @@ def batches(
         yield from (_pad(group, prompt_weight) for group in groups if group)
 
 
-def _pad(group: Sequence[Encoded], prompt_weight: float) -> Rows:
+def _pad(group: Sequence[CorpusText], prompt_weight: float) -> PaddedRows:
     width = max(len(e.tokens) for e in group)
     tokens = torch.zeros(len(group), width, dtype=torch.long)
     weight = torch.zeros(len(group), width)
     for row, e in enumerate(group):
         tokens[row, : len(e.tokens)] = torch.tensor(e.tokens)
         weight[row, : len(e.tokens)] = torch.tensor(e.supervised).float().clamp_min(prompt_weight)
-    return Rows(tokens, weight, torch.tensor([e.domain for e in group]))
+    return PaddedRows(tokens, weight, torch.tensor([e.domain for e in group]))
 
 
-def unigram_loss(examples: Iterable[Encoded]) -> float:
+def unigram_loss(examples: Iterable[CorpusText]) -> float:
     """Nats a supervised token of the best model that ignores the context: the baseline a trained model must beat."""
     counts: dict[int, int] = {}
     for e in examples:

@@ -23,11 +23,11 @@ from specbench.data.cache.manifest import INDEX, Index, Manifest, read_tables, s
 from specbench.data.cache.shards import PARTS, DamagedShard, decode_sample, read_into, shard_name
 from specbench.data.loading.order import ROWS
 
-Bytes = UInt8[Tensor, "_"]
+ByteTensor = UInt8[Tensor, "_"]
 
 
 @runtime_checkable
-class Files(Protocol):
+class ShardFiles(Protocol):
     """Where a cache's files are: a folder of this machine, or a mirror of a remote one."""
 
     folder: Path
@@ -58,7 +58,7 @@ class Stored:
     """One sample's bytes in memory: the parts that were asked for, not yet decoded."""
 
     row: int
-    parts: dict[str, Bytes]
+    parts: dict[str, ByteTensor]
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ class CacheReader:
 
     def __init__(
         self,
-        files: Files,
+        files: ShardFiles,
         taps: Sequence[int] | None = None,
         dtype: torch.dtype | None = None,
         on_damage: str = "raise",
@@ -170,7 +170,7 @@ class CacheReader:
             columns = [(f"{part}_offset", f"{part}_bytes", f"{part}_checksum") for part in self._parts]
         return [tuple(int(self.index[name][row]) for name in names) for names in columns]
 
-    def _split(self, row: int, blobs: list[Bytes]) -> dict[str, Bytes]:
+    def _split(self, row: int, blobs: list[ByteTensor]) -> dict[str, ByteTensor]:
         if len(self._parts) < len(PARTS):
             return dict(zip(self._parts, blobs, strict=True))
         starts = {part: int(self.index[f"{part}_offset"][row] - self.index["offset"][row]) for part in PARTS}
@@ -180,13 +180,13 @@ class CacheReader:
     def _room(size: int) -> int:
         return -(-size // 64) * 64
 
-    def _buffer(self, size: int) -> Bytes:
+    def _buffer(self, size: int) -> ByteTensor:
         buffer = getattr(self._local, "buffer", None)
         if buffer is None or len(buffer) < size:
             self._local.buffer = buffer = torch.empty(size + size // 4, dtype=torch.uint8)
         return buffer
 
-    def _fill(self, row: int, room: Bytes, offset: int, checksum: int) -> Bytes:
+    def _fill(self, row: int, room: ByteTensor, offset: int, checksum: int) -> ByteTensor:
         view = memoryview(room.numpy())
         descriptor = self.files.open(shard_name(int(self.index["shard"][row])))
         try:
@@ -211,7 +211,7 @@ class CacheReader:
                 warnings.warn(f"{message}; skipped, {len(self.damage)} so far", stacklevel=2)
 
 
-def verify(files: Files) -> list[Damage]:
+def verify(files: ShardFiles) -> list[Damage]:
     """Read every byte of every sample and return what is damaged."""
     reader = CacheReader(files, on_damage="skip")
     with warnings.catch_warnings():

@@ -19,7 +19,7 @@ from specbench.blocks import Batch, Sample, pack
 from specbench.data.cache.manifest import differences
 from specbench.data.loading.buffers import Recycler
 from specbench.data.loading.order import ROWS, EpochPlan, epoch_order, permutation, split
-from specbench.data.loading.steps import EpochSteps, ReadAhead, Step
+from specbench.data.loading.steps import EpochSteps, ReadAhead, TrainingStep
 from specbench.ranges import Count, Seed, ShareBelowOne, Threads, Tokens
 
 
@@ -200,6 +200,6 @@ class _FromGlobalStep:
     def __init__(self, data: StepData):
         self.data = data
 
-    def __iter__(self) -> Iterator[Step]:
+    def __iter__(self) -> Iterator[TrainingStep]:
         start = self.data.trainer.global_step if self.data.trainer else 0
         return iter(self.data.steps(start))

@@ -1,4 +1,4 @@
-"""Steps: what a training loop iterates over. One Step is one optimiser step, a lazy handle over its micro-batches.
+"""Steps: what a training loop iterates over. One `TrainingStep` is one optimiser step, a lazy handle over its batches.
 
 Axes: B batch rows, T tokens, C taps, D hidden size.
 """
@@ -62,7 +62,7 @@ class ReadAhead:
                 future.cancel()
 
 
-class Step:
+class TrainingStep:
     """One optimiser step of one rank. Iterate over it, or over `micro`, for its batches (this rank's).
 
     `number` counts from the start of training, `samples` and `supervised` count over all ranks: conversations, and
@@ -82,7 +82,8 @@ class Step:
         return self._steps.batches(self.number - self.epoch * self._steps.plan.steps)
 
     def __repr__(self) -> str:
-        return f"Step(number={self.number}, epoch={self.epoch}, samples={self.samples}, supervised={self.supervised})"
+        counts = f"samples={self.samples}, supervised={self.supervised}"
+        return f"TrainingStep(number={self.number}, epoch={self.epoch}, {counts})"
 
 
 class EpochSteps:
@@ -107,11 +108,11 @@ class EpochSteps:
         self._position: tuple[int, int] | None = None
         self._batches: Iterator[Batch] | None = None
 
-    def __iter__(self) -> Iterator[Step]:
+    def __iter__(self) -> Iterator[TrainingStep]:
         for number in range(self.first, self.plan.steps):
             rows = self.plan.rows(number)
             total = self.epoch * self.plan.steps + number
-            yield Step(total, self.epoch, len(rows), int(self.supervised[rows].sum()), self)
+            yield TrainingStep(total, self.epoch, len(rows), int(self.supervised[rows].sum()), self)
 
     def source(self, first: int) -> Iterator[ROWS]:
         """The first stage: rows of this rank's micro-batches from step `first` on. Driven by the index alone."""

@@ -14,16 +14,16 @@ from specbench.blocks import Batch, Sample
 from specbench.data.answers.generation import all_encoded, answers_file
 from specbench.data.cache.build import build
 from specbench.data.cache.manifest import Manifest, require_same, sha256
-from specbench.data.cache.remote import RemoteFiles, is_remote
+from specbench.data.cache.remote_shards import RemoteFiles, is_remote
 from specbench.data.cache.storage import storage
 from specbench.data.loading.order import ROWS, EpochPlan
-from specbench.data.loading.reading import CacheReader, Damage, Files, LocalFiles
+from specbench.data.loading.reading import CacheReader, Damage, LocalFiles, ShardFiles
 from specbench.data.loading.step_data import StepData
-from specbench.data.loading.steps import EpochSteps, Step, empty_batch
+from specbench.data.loading.steps import EpochSteps, TrainingStep, empty_batch
 from specbench.models.embedding_head import Tables
 from specbench.models.target import Target
 
-__all__ = ["Step", "StepData", "TargetCache"]
+__all__ = ["StepData", "TargetCache", "TrainingStep"]
 
 
 class TargetCache(StepData):
@@ -109,7 +109,7 @@ class TargetCache(StepData):
             )
         return reader
 
-    def _files(self) -> Files:
+    def _files(self) -> ShardFiles:
         if not is_remote(self.folder):
             return LocalFiles(self.folder)
         if self._local_folder is None:

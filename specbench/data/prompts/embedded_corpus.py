@@ -23,14 +23,13 @@ from pathlib import Path
 
 from specbench.data.prompts import embedded_arithmetic as arithmetic
 from specbench.data.prompts import embedded_stdlib as stdlib
+from specbench.data.prompts.turns import Conversation
 from specbench.files.atomic import write_text
 
 DOMAINS = ("code", "prose", "math")
 SPLITS = ("train", "validation", "benchmark")
 SHARES = {"train": 0.80, "validation": 0.08, "benchmark": 0.12}
 MATH_POOL = {"train": 20_000, "validation": 1_000, "benchmark": 1_000}
-
-Conversation = dict[str, object]
 
 
 def split_of(name: str) -> str:

@@ -32,7 +32,7 @@ LISTS = ("messages", "conversations", "turns")  # columns in which CSV holds JSO
 
 
 @dataclass(frozen=True)
-class Rows:
+class FileRows:
     """The rows of one file as (number from 1, columns); `unit` is what the numbers count: line, element or row."""
 
     path: Path
@@ -51,14 +51,14 @@ class Rows:
         return jsonl.BrokenLine(self.path, number, why, self.unit)
 
 
-def rows(path: Path | str, remedy: str = "check the path") -> Rows:
+def rows(path: Path | str, remedy: str = "check the path") -> FileRows:
     """The rows of a file. ValueError when it is none of the formats; BrokenLine, while reading, for a broken row."""
     path = jsonl.require_file(path, remedy)
     with path.open("rb") as file:
         head = file.read(HEAD)
         packed = head.startswith(b"\x1f\x8b")
     if head.startswith(b"PAR1"):
-        return Rows(path, "row", _parquet(path))
+        return FileRows(path, "row", _parquet(path))
     if packed:
         with _unpacking(path), gzip.open(path) as file:
             head = file.read(HEAD)
@@ -66,14 +66,14 @@ def rows(path: Path | str, remedy: str = "check the path") -> Rows:
     names = [suffix.lower() for suffix in path.suffixes if suffix.lower() != ".gz"]
     name = names[-1] if names else ""
     if name in (".csv", ".tsv"):
-        return Rows(
+        return FileRows(
             path, "line", _stream(path, packed, lambda file: _table(file, path, "\t" if name == ".tsv" else ","))
         )
     first = _first(path, packed)
     if first == b"[":
-        return Rows(path, "element", _stream(path, packed, lambda file: _array(file, path)))
+        return FileRows(path, "element", _stream(path, packed, lambda file: _array(file, path)))
     if first in (b"{", b"") or name in (".json", ".jsonl", ".ndjson"):
-        return Rows(path, "line", _stream(path, packed, lambda file: jsonl.read_stream(file, path)))
+        return FileRows(path, "line", _stream(path, packed, lambda file: jsonl.read_stream(file, path)))
     raise ValueError(f"{path} is none of the files that are read as prompts: convert it to {FORMATS}")
 
 

@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from specbench.data.prompts.deduplication import Contamination, Signatures, text_hash
-from specbench.data.prompts.sources import Conversation, Source, digest, questions
+from specbench.data.prompts.sources import Source, digest, questions
+from specbench.data.prompts.turns import Conversation
 from specbench.files import json_lines as jsonl
 from specbench.files.atomic import read_json, write_json
 

@@ -19,13 +19,12 @@ from specbench.data.prompts import turns
 from specbench.data.prompts.deduplication import text_hash
 from specbench.data.prompts.embedded_corpus import DOMAINS
 from specbench.data.prompts.embedded_corpus import conversations as embedded_conversations
-from specbench.data.prompts.turns import Unfit
+from specbench.data.prompts.turns import Conversation, Unfit
 from specbench.files import hub_datasets as hub
 from specbench.files.atomic import is_unicode
 from specbench.files.json_lines import text_id
 from specbench.ranges import Count, Natural, Seed
 
-Conversation = dict[str, Any]
 EXAMPLES = 20  # rows that did not fit, kept with their place
 
 

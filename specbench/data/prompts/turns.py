@@ -33,6 +33,7 @@ TEXT_PARTS = (None, "text", "input_text", "output_text")
 # What stands in SPEED-Bench's public files where a source may not be passed on.
 PLACEHOLDER = "FULL BENCHMARK DATA SHOULD BE FETCHED FROM THE SOURCE USING SPECDEC_BENCH"
 
+Conversation = dict[str, Any]  # id, messages ({role, content} each), source and whatever else its line holds
 Turn = dict[str, str]
 
 

@@ -24,14 +24,14 @@ SUMS = 4
 
 
 @dataclass(frozen=True)
-class Forced:
+class TeacherForcedSums:
     """Sums of P prompts: sums[p, k-1] = anchors, alpha, survived, reached."""
 
     prompts: np.ndarray  # (P,) sorted and distinct
     sums: Float[np.ndarray, "P K four"]
 
     @classmethod
-    def of(cls, prompts: Sequence[Any], rows: Sequence[Sequence[Sequence[float]]]) -> Forced:
+    def of(cls, prompts: Sequence[Any], rows: Sequence[Sequence[Sequence[float]]]) -> TeacherForcedSums:
         """From the records that carry sums: their prompts' keys, and one list of slots a record."""
         slots = max((len(row) for row in rows), default=0)
         keys, cluster = np.unique(np.asarray(prompts), return_inverse=True)
@@ -76,7 +76,7 @@ def quantities(on: Sums, forced: Float[np.ndarray, "*axes K four"]) -> tuple[dic
     return curves, lengths | {"length_gap": expected - on.accepted_length}
 
 
-def paired(counts: Counts, forced: Forced, resamples: int = RESAMPLES, seed: int = 0) -> Paired | None:
+def paired(counts: Counts, forced: TeacherForcedSums, resamples: int = RESAMPLES, seed: int = 0) -> Paired | None:
     """Both estimates over the prompts that have rounds and anchors; None where there is no such prompt."""
     both = np.intersect1d(counts.prompts[counts.rounds > 0], forced.prompts)
     sums = forced.sums[np.searchsorted(forced.prompts, both)]

@@ -13,7 +13,7 @@ import pandas as pd
 import pytest
 import yaml
 
-from analysis.read import remote, runs
+from analysis.read import runs, wandb_runs
 from tests.analysis.synthetic import simulate, write_run
 
 FIELDS = {
@@ -107,16 +107,16 @@ def test_a_project_gives_the_same_frame_as_its_folders(server, tmp_path):
 
 
 def test_pages_key_and_cache(server, tmp_path):
-    remote.fetch("wandb:me/proj", tmp_path / "cache")
+    wandb_runs.fetch("wandb:me/proj", tmp_path / "cache")
     assert [variables["cursor"] for _, _, variables in server.seen] == [None, "2"]
     key = "Basic " + base64.b64encode(b"api:" + b"k" * 40).decode()
     assert {(path, sent) for path, sent, _ in server.seen} == {("/graphql", key)}
     assert len(server.fetched) == 3 * 4  # summary, config, provenance and records of each
-    remote.fetch("wandb:me/proj", tmp_path / "cache")
+    wandb_runs.fetch("wandb:me/proj", tmp_path / "cache")
     assert len(server.fetched) == 3 * 4
     contents = server.nodes[0]["contents"]
     contents["record/provenance.json"] = b"{}"
-    folder = remote.fetch("wandb:me/proj/id0", tmp_path / "cache")[0]
+    folder = wandb_runs.fetch("wandb:me/proj/id0", tmp_path / "cache")[0]
     assert len(server.fetched) == 3 * 4 + 1 and (folder / "provenance.json").read_bytes() == b"{}"
 
 
@@ -144,7 +144,7 @@ def test_errors_name_the_remedy(server, tmp_path, monkeypatch):
         runs.load("wandb:proj", cache=tmp_path)
     with pytest.raises(ValueError, match="has no project me/other"):
         runs.load("wandb:me/other", cache=tmp_path)
-    monkeypatch.setattr(remote, "QUERY", remote.QUERY.replace("displayName", "displayName tags"))
+    monkeypatch.setattr(wandb_runs, "QUERY", wandb_runs.QUERY.replace("displayName", "displayName tags"))
     with pytest.raises(ValueError, match=r"refused the query.*tags"):
         runs.load("wandb:me/proj", cache=tmp_path)
     monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from specbench.data.cache.build import build
-from specbench.data.cache.remote import RemoteFiles, is_remote
+from specbench.data.cache.remote_shards import RemoteFiles, is_remote
 from specbench.data.cache.shards import DamagedShard
 from specbench.data.cache.storage import storage
 from specbench.data.loading.reading import CacheReader

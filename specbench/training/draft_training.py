@@ -25,7 +25,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 
 from specbench.blocks import Batch, with_anchors
-from specbench.data.loading.target_cache import Step, TargetCache
+from specbench.data.loading.target_cache import TargetCache, TrainingStep
 from specbench.drafts.draft import Draft
 from specbench.drafts.installed import checked, full_name, method_named
 from specbench.files.atomic import plain
@@ -273,7 +273,7 @@ class DraftTraining(L.LightningModule):
         positions = batch.tokens.numel()
         return self.objective(draft, self.target_tables, draft(batch), positions=positions)
 
-    def training_step(self, step: Step, index: int) -> None:
+    def training_step(self, step: TrainingStep, index: int) -> None:
         optimizer, total = self.optimizers(), torch.zeros((), dtype=torch.float64, device=self.device)
         value, supervised = torch.zeros_like(total), torch.zeros_like(total)
         optimizer.zero_grad()
@@ -338,7 +338,7 @@ class DraftTraining(L.LightningModule):
         for gradient, part in zip(gradients, torch._utils._unflatten_dense_tensors(flat, gradients), strict=True):
             gradient.copy_(part)
 
-    def validation_step(self, step: Step, index: int) -> None:
+    def validation_step(self, step: TrainingStep, index: int) -> None:
         with ordinary():
             for batch in step.micro:
                 self.val_slots.update(self.loss(self.published, batch, 0).slots)
@@ -348,7 +348,7 @@ class DraftTraining(L.LightningModule):
     def on_validation_epoch_end(self) -> None:
         self._log_slots("val")
 
-    def test_step(self, step: Step, index: int) -> None:
+    def test_step(self, step: TrainingStep, index: int) -> None:
         """What validation does, under names of its own: teacher-forced, on the conversations that were held out."""
         self.validation_step(step, index)
 
