@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shlex
@@ -26,6 +25,7 @@ from analysis.tables import groups as grouping
 from analysis.tables import sheets as layout
 from analysis.tables.groups import Group
 from analysis.tables.sheets import Sheet
+from specbench.files.atomic import read_json
 
 CURVES = ("train/loss", "probe/accepted_length", "val/accepted_length")
 
@@ -260,7 +260,7 @@ def _run_drawings(read: Runs, calibrations: Sequence[str | os.PathLike[str]]) ->
         if not file.exists():
             raise ValueError(f"calibrations={folder} holds no reliability.json; name a folder of specbench calibrate")
         caption = f"Reliability of the confidence head before and after calibration, {folder.name}; held-out rounds."
-        figure = curves.reliability(json.loads(file.read_text()))
+        figure = curves.reliability(read_json(file, []))
         drawings.append(Drawing(f"reliability_{folder.name}", figure, caption))
     trained = read.runs[read.runs["kind"] == "train"]
     history = folders.metrics(trained)

@@ -20,7 +20,8 @@ from specbench.cli.verbs import VERBS
 from specbench.files.atomic import changes, read_json, write_json
 from specbench.files.redaction import WITHHELD, redacted
 from specbench.runs.provenance import differences, provenance
-from specbench.runs.run_folder import KINDS, read_settings, read_summary
+from specbench.runs.run_folder import read_settings, read_summary
+from specbench.runs.run_schema import FINISHED, KINDS
 
 # What a clock measures is never the same twice.
 SET_BY_VERBS = ("threads", "deterministic")
@@ -43,7 +44,7 @@ def run(cfg: DictConfig) -> Path:
     require_data(config, old / "config.yaml", allowed)
     if summary.get("kind") not in KINDS:
         raise ValueError(f"{old / 'summary.json'}: kind is {summary.get('kind')!r}, not one of {', '.join(KINDS)}")
-    if summary["status"] != "finished":
+    if summary["status"] != FINISHED:
         say(f"{old} is {summary['status']}: there may be no numbers to compare with")
     now, _ = provenance(sys.argv, then.get("seeds", {}), then.get("cache"))
     # What a verb sets itself (the threads of its target) is compared once it has: here it would seem to differ.

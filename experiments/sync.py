@@ -8,8 +8,8 @@ from omegaconf import DictConfig
 
 from specbench.cli.progress import Progress
 from specbench.cli.stages import say
+from specbench.runs import wandb_account as account
 from specbench.runs.wandb_sync import offline_runs, sync
-from specbench.runs.wandb_tracking import has_key
 
 
 def run(cfg: DictConfig) -> list[Path]:
@@ -31,7 +31,7 @@ def run(cfg: DictConfig) -> list[Path]:
             try:
                 missing = sync(folder)
             except ValueError as error:
-                if not has_key():
+                if account.key() is None:
                     raise
                 missing = [str(error)]
             faults += missing

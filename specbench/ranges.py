@@ -34,6 +34,8 @@ class Among:
 MANY = 10**9
 # The longest context of any target that is known, with room: 16 million tokens.
 TOKENS = 1 << 24
+# The largest id that any vocabulary holds.
+LARGEST_TOKEN = 2**31 - 1
 # Published drafts propose up to 15 tokens. The training view holds every slot of every anchor at once.
 MOST_SLOTS = 512
 

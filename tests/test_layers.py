@@ -35,7 +35,12 @@ FOLDERS = [
 CONTRACT = {"draft", "parallel", "recurrent", "baselines"}  # what every method may import
 BANNED = {"utils", "common", "base", "core", "helpers", "manager", "misc"}
 # What analysis shares beside specbench/files: modules without torch, as test_analysis_runs_without_torch sees to.
-SHARED = ("specbench.metrics.functional",)
+SHARED = (
+    "specbench.metrics.functional",
+    "specbench.runs.run_schema",
+    "specbench.runs.settings_without_effect",
+    "specbench.runs.wandb_account",
+)
 # A library, and the only place that may import it.
 DOORS = {
     "wandb": ("specbench/runs/wandb_",),

@@ -19,7 +19,8 @@ import yaml
 from specbench.files.atomic import changes, plain, replacing, write_json
 from specbench.runs.folder_logger import FolderLogger
 from specbench.runs.provenance import differences, provenance, source_state
-from specbench.runs.run_folder import COLUMNS, RunFolder, read_lines, read_summary
+from specbench.runs.run_folder import RunFolder, read_lines, read_summary
+from specbench.runs.run_schema import COLUMNS
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 RECORD = {

@@ -15,9 +15,10 @@ import pytest
 import torch
 import wandb
 
+from specbench.runs import wandb_account as account
 from specbench.runs.run_folder import RunFolder, read_lines
 from specbench.runs.wandb_sync import offline_runs, sync
-from specbench.runs.wandb_tracking import Tracking, has_key
+from specbench.runs.wandb_tracking import Tracking
 
 
 @pytest.fixture(autouse=True)
@@ -121,7 +122,7 @@ def test_opening_again_continues_the_same_wandb_run(tmp_path: Path) -> None:
 
 
 def test_modes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    assert not has_key()
+    assert account.key() is None
     assert Tracking().resolved_mode() == "offline"
     with pytest.raises(ValueError, match="wandb login"):
         Tracking(mode="online").resolved_mode()
@@ -139,7 +140,7 @@ def test_modes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     netrc = tmp_path / "netrc"
     netrc.write_text("machine api.wandb.ai login user password secret\n")
     monkeypatch.setenv("NETRC", str(netrc))
-    assert has_key()
+    assert account.key() == "secret"
     monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
     with socket.create_server(("127.0.0.1", 0)) as server:
         monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{server.getsockname()[1]}")

@@ -13,11 +13,11 @@ from matplotlib.figure import Figure
 
 from analysis.tables import writers
 from analysis.tables.sheets import Cell, Sheet
+from specbench.runs.run_schema import STEP
 
 if TYPE_CHECKING:
     from wandb_workspaces.reports.v2 import Report
 
-STEP = "trainer/global_step"
 # The table of conditional acceptance by slot that every evaluation logs.
 SLOTS = "slots"
 

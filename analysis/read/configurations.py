@@ -1,7 +1,8 @@
 """One configuration: what decided the numbers of a run, which runs are repetitions of it, and what tells two apart.
 
-Decisive is every setting of an evaluation and of the training that made its draft, but for those that only name, place,
-watch or repeat a run. Weights, caches and prompts count by their content, wherever they lie.
+Decisive is every setting of an evaluation and of the training that made its draft that
+specbench/runs/settings_without_effect.py calls compared. Weights, caches and prompts count by their content, wherever
+they lie.
 """
 
 from __future__ import annotations
@@ -16,40 +17,12 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from specbench.runs.settings_without_effect import compared
+
 Facts = tuple[tuple[str, Any], ...]
 
-# Settings that leave every number as it is, by their dotted key; one that ends in a dot stands for all below it.
-EVERYWHERE = (
-    *("root", "force", "name", "tracking", "tracking.", "study", "study.", "yes", "progress", "plan", "memory"),
-    *(
-        "device",
-        "devices",
-        "methods",
-        "seed",
-        "seed.",
-        "evaluation_seed",
-        "method.name",
-        "run",
-        "kind",
-        "path",
-        "status",
-    ),
-)
-# Of an evaluation: target, draft and prompts are known by content, what its table is about by its records, and the rest
-# changes seconds or adds columns.
-OF_EVALUATION = (
-    *(*EVERYWHERE, "target", "target.", "suite", "suite.", "draft", "prompts", "batch_size", "token_budget"),
-    *("teacher_forced", "audit", "audit_spacings", "temperature", "accounting", "thinking"),
-)
-# Of a training: its target's states are known by their cache, then what becomes of the draft, and the machine.
-OF_TRAINING = (
-    *(*EVERYWHERE, "target", "target.", "cache", "evaluate", "temperatures", "max_new_tokens", "batch_size", "limit"),
-    *("suite", "suite.", "trainer.recipe.log_every", "trainer.recipe.compile", "trainer.data.threads"),
-    *("trainer.evaluation.", "trainer.validate_every", "trainer.lightning.accelerator", "trainer.lightning.devices"),
-    *("trainer.lightning.num_nodes", "trainer.lightning.strategy"),
-)
-# These decide although something shorter above does not.
-KEPT = ("suite.turns", "target.target_layer_ids", "target.mask_token_id")
+# What a row of `Runs.runs` says of its run beside the settings.
+OF_ROW = ("run", "kind", "path", "status")
 # What accepted lengths of one column must have in common beside what their table is about.
 PROTOCOL = ("max_new_tokens", "top_k", "top_p", "min_p", "stop_token_ids", "turns", "dtype", "target weights")
 # Settings that a run states as they were resolved, where its configuration may hold null.
@@ -59,7 +32,7 @@ UNRECORDED = "not recorded"
 
 def of_decoding(row: Mapping[str, Any]) -> Facts:
     """What decided an evaluation beside draft, prompts and seeds, as sorted (setting, value); `row` is a run's own."""
-    found = {key.removeprefix("suite."): value for key, value in _settings(row, OF_EVALUATION)}
+    found = {key.removeprefix("suite."): value for key, value in _settings(row, "evaluate")}
     found["dtype"] = row.get("target.dtype")
     for key in STATED:  # null stands for whatever draft or target have themselves
         if found.get(key, ...) is None:
@@ -76,7 +49,7 @@ def of_draft(row: Mapping[str, Any], parent: Mapping[str, Any] | None) -> Facts:
     Without it (a draft that was brought along) its weights stand for all that is not known.
     """
     if parent is not None:
-        found = dict(_settings(parent, OF_TRAINING)) | {"draft": None}
+        found = dict(_settings(parent, "train")) | {"draft": None}
         fingerprint = parent.get("summary.lineage.cache.fingerprint")
         return tuple(sorted((found if fingerprint is None else found | {"cache": str(fingerprint)[:8]}).items()))
     weights, named = row.get("summary.lineage.draft"), row.get("draft")
@@ -92,16 +65,11 @@ def joined(decoding: Facts, draft: Facts) -> Facts:
     return (*decoding, *((f"training.{key}" if key in known else key, value) for key, value in draft))
 
 
-def _settings(row: Mapping[str, Any], without: Sequence[str]) -> Iterable[tuple[str, Any]]:
+def _settings(row: Mapping[str, Any], kind: str) -> Iterable[tuple[str, Any]]:
     """Dotted keys of a run's configuration that decide; paths as they are called, not where they lie."""
-    below = tuple(key for key in without if key.endswith("."))
-    exact = set(without)
     for key, value in row.items():
-        if key.startswith(("summary.", "provenance.", "parent.")):
-            continue
-        if (key in exact or key.startswith(below)) and not key.startswith(KEPT):
-            continue
-        yield key, _place(value) if isinstance(value, str) else value
+        if not key.startswith(("summary.", "provenance.", "parent.")) and key not in OF_ROW and compared(kind, key):
+            yield key, _place(value) if isinstance(value, str) else value
 
 
 def _place(value: str) -> str:

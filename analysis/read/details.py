@@ -20,8 +20,9 @@ import pyarrow.parquet as pq
 
 from analysis.read.runs import Runs
 from analysis.statistics.acceptance_gap import TeacherForcedSums
+from specbench.runs.run_schema import OPTIONAL
 
-NAMES = ("by_round", "token_classes", "teacher_forced")
+DETAILS = [OPTIONAL.field(name) for name in ("by_round", "token_classes", "teacher_forced")]
 
 
 def rounds(runs: Runs) -> pd.DataFrame:
@@ -101,12 +102,10 @@ def _files(runs: Runs) -> Iterator[tuple[np.ndarray, dict[str, pa.Array]]]:
 
 @lru_cache(maxsize=4096)
 def _read(file: str, changed: int, size: int) -> dict[str, Any]:
-    present = [name for name in NAMES if name in pq.read_schema(file).names]
+    names = pq.read_schema(file).names
+    present = [field.name for field in DETAILS if field.name in names]
     table = pq.read_table(file, columns=[*present, "turn"], use_threads=False)
-    types = {"token_classes": pa.string(), "by_round": pa.list_(pa.list_(pa.int32()))}
     return {
-        name: table[name].combine_chunks()
-        if name in present
-        else pa.nulls(len(table), types.get(name, pa.list_(pa.list_(pa.float64()))))
-        for name in NAMES
+        field.name: table[field.name].combine_chunks() if field.name in present else pa.nulls(len(table), field.type)
+        for field in DETAILS
     }

@@ -7,7 +7,6 @@ records.parquet.
 from __future__ import annotations
 
 import glob
-import json
 import os
 import re
 from collections.abc import Iterator
@@ -21,12 +20,10 @@ import yaml
 from analysis.read.records import Table, read_table
 from specbench.files import json_lines as jsonl
 from specbench.files import plain_yaml
+from specbench.files.atomic import read_json
+from specbench.runs.run_schema import FINISHED, KINDS, MARKS, SCHEMA, STEP
 
-SCHEMA = "specbench.run/1"
-FINISHED = "finished"
 SUMMARY, PROVENANCE, PARENT = "summary.", "provenance.", "parent."
-KINDS = ("target", "train", "evaluate", "speed", "serve")
-MARKS = ("summary.json", "config.yaml", "provenance.json", "records.parquet")
 
 
 def find(source: str) -> list[Path]:
@@ -152,7 +149,7 @@ def metrics(runs: pd.DataFrame) -> pd.DataFrame:
         if not file.exists():
             continue
         frame = pd.DataFrame([row for _, row in jsonl.read(file, unfinished="drop")])
-        step = next((key for key in ("step", "trainer/global_step") if key in frame), None)
+        step = next((key for key in ("step", STEP) if key in frame), None)
         if step is None:
             continue
         numbers = frame.select_dtypes("number").melt(step, var_name="name", value_name="value").dropna()
@@ -176,12 +173,7 @@ def _hashable(value: Any) -> Any:
 
 
 def _json(file: Path) -> dict[str, Any]:
-    try:
-        return _mapping(file, json.loads(file.read_text()))
-    except FileNotFoundError:
-        return {}
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{file.name} is not JSON: {error}") from error
+    return _mapping(file, read_json(file, {}))
 
 
 def _yaml(file: Path) -> tuple[dict[str, Any], dict[str, Any]]:

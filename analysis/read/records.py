@@ -13,27 +13,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-TEXT = ("run", "method", "target", "suite", "benchmark", "domain", "prompt_id", "scheduler", "accounting", "thinking")
-SCHEMA = pa.schema(
-    [
-        *((name, pa.string()) for name in TEXT[:7]),
-        ("turn", pa.int64()),
-        ("temperature", pa.float64()),
-        *((name, pa.string()) for name in TEXT[7:]),
-        ("seed", pa.int64()),
-        ("prompt_tokens", pa.int64()),
-        ("output_tokens", pa.int64()),
-        ("truncated", pa.bool_()),
-        ("rounds", pa.int64()),
-        ("committed", pa.int64()),
-        ("proposed", pa.int64()),
-        ("accepted", pa.int64()),
-        ("seconds", pa.float64()),
-    ]
-)
-# Since specbench.records/2: the hash of the prompt's token ids, null in older files.
-HASH = pa.field("prompt_hash", pa.string())
-READ = (None, "specbench.records/2")
+from specbench.runs.run_schema import COLUMNS, OPTIONAL, RECORDS_READABLE, RECORDS_SCHEMA
+
+HISTOGRAM = "histogram"
+# Every column but the histogram, which is unpacked, and what is read later (analysis.read.details).
+READ = pa.schema([field for field in COLUMNS if field.name != HISTOGRAM])
+TEXT = [field.name for field in READ if pa.types.is_string(field.type)]
+HASH = OPTIONAL.field("prompt_hash")  # null in older files
 CLUSTER = ("suite", "benchmark", "prompt_key")
 IDENTITY = ("source", "benchmark", "prompt_id", "turn", "seed", "temperature", "scheduler", "method", "target")
 
@@ -58,18 +44,20 @@ def read_table(file: Path) -> Table:
     """Read one records.parquet; a missing column or one of the wrong type is an error that names it."""
     with pq.ParquetFile(file, pre_buffer=False, memory_map=True) as parquet:
         schema = (parquet.schema_arrow.metadata or {}).get(b"schema")
-        if (schema and schema.decode()) not in READ:
-            raise ValueError(f"{file.name} has the schema {schema.decode()!r}, and this version reads {READ[-1]!r}")
+        if (schema and schema.decode()) not in RECORDS_READABLE:
+            raise ValueError(
+                f"{file.name} has the schema {schema.decode()!r}, and this version reads {RECORDS_SCHEMA!r}"
+            )
         present = set(parquet.schema_arrow.names)
-        missing = [name for name in (*SCHEMA.names, "histogram") if name not in present]
+        missing = [name for name in COLUMNS.names if name not in present]
         if missing:
             raise ValueError(f"{file.name} lacks the column {', '.join(missing)}")
         hashes = [HASH.name] if HASH.name in present else []
-        table = parquet.read([*SCHEMA.names, *hashes, "histogram"], use_threads=False)
-    sizes, triples = _unpack(table["histogram"], file.name)
-    columns = [_cast(table[field.name], field, file.name) for field in SCHEMA]
+        table = parquet.read([*COLUMNS.names, *hashes], use_threads=False)
+    sizes, triples = _unpack(table[HISTOGRAM], file.name)
+    columns = [_cast(table[field.name], field, file.name) for field in READ]
     columns.append(_cast(table[HASH.name], HASH, file.name) if hashes else pa.nulls(len(table), HASH.type))
-    return Table(pa.table(columns, SCHEMA.append(HASH)), sizes, triples)
+    return Table(pa.table(columns, READ.append(HASH)), sizes, triples)
 
 
 def _cast(column: pa.ChunkedArray, field: pa.Field, name: str) -> pa.ChunkedArray:
@@ -107,7 +95,7 @@ def _sizes(lists: pa.ListArray) -> np.ndarray:
 def concatenate(tables: Sequence[tuple[int, Table]]) -> tuple[pd.DataFrame, pd.DataFrame]:
     """The records of many runs and their histogram cells in long form; the number is each table's row in `runs`."""
     if not tables:
-        records = SCHEMA.append(HASH).empty_table().to_pandas()
+        records = READ.append(HASH).empty_table().to_pandas()
         cells = np.zeros((0, 3), np.int64)
         nothing = {name: np.zeros(0, np.int64) for name in ("source", "row", "prompt_key", "prompt")}
         return records.assign(**nothing), _cells(np.zeros(0, np.int64), cells)

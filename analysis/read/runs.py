@@ -18,9 +18,10 @@ import pandas as pd
 
 from analysis.read import wandb_runs
 from analysis.read.configurations import Facts, identity, joined, of_decoding, of_draft, prompt_sets
-from analysis.read.folders import FINISHED, SUMMARY, find, inherit, read_run, trainings
+from analysis.read.folders import SUMMARY, find, inherit, read_run, trainings
 from analysis.read.records import Table, check, concatenate
 from analysis.statistics.histograms import Counts, count
+from specbench.runs.run_schema import FINISHED
 
 TRAINING_SEED = "provenance.seeds.init"
 # How the reason ends that names a repetition or a copy.

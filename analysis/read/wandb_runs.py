@@ -4,7 +4,7 @@ The files of every run are kept below a cache folder in the shape of run folders
 mirrors its folder as files below record/ (summary.json, config.yaml, provenance.json, metrics.jsonl, records.parquet);
 for one that did not upload the first two, they are written from the project's config, summary and state.
 
-The key comes from WANDB_API_KEY or the netrc file, the server from WANDB_BASE_URL.
+Server and key are those of specbench/runs/wandb_account.py.
 """
 
 from __future__ import annotations
@@ -12,8 +12,6 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
-import netrc
-import os
 import urllib.error
 import urllib.parse
 import urllib.request
@@ -24,12 +22,10 @@ from typing import Any
 
 import yaml
 
-from analysis.read.folders import SCHEMA
+from specbench.runs import wandb_account as account
+from specbench.runs.run_schema import MIRROR, MIRRORED, SCHEMA
 
 PREFIX = "wandb:"
-SERVER = "https://api.wandb.ai"
-FILES = ("summary.json", "config.yaml", "provenance.json", "metrics.jsonl", "records.parquet")
-MIRROR = "record/"
 PAGE = 500
 TIMEOUT = 60
 QUERY = """query Runs($entity: String!, $project: String!, $run: JSONString, $cursor: String, $page: Int!,
@@ -56,7 +52,7 @@ def fetch(source: str, cache: Path) -> list[Path]:
     if len(parts) not in (2, 3) or not all(parts):
         raise ValueError(f"{source!r} does not name a W&B project; write wandb:entity/project or .../project/run")
     entity, project, *run = parts
-    server = os.environ.get("WANDB_BASE_URL", SERVER).rstrip("/")
+    server = account.server()
     nodes = list(_runs(server, entity, project, run[0] if run else None))
     if not nodes:
         raise ValueError(f"{source} holds no run on {server}")
@@ -72,7 +68,7 @@ def _runs(server: str, entity: str, project: str, run: str | None) -> Iterator[d
             "project": project,
             "cursor": cursor,
             "page": PAGE,
-            "files": [MIRROR + name for name in FILES],
+            "files": [f"{MIRROR}/{name}" for name in MIRRORED],
         }
         variables["run"] = json.dumps({"name": run} if run else {})
         answer = json.loads(_request(server, f"{server}/graphql", {"query": QUERY, "variables": variables}))
@@ -90,8 +86,8 @@ def _runs(server: str, entity: str, project: str, run: str | None) -> Iterator[d
 
 def _mirror(server: str, node: dict[str, Any], folder: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
-    uploaded = {edge["node"]["name"].removeprefix(MIRROR): edge["node"] for edge in node["files"]["edges"]}
-    for name in FILES:
+    uploaded = {edge["node"]["name"].removeprefix(f"{MIRROR}/"): edge["node"] for edge in node["files"]["edges"]}
+    for name in MIRRORED:
         if name in uploaded:
             if not _current(folder / name, uploaded[name].get("md5")):
                 _write(folder / name, _request(server, uploaded[name]["directUrl"]))
@@ -132,7 +128,7 @@ def _request(server: str, url: str, body: dict[str, Any] | None = None) -> bytes
     """POST `body` as JSON, or GET without one. The key goes to the server itself only, never to a signed file URL."""
     data = None if body is None else json.dumps(body).encode()
     request = urllib.request.Request(url, data, {"Content-Type": "application/json"} if data else {})
-    key = _key(server)
+    key = account.key()
     if key and urllib.parse.urlsplit(url).netloc == urllib.parse.urlsplit(server).netloc:
         request.add_unredirected_header("Authorization", "Basic " + base64.b64encode(f"api:{key}".encode()).decode())
     try:
@@ -143,13 +139,3 @@ def _request(server: str, url: str, body: dict[str, Any] | None = None) -> bytes
         raise ValueError(f"{server} answered {error.code} {error.reason}{hint}") from error
     except OSError as error:
         raise ValueError(f"cannot reach {server} ({error}); compare the local run folders instead") from error
-
-
-def _key(server: str) -> str | None:
-    if key := os.environ.get("WANDB_API_KEY"):
-        return key
-    try:
-        entry = netrc.netrc().authenticators(urllib.parse.urlsplit(server).hostname or "")
-    except (OSError, netrc.NetrcParseError):
-        return None
-    return entry[2] if entry else None

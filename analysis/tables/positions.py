@@ -22,10 +22,10 @@ from analysis.tables import frames as tables
 from analysis.tables import groups as grouping
 from analysis.tables.groups import Group
 from specbench.metrics.functional import ratio
+from specbench.runs.run_schema import TOKEN_CLASSES
 
 POSITIONS = (1, 17, 33, 65, 129, 257, 513, 1025, 2049, 4097)
 CONTEXTS = (1, 65, 129, 257, 513, 1025, 2049, 4097, 8193, 16385)
-CLASSES = {"d": "digits", "s": "whitespace", "c": "symbols", "w": "words", "x": "special"}
 
 
 def frames(found: Sequence[Group], resamples: int = RESAMPLES, seed: int = 0) -> dict[str, pd.DataFrame]:
@@ -137,13 +137,13 @@ def _classes(letters: pd.DataFrame, resamples: int, seed: int) -> list[dict[str,
     """Conditional acceptance by class of the token that the text has in the slot."""
     if not len(letters):
         return []
-    order = {letter: place for place, letter in enumerate(CLASSES)}
+    order = {letter: place for place, letter in enumerate(TOKEN_CLASSES)}
     bins = letters["token_class"].map(order).to_numpy()
     prompts, accepted = letters["prompt"].to_numpy(), letters["accepted"].to_numpy().astype(float)
     values, seen = shares(prompts, bins, accepted, np.ones(len(letters)), len(order), resamples, seed)
     return [
         {"token_class": name, "conditional": values[0, b], "low": values[1, b], "high": values[2, b]}
         | {"n": int(values[3, b]), "prompts": int(seen[b])}
-        for b, name in enumerate(CLASSES.values())
+        for b, name in enumerate(TOKEN_CLASSES.values())
         if seen[b]
     ]

@@ -1,4 +1,5 @@
-"""What makes a run the run that it is: its settings without those that leave the result alone, its inputs by content.
+"""What makes a run the run that it is: its settings without those that leave the result alone
+(specbench/runs/settings_without_effect.py), its inputs by content.
 
 Two commands mean the same run when their identities are equal, whatever the folder that they are given from, where
 their inputs lie now and on how many devices they run.
@@ -18,33 +19,8 @@ import xxhash
 from omegaconf import DictConfig
 
 from specbench.cli.recording import recorded
-from specbench.files.atomic import changes
-
-# Where something goes, how it is shown and by how many hands it is done does not change what it is. Dotted keys; a key
-# stands for everything below it, and * for one part.
-WITHOUT_EFFECT = (
-    *("root", "force", "name", "folder", "plan", "memory", "yes", "study", "docs", "methods", "check", "check_dtype"),
-    *("tracking", "progress", "logging", "verbose"),
-    *("device", "devices", "target.device", "target.threads", "threads"),
-    *("batch_size", "token_budget", "concurrency", "patience", "servers", "api_key", "chunk"),
-    *("trainer.recipe.log_every", "trainer.data.threads"),
-    *(f"trainer.{key}" for key in ("accelerator", "devices", "enable_progress_bar")),
-    *(f"trainer.lightning.{key}" for key in ("accelerator", "devices", "num_nodes", "enable_progress_bar")),
-)
-# What else leaves the result of one verb alone: those settings belong to the evaluation that follows a training.
-OF_VERB = {
-    "train": (
-        *("evaluate", "temperatures", "max_new_tokens", "limit", "evaluation_seed", "suite"),
-        "trainer.evaluation",
-    ),
-    # Answers are added to those that are there; whose they are is said by their header.
-    "answers": ("count", "policy.model"),
-    # Where a copy goes, which is written each time.
-    "calibrate": ("draft",),
-}
-# A measurement of time is another one on another device, and with other numbers of threads and requests.
-TIMING = ("speed",)
-FOR_TIMING = ("root", "force", "name", "folder", "yes", "study", "tracking", "progress", "logging", "verbose")
+from specbench.files.atomic import changes, read_json
+from specbench.runs.settings_without_effect import without_effect
 
 # Settings that name files: what lies there counts, and not where.
 INPUTS = (
@@ -82,7 +58,7 @@ class Identity:
         both = before.keys() & self.inputs.keys()
         found = {key for key in before if select(self.settings, key) is None}
         found |= {key for key in self.inputs if select(then["config"], key) is None}
-        old = without(then["config"], [*no_effect(verb), *both, *found])
+        old = without(then["config"], [*without_effect(verb), *both, *found])
         lines = changes(old, without(self.settings, both | found))
         for key in sorted(both):
             if before[key] != self.inputs[key]:
@@ -97,18 +73,13 @@ class Identity:
 
 def identity(verb: str, config: DictConfig | Mapping[str, Any], inputs: Mapping[str, str] | None = None) -> Identity:
     """The identity of a run of `verb` under `config`; `inputs` are fingerprints that the verb knows beside."""
-    settings = without(recorded(config), no_effect(verb))
+    settings = without(recorded(config), without_effect(verb))
     found = {}
     for key in INPUTS:
         for path, value in matching(settings, key):
             if (seen := fingerprint(value, path.rpartition(".")[2])) is not None:
                 found[path] = seen
     return Identity(settings, {**found, **(inputs or {})})
-
-
-def no_effect(verb: str) -> tuple[str, ...]:
-    """The settings that leave the result of this verb alone."""
-    return FOR_TIMING if verb in TIMING else (*WITHOUT_EFFECT, *OF_VERB.get(verb, ()))
 
 
 def without(tree: Mapping[str, Any], patterns: Iterable[str], where: str = "") -> dict[str, Any]:
@@ -159,7 +130,7 @@ def fingerprint(value: Any, kind: str = "") -> str | None:
 def _folder(path: Path, kind: str) -> str | None:
     if (path / "manifest.json").is_file():  # a target cache says itself what it holds
         try:
-            return str(json.loads((path / "manifest.json").read_text(encoding="utf-8"))["fingerprint"])
+            return str(read_json(path / "manifest.json", {})["fingerprint"])
         except (ValueError, KeyError, TypeError):  # damaged: whoever opens it says so
             return None
     if kind in ("rounds", "held_out"):

@@ -8,16 +8,18 @@ from dataclasses import dataclass, field
 from importlib.resources import files
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig, OmegaConf
 
+from specbench.cli import settings
 from specbench.cli.config_groups import configs, loader, options
 from specbench.cli.errors import nearest
 from specbench.cli.overrides import parse
 
-VERBS = ("train", "evaluate", "serve")
+# The verbs that an experiment may ask for.
+STUDIED = get_args(settings.Study.model_fields["verb"].annotation)
 
 
 @dataclass(frozen=True)
@@ -71,8 +73,8 @@ def study_of(name: str, given: Sequence[str] = ()) -> Study:
     written = OmegaConf.to_container(found.config, resolve=False)
     study, axes = written.get("study", {}), written["hydra"]["sweeper"]["params"]
     verb, chosen = study.get("verb", "train"), [f"+experiment={name}"]
-    if verb not in VERBS:
-        raise ValueError(f"experiment {name}: study.verb={verb}; choose one of {', '.join(VERBS)}")
+    if verb not in STUDIED:
+        raise ValueError(f"experiment {name}: study.verb={verb}; choose one of {', '.join(STUDIED)}")
     runs = [[*chosen, *job] for job in jobs(axes, given if verb == "train" else ())]
     return Study(
         name,

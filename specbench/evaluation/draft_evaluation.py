@@ -19,7 +19,7 @@ import lightning as L
 import numpy as np
 
 from specbench.data.answers.chat import prompt_ids
-from specbench.data.prompts.benchmarks import Prompt
+from specbench.data.prompts.benchmarks import TURNS, Prompt
 from specbench.decoding.loop import Decoded, Limits, decode, speculative_decode
 from specbench.decoding.sampling import Sampling
 from specbench.decoding.scheduling import FixedLength, Scheduler
@@ -34,7 +34,6 @@ from specbench.metrics.rounds import DecodingMetrics
 from specbench.models.target import Target
 from specbench.runs.run_folder import read_lines
 
-TURNS = ("all", "first")
 THINKING = {None: "default", True: "on", False: "off"}
 
 

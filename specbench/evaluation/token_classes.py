@@ -1,4 +1,4 @@
-"""What kind of text a token is: digits, whitespace, code symbols or words, one letter a token.
+"""What kind of text a token is: digits, whitespace, code symbols or words, one letter of TOKEN_CLASSES a token.
 
 d  a digit and no letter      w  a letter (words and pieces of them, identifiers)
 s  whitespace alone           c  neither: punctuation, brackets, operators
@@ -11,7 +11,6 @@ from collections.abc import Sequence
 
 from transformers import PreTrainedTokenizerBase
 
-CLASSES = {"d": "digits", "s": "whitespace", "c": "symbols", "w": "words", "x": "special"}
 PARTIAL = "\N{REPLACEMENT CHARACTER}"
 
 

@@ -4,7 +4,7 @@
         config.yaml      the resolved configuration
         provenance.json  code, versions, hardware, seeds, cache, command line, first prompt; dirty.diff beside it
         metrics.jsonl    one line a log call: {"step", "time", name: number}
-        records.parquet  one row a prompt and turn (COLUMNS)
+        records.parquet  one row a prompt and turn (run_schema.COLUMNS)
         rounds.jsonl     one line a prompt: its rounds
         summary.json     status and headline metrics
 
@@ -31,44 +31,9 @@ from specbench.files import json_lines as jsonl
 from specbench.files import plain_yaml
 from specbench.files.atomic import json_line, plain, read_json, read_object, replacing, write_json, write_text
 from specbench.files.redaction import redact, redacted
-
-SCHEMA = "specbench.run/1"
-# Of records.parquet, in the metadata of the file. Version 1 stated none and had no prompt_hash.
-RECORDS_SCHEMA = "specbench.records/2"
-KINDS = ("target", "train", "evaluate", "speed", "serve")
-WRITTEN = (
-    *("summary.json", "metrics.jsonl", "rounds.jsonl", "records.parquet"),
-    *("provenance.json", "dirty.diff", "tracking.json"),
-)
+from specbench.runs.run_schema import COLUMNS, FINISHED, KINDS, OPTIONAL, RECORDS_SCHEMA, SCHEMA, WRITTEN
 
 LONGEST = 200  # bytes of a name; file systems take 255, and there are endings to come
-COLUMNS = pa.schema(
-    [
-        *((name, pa.string()) for name in ("run", "method", "target", "suite", "benchmark", "domain", "prompt_id")),
-        ("turn", pa.int64()),
-        ("temperature", pa.float64()),
-        ("scheduler", pa.string()),
-        ("accounting", pa.string()),
-        ("thinking", pa.string()),
-        ("seed", pa.int64()),
-        ("prompt_tokens", pa.int64()),
-        ("output_tokens", pa.int64()),
-        ("truncated", pa.bool_()),
-        *((name, pa.int64()) for name in ("rounds", "committed", "proposed", "accepted")),
-        ("seconds", pa.float64()),
-        ("histogram", pa.list_(pa.list_(pa.int64()))),  # [proposed, accepted, count]
-    ]
-)
-# What a record may hold beside, where any row of its file does.
-OPTIONAL = pa.schema(
-    [
-        ("prompt_hash", pa.string()),  # of the prompt's token ids, as rounds.digest has it
-        ("by_round", pa.list_(pa.list_(pa.int32()))),  # [proposed, accepted, committed], in order
-        ("token_classes", pa.string()),  # a letter an output token (tokenclasses.py)
-        ("teacher_forced", pa.list_(pa.list_(pa.float64()))),  # a slot: anchors, alpha, survived, reached
-        ("audit", pa.list_(pa.float64())),  # [] or position, gap, spacing of the first token that differs
-    ]
-)
 
 
 class RunFolder:
@@ -182,7 +147,7 @@ class RunFolder:
     def finish(self, **values: Any) -> None:
         """Merge `values` into summary.json and mark the run finished."""
         self.update(**values)
-        self._settle("finished")
+        self._settle(FINISHED)
         self._finished = True
 
     def _settle(self, status: str, **facts: Any) -> None:

@@ -17,7 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from specbench.files.atomic import read_json
-from specbench.runs.wandb_tracking import SERVER, has_key, reachable, uploaded
+from specbench.runs import wandb_account as account
+from specbench.runs.run_schema import MIRROR
+from specbench.runs.wandb_tracking import reachable, uploaded
 
 
 def offline_runs(folder: str | Path) -> list[Path]:
@@ -43,10 +45,10 @@ def sync(run: str | Path) -> list[str]:
     record = read_json(run / "tracking.json", None)
     if record is None:
         raise ValueError(f"{run} was not tracked by W&B: it has no tracking.json")
-    if not has_key():
+    if account.key() is None:
         raise ValueError("there is no W&B key to upload with: run `wandb login` or set WANDB_API_KEY")
     if not reachable():
-        raise ValueError(f"{os.environ.get('WANDB_BASE_URL', SERVER)} cannot be reached: sync where there is a network")
+        raise ValueError(f"{account.server()} cannot be reached: sync where there is a network")
     with where_recorded(run, record):
         return _sync(run, record)
 
@@ -107,14 +109,14 @@ def _sync(run: Path, record: Mapping[str, Any]) -> list[str]:
 
 def _missing(run: Path, record: Mapping[str, Any]) -> list[str]:
     """What the server does not hold of a run that was uploaded: artifacts by digest, files of the record by MD5."""
-    mirrored = sorted((run / "wandb" / "record").glob("*"))
-    names = [f"record/{file.name}" for file in mirrored]
+    mirrored = sorted((run / "wandb" / MIRROR).glob("*"))
+    names = [f"{MIRROR}/{file.name}" for file in mirrored]
     arrived, stored = uploaded(record["entity"], record["project"], record["id"], names)
     lost = [item["name"] for item in record["artifacts"] if item["digest"] not in arrived]
     missing = [f"{run}: artifact {name} did not arrive" for name in lost]
     for file in mirrored:
         digest = hashlib.md5(file.read_bytes(), usedforsecurity=False).digest()
-        found = stored.get(f"record/{file.name}", "")
+        found = stored.get(f"{MIRROR}/{file.name}", "")
         if found not in (None, base64.b64encode(digest).decode(), digest.hex()):  # None: this server keeps no MD5
-            missing.append(f"{run}: record/{file.name} {'arrived damaged' if found else 'did not arrive'}")
+            missing.append(f"{run}: {MIRROR}/{file.name} {'arrived damaged' if found else 'did not arrive'}")
     return missing

@@ -7,7 +7,6 @@ written into the config and the record as well, because W&B keeps none of it off
 
 from __future__ import annotations
 
-import netrc
 import os
 import secrets
 import shutil
@@ -25,14 +24,12 @@ from lightning.pytorch.loggers import Logger, WandbLogger
 from specbench.files.atomic import plain, read_json, replacing, write_json
 from specbench.files.redaction import redact, redacted
 from specbench.ranges import Among
+from specbench.runs import wandb_account as account
 from specbench.runs.folder_logger import FolderLogger
 from specbench.runs.run_folder import RunFolder
+from specbench.runs.run_schema import MIRROR, MIRRORED, STEP
 
-SERVER = "https://api.wandb.ai"
 MODES = ("auto", "online", "offline", "disabled")
-# W&B writes a config.yaml of its own beside these, hence the folder.
-RECORD = ("summary.json", "config.yaml", "provenance.json", "metrics.jsonl", "records.parquet")
-STEP = "trainer/global_step"
 _notices: set[str] = set()
 
 
@@ -101,7 +98,7 @@ class Tracking:
         """The mode that `auto` stands for here; raises ValueError as `check` does."""
         mode = self.check()
         if mode == "auto":
-            return "online" if has_key() and reachable() else "offline"
+            return "online" if account.key() is not None and reachable() else "offline"
         return mode
 
     def check(self) -> str:
@@ -113,7 +110,7 @@ class Tracking:
         mode = {"dryrun": "offline", "run": "online"}.get(mode, mode)
         if mode not in MODES:
             raise ValueError(f"WANDB_MODE={mode} in the environment: set online, offline or disabled, or leave it out")
-        if mode == "online" and not has_key():
+        if mode == "online" and account.key() is None:
             raise ValueError("tracking is online but there is no W&B key: run `wandb login`, or use tracking=offline")
         return mode
 
@@ -214,17 +211,17 @@ class Tracking:
                 self.wandb.experiment.use_artifact(f"{name}:latest", type=kind)
 
     def finish(self, succeeded: bool = True) -> None:
-        """Mirror the record's files under `record/` and close the W&B run; safe to call twice and after an error.
+        """Mirror the record's files below MIRROR and close the W&B run; safe to call twice and after an error.
 
         Call it after `RunFolder.finish`, so that the mirrored summary.json is the final one.
         """
         if self.wandb is not None and self.run is not None:
-            for file in RECORD:
+            for file in MIRRORED:
                 if (self.run.path / file).exists():
-                    with replacing(self.run.path / "wandb" / "record" / file) as copy:
+                    with replacing(self.run.path / "wandb" / MIRROR / file) as copy:
                         shutil.copyfile(self.run.path / file, copy)
             mirror = self.run.path.resolve() / "wandb"
-            self.wandb.experiment.save(str(mirror / "record" / "*"), base_path=str(mirror), policy="end")
+            self.wandb.experiment.save(str(mirror / MIRROR / "*"), base_path=str(mirror), policy="end")
             self.wandb.experiment.finish(exit_code=0 if succeeded else 1)
             self.wandb = None
 
@@ -233,19 +230,9 @@ class Tracking:
         write_json(self.run.path / "tracking.json", redacted(self._record))
 
 
-def has_key() -> bool:
-    """Whether W&B has credentials here, without asking anybody."""
-    if os.environ.get("WANDB_API_KEY"):
-        return True
-    host = urlparse(os.environ.get("WANDB_BASE_URL", SERVER)).hostname or ""
-    with suppress(OSError, netrc.NetrcParseError):
-        return netrc.netrc(os.environ.get("NETRC")).authenticators(host) is not None
-    return False
-
-
 def reachable(seconds: float = 5.0) -> bool:
     """Whether a connection to the W&B server can be opened; behind a proxy that is taken for granted."""
-    server = urlparse(os.environ.get("WANDB_BASE_URL", SERVER))
+    server = urlparse(account.server())
     if os.environ.get(f"{server.scheme}_proxy") or os.environ.get(f"{server.scheme.upper()}_PROXY"):
         return True
     port = server.port or (80 if server.scheme == "http" else 443)

@@ -138,7 +138,7 @@ def test_unusable_folders_are_named(root):
     reasons = {path.rpartition("/")[2]: reason for path, reason in read.faults.itertuples(index=False)}
     assert reasons["killed"] == "unfinished (status: running)"
     assert reasons["dspark-1"] == "unfinished (status: no summary.json)"
-    assert "summary.json is not JSON" in reasons["dspark-2"]
+    assert "summary.json holds no JSON" in reasons["dspark-2"]
     assert reasons["recordless"] == "no records.parquet although the evaluation finished"
     assert "specbench.run/9" in reasons["dflash-2"]
     assert len(reasons) == 6 and reasons["dflash-1"]
@@ -214,7 +214,7 @@ def test_many_runs_cost_four_open_files_each_and_no_more_parsing(tmp_path, monke
     monkeypatch.setattr(records.pq, "ParquetFile", lambda file, **k: opened.append(file.name) or parquet(file, **k))
     monkeypatch.setattr(folders.plain_yaml, "read", lambda text: parsed.append(text) or load(text))
     read = Path.read_text
-    monkeypatch.setattr(Path, "read_text", lambda file, *a: opened.append(file.name) or read(file, *a))
+    monkeypatch.setattr(Path, "read_text", lambda file, **k: opened.append(file.name) or read(file, **k))
     for method, start in (("dspark", 0), ("dflash", 20)):
         for i in range(start, start + 20):
             config = {"trainer": {f"key{j}": {"deep": [j] * 3} for j in range(12)}, "seed": i % 5, "data": i}

@@ -20,11 +20,11 @@ from specbench.data.prompts.turns import Conversation
 from specbench.files import json_lines as jsonl
 from specbench.files.atomic import changes, plain, read_json, write_json, write_text
 from specbench.files.redaction import redact, redacted
+from specbench.ranges import LARGEST_TOKEN
 
 log = logging.getLogger("specbench")
 
 SCHEMA = "specbench.answers/1"
-LARGEST = 2**31 - 1  # no vocabulary has more token ids
 
 
 def collect(
@@ -144,7 +144,7 @@ def _require_answers(row: dict[str, Any], vocabulary: int | None) -> None:
             raise ValueError(f"`answer_tokens` of answer {count} holds {other}, and token ids are whole numbers")
         if min(tokens) < 0:
             raise ValueError(f"`answer_tokens` of answer {count} holds {min(tokens)}, and token ids count from 0")
-        if max(tokens) >= (vocabulary or LARGEST):
+        if max(tokens) >= (vocabulary or LARGEST_TOKEN + 1):
             size = f"the target's {vocabulary}" if vocabulary else "any vocabulary's"
             raise ValueError(f"`answer_tokens` of answer {count} holds {_short(max(tokens))}, beyond {size} token ids")
 

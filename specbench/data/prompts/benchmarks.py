@@ -31,11 +31,10 @@ from specbench.data.prompts.deduplication import SHORTEST, text_hash, words
 from specbench.data.prompts.embedded_corpus import conversations
 from specbench.files import hub_datasets as hub
 from specbench.files.json_lines import text_id
-from specbench.ranges import Among, Count, Natural, Seed
+from specbench.ranges import LARGEST_TOKEN, Among, Count, Natural, Seed
 
 TURNS = ("all", "first")
 OWN = "own"  # domain of prompts that belong to no benchmark of the suite
-LARGEST = 2**31 - 1  # no vocabulary has more token ids
 # MT-Bench's questions keep their numbers and categories wherever they are copied to, ten of each from 81 on.
 MT_BENCH = ("writing", "roleplay", "reasoning", "math", "coding", "extraction", "stem", "humanities")
 log = logging.getLogger("specbench")
@@ -292,7 +291,7 @@ def _content(row: Mapping[str, Any]) -> tuple[tuple[str, ...] | None, tuple[int,
         return asked, None
     if given is not None:
         raise ValueError("a prompt needs `turns` or `prompt_ids`, and not both")
-    if not (_filled(ids, int) and min(ids) >= 0 and max(ids) <= LARGEST):
+    if not (_filled(ids, int) and min(ids) >= 0 and max(ids) <= LARGEST_TOKEN):
         raise ValueError("`prompt_ids` is not a list of token ids (whole numbers from 0)")
     return None, tuple(ids)
 
