@@ -22,7 +22,7 @@ def _verb(config: str, does: str, module: str | None = None, takes: str | None =
 
 VERBS = {
     "quickstart": _verb("quickstart", "the whole flow on the embedded target: no network, no GPU"),
-    "target": _verb("pretrain", "make the small embedded target anew", "target"),
+    "target": _verb("pretrain", "make the small embedded target again", "target"),
     "prompts": _verb("prompts", "download, deduplicate against the benchmarks, split"),
     "answers": _verb("answers", "let the target answer every prompt"),
     "cache": _verb("cache", "store the target's hidden states; plan=true only says size and time"),

@@ -115,16 +115,16 @@ def _require(line: Mapping[str, Any], name: str, number: int) -> None:
     for key, kind in kinds.items():
         value = line.get(key)
         if not isinstance(value, list) or set(map(type, value)) - kind or (value and min(value) < 0):
-            raise ValueError(f"{name} line {number}: `{key}` is not a list of numbers from 0; record the rounds anew")
+            raise ValueError(f"{name} line {number}: `{key}` is not a list of numbers from 0; record the rounds again")
         if kind == {int} and value and max(value) >= 2**31:
-            raise ValueError(f"{name} line {number}: `{key}` holds a number of 2**31 or more; record the rounds anew")
+            raise ValueError(f"{name} line {number}: `{key}` holds a number of 2**31 or more; record the rounds again")
     rows = line.get("confidence") or []
     numbers = isinstance(rows, list) and all(
         isinstance(row, list) and not set(map(type, row)) - {int, float} for row in rows
     )
     if not numbers or (rows and line["proposed"] and len(rows) != len(line["proposed"])):
         raise ValueError(
-            f"{name} line {number}: `confidence` is not one list of numbers a round; record the rounds anew"
+            f"{name} line {number}: `confidence` is not one list of numbers a round; record the rounds again"
         )
 
 

@@ -64,7 +64,7 @@ def read_json(path: Path, default: Any) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} holds no JSON ({error}): write it anew, or name another file") from error
+        raise ValueError(f"{path} holds no JSON ({error}): write it again, or name another file") from error
 
 
 def read_object(path: str | Path) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Is a stored final state the one that the target's own output came from?
+"""Check that stored final states give the log-probabilities of the target.
 
 Axes: T tokens, D hidden size, V vocabulary.
 """
@@ -21,12 +21,13 @@ LEAST_RATE = 0.9
 
 
 class WrongCapture(ValueError):
-    """The states that were captured are not those of the target's own output."""
+    """The captured final states do not give the log-probabilities of the target."""
 
 
 @dataclass(frozen=True)
 class Agreement:
-    """Counts of checked positions: whose captured state agrees, whose stored state agrees, and with the same argmax."""
+    """Number of checked positions, of those whose captured or stored state agrees, and of those with the same
+    argmax."""
 
     positions: int = 0
     captured: int = 0
@@ -45,7 +46,7 @@ class Agreement:
 
 
 def relative_error(ours: Float[Tensor, "T V"], live: Float[Tensor, "T V"]) -> Float[Tensor, " T"]:
-    """Distance of two log-probability vectors over the live one's own spread; 1 is as wrong as a flat distribution."""
+    """Distance of two log-probability vectors divided by the spread of the reference one; a flat distribution has 1."""
     ours, live = ours.float().log_softmax(-1), live.float().log_softmax(-1)
     spread = (live - live.mean(-1, keepdim=True)).norm(dim=-1)
     return (ours - live).norm(dim=-1) / spread.clamp_min(1e-6)
@@ -59,9 +60,10 @@ def check(
     loss_mask: Bool[Tensor, " T"],
     storage: Storage,
 ) -> Agreement:
-    """Reconstruct log-probabilities of the first tokens from `last` as captured and as stored; compare with the live.
+    """Compute log-probabilities of the first tokens from `last`, as captured and as stored; compare with the reference.
 
-    The live ones come from the library model's own head on the same tokens. Rows that are not stored are not compared.
+    The reference comes from the head of the model in transformers on the same tokens. Rows that are not stored are not
+    compared.
     """
     count = min(CHECKED_TOKENS, len(loss_mask))
     tokens = torch.as_tensor(conversation.tokens, dtype=torch.long)[None, :count]

@@ -1,8 +1,9 @@
-"""Build a target cache: run the target over conversations, write shards and the frozen tables once.
+"""Build a target cache: run the target over the conversations, write shards and the frozen tables.
 
-Ranks share nothing but the folder. Each writes the shards s with s % world == rank; a shard appears whole or not at
-all, so a build killed anywhere continues at the shards that are missing, under any number of ranks, and ends in the
-same files. The rank that finds all shards present merges their rows and writes the manifest, last.
+Ranks (processes) communicate only by files in the folder. Each writes the shards s with s % world == rank. A shard is
+renamed into place when it is complete, so a build that was killed continues with the missing shards, with any number
+of ranks, and gives the same files. The rank that finds all shards present merges their rows and writes the manifest,
+last.
 """
 
 from __future__ import annotations
@@ -45,12 +46,12 @@ OnProgress = Callable[[int, int], None]
 
 
 class CacheBuilder:
-    """Builds one cache folder, shard by shard. `build` is the plain loop around it, `CachePrediction` Lightning's.
+    """Builds one cache folder, shard by shard. `build` calls it in a plain loop, `CachePrediction` in a Lightning loop.
 
-    storage: what is kept and how. max_length: no conversation may be longer. sources: file name -> SHA-256 of the files
-    that the conversations came from. shard_bytes: shards are closed once they reach about that size. batch_tokens:
-    padded tokens of a forward pass. norm: the final norm's weight, kept with the tables. A build that was started with
-    other sizes continues with those that it was started with.
+    storage: which states are kept, and the codecs. max_length: maximum tokens of a conversation. sources: file name ->
+    SHA-256 of the files with the conversations. shard_bytes: approximate size of a shard. batch_tokens: padded tokens
+    of a forward pass. norm: weight of the final norm, stored with the tables. If a build is continued, the sizes with
+    which it was started are used.
     """
 
     def __init__(
@@ -97,7 +98,7 @@ class CacheBuilder:
             seen.add(one.id)
 
     def _agree(self, name: str, wanted: dict[str, Any]) -> dict[str, Any]:
-        """Write a small file unless another rank or an earlier run has; return what stands there."""
+        """Write a small file unless another rank or an earlier run has written it; return its content."""
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / name
         create_once(path, lambda temporary: temporary.write_text(json.dumps(wanted)))
@@ -106,7 +107,7 @@ class CacheBuilder:
         return found
 
     def _fitted(self) -> Storage:
-        """Storage with channel scales; the first rank to have them decides for all."""
+        """Storage with channel scales; all ranks use those of the first rank that computed them."""
         if not self.storage.learns:
             return self.storage
         path = self.folder / "scales.safetensors"
@@ -169,7 +170,7 @@ class CacheBuilder:
         parts = [read_part(self._part(shard)) for shard in range(len(self.layout.shards))]
         rows = [row for part, _ in parts for row in part]
         if sorted(row["sample"] for row in rows) != list(range(len(self.conversations))):
-            raise ValueError(f"shards in {self.folder} do not hold every conversation once: remove it and build anew")
+            raise ValueError(f"shards in {self.folder} do not hold every conversation once: remove it and build again")
         write_index(self.folder / INDEX, rows)
         tables = self.target.tables
         write_tables(self.folder / TABLES, tables, self.norm, self._fitted().scales())
@@ -207,12 +208,12 @@ def build(
     progress: OnProgress = lambda done, total: None,
     **options: Any,
 ) -> Manifest | None:
-    """Build or complete the cache in `folder` and return its manifest (None if other ranks are still at work).
+    """Build or complete the cache in `folder` and return its manifest (None if other ranks are still writing).
 
-    `progress` is told tokens done and tokens of this rank; `options` are CacheBuilder's. A complete cache of the same
-    identity is left as it is. Raises CacheMismatch for a folder of another identity, NoRoom on a full disk,
-    WrongCapture when reconstructed log-probabilities are not the target's. KeyboardInterrupt passes through; complete
-    shards stay.
+    `progress` is called with the tokens done and all tokens of this rank; `options` are those of CacheBuilder. A
+    complete cache of the same identity is not changed. Errors: CacheMismatch for a folder of another identity, NoRoom
+    on a full disk, WrongCapture if the states do not give the target's log-probabilities. KeyboardInterrupt is not
+    caught; complete shards remain.
     """
     with room_for(Path(folder)):
         builder = CacheBuilder(target, conversations, folder, storage, max_length, **options)
@@ -234,7 +235,7 @@ def build(
 
 
 class CachePrediction(L.LightningModule):
-    """Builds under Lightning's predict, so that torchrun and Slurm place the ranks; then call `builder.finish()`."""
+    """Builds in Lightning's predict loop, so that torchrun and Slurm start the ranks; then call `builder.finish()`."""
 
     def __init__(self, builder: CacheBuilder):
         super().__init__()

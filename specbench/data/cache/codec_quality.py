@@ -1,4 +1,4 @@
-"""What each codec costs: bytes, time, and how far the target's output moves when `last` went through it.
+"""Cost of each codec: bytes, time, and the change of the target's distribution if `last` is encoded and decoded.
 
 Axes: T tokens, C taps, D hidden size, V vocabulary.
 """

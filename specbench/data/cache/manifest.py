@@ -1,9 +1,9 @@
-"""A cache folder's papers: identity and fingerprint, manifest, index and frozen tables.
+"""The files that describe a cache: manifest with identity and fingerprint, index, and frozen tables.
 
-manifest.json         written last: its presence means that the cache is complete
-index.parquet         one row a sample, in the order of the conversations
+manifest.json         written last; if it is present, the cache is complete
+index.parquet         one row per sample, in the order of the conversations
 tables.safetensors    embedding, head (absent if tied), head_bias (if there is one), norm, channel scales of the codecs
-shard-00000.tar ...   the samples; parts/ holds each shard's own rows until and after they are merged
+shard-00000.tar ...   the samples; parts/ contains the index rows of each shard
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class DamagedManifest(ValueError):
 
 
 class CacheMismatch(ValueError):
-    """A cache that was built for something else than what the run asks for."""
+    """A cache with another identity (target, taps, codec, ...) than the run requires."""
 
 
 def sha256(path: str | Path) -> str:
@@ -55,7 +55,7 @@ def sha256(path: str | Path) -> str:
 
 
 def fingerprint(identity: Mapping[str, Any]) -> str:
-    """Sixteen hex digits that stand for everything that decides what a cache holds."""
+    """Hash (16 hex digits) of the identity, that is of everything that decides the content of a cache."""
     text = json.dumps(plain(identity), sort_keys=True, ensure_ascii=False)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
@@ -73,7 +73,7 @@ def conversations_hash(conversations: Iterable[EncodedConversation]) -> str:
 def tokenizer_facts(tokenizer: Any) -> dict[str, str | None]:
     """Hashes of a tokenizer's vocabulary and of its chat template; None where there is none.
 
-    A template that reads the clock adds the date at which it was rendered.
+    A template that reads the clock adds the date with which it was rendered.
     """
     if tokenizer is None:
         return {"tokenizer": None, "template": None}
@@ -93,7 +93,8 @@ def identity_of(
     conversations: Iterable[EncodedConversation],
     sources: Mapping[str, str],
 ) -> dict[str, Any]:
-    """Everything that decides what a cache of `target` over `conversations` holds. `sources`: file name -> SHA-256."""
+    """Everything that decides the content of a cache of `target` over `conversations`. `sources`: file name ->
+    SHA-256."""
     return {
         "target": target.name,
         "revision": target.revision,
@@ -108,7 +109,7 @@ def identity_of(
 
 
 def differences(stored: Mapping[str, Any], wanted: Mapping[str, Any], stored_by: str = "the cache") -> list[str]:
-    """One line for each field of `wanted` that `stored` answers otherwise."""
+    """One line for each field of `wanted` that has another value in `stored`."""
     return [
         f"{name}: {stored_by} has {stored.get(name)!r}, the run asks for {value!r}"
         for name, value in wanted.items()
@@ -117,7 +118,7 @@ def differences(stored: Mapping[str, Any], wanted: Mapping[str, Any], stored_by:
 
 
 def require_same(stored: Mapping[str, Any], wanted: Mapping[str, Any], folder: str | Path, remedy: str) -> None:
-    """Raise CacheMismatch listing field by field where a stored identity is not the wanted one."""
+    """Raise CacheMismatch with every field in which the stored identity differs from the wanted one."""
     lines = differences(stored, wanted)
     if lines:
         raise CacheMismatch(f"{folder} does not belong to this run ({'; '.join(lines)}): {remedy}")
@@ -128,13 +129,13 @@ _KINDS = {"str": str, "int": int, "float": (int, float), "float | None": (int, f
 
 
 def _seal(facts: Mapping[str, Any]) -> str:
-    """SHA-256 over everything that a manifest says."""
+    """SHA-256 of the whole content of a manifest."""
     text = json.dumps(facts, sort_keys=True, ensure_ascii=True)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _fault(facts: Mapping[str, Any]) -> str | None:
-    """Why these cannot be the facts of a manifest."""
+    """The reason why these are not the fields of a manifest; None if they are."""
     known = {field.name: field.type for field in fields(Manifest)}
     optional = {field.name for field in fields(Manifest) if field.default is not MISSING}
     odd = sorted((set(known) - optional - set(facts)) | (set(facts) - set(known)))
@@ -163,8 +164,8 @@ def _fault(facts: Mapping[str, Any]) -> str | None:
     return None
 
 
-def _unread_law(facts: Mapping[str, Any]) -> str | None:
-    """A factor or soft-cap of the target's logits that manifests without a logit scale do not carry."""
+def _unstored_scale(facts: Mapping[str, Any]) -> str | None:
+    """A factor or soft-cap of the target's logits that a manifest without `logit_scale` does not store."""
     text = facts["target_config"].get("text_config") or facts["target_config"]
     for name in ("logits_scaling", "logit_scale", "lm_head_multiplier"):
         if text.get(name) not in (None, 1):
@@ -175,10 +176,10 @@ def _unread_law(facts: Mapping[str, Any]) -> str | None:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a complete cache is. `identity` has the fields of `identity_of`; sizes in bytes, counts in tokens.
+    """Content of manifest.json. `identity` has the fields of `identity_of`; sizes in bytes, counts in tokens.
 
-    `agreement`: share of checked positions at which log-probabilities from `last`, as captured and as stored, are the
-    live ones within the codec's tolerance, and the share with the same first choice.
+    `agreement`: share of checked positions at which log-probabilities from `last`, as captured and as stored, equal
+    those of the model's own head within the codec's tolerance, and the share with the same most likely token.
     """
 
     fingerprint: str
@@ -200,38 +201,38 @@ class Manifest:
     schema: str = SCHEMA
 
     def write(self, folder: Path) -> None:
-        """Write manifest.json, whole or not at all, with the seal over all that it says."""
+        """Write manifest.json by an atomic rename, with a hash (`seal`) of its whole content."""
         facts = plain(asdict(self))
         write_json(folder / MANIFEST, facts | {"seal": _seal(facts)})
 
     @classmethod
     def read(cls, folder: str | Path) -> Manifest:
-        """Read manifest.json. ValueError when there is none or it is of another schema, DamagedManifest when it is not
-        what was written: its fingerprint and its seal (which early caches lack) are computed anew from its content."""
+        """Read manifest.json. ValueError if there is none or it has another schema; DamagedManifest if it was changed:
+        its fingerprint and its `seal` (early caches have none) are computed again from its content."""
         path = Path(folder) / MANIFEST
         if not path.exists():
             raise ValueError(f"{folder} holds no complete cache (no {MANIFEST}): build it with `specbench cache`")
         try:
             facts, _ = jsonl.parse(jsonl.require_file(path).read_bytes().decode().strip())
         except ValueError as error:
-            raise DamagedManifest(f"{path} is not a manifest ({error}): build the cache anew") from error
+            raise DamagedManifest(f"{path} is not a manifest ({error}): build the cache again") from error
         if not isinstance(facts, dict) or facts.get("schema") != SCHEMA:
             schema = facts.get("schema") if isinstance(facts, dict) else None
-            raise ValueError(f"{path} is of schema {schema!r}, this version reads {SCHEMA}: build it anew")
+            raise ValueError(f"{path} has schema {schema!r}, this version reads {SCHEMA}: build the cache again")
         seal = facts.pop("seal", None)
-        why = _fault(facts) or (seal is not None and seal != _seal(facts) and "its seal is not that of its content")
+        why = _fault(facts) or (seal is not None and seal != _seal(facts) and "its seal does not match its content")
         if why:
             raise DamagedManifest(f"{path} was changed after it was written ({why}): {REMEDY}")
-        unread = None if "logit_scale" in facts else _unread_law(facts)
+        unread = None if "logit_scale" in facts else _unstored_scale(facts)
         if unread:
             raise ValueError(
                 f"{path} was written by a version that did not read {unread} of its target, so its tables give other "
-                "logits than the target: build the cache anew"
+                "logits than the target: build the cache again"
             )
         return cls(**facts)
 
     def require(self, index: Index, folder: Path) -> None:
-        """DamagedManifest where counts and shards are not those of the index that it describes."""
+        """Raise DamagedManifest if counts and shards differ from those of the index."""
         found = {
             "samples": len(index),
             "tokens": int(index["length"].sum()),
@@ -259,7 +260,7 @@ class Manifest:
 
 
 def write_index(path: Path, rows: list[dict[str, Any]], notes: Mapping[str, Any] | None = None) -> None:
-    """Rows as parquet, whole or not at all; `notes` travel in the file's metadata."""
+    """Write rows as parquet by an atomic rename; `notes` go into the metadata of the file."""
     table = pa.Table.from_pylist(sorted(rows, key=lambda row: row["sample"]), schema=_COLUMNS)
     if notes is not None:
         table = table.replace_schema_metadata({"notes": json.dumps(plain(notes))})
@@ -274,13 +275,13 @@ def read_part(path: Path) -> tuple[list[dict[str, Any]], dict[str, Any]]:
 
 
 class Index:
-    """The index as arrays, one entry a sample: `ids`, `sources` and every numeric column by name."""
+    """The index as arrays with one entry per sample: `ids`, `sources` and every numeric column by name."""
 
     def __init__(self, path: Path):
         table = pq.read_table(path)
         missing = set(_COLUMNS.names) - set(table.column_names)
         if missing:
-            raise ValueError(f"{path} lacks the columns {sorted(missing)}: build the cache anew")
+            raise ValueError(f"{path} lacks the columns {sorted(missing)}: build the cache again")
         self.ids: list[str] = table["id"].to_pylist()
         self.sources: list[str] = table["source"].to_pylist()
         numeric = [field.name for field in _COLUMNS if not pa.types.is_string(field.type)]
@@ -294,7 +295,7 @@ class Index:
 
 
 def write_tables(path: Path, tables: Tables, norm: Tensor | None, scales: Mapping[str, Tensor]) -> None:
-    """Store the frozen tables once; a head that is the embedding is not stored twice."""
+    """Store the frozen tables; a head that shares the weights of the embedding is not stored twice."""
     found = {"embedding": tables.embedding.detach().cpu().contiguous(), **scales}
     if tables.head.data_ptr() != tables.embedding.data_ptr():
         found["head"] = tables.head.detach().cpu().contiguous()
@@ -315,6 +316,6 @@ def read_tables(folder: Path, manifest: Manifest) -> tuple[Tables, Tensor | None
         raise DamagedManifest(f"{folder / TABLES} holds an embedding of {shape}, the manifest says {wanted}: {REMEDY}")
     head = found.get("head", embedding)
     scales = {name: value for name, value in found.items() if name.endswith(".channels")}
-    law = {"logit_scale": manifest.logit_scale, "bias": found.get("head_bias")}
-    tables = Tables(embedding, head, manifest.embedding_scale, manifest.soft_cap, **law)
+    head_settings = {"logit_scale": manifest.logit_scale, "bias": found.get("head_bias")}
+    tables = Tables(embedding, head, manifest.embedding_scale, manifest.soft_cap, **head_settings)
     return tables, found.get("norm"), scales

@@ -1,4 +1,4 @@
-"""What a cache will take, before anything is built: bytes by part and codec, hours from a timed sample, free disk.
+"""Plan of a cache before it is built: bytes by part and codec, hours from a timed sample, free disk space.
 
 Axes: T tokens, C taps, D hidden size.
 """
@@ -26,7 +26,7 @@ SAMPLE_TOKENS = 8192
 
 
 def in_units(size: float | int) -> str:
-    """Bytes as people read them: 1.23 GB. Powers of 1000."""
+    """Bytes with a unit, for example 1.23 GB (powers of 1000)."""
     unit = "B"
     for bigger in ("kB", "MB", "GB", "TB"):
         if size < 1000:
@@ -37,7 +37,7 @@ def in_units(size: float | int) -> str:
 
 @dataclass(frozen=True)
 class CachePlan:
-    """Sizes in bytes. `parts`: of one token, by part; `totals`: of the cache, by codec; `hours`: of a rank's work."""
+    """Sizes in bytes. `parts`: of one token, by part; `totals`: of the cache, by codec; `hours`: of one rank."""
 
     folder: Path
     conversations: int
@@ -54,7 +54,7 @@ class CachePlan:
 
     @property
     def fits(self) -> bool:
-        """Is there room for what is not there yet?"""
+        """Whether the missing part of the cache fits on the disk."""
         return self.total - self.present <= self.free
 
     def text(self) -> str:
@@ -73,7 +73,7 @@ class CachePlan:
         return "\n".join(lines)
 
     def require_room(self) -> None:
-        """Raise NoRoom if the cache cannot fit, naming the codecs that would."""
+        """Raise NoRoom if the cache does not fit; the message names the codecs that would fit."""
         if not self.fits:
             smaller = [name for name, size in self.totals.items() if size - self.present <= self.free]
             remedy = f"choose codec={' or '.join(smaller)}" if smaller else "no codec fits"
@@ -94,9 +94,9 @@ def plan(
     batch_tokens: int = 8192,
     sample_tokens: int = SAMPLE_TOKENS,
 ) -> CachePlan:
-    """Size, time and disk of a cache. With a `target`, a sample is run and encoded: its sizes and seconds are taken.
+    """Size, time and disk space of a cache. With a `target`, sizes and seconds are measured on a sample.
 
-    Without one, sizes come from `bytes_per_value` (for bf16-lossless an assumed ratio) and there are no hours.
+    Without a target, sizes come from `bytes_per_value` (for bf16-lossless an assumed ratio) and `hours` is None.
     """
     lengths = np.array([len(one.tokens) for one in conversations], np.int64)
     if not len(lengths):

@@ -1,7 +1,7 @@
 """Reader of the released DeepSpec toolkit's own cache (version 2), so that what was built with it can be used.
 
 manifest.json     hidden_size, target_layer_ids, hidden_dtype, token_dtype, mask_dtype, shards, ...
-samples.idx       56 bytes a sample: u64 number, u32 shard, u32 length T, then u64 offsets into the shard of
+samples.idx       56 bytes per sample: u64 number, u32 shard, u32 length T, then u64 offsets into the shard of
                   token ids (T), attention mask (T), loss mask (T), taps (T, C*D) and final states (T, D)
 shard-00000.bin   the arrays themselves, unaligned and without checksums
 """
@@ -24,7 +24,8 @@ RECORD = np.dtype(
 
 
 class ReleasedCache:
-    """Samples of such a cache by number; a damaged or cut shard is a ValueError that names shard and sample."""
+    """Samples of such a cache by number. A damaged or truncated shard raises ValueError, which names shard and
+    sample."""
 
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
@@ -34,9 +35,9 @@ class ReleasedCache:
         try:
             self.manifest, _ = jsonl.parse(path.read_bytes().decode().strip())
         except ValueError as error:
-            raise ValueError(f"{path} is not a manifest ({error}): copy the cache anew") from error
+            raise ValueError(f"{path} is not a manifest ({error}): copy the cache again") from error
         if not isinstance(self.manifest, dict):
-            raise ValueError(f"{path} holds no object: copy the cache anew")
+            raise ValueError(f"{path} holds no object: copy the cache again")
         facts = {"version": 2, "index_record_size": RECORD.itemsize, "token_dtype": "int32", "mask_dtype": "uint8"}
         for name, value in facts.items():
             if self.manifest.get(name) != value:
@@ -46,14 +47,14 @@ class ReleasedCache:
         self.target_layer_ids = tuple(self.manifest["target_layer_ids"])
         index = self.folder / "samples.idx"
         if not index.is_file() or index.stat().st_size % RECORD.itemsize:
-            raise ValueError(f"{index} is missing or cut: copy the cache anew")
+            raise ValueError(f"{index} is missing or truncated: copy the cache again")
         self.index = np.fromfile(index, RECORD)
         if len(self.index) != self.manifest["num_samples"]:
             listed = f"{len(self.index)} samples, the manifest {self.manifest['num_samples']}"
-            raise ValueError(f"{self.folder}/samples.idx lists {listed}: it is cut or of another cache")
+            raise ValueError(f"{self.folder}/samples.idx lists {listed}: it is truncated or belongs to another cache")
 
     def _require(self, path: Path) -> None:
-        """ValueError for a manifest whose fields are not of the kinds that reading needs, or that leads elsewhere."""
+        """ValueError for a manifest with fields of wrong types, or with file names outside of the folder."""
         facts = self.manifest
         if facts.get("hidden_dtype") not in DTYPES:
             known = ", ".join(DTYPES)
@@ -84,14 +85,14 @@ class ReleasedCache:
         name = self.manifest["shards"][int(row["shard"])]["file_name"]
         length, hidden, taps = int(row["length"]), self.manifest["hidden_size"], len(self.target_layer_ids)
         if not (self.folder / name).is_file() or (self.folder / name).stat().st_size == 0:
-            raise ValueError(f"{name} of {self.folder} is missing or empty: copy the cache anew")
+            raise ValueError(f"{name} of {self.folder} is missing or empty: copy the cache again")
         data = np.memmap(self.folder / name, np.uint8, "c")
 
         def take(part: str, dtype: torch.dtype, *shape: int) -> torch.Tensor:
             size = int(np.prod(shape)) * dtype.itemsize
             blob = data[int(row[part]) : int(row[part]) + size]
             if len(blob) < size:
-                raise ValueError(f"{name} of {self.folder}: sample {number} is cut in its {part}")
+                raise ValueError(f"{name} of {self.folder}: sample {number} is truncated in its {part}")
             return torch.frombuffer(bytearray(blob), dtype=dtype).view(shape)
 
         return Sample(

@@ -1,4 +1,4 @@
-"""A cache behind a URL: shards are fetched by fsspec when first needed, and the least recently used ones make room."""
+"""A cache behind a URL: fsspec downloads a shard when it is first needed; the least recently used ones are deleted."""
 
 from __future__ import annotations
 
@@ -21,10 +21,11 @@ def is_remote(folder: str | Path) -> bool:
 
 
 class RemoteFiles:
-    """Mirrors a remote cache in `folder`: papers whole, shards up to `capacity` bytes at a time.
+    """Local copy of a remote cache in `folder`: manifest, index and tables, and shards up to `capacity` bytes at a
+    time.
 
-    Several processes of a machine may share the folder: a file appears whole by a rename, and one that is open survives
-    its removal. Each process keeps its own order of use.
+    Several processes of a machine can share the folder: a file is renamed into place when it is complete, and a file
+    that is open stays readable after its removal. Each process has its own order of use.
     """
 
     def __init__(self, url: str, folder: str | Path, capacity: int):
@@ -34,7 +35,7 @@ class RemoteFiles:
         self._files, self._root = fsspec.core.url_to_fs(self.url)
         self._locks: dict[str, threading.Lock] = {}
         self._guard = threading.Lock()
-        self._fetch(MANIFEST)  # always anew: it names what the rest must be
+        self._fetch(MANIFEST)  # always downloaded: it contains the hashes and sizes of all other files
         for name in (INDEX, TABLES):
             if not (self.folder / name).exists() or not self._current(name):
                 self._fetch(name)
@@ -50,7 +51,7 @@ class RemoteFiles:
         return sha256(self.folder / name) == {INDEX: manifest.index_hash, TABLES: manifest.tables_hash}[name]
 
     def require_window(self, shards: Sequence[dict[str, Any]], window: int | None) -> None:
-        """Refuse an order that would fetch shards again and again: the shards in use at a time must fit."""
+        """Refuse an order that would download shards repeatedly: the shards in use at one time must fit."""
         sizes = sorted((int(shard["bytes"]) for shard in shards), reverse=True)
         # Reading ahead may already touch the next window while this one is being finished.
         needed = sum(sizes) if window is None else sum(sizes[: 2 * window])
@@ -61,7 +62,7 @@ class RemoteFiles:
             )
 
     def size(self, name: str) -> int | None:
-        """Bytes of a paper here, or of a shard at its source."""
+        """Size in bytes of a local file (manifest, index, tables), or of a shard at its source."""
         if name in self._sizes:
             try:
                 return int(self._files.size(f"{self._root}/{name}"))
@@ -71,7 +72,7 @@ class RemoteFiles:
         return path.stat().st_size if path.exists() else None
 
     def open(self, name: str) -> int:
-        """A descriptor of the local copy, fetched first if it is not here."""
+        """A file descriptor of the local copy, which is downloaded first if necessary."""
         with self._guard:
             lock = self._locks.setdefault(name, threading.Lock())
         with lock:

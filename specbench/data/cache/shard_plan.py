@@ -1,7 +1,7 @@
-"""Which conversation lies in which shard, and with which others it runs through the target.
+"""Assignment of conversations to batches of the target and to shards.
 
-A pure function of the conversations' lengths and two sizes; the number of ranks has no part in it. A shard is therefore
-the same whoever writes it and whenever, and a build that was killed continues with the shards that are missing.
+A pure function of the conversations' lengths and two sizes; it does not depend on the number of ranks. So a shard is
+the same for every rank that could write it, and a build that was killed continues with the missing shards.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class Layout:
 
 def lay_out(lengths: Int[np.ndarray, " L"], batch_tokens: int, shard_tokens: int) -> Layout:
     """Batches of similar length with at most `batch_tokens` padded tokens (or one conversation), in a fixed random
-    order, so that every shard holds short and long ones; a shard is closed once it has `shard_tokens` tokens."""
+    order, so that every shard has short and long ones; a shard is closed when it has `shard_tokens` tokens."""
     if batch_tokens < 1 or shard_tokens < 1:
         raise ValueError(f"batch_tokens={batch_tokens}, shard_tokens={shard_tokens}: both must be at least 1")
     batches: list[list[int]] = []

@@ -1,12 +1,12 @@
-"""One sample is four members of a plain USTAR shard that any webdataset reader opens.
+"""Shards: tar files (USTAR) in the webdataset format, with four members per sample.
 
     KEY.json                  id, ordinal, length, supervised, source
     KEY.last.safetensors      the target's final states
     KEY.taps.safetensors      its taps, tap first
     KEY.tokens.safetensors    tokens (int32), loss_mask (uint8)
 
-Modification times are 0, members are sorted, so the same samples give the same bytes. The index holds where each
-sample and each of its parts lies, with xxh3 checksums taken from the finished file.
+Modification times are 0 and members are sorted, so the same samples give the same bytes. The index has the offset
+and size of each sample and of its parts, with xxh3 checksums of the finished file.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ _DTYPES = {
 
 @runtime_checkable
 class EncodedConversation(Protocol):
-    """What the cache asks of a conversation; `specbench.data.answers.chat.encode` returns such objects."""
+    """The fields of a conversation that the cache needs; `specbench.data.answers.chat.encode` returns such objects."""
 
     id: str
     tokens: Sequence[int]
@@ -52,7 +52,7 @@ class EncodedConversation(Protocol):
 
 
 class DamagedShard(ValueError):
-    """Stored bytes that are not those that were written; names shard and sample."""
+    """Stored bytes differ from those that were written; the message names shard and sample."""
 
 
 def shard_name(number: int) -> str:
@@ -83,7 +83,7 @@ def members(
 
 
 def write_shard(folder: Path, number: int, samples: Iterable[dict[str, bytes]]) -> list[dict[str, Any]]:
-    """Write the samples (as `members` gives them) to a shard, whole or not at all, and return their index rows."""
+    """Write the samples (as `members` returns them) to a shard by an atomic rename, and return their index rows."""
     rows: list[dict[str, Any]] = []
     path = Path(folder) / shard_name(number)
     with replacing(path) as temporary:
@@ -106,7 +106,7 @@ def write_shard(folder: Path, number: int, samples: Iterable[dict[str, bytes]]) 
 
 
 def _checksums(path: Path, rows: list[dict[str, Any]]) -> None:
-    """Add each sample's checksum as read back from the file, and hold its parts against what was handed over."""
+    """Add the checksum of each sample, read back from the file, and compare its parts with what was to be written."""
     with open(path, "rb") as file:
         for row in rows:
             file.seek(row["offset"])
@@ -116,11 +116,13 @@ def _checksums(path: Path, rows: list[dict[str, Any]]) -> None:
                 start = row[f"{part}_offset"] - row["offset"]
                 found = xxhash.xxh3_64_intdigest(span[start : start + row[f"{part}_bytes"]])
                 if found != row[f"{part}_checksum"]:
-                    raise OSError(f"{path}: {part} of sample {row['id']} reads back otherwise than it was written")
+                    raise OSError(
+                        f"{path}: {part} of sample {row['id']} differs from what was written when it is read back"
+                    )
 
 
 def read_into(descriptor: int, view: memoryview, offset: int) -> int:
-    """Fill `view` from a file at `offset`; returns how many bytes there were."""
+    """Fill `view` from a file at `offset`; returns the number of bytes read."""
     done = 0
     while done < len(view):
         count = os.preadv(descriptor, [view[done:]], offset + done)
@@ -131,7 +133,7 @@ def read_into(descriptor: int, view: memoryview, offset: int) -> int:
 
 
 def tensors(blob: UInt8[Tensor, _]) -> dict[str, Tensor]:
-    """The tensors of a safetensors file that lies in memory, as views of it (nothing is copied)."""
+    """The tensors of a safetensors file in memory, as views of it (nothing is copied)."""
     data = memoryview(blob.numpy())
     start = 8 + int.from_bytes(data[:8], "little")
     header = json.loads(bytes(data[8:start]))
@@ -152,7 +154,7 @@ def decode_sample(
 ) -> Sample:
     """Bytes of the parts `tokens`, `last` and `taps` (absent if no tap is wanted) -> Sample.
 
-    `taps` picks among the stored taps by their place. Raw states in their own dtype are views of the given bytes.
+    `taps`: positions of the wanted taps among the stored ones. States in their stored dtype are views of the bytes.
     """
     text = tensors(parts["tokens"])
     loss_mask = text["loss_mask"].view(torch.bool)
@@ -165,6 +167,6 @@ def decode_sample(
 
 
 def from_webdataset(sample: Mapping[str, Any], storage: Storage, dtype: torch.dtype | None = None) -> Sample:
-    """A sample as a stock webdataset pipeline yields it (undecoded members) -> Sample; the plain, slow way."""
+    """A sample of a standard webdataset pipeline (undecoded members) -> Sample."""
     parts = {part: torch.frombuffer(bytearray(sample[f"{part}.safetensors"]), dtype=torch.uint8) for part in PARTS}
     return decode_sample(parts, storage, int(json.loads(sample["json"])["ordinal"]), dtype=dtype)

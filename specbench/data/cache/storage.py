@@ -1,4 +1,4 @@
-"""What a cache keeps of a conversation's states: which codec for the taps, which for `last`, and which of its rows.
+"""How a cache stores the states of a conversation: codec of the taps, codec of `last`, and which rows of `last`.
 
 Axes: T tokens, C taps, D hidden size.
 """
@@ -27,7 +27,7 @@ PRESETS = {
 
 
 def kept_rows(loss_mask: Bool[Tensor, " T"]) -> Bool[Tensor, " T"]:
-    """Rows of `last` that supervised slots can ask for: every supervised token and its two neighbours."""
+    """Rows of `last` that supervised slots can need: every supervised token and its two neighbours."""
     near = F.max_pool1d(loss_mask.float()[None, None], 3, stride=1, padding=1) if len(loss_mask) else loss_mask
     return near.reshape(-1).bool()
 
@@ -36,7 +36,7 @@ def kept_rows(loss_mask: Bool[Tensor, " T"]) -> Bool[Tensor, " T"]:
 class Storage:
     """Codecs of taps and `last`. With `last_rows` "supervised" the other rows of `last` are dropped and read as zeros.
 
-    Parallel drafts need `last` only where slots are supervised; a draft that feeds on `last` itself (MTP) needs all.
+    Parallel drafts need `last` only at supervised slots; MTP has `last` as its input and needs all rows.
     """
 
     taps: Codec
@@ -53,7 +53,7 @@ class Storage:
         return torch.promote_types(self.taps.dtype, self.last.dtype)
 
     def bytes_per_token(self, hidden_size: int, taps: int, kept: float = 1.0) -> dict[str, float]:
-        """Bytes of one token by part; `kept` is the share of rows of `last` that `kept_rows` keeps."""
+        """Bytes per token by part; `kept` is the share of rows of `last` that `kept_rows` keeps."""
         share = kept if self.last_rows == "supervised" else 1.0
         return {
             "tokens": float(TOKEN_BYTES),
@@ -71,7 +71,7 @@ class Storage:
         return replace(self, taps=self.taps.fitted(taps), last=self.last.fitted(last))
 
     def scales(self) -> dict[str, Tensor]:
-        """What has to be stored once beside the shards to decode them."""
+        """The scales that are stored once per cache and are needed to decode the shards."""
         found = {"taps.channels": self.taps.scales, "last.channels": self.last.scales}
         return {name: scales for name, scales in found.items() if scales is not None}
 

@@ -1,4 +1,4 @@
-"""Writing shards beside the computation that fills them, on disks that may be full and in folders that ranks share."""
+"""Writing shards in a thread while the next states are computed; errors of full disks; files that ranks share."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from typing import Any
 from specbench.data.cache.shards import write_shard
 
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-WAITING = 4  # conversations that wait for the writer; each may hold on to the states of its whole batch
+WAITING = 4  # conversations in the queue of the writer; each can keep the states of its whole batch in memory
 
 
 class NoRoom(ValueError):
-    """The disk is full; complete shards are kept."""
+    """The disk is full. Complete shards are kept."""
 
 
 @contextmanager
 def room_for(folder: Path) -> Iterator[None]:
-    """Turn a full disk into one sentence."""
+    """Raise NoRoom with a one-sentence message if the disk is full."""
     try:
         yield
     except OSError as error:
@@ -38,7 +38,7 @@ def room_for(folder: Path) -> Iterator[None]:
 
 
 class _Abandoned(Exception):
-    """Tells the writer that the rest of its shard will not come."""
+    """Tells the writer thread that the rest of its shard will not be delivered."""
 
 
 def written(folder: Path, shard: int, samples: Iterable[Callable[[], dict[str, bytes]]]) -> list[dict[str, Any]]:
@@ -77,7 +77,8 @@ def written(folder: Path, shard: int, samples: Iterable[Callable[[], dict[str, b
 
 
 def create_once(path: Path, write: Callable[[Path], Any]) -> None:
-    """Create a file unless it exists; of several ranks that try, one wins and none sees half a file."""
+    """Create a file unless it exists. If several ranks try, one of them creates it and none reads an incomplete
+    file."""
     if path.exists():
         return
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")

@@ -96,7 +96,7 @@ def _unpacking(path: Path) -> Iterator[None]:
     try:
         yield
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise ValueError(f"{path} is a gzip file that is cut or damaged ({error}): get it anew") from error
+        raise ValueError(f"{path} is a gzip file that is cut or damaged ({error}): get it again") from error
 
 
 def _stream(path: Path, packed: bool, read: Callable[[BufferedIOBase], Iterator[Row]]) -> Iterator[Row]:
@@ -218,4 +218,4 @@ def _parquet(path: Path) -> Iterator[Row]:
                     yield number, row
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         said = " ".join(str(error).split())[:200]
-        raise ValueError(f"{path} cannot be read as parquet behind row {number} ({said}): get it anew") from error
+        raise ValueError(f"{path} cannot be read as parquet behind row {number} ({said}): get it again") from error

@@ -1,21 +1,21 @@
-"""How hidden states are stored: each codec turns states into a few storable tensors and back.
+"""Codecs of hidden states: each converts states to a few tensors that can be stored, and back.
 
 Axes: T tokens, C taps, D hidden size. States are (T, C, D) or (T, D). Stored tensors lead with the tap, (C, T, ...), so
 that reading some taps of many touches only theirs.
 
-    fp32             as it is; for exactness tests on tiny targets
+    fp32             unchanged; for tests of exactness on tiny targets
     bf16             exact for bf16 states
     bf16-lossless    bf16 as two byte planes: the exponents compressed with zstd, sign and mantissa as they are
     int8             channel-normalised, symmetric groups of 64
     int6             the same with 6 bits
-    fp8              e4m3, one scale a token
+    fp8              e4m3, one scale per token
     int4             channel-normalised, asymmetric groups of 64
     int4-wide        the same in groups of 128
 
 Channel-normalised: every channel is divided by its median magnitude over a first sample of states before it is
-grouped, so an outlier channel does not set the step of its neighbours. `fitted` takes that sample once for a cache;
-without it `encode` measures the states at hand and stores the scales beside them.
-`docs/data.md` has sizes, errors and the command that measures them.
+grouped, so an outlier channel does not determine the step size of its neighbours. `fitted` computes these scales once
+for a cache; without it `encode` computes them from the given states and stores them with the states.
+docs/data.md gives sizes, errors and the command that measures them.
 """
 
 from __future__ import annotations
@@ -62,11 +62,11 @@ class Raw(Codec):
 
 @dataclass(frozen=True)
 class Lossless(Codec):
-    """bf16 without loss. The exponents of a channel are alike and compress; mantissas are noise and are left alone.
+    """bf16 without loss. The exponents of a channel are similar and can be compressed; mantissas cannot.
 
-    Exponents are stored against that of their channel's scale. zstd is told to look for almost no repeats, which leaves
-    its entropy coder: on such bytes that is both smaller and faster. `ratio` of the bf16 bytes is what
-    `bytes_per_value` assumes; the plan of a cache measures it on the run's own states.
+    Exponents are stored relative to that of their channel's scale. zstd searches for almost no repeated sequences, so
+    only its entropy coder works: for such bytes this is both smaller and faster. `bytes_per_value` assumes `ratio` of
+    the bf16 bytes; the plan of a cache measures the ratio on states of the run.
     """
 
     name: str = "bf16-lossless"
@@ -149,13 +149,13 @@ class Float8(Codec):
 
 
 def _turned(values: Tensor) -> np.ndarray:
-    """bf16 bits rotated by one: the eight exponent bits in the high byte, mantissa and sign in the low one."""
+    """bf16 bits rotated by one: the eight exponent bits in the high byte, mantissa and sign in the low byte."""
     bits = values.view(torch.int16).numpy().view(np.uint16)
     return (bits << 1) | (bits >> 15)
 
 
 def _exponents(channels: Tensor) -> np.ndarray:
-    """The exponent byte of each channel's scale, shaped to meet (.., T, D)."""
+    """The exponent byte of each channel's scale, in a shape that broadcasts to (.., T, D)."""
     return (_turned(channels.to(torch.bfloat16).contiguous().cpu()) >> 8).astype(np.uint8)[..., None, :]
 
 

@@ -1,9 +1,9 @@
-"""Hidden states as integers of few bits in groups of channels.
+"""Codecs that store hidden states as integers of few bits, in groups of channels.
 
 Axes: T tokens, C taps, D hidden size, G groups of a token.
 
-Every channel is first divided by its own scale, its median magnitude over a sample, so an outlier channel does not set
-the step of its neighbours (the reason why plain groups fail on real models).
+Every channel is first divided by its own scale, its median magnitude over a sample, so an outlier channel does not
+determine the step size of its neighbours (real models have such channels).
 """
 
 from __future__ import annotations
@@ -34,8 +34,9 @@ ZERO = 17  # zero points are stored in 1/17 of a step, so that 0..15 fill a byte
 class Grouped(Codec):
     """Integers of `bits` bits in groups of `group` channels, after dividing each channel by its own scale.
 
-    A group holds one byte for its step, logarithmic below the token's largest step (rounded up, so nothing is clipped),
-    and, asymmetric, one byte for its zero point. Values of a hidden size that the group does not divide are padded.
+    A group has one byte for its step size, logarithmic below the token's largest step (rounded up, so nothing is
+    clipped), and one byte for its zero point if it is asymmetric. If the group does not divide the hidden size, values
+    are padded.
     """
 
     name: str
@@ -105,7 +106,7 @@ class Grouped(Codec):
         return (codes + groups * (1 + self.asymmetric) + 2) / hidden_size
 
     def _group(self, hidden_size: int) -> int:
-        """Channels of a group; a hidden size below it is one group of a multiple of four, which every packing fits."""
+        """Channels of a group. A smaller hidden size is one group, rounded up to a multiple of four for the packing."""
         return min(self.group, -(-hidden_size // 4) * 4)
 
 
@@ -114,7 +115,7 @@ def _per_token(channels: Tensor) -> Tensor:
 
 
 def _steps(wanted: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Steps (..., G) at least as large as wanted, as they will be decoded; their byte; the token's unit in bf16."""
+    """Step sizes (..., G) as they will be decoded, not smaller than wanted; their bytes; the token's unit in bf16."""
     # Half a bf16 digit more than the maximum, so that rounding to bf16 cannot put the unit below it.
     unit = (wanted.amax(-1) * (1 + 2.0**-8)).to(torch.bfloat16)
     whole = unit.float().unsqueeze(-1).clamp_min(torch.finfo(torch.float32).tiny)

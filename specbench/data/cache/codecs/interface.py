@@ -1,4 +1,4 @@
-"""What every codec of hidden states keeps: the interface, and the layout that lets a reader pick taps.
+"""The interface of codecs of hidden states, and the layout from which a reader can take single taps.
 
 Axes: T tokens, C taps, D hidden size. States are (T, C, D) or (T, D). Stored tensors lead with the tap, (C, T, ...), so
 that reading some taps of many touches only theirs.
@@ -15,11 +15,11 @@ from torch import Tensor
 
 
 class Codec(ABC):
-    """One way to store states. `dtype` is what `decode` gives when nothing else is asked for."""
+    """One way to store states. `dtype` is the default dtype of `decode`."""
 
     name: str
     dtype: torch.dtype = torch.bfloat16
-    learns: bool = False  # does `fitted` take anything from its sample?
+    learns: bool = False  # whether `fitted` computes scales from its sample
     tolerance: float = 0.05  # relative error of a log-probability vector beyond which a stored state counts as wrong
 
     @abstractmethod
@@ -30,23 +30,23 @@ class Codec(ABC):
     def decode(
         self, stored: dict[str, Tensor], dtype: torch.dtype | None = None, taps: Sequence[int] | None = None
     ) -> Float[Tensor, "T *C D"]:
-        """Storable tensors -> states in `dtype`; of the C stored taps only those numbered in `taps`."""
+        """Stored tensors -> states in `dtype`; of the C stored taps only the positions in `taps`."""
 
     @abstractmethod
     def bytes_per_value(self, hidden_size: int) -> float:
-        """Bytes that one state value takes on disk, scales included."""
+        """Bytes of one state value on disk, scales included."""
 
     def fitted(self, sample: Float[Tensor, "T *C D"]) -> Codec:
-        """The codec with what it learns from a first sample of states; itself where there is nothing to learn."""
+        """The codec with scales from a first sample of states; the codec itself if it has no scales."""
         return self
 
     @property
     def scales(self) -> Tensor | None:
-        """What `fitted` learned, to be stored once for a cache: (C, D) or (D)."""
+        """The scales from `fitted`, to be stored once for a cache: (C, D) or (D)."""
         return None
 
     def with_scales(self, scales: Tensor | None) -> Codec:
-        """The codec with scales that were stored before."""
+        """The codec with stored scales."""
         return self
 
 
@@ -65,7 +65,8 @@ def taps_last(values: Tensor) -> Tensor:
 
 
 def chosen_taps(values: Tensor, taps: Sequence[int] | None, dims: int = 3) -> Tensor:
-    """The rows of `taps` where `values` leads with the tap (it has `dims` axes); views where they are neighbours."""
+    """Select `taps` if the first axis of `values` is the tap (`values` then has `dims` axes); a view if they are
+    adjacent."""
     if taps is None or values.dim() != dims or list(taps) == list(range(len(values))):
         return values
     first = taps[0]
@@ -75,7 +76,7 @@ def chosen_taps(values: Tensor, taps: Sequence[int] | None, dims: int = 3) -> Te
 
 
 def magnitudes(states: Tensor) -> Tensor:
-    """Median magnitude of every channel; the root mean square where that is 0, and 1 for a dead channel."""
+    """Median magnitude of every channel; the root mean square if that is 0; 1 for a channel of zeros."""
     size = states.abs().median(0).values
     size = torch.where(size > 0, size, states.square().mean(0).sqrt())
     return torch.where(size > 0, size, torch.ones_like(size))
