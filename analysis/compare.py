@@ -42,7 +42,7 @@ class Comparison:
     text: str = field(repr=False)
 
     def table(self, name: str = "accepted_length") -> pd.DataFrame:
-        """One of the tables that were written, by its name: one row a method, benchmark and protocol.
+        """One of the tables that were written, by its name: one row per method, benchmark and protocol.
 
         Raises:
             ValueError: there is no such table.
@@ -170,7 +170,7 @@ def _slot_drawings(found: Sequence[Group], resamples: int, seed: int) -> list[Dr
         frame = tables.conditional_by_domain(part, resamples, seed)
         for quantity, name in (("conditional", "conditional_acceptance"), ("survival", "survival")):
             words = "Conditional acceptance by slot" if quantity == "conditional" else "Survival by slot"
-            caption = f"{words}, a panel a domain ({where}). Bands: 95% intervals over prompts.{unlike}"
+            caption = f"{words}, a panel per domain ({where}). Bands: 95% intervals over prompts.{unlike}"
             drawings.append(Drawing(name + tail, figures.by_slot(frame, quantity), caption))
         for domain in dict.fromkeys(frame["domain"]) if frame["domain"].nunique() > 1 else ():
             one = figures.by_slot(frame[frame["domain"] == domain])

@@ -23,7 +23,7 @@ FEW = 30
 
 @styled
 def by_slot(frame: pd.DataFrame, quantity: str = "conditional", panel: str = "domain") -> Figure:
-    """Conditional acceptance (or survival) by slot, a panel a domain or benchmark, a line a variant.
+    """Conditional acceptance (or survival) by slot, a panel per domain or benchmark, a line per variant.
 
     Under each panel of conditional acceptance stands how many rounds reached each slot (the fewest of all variants);
     a slot that fewer than FEW rounds reached has a hollow marker, one that a single prompt reached (no
@@ -135,7 +135,7 @@ def _grouped(frame: pd.DataFrame, axis: str) -> list[str]:
 
 @styled
 def bars(frame: pd.DataFrame, value: str = "accepted_length", place: str = "benchmark") -> Figure:
-    """A value with its interval, a group of bars a benchmark (or domain), a bar a variant."""
+    """A value with its interval, a group of bars per benchmark (or domain), a bar per variant."""
     shown, places = looks(frame["variant"]), list(dict.fromkeys(frame[place]))
     width = COLUMN if len(places) * len(shown) <= 16 else PAGE
     figure = Figure(figsize=(width, 2.3))
@@ -168,7 +168,7 @@ def bars(frame: pd.DataFrame, value: str = "accepted_length", place: str = "benc
 
 @styled
 def by_place(positions: pd.DataFrame, contexts: pd.DataFrame) -> Figure:
-    """Accepted length against the generated tokens before a round, and against its context, a line a variant.
+    """Accepted length against the generated tokens before a round, and against its context, a line per variant.
 
     Args:
         positions, contexts: by_position and by_context of `analysis.tables.positions.frames`, one domain of one
@@ -197,7 +197,7 @@ def by_place(positions: pd.DataFrame, contexts: pd.DataFrame) -> Figure:
 
 @styled
 def histogram(frame: pd.DataFrame) -> Figure:
-    """Share of rounds by accepted draft tokens, a line a variant: `analysis.tables.positions.frames`, one domain."""
+    """Share of rounds by accepted draft tokens, a line per variant: `analysis.tables.positions.frames`, one domain."""
     shown = looks(frame["variant"])
     figure = Figure(figsize=(COLUMN, 2.1))
     ax = figure.subplots()

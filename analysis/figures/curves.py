@@ -19,7 +19,7 @@ SHADES = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00")
 
 @styled
 def threshold(frame: pd.DataFrame, axis: str, place: str = "domain") -> Figure:
-    """Threshold sweep: acceptance rate above, accepted length below, a group of bars a domain, a bar a threshold.
+    """Threshold sweep: acceptance rate above, accepted length below, a group of bars per domain, a bar a threshold.
 
     Args:
         frame: columns `axis` (the threshold), `place`, acceptance_rate, rate_low, rate_high, accepted_length, low and
@@ -49,7 +49,8 @@ def threshold(frame: pd.DataFrame, axis: str, place: str = "domain") -> Figure:
 
 @styled
 def reliability(rows: Sequence[dict], slots: Sequence[int] | None = None) -> Figure:
-    """Reliability diagrams before and after calibration, a panel a slot: predicted survival against the observed rate.
+    """Reliability diagrams before and after calibration, a panel per slot: predicted survival against the observed
+    rate.
 
     The area of a dot grows with its share of the rounds; the expected calibration error (ECE) stands above.
 
@@ -96,7 +97,7 @@ def frontier(points: pd.DataFrame, policy: str = "policy") -> Figure:
     """Throughput against interactivity, a line a policy, a dot a load; up and to the right is better.
 
     Args:
-        points: columns `policy`, interactivity (tokens a second and user), throughput (tokens a second), and
+        points: columns `policy`, interactivity (tokens per second and user), throughput (tokens per second), and
             optionally concurrency, which labels the ends of the first line.
     """
     shown = looks(points[policy])
@@ -115,7 +116,7 @@ def frontier(points: pd.DataFrame, policy: str = "policy") -> Figure:
 
 @styled
 def training(metrics: pd.DataFrame, names: Sequence[str], labels: dict[int, str], smooth: float = 0.0) -> Figure:
-    """Training curves against the optimiser step, a panel a metric, a line a run (runs of one label share its look).
+    """Training curves against the optimiser step, a panel a metric, a line per run (runs of one label share its look).
 
     Args:
         metrics: `folders.metrics`: source, step, name, value.

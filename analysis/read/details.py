@@ -26,7 +26,7 @@ DETAILS = [OPTIONAL.field(name) for name in ("by_round", "token_classes", "teach
 
 
 def rounds(runs: Runs) -> pd.DataFrame:
-    """One row a round: prompt, position, context, proposed, accepted, committed, and record (its row in `runs`).
+    """One row per round: prompt, position, context, proposed, accepted, committed, and record (its row in `runs`).
 
     `position` counts the generated tokens before the round, its anchor included (1 in the first round); `context` adds
     the prompt's tokens.
@@ -51,7 +51,8 @@ def rounds(runs: Runs) -> pd.DataFrame:
 
 
 def classes(runs: Runs, known: pd.DataFrame) -> pd.DataFrame:
-    """One row a slot that was reached: prompt, token_class (the letter of the token that the text has there), accepted.
+    """One row per slot that was reached: prompt, token_class (the letter of the token that the text has there),
+    accepted.
 
     `known` are `rounds(runs)`. Slots beyond an answer that was cut short have no token and are left out.
     """

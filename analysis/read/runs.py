@@ -34,9 +34,9 @@ DECIDED = "decided by"
 class Runs:
     """Everything that was read.
 
-    `records`: one row a prompt and turn (the columns of records.parquet without the histogram; `source` = index of
+    `records`: one row per prompt and turn (the columns of records.parquet without the histogram; `source` = index of
     its run in `runs`, `prompt` = one number a prompt, the same in every run). `cells`: the histograms in long form
-    (record, proposed, accepted, count), `record` = row in `records`, ascending. `runs`: one row a run: run, kind,
+    (record, proposed, accepted, count), `record` = row in `records`, ascending. `runs`: one row per run: run, kind,
     path, status, method, target, suite, then every config key with dots (its own, then those of the run that trained
     its draft), summary.json under `summary.`, provenance.json under `provenance.`, the parent's summary under
     `parent.`. `faults`: path and reason of everything that was found and is not in `runs`.

@@ -1,6 +1,6 @@
 """Teacher-forced acceptance beside that of real rounds, slot by slot, and their gap with paired intervals.
 
-Records carry four sums a slot (specbench/evaluation/teacher_forced.py):
+Records carry four sums per slot (specbench/evaluation/teacher_forced.py):
 anchors, alpha, prod_{i<=k} alpha_i, prod_{i<k} alpha_i.
 Both estimates are resampled by the same draws of prompts, so their gap is paired.
 

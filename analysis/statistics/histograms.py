@@ -129,7 +129,7 @@ def count(
     cell_accepted: Int[np.ndarray, " C"],
     cell_count: Int[np.ndarray, " C"],
 ) -> Counts:
-    """Sum records into one row a prompt.
+    """Sum records into one row per prompt.
 
     Args:
         prompts: (records,) key of each record's prompt; equal keys are one cluster.

@@ -1,4 +1,4 @@
-"""What a method costs: parameters, training tokens, cache bytes, seconds and verified tokens a round, speedup."""
+"""What a method costs: parameters, training tokens, cache bytes, seconds and verified tokens per round, speedup."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ SHARED = ("top_k", "top_p", "min_p", "slots", "accounting", "thinking", "dtype")
 
 
 def costs(found: Sequence[Group], every: Runs) -> pd.DataFrame:
-    """One row a variant of a section, and one more for every further batch that its drafts were timed at.
+    """One row per variant of a section, and one more for every further batch that its drafts were timed at.
 
     Rates come from the records, pooled over the benchmarks; sizes from summaries: empty where the runs of a row state
     several, and then all of them in `varies`, as `draft_parameters=1000|2000`. Speedups are those of the very drafts.

@@ -1,6 +1,6 @@
 """The tables as frames: accepted length, macro averages, conditional acceptance, differences, seeds, costs.
 
-Each function takes the groups of `analysis.tables.groups.collect` and returns one row a line of the table, as CSV
+Each function takes the groups of `analysis.tables.groups.collect` and returns one row per line of the table, as CSV
 needs it.
 `analysis.tables.sheets` arranges them for people.
 """
@@ -53,7 +53,7 @@ def extra(group: Group) -> dict[str, Any]:
 
 
 def accepted_length(found: Sequence[Group], resamples: int = RESAMPLES, seed: int = 0) -> pd.DataFrame:
-    """One row a variant and benchmark: pooled accepted length with its interval, per-prompt mean, counts."""
+    """One row per variant and benchmark: pooled accepted length with its interval, per-prompt mean, counts."""
     rows = []
     for group in found:
         counts = group.counts
@@ -69,7 +69,8 @@ def accepted_length(found: Sequence[Group], resamples: int = RESAMPLES, seed: in
 
 
 def macro_average(found: Sequence[Group], resamples: int = RESAMPLES, seed: int = 0) -> pd.DataFrame:
-    """One row a variant and domain, and one over all benchmarks (`domain` = all): the unweighted mean over benchmarks.
+    """One row per variant and domain, and one over all benchmarks (`domain` = all): the unweighted mean over
+    benchmarks.
 
     `complete` is false where a variant lacks a benchmark that another variant of its section has: its average is then
     over fewer benchmarks and must not be compared.
@@ -95,7 +96,7 @@ def _scopes(places: dict[str, list[str]]) -> list[tuple[str, list[str]]]:
 
 
 def conditional_acceptance(found: Sequence[Group], resamples: int = RESAMPLES, seed: int = 0) -> pd.DataFrame:
-    """One row a variant, benchmark and slot: conditional@k with its interval and n_k, survival@k with its own."""
+    """One row per variant, benchmark and slot: conditional@k with its interval and n_k, survival@k with its own."""
     parts = [_slots(keys(group), extra(group), group.counts, resamples, seed) for group in found]
     return pd.concat(parts, ignore_index=True)
 
@@ -121,7 +122,7 @@ def _slots(head: dict[str, Any], tail: dict[str, Any], counts: Counts, resamples
 
 
 def acceptance_rate(found: Sequence[Group], resamples: int = RESAMPLES, seed: int = 0) -> pd.DataFrame:
-    """One row a variant and domain, benchmarks pooled: accepted / proposed beside accepted length, with intervals."""
+    """One row per variant and domain, benchmarks pooled: accepted / proposed beside accepted length, with intervals."""
     rows = []
     for (_, _, domain), same in _by_domain(found).items():
         counts = join([group.counts for group in same])
@@ -142,7 +143,7 @@ def _by_domain(found: Sequence[Group]) -> dict[tuple[Any, ...], list[Group]]:
 
 
 def suffix_decay(found: Sequence[Group], resamples: int = RESAMPLES, seed: int = 0) -> pd.DataFrame:
-    """One row a variant and benchmark: slope of log conditional@k a slot, conditional@1 and @K beside it."""
+    """One row per variant and benchmark: slope of log conditional@k a slot, conditional@1 and @K beside it."""
     rows = []
     for group in found:
         value, low, high = statistics.interval(group.counts, lambda sums: sums.suffix_decay, resamples, seed)
@@ -211,7 +212,7 @@ def _pair(pair: list[list[Any]], resamples: int, seed: int, minimum: float, memo
 
 
 def seeds(found: Sequence[Group]) -> pd.DataFrame:
-    """One row a variant and benchmark: mean, sd and t-interval of accepted length over training seeds."""
+    """One row per variant and benchmark: mean, sd and t-interval of accepted length over training seeds."""
     rows = []
     for group in found:
         values = [float(counts.total().accepted_length) for counts in group.seeds.values()]

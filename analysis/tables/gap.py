@@ -21,7 +21,7 @@ LENGTHS = {"forced": "expected_length", "on_policy": "accepted_length", "gap": "
 
 
 def table(found: Sequence[Group], resamples: int = RESAMPLES, seed: int = 0) -> pd.DataFrame:
-    """One row a variant, domain and slot, and one with `slot` 0: expected beside accepted length.
+    """One row per variant, domain and slot, and one with `slot` 0: expected beside accepted length.
 
     forced, on_policy: conditional acceptance (lengths where `slot` is 0); gap = forced - on_policy with the bounds of
     the paired bootstrap over prompts; acceptance: mean alpha, what training reports; survival of both; anchors and
@@ -53,7 +53,7 @@ def table(found: Sequence[Group], resamples: int = RESAMPLES, seed: int = 0) -> 
 
 
 def sheets(found: Sequence[Group], frame: pd.DataFrame) -> list[Sheet]:
-    """One sheet a section: a line a variant, domain and slot."""
+    """One sheet a section: a line per variant, domain and slot."""
     made = []
     note = (
         "Teacher-forced: on the decoded text, every anchor, the true tokens before each slot. Acceptance: mean "

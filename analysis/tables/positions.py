@@ -73,7 +73,7 @@ def shares(
 ) -> tuple[Float[np.ndarray, "four B"], np.ndarray]:
     """For each of `size` bins: ratio of sums, its cluster-bootstrap bounds, the sum below; and the prompts in it.
 
-    One entry a round (or slot, or record): its prompt, its bin, what it adds above and below the line.
+    One entry per round (or slot, or record): its prompt, its bin, what it adds above and below the line.
     """
     keys, cluster = np.unique(prompts, return_inverse=True)
     index = cluster * size + bins

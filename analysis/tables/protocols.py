@@ -106,7 +106,7 @@ def batch_sizes(group: Group) -> set[float]:
 
 
 def table(found: Sequence[Group]) -> pd.DataFrame:
-    """One row a variant and benchmark: its prompts by hash and number, its protocol, its runs, and `as_column`."""
+    """One row per variant and benchmark: its prompts by hash and number, its protocol, its runs, and `as_column`."""
     rows = []
     for section, part in grouping.sections(found):
         different = marked(part)

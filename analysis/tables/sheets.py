@@ -87,9 +87,10 @@ def main(
                 rows = [[*row, *more] for row, more in zip(rows, cells, strict=True)]
             if timed:
                 notes.append(
-                    "Speedup: tokens a second of the whole batch over plain decoding of the same prompts, interleaved "
-                    "on one machine (median and range of the repeats), and what the cost curves predict; of the very "
-                    "drafts of its row, with its scheduler and temperature. Below 1 the draft slows decoding down."
+                    "Speedup: tokens per second of the whole batch relative to plain decoding of the same prompts, "
+                    "interleaved on one machine (median and range of the repeats), and the prediction from the cost "
+                    "curves; for the drafts, scheduler and temperature of the row. Below 1 the draft slows decoding "
+                    "down."
                 )
         sheets.append(Sheet("accepted_length", grouping.title(section), ["method", *names], rows, spans, notes))
     return sheets
@@ -221,8 +222,8 @@ def costs(found: Sequence[Group], frame: pd.DataFrame) -> list[Sheet]:
         "draft_parameters": ("draft parameters", size),
         "training_tokens": ("training tokens", size),
         "cache_bytes": ("cache bytes", size),
-        "seconds_per_round": ("ms a round", lambda v: _number(v * 1e3, 2)),
-        "verified_per_round": ("verified a round", lambda v: _number(v, 2)),
+        "seconds_per_round": ("ms per round", lambda v: _number(v * 1e3, 2)),
+        "verified_per_round": ("verified per round", lambda v: _number(v, 2)),
         "acceptance_rate": ("acceptance rate", lambda v: _number(v, 3)),
         "speedup_measured": ("speedup", lambda v: _number(v, 2)),
         "speedup_predicted": ("predicted", lambda v: _number(v, 2)),

@@ -229,7 +229,7 @@ def line(row: dict[str, Any]) -> str:
 
 
 class Appender:
-    """Appends one object a line; a line is written whole, and synced to disk every `lines` lines or `seconds`."""
+    """Appends one object per line; a line is written whole, and synced to disk every `lines` lines or `seconds`."""
 
     def __init__(self, path: Path, lines: int = 64, seconds: float = 2.0) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)

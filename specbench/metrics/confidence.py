@@ -21,7 +21,8 @@ from specbench.metrics.rounds import Curve
 
 class ConfidenceMetric(Curve):
     """update(confidence, accepted, proposed) takes rounds: probabilities of conditional acceptance (NaN beyond what was
-    proposed), tokens accepted and proposed. compute() gives one value a slot, (K,), NaN where nothing was observed."""
+    proposed), tokens accepted and proposed. compute() gives one value per slot, (K,), NaN where nothing was
+    observed."""
 
     def __init__(self, slots: int, **kwargs: Any):
         super().__init__(**kwargs)

@@ -1,7 +1,7 @@
 """Every formula of a metric, once: pure functions of numpy arrays or torch tensors, which are answered in kind.
 
 Counts of decoding rounds come first: a round proposes m tokens and accepts j <= m of them, and all numbers of a
-decoding run follow from two things a prompt, the histogram H[m, j] of its rounds and the tokens that they committed.
+decoding run follow from two things per prompt, the histogram H[m, j] of its rounds and the tokens that they committed.
 Then teacher-forced acceptance, and the reliability of confidences. The torchmetrics classes beside this file,
 calibration and the tables of `analysis` hold sums and call these functions.
 
@@ -108,7 +108,7 @@ def slot_counts(counts: Num[Any, "*axes m j"]) -> SlotCounts:
     xp = array_namespace(counts)
     counts = xp.asarray(counts, dtype=xp.float64)
     size = counts.shape[-1]
-    # One column a slot over the cells (m, j), so that each sum is one product with the flattened histograms.
+    # One column per slot over the cells (m, j), so that each sum is one product with the flattened histograms.
     place = {"dtype": xp.int64, "device": counts.device}
     m, j = xp.arange(size, **place)[:, None, None], xp.arange(size, **place)[None, :, None]
     k = xp.arange(1, size, **place)
@@ -118,7 +118,7 @@ def slot_counts(counts: Num[Any, "*axes m j"]) -> SlotCounts:
 
 
 def accepted_length(committed: Array, rounds: Array) -> Float[Any, "*axes"]:
-    """Tokens committed a round, the bonus or corrected token included, pooled over all rounds (the published
+    """Tokens committed per round, the bonus or corrected token included, pooled over all rounds (the published
     definition).
 
     >>> float(accepted_length(7, 2))
@@ -266,7 +266,7 @@ def teacher_forced(sums: Float[Any, "*axes K four"], slots: int | None = None) -
 
 
 class PrefixEvents(NamedTuple):
-    """What is judged of a confidence head at slot k, one row a round: the running product `predicted` = c_1 ... c_k,
+    """What is judged of a confidence head at slot k, one row per round: the running product `predicted` = c_1 ... c_k,
     the event `passed` that the round accepted at least k tokens, and where it was `seen` (at least k proposed)."""
 
     predicted: Float[Any, "R K"]
@@ -362,7 +362,7 @@ def deepspec_row(
     accepted_draft_lengths: Sequence[Sequence[int]],
     slots: int | None = None,
 ) -> dict[str, dict[str, Any]]:
-    """The table row of DeepSpec's evaluator from its lists, one a sample (accounting "deepspec").
+    """The table row of DeepSpec's evaluator from its lists, one per sample (accounting "deepspec").
 
     `summary` holds the sums, `row` its numbers: acceptance_length = committed / rounds; verify_rate = committed /
     (proposed + rounds); accept_rates_by_position[k-1] is survival@k under another name. `slots`: positions listed
@@ -377,7 +377,7 @@ def deepspec_row(
         for pair in zip(proposals, accepted, strict=True)
     ]
     if [len(sample) for sample in acceptance_lengths] != [len(sample) for sample in proposal_lengths]:
-        raise ValueError("every sample needs one acceptance length a round; these lists differ in length")
+        raise ValueError("every sample needs one acceptance length per round; these lists differ in length")
     slots = max((proposed for proposed, _ in rounds), default=0) if slots is None else slots
     committed, proposed = sum(map(sum, acceptance_lengths)), sum(proposed for proposed, _ in rounds)
     offered = [sum(m > k for m, _ in rounds) for k in range(slots)]

@@ -34,7 +34,7 @@ from specbench.metrics.functional import (
 
 
 class Curve(Metric):
-    """A metric with one value a slot, (K,); torchmetrics gives a single one as a scalar."""
+    """A metric with one value per slot, (K,); torchmetrics gives a single one as a scalar."""
 
     full_state_update = False
     is_differentiable = False
@@ -108,7 +108,7 @@ class RoundMetric(Metric):
 
 
 class AcceptedLength(RoundMetric):
-    """Tokens committed a round: pooled over all rounds (the published definition), or `per_prompt`, the mean over
+    """Tokens committed per round: pooled over all rounds (the published definition), or `per_prompt`, the mean over
     prompts of each prompt's own ratio (prompts without a round have none).
 
     >>> pooled, own = AcceptedLength(slots=2), AcceptedLength(slots=2, per_prompt=True)
@@ -154,7 +154,7 @@ class ConditionalAcceptance(Curve, RoundMetric):
 
 
 class SuffixDecay(RoundMetric):
-    """One number for the conditional curve: its weighted log slope a slot.
+    """One number for the conditional curve: its weighted log slope per slot.
 
     >>> metric = SuffixDecay(slots=2)
     >>> metric.update([(2, 2, 1), (2, 1, 3)], committed=9)

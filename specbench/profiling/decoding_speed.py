@@ -3,7 +3,7 @@
 A time is the median of repeats after warm-up, with the first and third quartile beside it, on a synchronised
 clock. Only measuring happens here; a number belongs to the machine it was taken on.
 
-Axes: B requests, S tokens a request in one forward pass, K slots.
+Axes: B requests, S tokens per request in one forward pass, K slots.
 """
 
 from __future__ import annotations
@@ -197,7 +197,7 @@ def cost_profile(rows: Sequence[dict], label: str, slots: int | None = None, par
 
 
 def predicted_speedup(accepted_length: float, t_draft: float, t_verify: float, t_plain: float) -> float:
-    """Accepted length x T(1) / (T_draft + T(K + 1)): tokens a second against plain decoding, from the cost curve.
+    """Accepted length x T(1) / (T_draft + T(K + 1)): tokens per second against plain decoding, from the cost curve.
 
     >>> predicted_speedup(3.0, t_draft=0.5, t_verify=1.5, t_plain=1.0)
     1.5
@@ -220,8 +220,8 @@ def wall_clock(
     """The measured speedup: plain and speculative decoding of the same prompts, interleaved in this process.
 
     Before, `warmup` batches are decoded every way untimed. Each repeat decodes all prompts every way, in turns the one
-    and the other first. Returns plain and speculative tokens a second (all requests' tokens / seconds of the clock) and
-    tokens_per_second_per_request (tokens / seconds that their requests spent in flight), medians of the repeats,
+    and the other first. Returns plain and speculative tokens per second (all requests' tokens / seconds of the clock)
+    and tokens_per_second_per_request (tokens / seconds that their requests spent in flight), medians of the repeats,
     speedup with its smallest and largest repeat, accepted_length, and the mean draft, verify and overhead seconds a
     round. With `library` (batch 1 and temperature 0 only) the library's own generation of the same prompts takes its
     turn: library_tokens_per_second, and what either loop reaches of it as loop_plain and loop_speculative.

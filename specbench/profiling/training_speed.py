@@ -34,7 +34,7 @@ DSPARK = {"ce": 0.1, "tv": 0.9, "confidence": 1.0, "slot_weight": {"exp": 4.0}}
 EAGLE3 = {"soft_ce": 1.0, "slot_weight": {"power": 0.8}}
 CLASSES: dict[str, type[Draft]] = {"dspark": DSpark, "eagle3": Eagle3}
 # Tokens of twenty conversations: the 2.5%, 7.5%, ... 97.5% quantiles of the 4,155 prompts of eight published benchmarks
-# (AIME 2025, Arena-Hard v2, GSM8K, HumanEval, LiveCodeBench, MATH-500, MBPP, MT-Bench) at four characters a token.
+# (AIME 2025, Arena-Hard v2, GSM8K, HumanEval, LiveCodeBench, MATH-500, MBPP, MT-Bench) at four characters per token.
 PROMPT_TOKENS = (14, 22, 34, 44, 51, 56, 62, 69, 74, 81, 90, 102, 120, 171, 284, 354, 407, 470, 557, 754)
 
 
@@ -194,7 +194,7 @@ def statistics_step(shape: StepShape) -> Callable[[], Tensor]:
     grids = {name: torch.rand(N, shape.slots, device=shape.device) for name in names}
 
     def step() -> Tensor:
-        # One search a row for the draft; the target's is shared by the slots that share a state, which this leaves out.
+        # One search per row for the draft. Slots with the same state share that of the target, which is not counted.
         for _ in range(round(2 * rounds)):
             for tile in _tiles(len(chunk), chunk):
                 _top(chunk[tile])

@@ -78,8 +78,8 @@ def poisson(
     """`requests` requests arriving at random, `rate` a second; at most `concurrency` run and the others wait.
 
     Measured from the arrival that ends the first share `warmup` of the requests to the last arrival, while the load
-    lasts. `offered` is the tokens a second that arrived in that time; a throughput clearly below it, and `waiting_end`,
-    tell of overload.
+    lasts. `offered` is the tokens per second that arrived in that time; a throughput clearly below it, and
+    `waiting_end`, tell of overload.
     """
     _positive(concurrency=concurrency, rate=rate, requests=requests)
     generator = np.random.default_rng(np.random.SeedSequence([seed, 1]))
@@ -114,11 +114,11 @@ def _row(
 ) -> dict:
     """One operating point. Rates are per simulated second.
 
-    throughput          committed tokens a second, all users (over the busy time, or the window of a Poisson load)
-    interactivity       tokens a second that a running request sees: committed tokens / seconds spent by requests
+    throughput          committed tokens per second, all users (over the busy time, or the window of a Poisson load)
+    interactivity       tokens per second that a running request sees: committed tokens / seconds spent by requests
     interactivity_p10   its tenth percentile over the requests served, None before any was
     verified_per_round  tokens in the forward pass for each request and round: verified draft tokens + 1
-    accepted_length     committed tokens a round; acceptance_rate: accepted / verified draft tokens
+    accepted_length     committed tokens per round; acceptance_rate: accepted / verified draft tokens
     """
     committed = sum(s.committed for s in taken)
     rounds = sum(s.requests for s in taken)
@@ -149,7 +149,7 @@ def _row(
 
 
 def service_levels(rows: Sequence[dict], floors: Sequence[float | int], baseline: str | None = None) -> list[dict]:
-    """What each policy delivers while every user keeps a speed: for every floor (tokens a second and user) the best
+    """What each policy delivers while every user keeps a speed: for every floor (tokens per second and user) the best
     throughput among its simulated points with interactivity >= floor, None where no point keeps it. No interpolation.
 
     `gain` is relative to the policy named `baseline`, None where either has no point.

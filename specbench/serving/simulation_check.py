@@ -33,15 +33,15 @@ def check(
     max_new_tokens: int = 64,
     repeats: int = 3,
 ) -> list[dict]:
-    """Simulated against measured committed tokens a second at each concurrency, `length` slots verified a round.
+    """Simulated against measured committed tokens per second at each concurrency, `length` slots verified per round.
 
     In every repeat and at each concurrency the steps of 1 ... B requests are timed on every other prompt, before and
     after the rest is decoded with requests joining and leaving; the simulation replays those very rounds against the
     profile of both, so that a machine whose clock drifts does so for either side. Prefill, which the simulator leaves
     out, is taken off the engine's time.
 
-    One row a concurrency: requests, length, measured, simulated (medians of the repeats), ratio (median of the repeats'
-    own ratios) with its smallest and largest.
+    One row per concurrency: requests, length, measured, simulated (medians of the repeats), ratio (median of the
+    repeats' own ratios) with its smallest and largest.
     """
     known, asked = prompts[::2], prompts[1::2]
     if len(known) < max(concurrency) or len(asked) < 2 * max(concurrency):
@@ -88,7 +88,7 @@ def _decode(target, draft, prompts, B: int, length: int, max_new_tokens: int) ->
 
 
 def _throughputs(done: list[Decoded], seconds: float, B: int, length: int, profile: CostProfile) -> tuple[float, float]:
-    """Tokens a second of the engine's rounds, and of their replay."""
+    """Tokens per second of the engine's rounds, and of their replay."""
     rounds = [
         PromptRounds(
             str(request.index),

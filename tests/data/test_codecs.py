@@ -9,7 +9,7 @@ from torch import Tensor
 from specbench.data.cache.codecs.codecs import NAMES, codec
 from specbench.data.cache.storage import PRESETS, kept_rows, storage
 
-PUBLISHED = 30_720  # bytes a token of five taps and `last` in bf16 at hidden size 2560
+PUBLISHED = 30_720  # bytes per token of five taps and `last` in bf16 at hidden size 2560
 
 
 def states(tokens: int = 48, taps: int = 3, hidden: int = 256, spread: float = 0.7, seed: int = 0) -> Tensor:

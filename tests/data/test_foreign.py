@@ -118,12 +118,12 @@ def test_files_of_other_kinds_are_named(tmp_path):
     with zipfile.ZipFile(tmp_path / "zip.jsonl", "w") as archive:
         archive.writestr("a", "b")
     contents = {
-        "cut.jsonl.gz": (packed[: len(packed) // 2], "gzip file that is cut or damaged"),
-        "spoilt.jsonl.gz": (packed[:-8] + b"\0" * 8, "gzip file that is cut or damaged"),
+        "cut.jsonl.gz": (packed[: len(packed) // 2], "truncated or damaged gzip file"),
+        "spoilt.jsonl.gz": (packed[:-8] + b"\0" * 8, "truncated or damaged gzip file"),
         "binary.jsonl": (b"\x7fELF\0\0", "binary file"),
         "wide.jsonl": ('{"a": 1}'.encode("utf-16"), "UTF-16"),
         "inner.gz": (gzip.compress(b"PAR1rest"), "parquet file"),
-        "text.txt": (b"a prompt a line\n", "none of the files that are read as prompts: convert it to JSON lines"),
+        "text.txt": (b"a prompt a line\n", "no format that can be read as prompts: convert it to JSON lines"),
         "cut.parquet": (b"PAR1" + b"x" * 40, "cannot be read as parquet"),
         "latin.csv": ("a,b\nü,ü\n".encode("latin-1"), "not UTF-8"),
         "latin.json": ('[{"a": "ü"}]'.encode("latin-1"), "element 1: not UTF-8"),

@@ -30,7 +30,7 @@ def test_damage_is_named(tmp_path):
     folder = shutil.copytree(FOLDER, tmp_path / "cache")
     shard = folder / "shard-00001.bin"
     shard.write_bytes(shard.read_bytes()[:-10])
-    with pytest.raises(ValueError, match=r"shard-00001\.bin.*sample 1 is cut in its last"):
+    with pytest.raises(ValueError, match=r"shard-00001\.bin.*sample 1 is truncated in its last"):
         ReleasedCache(folder).sample(1)
     index = folder / "samples.idx"
     index.write_bytes(index.read_bytes()[:-56])

@@ -1,18 +1,18 @@
 """Conversation -> token ids and loss mask, from the tokenizer's own chat template and nothing else.
 
-Supervised are the tokens that the target itself writes: an answer and the stop token that ends it. Where an answer
-lies is asked of the template, in this order:
+Supervised are the tokens that the target generates: an answer and the stop token that ends it. The position of an
+answer is found in one of two ways, in this order:
 
-    generation spans    the template marks answers itself ({% generation %}): its marks are taken
+    generation spans    the template marks answers itself ({% generation %}): its marks are used
     prefix tokenisation the prompt of a turn, rendered and tokenised alone, must be a prefix of the whole conversation
 
-Some templates rewrite the history (Qwen3 drops the thinking of earlier turns), so an earlier turn's prompt is not a
-prefix. Such a turn is found by rendering the conversation with a marker in its place; it is supervised if the template
-kept its words and counted in `unsupervised` if not. The last answer must have the prefix property: it is the promise
-that decoding continues from the text that was trained on.
+Some templates change earlier turns (Qwen3 drops the thinking of earlier turns), so the prompt of an earlier turn is not
+a prefix. Such a turn is found by rendering the conversation with a marker in its place; it is supervised if the
+template kept its words, and counted in `unsupervised` if not. The last answer must have the prefix property: decoding
+then continues from the text that was trained on.
 
-Exact tokens of the last answer need no such promise: they follow the very prompt that they were decoded from, whatever
-the template would make of their text (DeepSeek-R1's drops the thinking of every answer, the last one too).
+Exact tokens of the last answer do not need this property: they follow exactly the prompt from which they were decoded,
+even if the template would change their text (that of DeepSeek-R1 drops the thinking of every answer, also the last).
 
 Axis: T tokens of the conversation.
 """
@@ -37,7 +37,7 @@ from specbench.data.answers.templates import (
     tokenise,
 )
 
-MARKER = "\u2983answer\u2984"  # rare brackets; no template has a reason to touch them
+MARKER = "\u2983answer\u2984"  # rare brackets that no template changes
 
 
 @dataclass(frozen=True)
@@ -69,8 +69,8 @@ def prompt_ids(
 ) -> list[int]:
     """Token ids from which the next answer is generated.
 
-    `answer_tokens` are the exact ids of the answers in `messages`; they stand in for the re-tokenised text wherever
-    the template keeps an answer's words.
+    `answer_tokens` are the exact ids of the answers in `messages`; they replace the re-tokenised text if the template
+    keeps the words of an answer.
     """
     if not messages or messages[-1]["role"] == "assistant":
         raise ChatError("a prompt must end in a user turn; this conversation is empty or ends in an answer")
@@ -95,10 +95,10 @@ def encode(
 
     thinking: passed to the template as `enable_thinking`; None leaves it out.
     answer_tokens: the exact ids of every answer as the target returned them, with or without the stop token; they are
-        taken instead of a re-tokenisation of the text.
-    cut: for every answer, whether it ran into the limit of new tokens: then its stop token is not supervised, and a
+        used instead of a re-tokenisation of the text.
+    cut: for every answer, whether it reached the limit of new tokens: then its stop token is not supervised, and a
         conversation that ends in such an answer ends there.
-    Raises ChatError when the template breaks the prefix property, or when nothing or everything is supervised.
+    Errors: ChatError if the template does not have the prefix property, or if nothing or everything is supervised.
     """
     answers = sum(m["role"] == "assistant" for m in messages)
     for name, given in (("answer_tokens", answer_tokens), ("cut", cut)):
@@ -149,7 +149,7 @@ def render(tokenizer: Any, encoded: Encoded) -> Text:
 def _turns(
     tokenizer: Any, messages: Sequence[Message], thinking: bool | None, text: str, prompt: bool = False
 ) -> list[_Turn]:
-    """Where every answer lies in the rendered `text`, each start verified against the prompt of its own turn."""
+    """Position of every answer in the rendered `text`; each start is checked with the prompt of its turn."""
     turns = []
     for i, message in enumerate(messages):
         if message["role"] != "assistant":
@@ -160,8 +160,8 @@ def _turns(
         last = i == len(messages) - 1
         if last and not text.startswith(asked):
             raise ChatError(
-                "the chat template breaks the prefix property: the prompt of the last answer is not how the whole "
-                f"conversation begins (thinking={thinking}); set thinking the other way or use another template"
+                "the chat template breaks the prefix property: the prompt of the last answer is not a prefix of the "
+                f"whole conversation (thinking={thinking}); set thinking the other way or use another template"
             )
         start = len(asked) if text.startswith(asked) else len(before)
         end = len(text) - len(after)
@@ -179,7 +179,7 @@ def _turns(
 
 
 def _holds(text: str, words: str) -> bool:
-    """Whether `text` holds `words`, whatever the space around and between them."""
+    """Whether `text` contains `words`, with any white space around and between them."""
     return "".join(words.split()) in "".join(text.split())
 
 
@@ -267,7 +267,7 @@ def _splice(
 def _generation_spans(
     tokenizer: Any, messages: Sequence[Message], thinking: bool | None, cut: Mapping[int, bool]
 ) -> tuple[list[int], list[bool]]:
-    """The template's own marks, with the stop token added where it is written behind the mark."""
+    """The marks of the template, with the stop token added if it is written after the mark."""
     coded = tokenizer.apply_chat_template(
         [dict(m) for m in messages],
         return_dict=True,

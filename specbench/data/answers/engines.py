@@ -24,12 +24,12 @@ Generate = Callable[..., Iterator[tuple[int, Sequence[int], bool]]]
 
 @dataclass(frozen=True)
 class AnswerPolicy:
-    """Everything that the law of an answer depends on.
+    """All settings on which the distribution of an answer depends.
 
-    model, revision, template: which target and which chat template (hash). thinking: passed to the template; None
-    leaves it out. date: at which a template that reads the clock is rendered; None for others. top_k 0, top_p 1,
-    min_p 0, repetition_penalty 1 and presence_penalty 0 are off. The penalties are two different things: the first
-    divides the logits of tokens seen, the second subtracts from them.
+    model, revision, template: target and hash of the chat template. thinking: passed to the template; None does not
+    pass it. date: the date with which a template that reads the clock is rendered; None for other templates. top_k 0,
+    top_p 1, min_p 0, repetition_penalty 1 and presence_penalty 0 are off. The two penalties differ: the first divides
+    the logits of tokens that occurred before, the second subtracts from them.
     """
 
     model: str
@@ -47,11 +47,12 @@ class AnswerPolicy:
     date: str | None = None
 
     def seed_of(self, id: str, turn: int) -> int:
-        """A turn's own seed (63 bits): independent of order, concurrency and what else is asked."""
+        """The seed of a turn (63 bits): it does not depend on order, concurrency or other conversations."""
         return text_hash(f"{self.seed}/{id}/{turn}") >> 1
 
     def request(self, turn_seed: int, options: Mapping[str, Any] | None = None) -> dict[str, Any]:
-        """The settings as fields of a chat completion; what is off is not sent. `options` go to the chat template."""
+        """The settings as fields of a chat completion request; settings that are off are not sent. `options` go to the
+        chat template."""
         extra: dict[str, Any] = {"return_token_ids": True}
         extra |= {"top_k": self.top_k} if self.top_k else {}
         extra |= {"min_p": self.min_p} if self.min_p else {}
@@ -79,7 +80,7 @@ class Engine(Protocol):
 
 
 class _Open:
-    """A conversation being answered: its questions, and what has been said so far."""
+    """A conversation that is being answered: its questions, and the turns so far."""
 
     def __init__(self, conversation: Conversation) -> None:
         self.conversation = conversation
@@ -89,7 +90,7 @@ class _Open:
         self.truncated: list[bool] = []
 
     def ask(self) -> bool:
-        """Lay the next question; False when all are answered."""
+        """Append the next question; False if all are answered."""
         while self.questions:
             question = self.questions.pop(0)
             self.messages.append({"role": question["role"], "content": question["content"]})
@@ -98,13 +99,13 @@ class _Open:
         return False
 
     def hear(self, text: str, tokens: Sequence[int] | None, truncated: bool) -> None:
-        """Book the answer to the question that was laid last."""
+        """Append the answer to the last question."""
         self.messages.append({"role": "assistant", "content": text})
         self.tokens.append(None if tokens is None else list(tokens))
         self.truncated.append(truncated)
 
     def close(self, emit: Emit) -> None:
-        """Hand the conversation over; one without any question is a failure."""
+        """Emit the conversation; one without any question is a failure."""
         if self.truncated:
             emit("answer", self.row())
         else:
@@ -123,7 +124,7 @@ class _Open:
 
 
 class ServerEngine:
-    """Asks a pool of OpenAI-compatible servers, `concurrency` conversations at once on each.
+    """Sends requests to a pool of OpenAI-compatible servers, `concurrency` conversations at once on each.
 
     options: further variables of the chat template (templates.server_options).
     """
@@ -147,7 +148,7 @@ class ServerEngine:
 
     @property
     def counts(self) -> dict[str, int]:
-        """Tries that had to be repeated, and times that a server left the pool."""
+        """Number of repeated attempts, and of removals of a server from the pool."""
         return {"retries": self._pool.retries, "outages": self._pool.outages}
 
     def answer(self, conversations: Iterator[Conversation], policy: AnswerPolicy, emit: Emit) -> None:
@@ -177,11 +178,11 @@ class ServerEngine:
 
 
 class InProcessEngine:
-    """Asks a callable in this process, a turn of `chunk` conversations at a time.
+    """Calls a function in this process, with one turn of `chunk` conversations at a time.
 
     generate(prompts, sampling, max_new_tokens, stop_token_ids, seeds) -> iterator of (index, output_ids, truncated),
-    in any order; output_ids hold the stop token where there was one. require(prompt) raises ValueError for a prompt
-    that the target cannot read: it becomes a failure of that conversation alone.
+    in any order; output_ids include the stop token if there was one. require(prompt) raises ValueError for a prompt
+    that the target cannot read; only this conversation fails then.
     """
 
     name = "in process"
@@ -210,14 +211,14 @@ class InProcessEngine:
                 chunk = self._turn([s for s in chunk if self._asked(s, emit)], policy, emit)
 
     def _asked(self, state: _Open, emit: Emit) -> bool:
-        """Lay the next question of a conversation; a finished one is handed over."""
+        """Append the next question of a conversation, or emit the conversation if it is finished."""
         if state.ask():
             return True
         state.close(emit)
         return False
 
     def _turn(self, states: list[_Open], policy: AnswerPolicy, emit: Emit) -> list[_Open]:
-        """One turn of every conversation; returns those that can go on."""
+        """One turn of every conversation; returns those that continue."""
         prompts, asked = [], []
         for state in states:
             try:
@@ -248,7 +249,7 @@ class InProcessEngine:
 
 
 def _first(group: BaseExceptionGroup) -> BaseException:
-    """The first exception that is not a group."""
+    """The first exception that is not an exception group."""
     error: BaseException = group
     while isinstance(error, BaseExceptionGroup):
         error = error.exceptions[0]

@@ -1,8 +1,8 @@
 """The target answers every prompt: multi-turn, resumable by id, each answer written once.
 
 answers.jsonl   {"id", "messages", "source", "domain"?, "answer_tokens": [[..], ..] | null, "truncated": [..]}
-failed.jsonl    {"id", "turn", "cause"} of what could not be answered; tried again on the next run
-header.json     the policy under which the answers were drawn; answers of another policy are refused
+failed.jsonl    {"id", "turn", "cause"} of prompts that could not be answered; tried again on the next run
+header.json     the settings with which the answers were generated (Policy); other settings are refused
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def collect(
     """Answer every prompt that has no answer in `folder` yet; returns what was counted.
 
     progress: called with "kept" (answered before), "answer" or "failure" for every prompt.
-    Raises ValueError when the folder holds answers of another policy, naming the differences.
+    Errors: ValueError with the differences if the folder has answers with other settings.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -65,7 +65,7 @@ def collect(
     with jsonl.Appender(paths["answer"]) as answers, jsonl.Appender(paths["failure"]) as failures:
 
         def emit(kind: str, row: dict[str, Any]) -> None:
-            if kind == "failure":  # what a server said may repeat the key that it was given
+            if kind == "failure":  # the message of a server can repeat the key that it received
                 row = {**row, "cause": redact(row["cause"])}
             (answers if kind == "answer" else failures).append(row)
             counts["answered" if kind == "answer" else "failed"] += 1
@@ -79,12 +79,12 @@ def collect(
 
 
 def header(policy: AnswerPolicy, engine: str) -> dict[str, Any]:
-    """What header.json says."""
+    """Content of header.json."""
     return {"schema": SCHEMA, "policy": redacted(plain(asdict(policy))), "engine": engine}
 
 
 def check_header(folder: Path | str, policy: AnswerPolicy) -> None:
-    """Refuse a folder whose answers were drawn under another policy."""
+    """ValueError for a folder whose answers were generated with other settings."""
     path = Path(folder) / "header.json"
     there = read_json(path, None)
     if there is None:
@@ -97,7 +97,7 @@ def check_header(folder: Path | str, policy: AnswerPolicy) -> None:
     differing = changes(before, now)
     if differing:
         raise ValueError(
-            f"{folder} holds answers of another policy ({'; '.join(differing)}): ask for the old settings, choose "
+            f"{folder} holds answers with other settings ({'; '.join(differing)}): ask for the old settings, choose "
             "another root, or start over with force=true"
         )
 
@@ -109,11 +109,10 @@ def answered(folder: Path | str) -> set[str]:
 
 
 def read(folder: Path | str, vocabulary: int | None = None) -> Iterator[dict[str, Any]]:
-    """Rows of answers.jsonl (a folder that holds it, or the file) in file order.
+    """Rows of answers.jsonl (the file, or its folder) in file order.
 
-    BrokenLine for one that is not whole, or with token ids of another target.
-
-    vocabulary: how many token ids the target has; None checks that they are token ids at all.
+    vocabulary: number of token ids of the target; None only checks that they are token ids. Errors: BrokenLine for an
+    incomplete row, or one with token ids of another target.
     """
     path = answers_file(folder)
     for number, row in jsonl.conversations(path):
@@ -125,7 +124,7 @@ def read(folder: Path | str, vocabulary: int | None = None) -> Iterator[dict[str
 
 
 def _require_answers(row: dict[str, Any], vocabulary: int | None) -> None:
-    """Fill in what may be absent; ValueError where tokens and marks do not belong to the answers of the row."""
+    """Add optional fields that are missing; ValueError if tokens or `truncated` do not match the answers of the row."""
     answers = sum(message["role"] == "assistant" for message in row["messages"])
     if row.get("truncated") is None:
         row["truncated"] = [False] * answers
@@ -154,7 +153,7 @@ def _short(number: int) -> str:
 
 
 def encoded(row: Mapping[str, Any], tokenizer: Any, thinking: bool | None, max_length: int | None = None) -> Encoded:
-    """A line of answers.jsonl as tokens and loss mask; ChatError where it cannot be one."""
+    """A line of answers.jsonl as tokens and loss mask; ChatError if it cannot be encoded."""
     return encode(
         tokenizer,
         row["messages"],
@@ -168,7 +167,7 @@ def encoded(row: Mapping[str, Any], tokenizer: Any, thinking: bool | None, max_l
 
 
 def answers_file(path: Path | str) -> Path:
-    """The file of answers that a path means: itself, or answers.jsonl in a folder."""
+    """The file of answers of a path: the path itself, or answers.jsonl in a folder."""
     path = Path(path)
     return path / "answers.jsonl" if path.is_dir() or path.suffix != ".jsonl" else path
 
@@ -183,9 +182,9 @@ def all_encoded(
 ) -> tuple[list[Encoded], dict[str, int]]:
     """Answers as tokens and loss masks, and how many of them were truncated and left out.
 
-    `left_out` is told of every conversation that cannot be encoded, and why. vocabulary: rows of the target's
-    embedding; answers with a token id beyond it are an error that names their line. Errors: ValueError for a target
-    without a tokenizer, and where no answer is left.
+    `left_out` is called for every conversation that cannot be encoded, with the reason. vocabulary: rows of the
+    target's embedding; a token id beyond it is an error that names the line. Errors: ValueError for a target without a
+    tokenizer, and if no answer is left.
     """
     if tokenizer is None:
         raise ValueError("the target has no tokenizer, so its answers cannot be turned into tokens; set target.id")

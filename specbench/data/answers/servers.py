@@ -1,11 +1,12 @@
-"""A pool of OpenAI-compatible servers (vLLM, SGLang, TGI) that loses no request and asks none twice for an answer.
+"""A pool of OpenAI-compatible servers (vLLM, SGLang, TGI). No request is lost, and no answer is requested twice.
 
-429                      the server is asked to rest for as long as it says; the request goes elsewhere
-5xx, cut, hang, refused  the request is tried again after a back-off with jitter, on whichever server is free
-refused, cut, hang       the server leaves the pool at once (after `TOLERATED` 5xx in a row, too) and comes back
-                         when a health probe of /models answers
-400, 413, 422            this request will never work: Refused, which the caller writes down as a failure
-401, 403, 404            no request will ever work: ValueError, the run stops
+429                      the server gets no request for as long as it says; the request goes to another server
+5xx, connection closed,  the request is tried again on any free server, after a waiting time that grows and has a
+timeout, refused         random part
+refused, closed, timeout the server is removed from the pool (also after `TOLERATED` 5xx in succession) and returns
+                         when a health check of /models succeeds
+400, 413, 422            the request can never succeed: Refused, which the caller records as a failure
+401, 403, 404            no request can succeed: ValueError, the run stops
 """
 
 from __future__ import annotations
@@ -52,11 +53,11 @@ class _Server:
 
 @dataclass(frozen=True)
 class Patience:
-    """How long a pool waits, in seconds, and how often it tries.
+    """Waiting times of a pool in seconds, and the number of attempts.
 
-    request: one request, from sending to the last byte. attempts: tries of one request before it is given up.
-    backoff, longest: first and longest pause between tries. probe: pause between health probes of a dead server.
-    outage: how long no server at all may be alive before the run stops.
+    request: one request, from sending to the last byte. attempts: attempts of one request before it fails. backoff,
+    longest: first and longest pause between attempts. probe: pause between health checks of a removed server. outage:
+    time without any working server after which the run stops.
     """
 
     request: Seconds = 600.0
@@ -91,7 +92,7 @@ class ServerPool:
         self._servers: list[_Server] = []
 
     async def __aenter__(self) -> ServerPool:
-        """Connect; a ValueError when no server answers or none of them serves the model."""
+        """Connect; ValueError if no server answers or none of them serves the model."""
         self._changed = asyncio.Condition()
         self._alone_since: float | None = None
         self._servers = [
@@ -120,7 +121,7 @@ class ServerPool:
         await asyncio.gather(*(s.client.close() for s in self._servers), return_exceptions=True)
 
     async def chat(self, messages: Sequence[Mapping[str, str]], **body: Any) -> Reply:
-        """The answer to `messages`, however many tries it takes up to `patience.attempts`."""
+        """The answer to `messages`, after at most `patience.attempts` attempts."""
         cause = ""
         for attempt in range(self.patience.attempts):
             if attempt:
@@ -150,7 +151,7 @@ class ServerPool:
         raise Refused(f"given up after {self.patience.attempts} tries; the last one: {cause}")
 
     def _judge(self, server: _Server, error: openai.APIStatusError) -> str:
-        """What a bad status means: a pause, a dead server, a refused request or the end of the run."""
+        """Handle an error status: pause, remove the server, refuse the request or stop the run."""
         status = error.status_code
         cause = f"{redact(server.url)}: HTTP {status} {_cause(error)}"
         if status in (401, 403, 404):
@@ -168,7 +169,7 @@ class ServerPool:
         return cause
 
     async def _acquire(self) -> _Server:
-        """The least busy server that is alive and rested, waiting for one if need be."""
+        """The available server with the fewest requests; waits until there is one."""
         while True:
             now = time.monotonic()
             alive = [s for s in self._servers if s.alive]
@@ -199,7 +200,7 @@ class ServerPool:
             self._changed.notify()
 
     def _bury(self, server: _Server) -> None:
-        """Take a server out of the pool and probe it until it answers again."""
+        """Remove a server from the pool and check its health until it answers again."""
         if server.alive:
             server.alive = False
             self.outages += 1
@@ -229,7 +230,7 @@ class _Unreadable(Exception):
 
 
 class _Misconfigured(ValueError):
-    """Nothing that is asked in this way will ever be answered."""
+    """A configuration error: no request can succeed."""
 
 
 def _reply(completion: Any) -> Reply:
@@ -249,7 +250,7 @@ def _reply(completion: Any) -> Reply:
         raise Refused("an answer with a lone surrogate, which is no Unicode text")
     tokens = (choice.model_extra or {}).get("token_ids") or None
     if tokens is not None and not (isinstance(tokens, list) and set(map(type, tokens)) == {int} and min(tokens) >= 0):
-        raise Refused("token_ids that are not whole numbers from 0: ask the server for none, or mend it")
+        raise Refused("token_ids that are not whole numbers from 0: configure the server to return none, or repair it")
     return Reply(text, tokens, choice.finish_reason == "length")
 
 
@@ -258,5 +259,5 @@ def _shown(urls: Sequence[str]) -> str:
 
 
 def _cause(error: BaseException) -> str:
-    # Before it is cut: half a key is no longer known for one.
+    # Redact before truncating, because half a key would not be recognised.
     return redact(" ".join((str(error) or type(error).__name__).split()))[:200]

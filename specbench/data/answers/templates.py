@@ -1,7 +1,7 @@
-"""What a tokenizer's chat template says: rendered text, its hash, its special tokens, the stop behind an answer.
+"""The chat template of a tokenizer: rendered text, its hash, its special tokens, the stop token after an answer.
 
-Some templates write today's date (Llama 3 and gpt-oss call `strftime_now`). Then the same conversation would be other
-tokens tomorrow, so the clock of every template stands still at `DATE`, and whatever holds tokens records that date.
+Some templates write today's date (Llama 3 and gpt-oss call `strftime_now`). The same conversation would then have
+other tokens tomorrow, so every template gets the fixed date `DATE`, and every file with tokens records this date.
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ from typing import Any
 from jinja2.exceptions import TemplateError
 
 Message = Mapping[str, str]
-DATE = "2024-07-26"  # what Llama 3.1's template takes where nothing tells it the day
+DATE = "2024-07-26"  # the default of Llama 3.1's template
 # What the code in a template may raise: it is data of others, run in jinja2's sandbox.
 FAULTS = (TemplateError, ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
 
 
 class ChatError(ValueError):
-    """A conversation or a template that cannot give an honest loss mask; the builder of a cache counts these."""
+    """A conversation or a template without a correct loss mask; the builder of a cache counts these."""
 
 
 def template_of(tokenizer: Any) -> str:
-    """The chat template's text; a ValueError says what to do when the tokenizer has none."""
+    """The text of the chat template; ValueError with a remedy if the tokenizer has none."""
     try:
         return tokenizer.get_chat_template()
     except (ValueError, AttributeError) as error:
@@ -40,13 +40,13 @@ def template_hash(tokenizer: Any) -> str:
 
 
 def date_of(tokenizer: Any) -> str | None:
-    """The date at which a template that reads the clock is rendered (ISO 8601); None for one that does not."""
+    """The date with which a template that reads the clock is rendered (ISO 8601); None for other templates."""
     template = getattr(tokenizer, "chat_template", None)
     return DATE if template is not None and "strftime_now" in str(template) else None
 
 
 def template_facts(tokenizer: Any) -> dict[str, str]:
-    """What a record says of the template that prompts were rendered with: its hash, and its date if it reads one."""
+    """Record of the template with which prompts were rendered: its hash, and its date if it reads the clock."""
     if getattr(tokenizer, "chat_template", None) is None:
         return {}
     date = date_of(tokenizer)
@@ -54,9 +54,9 @@ def template_facts(tokenizer: Any) -> dict[str, str]:
 
 
 def server_options(template: str, thinking: bool | None) -> dict[str, Any]:
-    """What a server's template must be given so that it writes what is rendered here; empty for most.
+    """Variables for the template on a server, so that it renders the same text as here; empty for most.
 
-    ValueError for a template that reads the clock and takes no `date_string`: its server would write another day.
+    ValueError for a template that reads the clock and takes no `date_string`: the server would write another date.
     """
     options: dict[str, Any] = {} if thinking is None else {"enable_thinking": thinking}
     if "strftime_now" not in template:
@@ -71,13 +71,13 @@ def server_options(template: str, thinking: bool | None) -> dict[str, Any]:
 
 
 def _date_form(template: str) -> str:
-    """How a template writes the day that it takes as `date_string`."""
+    """The format in which a template expects `date_string`."""
     form = re.search(r"strftime_now\(\s*(['\"])(.*?)\1\s*\)", template)
     return form.group(2) if form else "%d %b %Y"
 
 
 def options(tokenizer: Any, thinking: bool | None) -> dict[str, Any]:
-    """What every template is rendered with: thinking where it is set, and a clock that stands still."""
+    """Variables of every template: thinking if it is set, and a fixed date."""
     given: dict[str, Any] = {} if thinking is None else {"enable_thinking": thinking}
     # The library hands no functions to templates, so a macro ahead of the template hides the real clock.
     return given if date_of(tokenizer) is None else given | {"chat_template": _clock(DATE) + template_of(tokenizer)}
@@ -94,7 +94,7 @@ def _clock(date: str) -> str:
 
 
 def render_text(tokenizer: Any, messages: Sequence[Message], thinking: bool | None = None, prompt: bool = False) -> str:
-    """The conversation as the template writes it; `prompt` adds the header of the next answer."""
+    """The conversation rendered by the template; `prompt` adds the header of the next answer."""
     template_of(tokenizer)
     try:
         return tokenizer.apply_chat_template(
@@ -116,13 +116,13 @@ def tokenise(tokenizer: Any, text: str) -> list[int]:
 
 @lru_cache(maxsize=8)
 def special_tokens(tokenizer: Any) -> frozenset[int]:
-    """Ids of every token that text can never spell."""
+    """Ids of the special tokens, which ordinary text cannot produce."""
     added = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
     return frozenset(added | set(tokenizer.all_special_ids))
 
 
 def stop_length(tokenizer: Any, tokens: Sequence[int]) -> int:
-    """How many of the tokens behind an answer belong to its stop: up to the first special token."""
+    """Number of tokens after an answer that belong to its stop: up to the first special token."""
     for length, token in enumerate(tokens, start=1):
         if token in special_tokens(tokenizer):
             return length

@@ -147,7 +147,7 @@ def _measure(
     batch_tokens: int,
     sample_tokens: int,
 ) -> tuple[dict[str, float], float, int]:
-    """Bytes a token by part, seconds and tokens of a sample of batches, after one conversation to warm up."""
+    """Bytes per token by part, seconds and tokens of a sample of batches, after one conversation to warm up."""
     batches = [batch for shard in lay_out(lengths, batch_tokens, 1).shards for batch in shard]
     sizes = dict.fromkeys(("tokens", "taps", "last", "headers"), 0)
     seconds, tokens = 0.0, 0

@@ -1,11 +1,11 @@
-"""Evaluation prompts: a suite of benchmarks, the same prompts on every machine, split exactly over ranks.
+"""Evaluation prompts: a suite of benchmarks, the same prompts on every machine, divided exactly among ranks.
 
-A benchmark is data: where its rows are (a dataset of the hub, or the embedded corpus), how a row becomes a prompt (a
-Jinja template over the row's columns, or a column with turns), which rows are drawn, its domain and a version that is
-raised whenever any of it changes. Prompts can also be read from a folder of JSONL files, one a benchmark, whose lines
-hold `turns` (texts) or `prompt_ids` (already tokenised), or from a single file of any format and layout that
-foreign_layouts.py and turns.py know. There a `benchmark` or `category` names the benchmark of a row, as in Spec-Bench's
-and SPEED-Bench's question files, and a `question_id` serves as its id.
+A benchmark is defined by data: where its rows are (a data set of the Hugging Face Hub, or the embedded corpus), how a
+row becomes a prompt (a Jinja template with the row's columns, or a column with turns), which rows are drawn, its
+domain, and a version that is raised whenever any of these changes. Prompts can also be read from a folder of JSONL
+files, one per benchmark, whose lines have `turns` (texts) or `prompt_ids` (token ids), or from a single file of any
+format and layout of foreign_layouts.py and turns.py. In such a file `benchmark` or `category` names the benchmark of a
+row, as in the question files of Spec-Bench and SPEED-Bench, and `question_id` is its id.
 """
 
 from __future__ import annotations
@@ -54,17 +54,17 @@ class Prompt:
 
     @property
     def length(self) -> int:
-        """Token ids, or characters of the text: what orders prompts from long to short."""
+        """Number of token ids, or of characters of the text: prompts are sorted by it."""
         return len(self.prompt_ids) if self.prompt_ids is not None else sum(map(len, self.turns or ()))
 
 
 @dataclass(frozen=True)
 class Benchmark:
-    """Where a benchmark's rows are and how one becomes a prompt.
+    """Definition of a benchmark: where its rows are and how a row becomes a prompt.
 
     rows: how many are drawn (None: all), by the permutation that datasets.Dataset.shuffle(row_seed) uses.
-    dataset, revision, subset, split, files: a dataset of the hub; `files` are paths inside its repository.
-    template: Jinja over the row's columns; turns: a column holding the user turns. One of the two.
+    dataset, revision, subset, split, files: a data set of the Hub; `files` are paths inside its repository.
+    template: Jinja with the row's columns; turns: the column with the user turns. Exactly one of the two.
     corpus: a domain of the embedded corpus, instead of a dataset.
     """
 
@@ -83,7 +83,7 @@ class Benchmark:
     corpus: str | None = None
 
     def render(self, row: Mapping[str, Any]) -> tuple[str, ...]:
-        """The user turns of one row. A column that is not there is an error that names it."""
+        """The user turns of one row. A missing column is an error that names it."""
         try:
             if self.template is not None:
                 return (_jinja.from_string(self.template).render(**row),)
@@ -98,7 +98,7 @@ class Benchmark:
             ) from error
 
     def download(self) -> list[tuple[str, ...]]:
-        """Turns of every row of the hub's dataset, in its order."""
+        """Turns of every row of the data set on the Hub, in its order."""
         remedy = f"connect to the hub, or set prompts=FOLDER with FOLDER/{self.name}.jsonl in it, or use suite=embedded"
         if self.files is not None:
             at = f"@{self.revision}" if self.revision else ""
@@ -114,7 +114,8 @@ class Benchmark:
         return [self.render(row) for part in parts for row in part]
 
     def sample(self, count: int, limit: int | None = None) -> list[int]:
-        """Which of `count` rows are drawn; a `limit` keeps the first of them, so that smaller suites nest in larger."""
+        """Which of `count` rows are drawn. A `limit` keeps the first of them, so a smaller suite is a subset of a
+        larger one."""
         order = np.random.default_rng(self.row_seed).permutation(count)[: self.rows]
         return [int(row) for row in order[:limit]]
 
@@ -122,10 +123,10 @@ class Benchmark:
 class Benchmarks(L.LightningDataModule):
     """The prompts of a suite; a test batch is this rank's share of one benchmark, longest first.
 
-    prompts: folder of JSONL files, or one file, read instead of the hub and the corpus. A folder follows the suite
-        (benchmarks that have no file there are left out and named); a single file is taken whole.
+    prompts: folder of JSONL files, or one file, read instead of the Hub and the corpus. A folder follows the suite
+        (benchmarks without a file are left out and named); a single file is used completely.
     limit: at most so many prompts of each benchmark. turns: "all", or "first" for the published protocol.
-    seed: from which every prompt's own seed is derived.
+    seed: the seed of each prompt is a hash of it and the prompt's id.
     """
 
     def __init__(
@@ -163,9 +164,10 @@ class Benchmarks(L.LightningDataModule):
         return self._prompts
 
     def texts(self) -> dict[str, list[str]]:
-        """The user turns of every row, drawn or not: what training prompts must not overlap.
+        """The user turns of every row, drawn or not; training prompts must not overlap with them.
 
-        Follow-ups of fewer than `SHORTEST` words ("And what is twice as much?") mean nothing alone and are left out.
+        Follow-up questions of fewer than `SHORTEST` words ("And what is twice as much?") are not specific and are left
+        out.
         """
         return {
             b.name: [t for p in pool for i, t in enumerate(p.turns or ()) if i == 0 or len(words(t)) >= SHORTEST]
@@ -173,7 +175,7 @@ class Benchmarks(L.LightningDataModule):
         }
 
     def facts(self) -> dict[str, Any]:
-        """What identifies these prompts, for a run's record: where they were read from, with revision or digest."""
+        """Identity of these prompts for the record of a run: their source, with revision or digest."""
         loaded = self.load()
         counts = Counter(p.benchmark for p in loaded)
         domains = {p.benchmark: p.domain for p in loaded}
@@ -198,7 +200,7 @@ class Benchmarks(L.LightningDataModule):
         }
 
     def test_dataloader(self) -> DataLoader:
-        """Batches of list[Prompt]: this rank's share of one benchmark each. Nothing is padded or repeated."""
+        """Batches of list[Prompt]: each is this rank's part of one benchmark. Nothing is padded or repeated."""
         rank, world = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
         own = for_rank(self.load(), rank, world)
         names = list(dict.fromkeys(p.benchmark for p in self.load()))
@@ -250,9 +252,9 @@ class Benchmarks(L.LightningDataModule):
         return Prompt(id, benchmark.name, benchmark.domain, turns, ids, text_hash(f"{self.seed}/{id}") >> 1)
 
     def _read(self, path: Path, benchmark: Benchmark, by_row: bool = False) -> list[Prompt]:
-        """All prompts of one file; a row that is none is an error with its number.
+        """All prompts of one file; a row that is not a prompt is an error with its number.
 
-        by_row: a row may name its own benchmark; else they all belong to `benchmark`.
+        by_row: a row can name its benchmark; otherwise all rows belong to `benchmark`.
         """
         rows, prompts = foreign.rows(path), []
         places: dict[str, int] = {}
@@ -275,7 +277,7 @@ class Benchmarks(L.LightningDataModule):
 
 
 def _content(row: Mapping[str, Any]) -> tuple[tuple[str, ...] | None, tuple[int, ...] | None]:
-    """User turns or token ids of a row; ValueError says why it has not one of the two."""
+    """User turns or token ids of a row. ValueError with the reason if it does not have exactly one of them."""
     given, ids = row.get("turns"), row.get("prompt_ids")
     if ids is None:
         if given is not None and not ((given and turns.is_turns(given)) or _filled(given, str)):
@@ -302,7 +304,7 @@ def _id(row: Mapping[str, Any]) -> str | None:
 
 
 def _benchmark(row: Mapping[str, Any]) -> tuple[str, str] | None:
-    """Benchmark and domain that a row itself names."""
+    """Benchmark and domain that a row names."""
     for key in ("benchmark", "category", "domain"):
         if not isinstance(row.get(key, ""), (str, type(None))) or (row.get(key) or "x").strip() == "":
             raise ValueError(f"`{key}` is no text")
@@ -318,7 +320,7 @@ def _benchmark(row: Mapping[str, Any]) -> tuple[str, str] | None:
 
 
 def for_rank(prompts: Sequence[Prompt], rank: int, world: int) -> list[Prompt]:
-    """This rank's prompts, longest first. Together the ranks hold every prompt once, sizes differing by at most 1."""
+    """The prompts of this rank, longest first. Every prompt belongs to exactly one rank; sizes differ by at most 1."""
     if not 0 <= rank < world:
         raise ValueError(f"rank={rank} of world={world}: ranks count from 0 to world - 1")
     ordered = sorted(prompts, key=lambda p: (-p.length, p.benchmark, p.id))
@@ -330,7 +332,7 @@ def _filled(value: Any, kind: type) -> bool:
 
 
 class _Batches(IterableDataset):
-    """Iterable, so that no strategy of Lightning adds a sampler that pads the ranks to equal length."""
+    """An iterable, because Lightning would add a sampler to a map-style data set, which pads ranks to equal length."""
 
     def __init__(self, batches: list[list[Prompt]]) -> None:
         self.batches = batches

@@ -1,12 +1,13 @@
-"""Which texts say the same: near-duplicates by MinHash, and overlap with evaluation prompts by word n-grams.
+"""Near-duplicates by MinHash, and overlap with evaluation prompts by word n-grams.
 
 Near-duplicates: MinHash signatures over word shingles (Broder 1997), candidates by banding, each candidate judged by
-the estimated Jaccard similarity. The first text in reading order stays. Signatures lie on disk, so the memory needed
+the estimated Jaccard similarity. The first text in reading order is kept. Signatures are on disk, so the memory needed
 is 8 bytes a text and band, whatever the texts' size.
 
 Contamination: a text is contaminated if one of its turns equals an evaluation prompt (letters, digits, operators) or
-shares a run of `ngram` words with one. A benchmark's own wrapping (the words with which all its prompts begin or end,
-and runs that at least `BOILERPLATE` of its prompts share) is no evidence and is left out. `ngram` None: equality alone.
+shares `ngram` consecutive words with one. The template of a benchmark (the words with which all its prompts begin or
+end, and word sequences that at least `BOILERPLATE` of its prompts share) is ignored. `ngram` None: only equality
+counts.
 """
 
 from __future__ import annotations
@@ -43,7 +44,8 @@ def _hashes(terms: Sequence[str]) -> UInt64[np.ndarray, " W"]:
 
 
 def runs(hashes: UInt64[np.ndarray, " W"], length: int) -> UInt64[np.ndarray, " R"]:
-    """One hash for every run of `length` consecutive words, R = W - length + 1 (empty when there are fewer words)."""
+    """One hash for every sequence of `length` consecutive words, R = W - length + 1 (empty if there are fewer
+    words)."""
     count = len(hashes) - length + 1
     if count <= 0:
         return np.empty(0, dtype=np.uint64)
@@ -87,9 +89,9 @@ class Signatures:
         return estimate
 
     def duplicates(self, threshold: float | int | None) -> Int[np.ndarray, " M"]:
-        """For each of the M texts the earlier text that it repeats, or -1.
+        """For each of the M texts, the index of the earlier text that it duplicates, or -1.
 
-        `threshold`: least estimated Jaccard similarity of word shingles; None counts equal texts only.
+        `threshold`: lowest estimated Jaccard similarity of word shingles that counts; None: only equal texts count.
         """
         exact = np.array(self._exact, dtype=np.uint64)
         first = np.full(len(exact), -1, dtype=np.int64)
@@ -120,7 +122,7 @@ def _link(keys: UInt64[np.ndarray, " M"], first: Int[np.ndarray, " M"], alike) -
 
 
 class Contamination:
-    """The evaluation prompts, in a form that a stream of training texts can be held against."""
+    """The evaluation prompts, in a form with which a stream of training texts can be compared."""
 
     def __init__(self, prompts: Mapping[str, Iterable[str]], ngram: int | None = 13) -> None:
         self.ngram = ngram
@@ -171,7 +173,7 @@ class Contamination:
 
 
 def _unwrapped(split: Sequence[list[str]]) -> list[list[str]]:
-    """The prompts without the words with which all of them begin and end."""
+    """The prompts without the words with which all of them begin or end."""
     if len(split) < 3:
         return list(split)
     shortest = min(map(len, split))

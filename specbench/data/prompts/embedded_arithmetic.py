@@ -1,7 +1,7 @@
-"""Arithmetic word problems with worked answers: the maths domain, generated, so that every machine has it.
+"""Arithmetic word problems with worked answers: the mathematics domain of the embedded corpus, generated without data.
 
-A problem is a story, its numbers and a short chain of equations. The law of a problem is its key (story and
-numbers): the same key always has the same answer, and the key alone decides the split it belongs to.
+A problem is a story, its numbers and a short chain of equations. Its key (story and numbers) determines it: the same
+key always has the same answer, and only the key decides to which split it belongs.
 """
 
 from __future__ import annotations

@@ -1,11 +1,12 @@
-"""The corpus that every machine has: conversations of three domains, split so that no benchmark text was trained on.
+"""The embedded corpus: conversations of three domains that need no download, split so that no benchmark text is trained
+on.
 
     code   source of the running Python's standard library       split by the hash of the source file's name
     prose  its docstrings                                        split by the hash of the source file's name
     math   generated word problems with worked answers           split by the hash of a problem's story and numbers
 
-The hash goes over the name and nothing else, so a file keeps its split when the Python version changes. A prompt that
-occurs in several splits (files copy from each other) stays in the training split only.
+Only the name is hashed, so a file keeps its split when the Python version changes. A prompt that
+occurs in several splits (files contain copies of each other) stays in the training split only.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ MATH_POOL = {"train": 20_000, "validation": 1_000, "benchmark": 1_000}
 
 
 def split_of(name: str) -> str:
-    """The split that owns `name` (a file's relative name or a problem's key), by its SHA-256 alone."""
+    """The split of `name` (relative name of a file, or key of a problem), by its SHA-256."""
     draw = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") / 2**64
     for split, share in SHARES.items():
         if draw < share:
@@ -45,8 +46,8 @@ def split_of(name: str) -> str:
 def conversations(domain: str, split: str, count: int | None = None, seed: int = 0) -> Iterator[Conversation]:
     """Conversations {"id", "messages", "source", "domain"} of one domain and split, in an order drawn from `seed`.
 
-    `count` None gives the whole pool. The same arguments give the same conversations on machines with the same
-    Python version; mathematics is the same on all. Raises ValueError for a name or a count that does not exist.
+    `count` None gives all conversations. The same arguments give the same conversations on machines with the same
+    Python version; mathematics is the same on all. ValueError for a domain, split or count that does not exist.
     """
     for word, value, known in (("domain", domain, DOMAINS), ("split", split, SPLITS)):
         if value not in known:
@@ -59,7 +60,7 @@ def conversations(domain: str, split: str, count: int | None = None, seed: int =
 
 
 def census() -> dict[str, dict[str, int]]:
-    """Conversations a split and domain, and what of the standard library was left out, for reports."""
+    """Number of conversations by split and domain, and what was left out of the standard library, for reports."""
     counts = {d: {s: len(_library_pool(d)[s]) for s in SPLITS} for d in ("code", "prose")}
     repeated = {d: _library_pool(d)["repeated"] for d in ("code", "prose")}
     left_out = stdlib.parsed_modules()[1] | {f"{d} prompts repeated elsewhere": n for d, n in repeated.items()}
@@ -86,7 +87,7 @@ def _library_pool(domain: str) -> dict:
         return json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         pool = _made_pool(domain)
-    # A home that cannot be written to costs the seconds again, nothing else.
+    # If the home folder cannot be written to, the library is parsed again next time.
     with suppress(OSError):
         cache.mkdir(parents=True, exist_ok=True)
         write_text(file, json.dumps(pool))
@@ -94,7 +95,7 @@ def _library_pool(domain: str) -> dict:
 
 
 def _made_pool(domain: str) -> dict:
-    """Training prompts are collected first and win over the other splits'."""
+    """Training prompts are collected first; the other splits do not repeat them."""
     tasks = list({"code": stdlib.code_tasks, "prose": stdlib.prose_tasks}[domain]())
     seen: set[str] = set()
     names: Counter[str] = Counter()

@@ -1,8 +1,8 @@
 """Conversations made of the running Python's standard library: its source for code, its docstrings for prose.
 
 Nothing is imported: the files are read and parsed. Every conversation names the file it came from, because the
-split goes by file. The tasks are narrow on purpose (finish, rename, keep in a class, test; describe, shorten, list):
-a target of a million parameters is predictable on them, and only where a target is predictable do drafts differ.
+split is by file. The tasks are narrow on purpose (finish, rename, keep in a class, test; describe, shorten, list):
+a target of a million parameters is predictable on them, and drafts differ only where a target is predictable.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Rows of other people's files: JSON lines, one JSON array, CSV, TSV and parquet, plain or compressed with gzip.
+"""Rows of files from other projects: JSON lines, one JSON array, CSV, TSV and parquet, plain or compressed with gzip.
 
-What a file is, its content says (its name only tells CSV from TSV). Everything is streamed: an array is read an element
-at a time, so that neither a large file nor a broken one fills the memory.
+The content of a file decides its format (the name only distinguishes CSV and TSV). Everything is streamed: an array is
+read one element at a time, so neither a large file nor a broken one fills the memory.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import pyarrow.parquet as pq
 from specbench.files import json_lines as jsonl
 
 CHUNK = 1 << 20  # bytes of an array read at a time
-HEAD = 4096  # bytes in which a file says what it is
+HEAD = 4096  # bytes from which the format of a file is recognised
 SPACE = " \t\r\n"
 FORMATS = "JSON lines, one JSON array, CSV, TSV or parquet (JSON and CSV also compressed with gzip)"
 Row = tuple[int, dict[str, Any]]  # number from 1, columns
@@ -33,7 +33,7 @@ LISTS = ("messages", "conversations", "turns")  # columns in which CSV holds JSO
 
 @dataclass(frozen=True)
 class FileRows:
-    """The rows of one file as (number from 1, columns); `unit` is what the numbers count: line, element or row."""
+    """The rows of one file as (number from 1, columns). `unit`: what the numbers count (line, element or row)."""
 
     path: Path
     unit: str
@@ -47,12 +47,12 @@ class FileRows:
         return f"{self.path}, {self.unit} {number}"
 
     def broken(self, number: int, why: str) -> jsonl.BrokenLine:
-        """The error for a row that is not what was asked for."""
+        """The error for a row that cannot be used."""
         return jsonl.BrokenLine(self.path, number, why, self.unit)
 
 
 def rows(path: Path | str, remedy: str = "check the path") -> FileRows:
-    """The rows of a file. ValueError when it is none of the formats; BrokenLine, while reading, for a broken row."""
+    """The rows of a file. ValueError if it has none of the formats; BrokenLine, while reading, for a broken row."""
     path = jsonl.require_file(path, remedy)
     with path.open("rb") as file:
         head = file.read(HEAD)
@@ -74,7 +74,7 @@ def rows(path: Path | str, remedy: str = "check the path") -> FileRows:
         return FileRows(path, "element", _stream(path, packed, lambda file: _array(file, path)))
     if first in (b"{", b"") or name in (".json", ".jsonl", ".ndjson"):
         return FileRows(path, "line", _stream(path, packed, lambda file: jsonl.read_stream(file, path)))
-    raise ValueError(f"{path} is none of the files that are read as prompts: convert it to {FORMATS}")
+    raise ValueError(f"{path} has no format that can be read as prompts: convert it to {FORMATS}")
 
 
 def _open(path: Path, packed: bool) -> BufferedIOBase:
@@ -82,7 +82,7 @@ def _open(path: Path, packed: bool) -> BufferedIOBase:
 
 
 def _first(path: Path, packed: bool) -> bytes:
-    """The first byte that is no space."""
+    """The first byte that is not a space."""
     with _unpacking(path), _open(path, packed) as file:
         chunk = file.read(HEAD).removeprefix(jsonl.BOM)
         while chunk and not chunk.strip():
@@ -92,11 +92,11 @@ def _first(path: Path, packed: bool) -> bytes:
 
 @contextmanager
 def _unpacking(path: Path) -> Iterator[None]:
-    """A block in which a damaged gzip file is an error that names the file."""
+    """Context in which a damaged gzip file raises an error that names the file."""
     try:
         yield
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise ValueError(f"{path} is a gzip file that is cut or damaged ({error}): get it again") from error
+        raise ValueError(f"{path} is a truncated or damaged gzip file ({error}): download it again") from error
 
 
 def _stream(path: Path, packed: bool, read: Callable[[BufferedIOBase], Iterator[Row]]) -> Iterator[Row]:
@@ -105,21 +105,21 @@ def _stream(path: Path, packed: bool, read: Callable[[BufferedIOBase], Iterator[
 
 
 class _Text:
-    """A window on UTF-8 text that is read as far as it is needed."""
+    """A window of UTF-8 text, of which more is read when it is needed."""
 
     def __init__(self, stream: BufferedIOBase) -> None:
         self._stream, self._decoder = stream, codecs.getincrementaldecoder("utf-8-sig")()
         self.text, self.at, self.ended = "", 0, False
 
     def more(self) -> None:
-        """Read on; what lies before `at` is forgotten."""
+        """Read more text; the text before `at` is dropped."""
         rest = self.text[self.at :]
         data = self._stream.read(max(CHUNK, len(rest)))
         self.ended = not data
         self.text, self.at = rest + self._decoder.decode(data, self.ended), 0
 
     def peek(self) -> str:
-        """The next character that is no space, or nothing at the end."""
+        """The next character that is not a space, or "" at the end."""
         while True:
             while self.at < len(self.text):
                 if self.text[self.at] not in SPACE:
@@ -136,7 +136,7 @@ class _Text:
                 found, self.at = jsonl.parse(self.text, self.at)
                 return found
             except jsonl.Malformed as error:
-                # Where the window's end is to blame, the parser gave up there or inside an unfinished text.
+                # If only the end of the window is the cause, the parser stopped there or inside an unfinished text.
                 cut = error.at > len(self.text) - 16 or error.why.startswith("Unterminated string")
                 if self.ended or not cut or len(self.text) - self.at > jsonl.LONGEST:
                     raise
@@ -165,7 +165,7 @@ def _array(stream: BufferedIOBase, path: Path) -> Iterator[Row]:
             text.peek()
         text.at += 1
         if text.peek():
-            raise ValueError("text follows the array's bracket; a file holds one array, or one object a line")
+            raise ValueError("text follows the array's bracket; a file holds one array, or one object per line")
     except UnicodeDecodeError:
         raise jsonl.BrokenLine(path, number, "not UTF-8", "element") from None
     except (jsonl.Malformed, ValueError) as error:
@@ -218,4 +218,4 @@ def _parquet(path: Path) -> Iterator[Row]:
                     yield number, row
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         said = " ".join(str(error).split())[:200]
-        raise ValueError(f"{path} cannot be read as parquet behind row {number} ({said}): get it again") from error
+        raise ValueError(f"{path} cannot be read as parquet after row {number} ({said}): download it again") from error

@@ -1,11 +1,11 @@
-"""Prompts: read a source, drop what repeats itself or an evaluation prompt, split by conversation, write JSONL.
+"""Prompts: read a source, drop duplicates and overlaps with evaluation prompts, split by conversation, write JSONL.
 
-    root/prompts/NAME/train.jsonl, validation.jsonl     {"id", "messages", "source"} a line
-    root/prompts/NAME/report.json                       what was read, dropped and why, kept
+    root/prompts/NAME/train.jsonl, validation.jsonl     {"id", "messages", "source"} per line
+    root/prompts/NAME/report.json                       counts of what was read, kept, and dropped by reason
 
-Two passes, so that data larger than memory passes through: the first streams the source into a spool file and keeps
-8 bytes and a signature (on disk) a conversation, the second copies what stays. report.json is written last: its
-presence means that the folder is complete.
+Two passes, so data can be larger than memory: the first streams the source into a temporary file and keeps 8 bytes and
+a signature (on disk) per conversation; the second copies what is kept. report.json is written last: if it is present,
+the folder is complete.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ EXAMPLES = 20
 
 
 def split_of(messages: list[dict[str, str]], validation: float | int, seed: int = 0) -> str:
-    """Train or validation, by a hash of what is asked alone: equal questions always fall on the same side."""
+    """Train or validation, by a hash of the questions only: equal questions are always in the same split."""
     draw = text_hash(f"{seed}/{digest(messages)}") / 2**64
     return "validation" if draw < validation else "train"
 
 
 def require_shares(validation: float | int, near_duplicate: float | int | None) -> None:
-    """Refuse a share to hold out, or a similarity, that cannot be one."""
+    """ValueError for a share or a similarity that is not between 0 and 1."""
     if not 0 <= validation < 1:
         raise ValueError(f"validation={validation} is not a share: choose a number from 0 up to, not including, 1")
     if near_duplicate is not None and not 0 < near_duplicate <= 1:
@@ -56,8 +56,8 @@ def build(
     """Write the prompts of `source` into `folder` and return the report.
 
     evaluation: benchmark name -> texts of its prompts; a conversation with a question that overlaps one is removed.
-    validation: share of conversations held out, where the source brings no split of its own.
-    near_duplicate: least Jaccard similarity of word 5-grams at which the later conversation is dropped; None drops
+    validation: share of conversations held out, if the source has no split of its own.
+    near_duplicate: lowest Jaccard similarity of word 5-grams at which the later conversation is dropped; None drops
         equal questions only.
     ngram: words in a row that count as an overlap; None removes equal questions only.
     progress: called with the number of conversations read so far.
@@ -130,7 +130,7 @@ def build(
 
 
 def _copy(spool: Path, folder: Path, repeats: Any, counts: Counter[str]) -> None:
-    """Second pass: what is not a repetition goes into its split; both files appear whole or not at all."""
+    """Second pass: copy what is not a duplicate into its split; both files are renamed into place when complete."""
     drafts = {split: folder / f"{split}.jsonl.tmp" for split in SPLITS}
     seen: dict[int, int] = {}
     with ExitStack() as stack:

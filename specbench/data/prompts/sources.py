@@ -1,8 +1,8 @@
-"""Where conversations come from: a hub dataset, local files, the embedded corpus; all in one shape.
+"""Sources of conversations: a data set of the Hugging Face Hub, local files, the embedded corpus; all in one format.
 
-A source yields (split | None, conversation). Rows of other people's data go through a small mapping: which column
-holds the conversation, what its roles are called; where nothing is named, the layout is recognised (turns.py). A row
-that does not fit is dropped with a cause, and counted; the first of them are kept with their place.
+A source yields (split | None, conversation). Rows of other data sets are mapped: which column has the conversation,
+and what its roles are called; what is not named is recognised from the layout (turns.py). A row that cannot be used
+is dropped and counted by its reason; the first of them are recorded with file and line.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ EXAMPLES = 20  # rows that did not fit, kept with their place
 class Source(Protocol):
     """Anything that yields conversations.
 
-    dropped: counts causes once it has been read. unfit: where the first rows that did not fit are, and why. place:
-        where the conversation that was yielded last comes from, as an error would say it.
+    dropped: counts by reason, after reading. unfit: place of the first dropped rows, with the reason. place: where the
+        last yielded conversation comes from, for error messages.
     """
 
     name: str
@@ -46,12 +46,12 @@ class Source(Protocol):
 
 @dataclass(frozen=True)
 class Columns:
-    """How a row of somebody's data becomes a conversation.
+    """How a row of a data set becomes a conversation: names of its columns.
 
-    messages: column with a list of turns, each with `role` and `content` keys (None: any that are in use); or
+    messages: column with a list of turns, each with `role` and `content` keys (None: any of the known ones); or
     prompt: column with the text of one user turn, or a list of user turns to be answered one after the other.
         Neither: the row's layout is recognised.
-    system, id, source, domain: optional columns. Without `id` it is made from what is asked.
+    system, id, source, domain: optional columns. Without `id`, the id is a hash of the questions.
     """
 
     messages: str | None = None
@@ -64,7 +64,7 @@ class Columns:
     domain: str | None = None
 
     def conversation(self, row: Mapping[str, Any], name: str, counts: Counter[str]) -> Conversation:
-        """The row in our shape. Answers before the first question are cut and counted in `counts`."""
+        """The row as a conversation. Answers before the first question are removed and counted in `counts`."""
         messages = self._turns(row)
         if self.system and row.get(self.system):
             messages.insert(0, turns.turn("system", row[self.system]))
@@ -113,18 +113,18 @@ class Columns:
 
 
 def questions(messages: Sequence[Mapping[str, str]]) -> list[str]:
-    """The texts that the target will be given: every turn but the answers."""
+    """The texts that the target receives: every turn except the answers."""
     return [m["content"] for m in messages if m["role"] != "assistant"]
 
 
 def digest(messages: Sequence[Mapping[str, str]]) -> str:
-    """16 hex digits of what is asked: the identity of a conversation whatever its answers."""
+    """Hash (16 hex digits) of the questions: identifies a conversation independently of its answers."""
     return f"{text_hash(chr(30).join(questions(messages))):016x}"
 
 
 @dataclass
 class _Read:
-    """What is known of a source while and after it is read."""
+    """Counts and places that a source records while it is read."""
 
     dropped: Counter[str] = field(default_factory=Counter, kw_only=True)
     unfit: list[str] = field(default_factory=list, kw_only=True)
@@ -139,7 +139,7 @@ class _Read:
 
 @dataclass
 class Hub(_Read):
-    """A dataset of the Hugging Face hub, streamed."""
+    """A data set of the Hugging Face Hub, streamed."""
 
     name: str
     dataset: str
@@ -161,7 +161,7 @@ class Hub(_Read):
 
 @dataclass
 class Files(_Read):
-    """Local files (paths or glob patterns) of the formats of foreign_layouts.py, read a row at a time."""
+    """Local files (paths or glob patterns) in the formats of foreign_layouts.py, read row by row."""
 
     name: str
     paths: list[str]
@@ -193,7 +193,7 @@ class Files(_Read):
 
 @dataclass
 class Embedded(_Read):
-    """The corpus that every machine has; it brings its own split, by source file."""
+    """The embedded corpus, which needs no download; its split is by source file."""
 
     name: str = "embedded"
     domains: list[str] = field(default_factory=lambda: list(DOMAINS))

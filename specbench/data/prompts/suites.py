@@ -17,7 +17,7 @@ BENCHMARK = "benchmark@benchmarks."
 
 
 def names() -> list[str]:
-    """The suites that there are."""
+    """Names of the suites."""
     return sorted(file.name.removesuffix(".yaml") for file in _folder().iterdir() if file.name.endswith(".yaml"))
 
 

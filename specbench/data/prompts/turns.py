@@ -1,6 +1,6 @@
-"""Turns of a conversation, however a row of somebody's data spells them.
+"""Turns of a conversation in the layouts of common data sets.
 
-A row holds one of these layouts; where it has several, the first:
+A row has one of these layouts; if it has several, the first one is used:
 
     messages, conversations,   a list of turns, each with role or from, and content, value or text
     conversation, items
@@ -9,7 +9,7 @@ A row holds one of these layouts; where it has several, the first:
                                under response, completion, answer or output
     instruction                Alpaca: with `input` below it, and `output` as its answer
 
-A content may be a list of parts: text parts are joined by line ends (as vLLM joins them), any other part is refused.
+A content can be a list of parts: text parts are joined by line ends (as in vLLM); any other part is refused.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ LISTS, TEXTS = ("messages", "conversations", "conversation", "items", "turns"), 
 ANSWERS = ("response", "completion", "answer", "output")
 SYSTEM = ("system", "system_prompt")
 TEXT_PARTS = (None, "text", "input_text", "output_text")
-# What stands in SPEED-Bench's public files where a source may not be passed on.
+# The placeholder in SPEED-Bench's public files for sources that cannot be redistributed.
 PLACEHOLDER = "FULL BENCHMARK DATA SHOULD BE FETCHED FROM THE SOURCE USING SPECDEC_BENCH"
 
 Conversation = dict[str, Any]  # id, messages ({role, content} each), source and whatever else its line holds
@@ -38,11 +38,11 @@ Turn = dict[str, str]
 
 
 class Unfit(ValueError):
-    """A row that cannot become a conversation; the message is the cause that is counted."""
+    """A row that cannot become a conversation; the message is the reason that is counted."""
 
 
 def kind(value: Any) -> str:
-    """What a value is, for messages: a short text itself, of anything else its type."""
+    """A value for messages: a short text itself, for anything else its type."""
     if value is None:
         return "null"
     return ascii(value[:40]) if isinstance(value, str) else f"of type {type(value).__name__}"
@@ -82,7 +82,7 @@ def turn(role: Any, content: Any) -> Turn:
 
 
 def turns(value: Sequence[Any], role: str | None = None, content: str | None = None) -> Iterator[Turn]:
-    """A list of turns; `role` and `content` name their keys (None: any of those that are in use)."""
+    """A list of turns; `role` and `content` name their keys (None: any of the known ones)."""
     for one in value:
         keys = role or next((key for key in ROLE if key in one), ROLE[0])
         texts = content or next((key for key in CONTENT if key in one), CONTENT[0])
@@ -101,7 +101,7 @@ def asked(value: Any) -> Iterator[Turn]:
 
 
 def find(row: Mapping[str, Any]) -> list[Turn]:
-    """The turns of a row in whichever layout it has; Unfit where it has none."""
+    """The turns of a row, in whichever layout it has; Unfit if it has none."""
     key = next((key for key in (*LISTS, *TEXTS, "instruction") if row.get(key)), None)
     if key is None:
         if any(row.get(name) is not None for name in (*LISTS, *TEXTS, "instruction")):

@@ -126,7 +126,7 @@ class Lossless(Codec):
 
 @dataclass(frozen=True)
 class Float8(Codec):
-    """e4m3 with one fp32 scale a token (and tap): the largest magnitude maps to 448, the format's own."""
+    """e4m3 with one fp32 scale per token (and tap): the largest magnitude maps to 448, the format's own."""
 
     name: str = "fp8"
     tolerance: float = 0.2
