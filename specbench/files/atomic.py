@@ -1,7 +1,7 @@
-"""Files that are either whole or absent, and JSON that every reader accepts.
+"""Atomic writing of files, and strict JSON.
 
-A file is written to a neighbour with the ending `.tmp`, synced to the disk and renamed onto its name, so a kill or a
-full disk leaves the old version (or none) and never half of one. JSON is strict: no NaN, no Infinity.
+A file is written under a temporary name with the ending `.tmp`, synced to the disk and renamed, so a kill or a full
+disk leaves the old version (or none) and never an incomplete one. JSON is strict: no NaN, no Infinity.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from typing import Any
 
 @contextmanager
 def replacing(path: str | Path) -> Iterator[Path]:
-    """Yield a temporary path to write to; sync it and rename it onto `path` when the block ends without an error.
+    """Yield a temporary path to write to; sync it and rename it to `path` when the block ends without an error.
 
-    On any error the temporary file is removed and `path` stays as it was.
+    On any error the temporary file is removed and `path` is not changed.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -36,7 +36,7 @@ def replacing(path: str | Path) -> Iterator[Path]:
 
 
 def sync_folder(folder: Path) -> None:
-    """Make a rename in `folder` survive a power cut, where the file system lets a folder be synced."""
+    """Make a rename in `folder` survive a power failure, if the file system can sync a folder."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -47,18 +47,18 @@ def sync_folder(folder: Path) -> None:
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """Write `text` as UTF-8, whole or not at all."""
+    """Write `text` as UTF-8 by an atomic rename."""
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
 def write_json(path: str | Path, value: Any) -> None:
-    """Write `value` as indented strict JSON, whole or not at all. Raises ValueError on NaN or Infinity."""
+    """Write `value` as indented strict JSON by an atomic rename. Errors: ValueError on NaN or Infinity."""
     write_text(path, _dumped(value, indent=2) + "\n")
 
 
 def read_json(path: Path, default: Any) -> Any:
-    """The content of a JSON file, or `default` where there is none. ValueError naming a file of another kind."""
+    """The content of a JSON file, or `default` if the file does not exist. ValueError for a file that is not JSON."""
     if not path.exists():
         return default
     try:
@@ -68,7 +68,7 @@ def read_json(path: Path, default: Any) -> Any:
 
 
 def read_object(path: str | Path) -> dict[str, Any]:
-    """The one JSON object of a file. Errors: FileNotFoundError, or ValueError naming a file of another kind."""
+    """The JSON object in a file. Errors: FileNotFoundError, or ValueError for a file that is not a JSON object."""
     path = Path(path)
     if not path.exists():
         raise FileNotFoundError(errno.ENOENT, "there is no such file", str(path))
@@ -79,19 +79,19 @@ def read_object(path: str | Path) -> dict[str, Any]:
 
 
 def json_line(value: Any) -> str:
-    """One strict JSON line with its line end. Raises ValueError on NaN or Infinity."""
+    """One strict JSON line with its line end. Errors: ValueError on NaN or Infinity."""
     return _dumped(value, separators=(",", ":")) + "\n"
 
 
 def _dumped(value: Any, **form: Any) -> str:
-    """`value` as JSON text; what UTF-8 cannot hold (lone surrogates in other people's text) is escaped."""
+    """`value` as JSON text; characters that UTF-8 cannot encode (lone surrogates) are escaped."""
     value = plain(value)
     text = json.dumps(value, ensure_ascii=False, allow_nan=False, **form)
     return text if is_unicode(text) else json.dumps(value, allow_nan=False, **form)
 
 
 def is_unicode(text: str) -> bool:
-    """Whether UTF-8 can hold the text: it has no lone surrogates."""
+    """Whether UTF-8 can encode the text, that is, it has no lone surrogates."""
     if text.isascii():
         return True
     try:
@@ -102,9 +102,9 @@ def is_unicode(text: str) -> bool:
 
 
 def plain(value: Any, where: str = "") -> Any:
-    """`value` with arrays, numbers of other libraries, paths and tuples turned into what JSON has.
+    """`value` with arrays, numbers of other libraries, paths and tuples converted to JSON types.
 
-    Raises ValueError naming the key when a number is not finite, or when the value has no form in JSON.
+    Errors: ValueError with the key if a number is not finite, or if the value has no JSON type.
     """
     if value is None or isinstance(value, (bool, str, int)):
         return value

@@ -1,10 +1,10 @@
-"""A folder that is replaced by another one whole: the new one is made beside it and takes its name at the end.
+"""Atomic replacement of a folder: the new one is written beside it and renamed at the end.
 
-    NAME         what is there, untouched until the new one is complete
-    .NAME.new    the new one while it is made
-    .NAME.old    what was there, between the two renames of a swap
+    NAME         the old folder, unchanged until the new one is complete
+    .NAME.new    the new folder while it is written
+    .NAME.old    the old folder, between the two renames of a swap
 
-A kill at any point leaves a complete folder under one of these names, and `settle` puts it where it belongs.
+After a kill at any point there is a complete folder under one of these names; `settle` renames it to NAME.
 """
 
 from __future__ import annotations
@@ -20,21 +20,21 @@ from specbench.files.atomic import sync_folder
 
 
 def beside(folder: Path) -> Path:
-    """Where the folder's successor is made: on the same file system, under a name that no run can have."""
+    """Path at which the new folder is written: on the same file system, with a name that no run can have."""
     folder = folder.resolve()
     return folder.with_name(f".{folder.name}.new")
 
 
 def aside(folder: Path) -> Path:
-    """Where the folder lies between the two renames."""
+    """Path of the old folder between the two renames."""
     folder = folder.resolve()
     return folder.with_name(f".{folder.name}.old")
 
 
 def swap(folder: Path) -> None:
-    """Put the folder made beside `folder` in its place and remove what was there.
+    """Replace `folder` by the folder that was written beside it, and remove the old one.
 
-    Of several processes that do so at once the first one does it.
+    If several processes do this at once, the first one does it.
     """
     folder = folder.resolve()
     new, old = beside(folder), aside(folder)
@@ -55,7 +55,7 @@ def swap(folder: Path) -> None:
 
 
 def settle(folder: Path, complete: Callable[[Path], bool]) -> None:
-    """Finish a swap that a kill cut short; `complete` says whether a folder made beside another one is whole."""
+    """Finish a swap that was interrupted; `complete` tells whether the new folder is complete."""
     folder = folder.resolve()
     new, old = beside(folder), aside(folder)
     if new.is_dir() and complete(new):
@@ -70,7 +70,7 @@ def settle(folder: Path, complete: Callable[[Path], bool]) -> None:
 def replacing_folder(folder: Path) -> Iterator[Path]:
     """Yield an empty folder beside `folder`; it takes the name of `folder` when the block ends without an error.
 
-    On any error it is removed and `folder` stays as it was.
+    On any error it is removed and `folder` is not changed.
     """
     settle(folder, lambda new: False)
     new = beside(folder)

@@ -1,4 +1,4 @@
-"""Datasets of the Hugging Face hub: loaded from the network or the local cache, or one sentence says what to do."""
+"""Data sets of the Hugging Face Hub, from the network or the local cache; errors are one sentence with a remedy."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from urllib.parse import urlsplit
 
 
 def load(*args: Any, remedy: str, label: str | None = None, **kwargs: Any) -> Any:
-    """datasets.load_dataset, with a ValueError that ends in `remedy` when the data cannot be had."""
+    """datasets.load_dataset; a ValueError that ends with `remedy` if the data cannot be loaded."""
     import datasets  # slow to import, and offline work does not need it
 
     try:
@@ -29,14 +29,14 @@ def first_line(error: BaseException) -> str:
 
 
 def answered(error: BaseException) -> str:
-    """What the hub said, with its status, where it answered at all; else the first line of the error."""
+    """The message and status of the Hub if it answered; otherwise the first line of the error."""
     response, said = getattr(error, "response", None), getattr(error, "server_message", None)
     return f"{response.status_code}: {said}" if response is not None and said else first_line(error)
 
 
 @contextmanager
 def _without_network_at_once() -> Iterator[None]:
-    """Where the hub's name does not even resolve, use the cache at once instead of retrying for half a minute."""
+    """If the name of the Hub cannot be resolved, use the cache at once instead of retrying for half a minute."""
     import datasets
     from huggingface_hub import constants
 

@@ -1,7 +1,7 @@
-"""Lines of JSON on disk: read with the line's number in every error, appended durably, repaired after a kill.
+"""JSON lines files: reading with the line number in every error, durable appending, repair after a kill.
 
-The one reader of line files: prompts, answers, metrics and rounds. A line ends at its newline byte alone, so what a
-text may hold (U+0085, U+2028 and their like) never splits one. JSON is strict: UTF-8, no NaN, no key twice.
+All files of JSON lines (prompts, answers, metrics, rounds) are read here. A line ends only at its newline byte, so
+U+0085, U+2028 and similar characters do not split one. JSON is strict: UTF-8, no NaN, no repeated key.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from specbench.files.atomic import is_unicode, json_line
 
 LONGEST = 1 << 26  # bytes of a line; a file without line ends is not read into memory whole
 BOM = b"\xef\xbb\xbf"
-# First bytes of files that are no text, and what to do with them.
+# First bytes of files that are not text, and what to do with them.
 BINARY = {
     b"\x1f\x8b": "is compressed with gzip: unpack it",
     b"PK\x03\x04": "is a zip archive: unpack it",
@@ -33,9 +33,9 @@ BINARY = {
 
 
 class BrokenLine(ValueError):
-    """A line that is not what the format promises; the message names file and line.
+    """A line that does not have the required format; the message names file and line.
 
-    unit: what the file counts in: "line", "element" of an array or "row" of a table.
+    unit: what the number counts: "line", "element" of an array or "row" of a table.
     """
 
     def __init__(self, path: Path | str, number: int, why: str, unit: str = "line") -> None:
@@ -43,7 +43,7 @@ class BrokenLine(ValueError):
 
 
 def require_file(path: Path | str, remedy: str = "check the path, or run the stage that writes it") -> Path:
-    """The path, if it is a file; a ValueError says what it is instead."""
+    """The path, if it is a file; otherwise ValueError, which says what it is."""
     path = Path(path)
     if path.is_dir():
         raise ValueError(f"{path} is a folder, not a file: name a file in it")
@@ -55,7 +55,7 @@ def require_file(path: Path | str, remedy: str = "check the path, or run the sta
 
 
 def require_text(path: Path | str, head: bytes) -> None:
-    """A ValueError for a file whose first bytes `head` say that it is no UTF-8 text."""
+    """ValueError for a file whose first bytes `head` show that it is not UTF-8 text."""
     for magic, why in BINARY.items():
         if head.startswith(magic):
             raise ValueError(f"{path} {why}")
@@ -64,7 +64,7 @@ def require_text(path: Path | str, head: bytes) -> None:
 
 
 class Malformed(ValueError):
-    """Text that is not JSON. `at`: the position in the text at which the parser gave up."""
+    """Text that is not JSON. `at`: the position in the text at which the parser stopped."""
 
     def __init__(self, why: str, at: int, character: int) -> None:
         super().__init__(f"not JSON ({why} at character {character})")
@@ -72,7 +72,7 @@ class Malformed(ValueError):
 
 
 class _Refused(ValueError):
-    """What the parser of a library would let pass."""
+    """Text that the JSON parser of Python accepts and strict JSON does not."""
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -93,7 +93,7 @@ _DECODER = json.JSONDecoder(object_pairs_hook=_once, parse_constant=_constant)
 
 
 def parse(text: str, start: int = 0) -> tuple[Any, int]:
-    """The JSON value that begins at text[start], and where it ends. ValueError says what is wrong and where."""
+    """The JSON value that begins at text[start], and its end. ValueError with reason and position."""
     try:
         return _DECODER.raw_decode(text, start)
     except _Refused:
@@ -107,10 +107,10 @@ def parse(text: str, start: int = 0) -> tuple[Any, int]:
 
 
 def read(path: Path | str, *required: str, unfinished: str = "error") -> Iterator[tuple[int, dict[str, Any]]]:
-    """(line number from 1, object) of every line that is not blank; `required` keys must be there.
+    """(line number from 1, object) of every line that is not blank; `required` keys must be present.
 
-    unfinished: "drop" leaves out what follows the last newline of a file that is still being written, or whose writer
-        was killed; "error" reads a last line without its newline like any other.
+    unfinished: "drop" ignores what follows the last newline of a file that is still being written, or whose writer was
+        killed; "error" reads a last line without newline like any other.
     """
     path = require_file(path)
     with path.open("rb") as file:
@@ -120,7 +120,7 @@ def read(path: Path | str, *required: str, unfinished: str = "error") -> Iterato
 def read_stream(
     stream: BufferedIOBase, path: Path | str, *required: str, unfinished: str = "error"
 ) -> Iterator[tuple[int, dict[str, Any]]]:
-    """`read` of a file that is open; `path` stands in errors."""
+    """`read` of an open file; `path` is used in error messages."""
     number = 0
     while line := stream.readline(LONGEST):
         number += 1
@@ -154,7 +154,7 @@ def read_stream(
 
 
 def text_id(value: Any) -> str:
-    """An id as text: a number keeps its digits. ValueError for what cannot name anything."""
+    """An id as text: a number keeps its digits. ValueError for a value that cannot be an id."""
     if isinstance(value, str) and value.strip() and is_unicode(value):
         return value
     if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
@@ -199,9 +199,9 @@ def conversations(path: Path | str) -> Iterator[tuple[int, dict[str, Any]]]:
 
 
 def repair(path: Path) -> int:
-    """Cut a last line that a kill left unfinished; returns 1 if there was one, else 0.
+    """Remove a last line that a kill left incomplete; returns 1 if there was one, else 0.
 
-    A line is finished by its newline: whatever follows the last newline was never acknowledged and is removed.
+    A line is complete with its newline; whatever follows the last newline is removed.
     """
     if not path.is_file():
         return 0
@@ -229,7 +229,8 @@ def line(row: dict[str, Any]) -> str:
 
 
 class Appender:
-    """Appends one object per line; a line is written whole, and synced to disk every `lines` lines or `seconds`."""
+    """Appends one object per line; each line is written completely, and synced to disk every `lines` lines or
+    `seconds`."""
 
     def __init__(self, path: Path, lines: int = 64, seconds: float = 2.0) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -247,7 +248,7 @@ class Appender:
             self.sync()
 
     def sync(self) -> None:
-        """Make every line so far survive a power cut."""
+        """Make every line so far survive a power failure."""
         if self._unsynced:
             os.fsync(self._file.fileno())
         self._unsynced, self._synced_at = 0, time.monotonic()

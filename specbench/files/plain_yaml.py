@@ -1,4 +1,4 @@
-"""YAML of others as plain data: no tags that build objects, and no aliases that unfold into more than was written."""
+"""Untrusted YAML as plain data: no tags that build objects, and no aliases that expand without limit."""
 
 from __future__ import annotations
 

@@ -1,10 +1,10 @@
-"""Keys and passwords: the one place that knows what they look like and takes them out of what is written or shown.
+"""Redaction of keys and passwords in everything that is written or shown.
 
-Every writer of records, every cause of a failure and everything on the screen passes through `redact` (text) or
-`redacted` (trees of settings). A key is known by where it stands (`api_key=...`, `https://USER:PASSWORD@host`, an
-Authorization header), by its form (`hf_...`, `sk-...`), or because it was `learn`ed: then it is found wherever it
-turns up again, for example in a server's error text. The values of environment variables with the name of a key are
-always known. What replaces a key says nothing about it, so that the identity of a run does not depend on it.
+All records, reasons of failures and screen output pass through `redact` (text) or `redacted` (trees of settings). A key
+is recognised by its place (`api_key=...`, `https://USER:PASSWORD@host`, an Authorization header), by its form
+(`hf_...`, `sk-...`), or because it was registered with `learn`: then it is found wherever it occurs again, for example
+in the error text of a server. The values of environment variables with the name of a key are always known. The
+replacement of a key does not depend on it, so the identity of a run does not depend on a key.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any
 from urllib.parse import quote, unquote
 
 WITHHELD = "***"
-# Shorter values are too often words of a text to be searched for; they are withheld where their place gives them away.
+# Shorter values are often ordinary words, so they are not searched for; they are redacted where their place shows them.
 SHORTEST = 6
 # Where the command line's keys wait while a command runs (specbench/cli/withholding.py).
 VARIABLE = "SPECBENCH_WITHHELD_"
@@ -77,7 +77,8 @@ def is_secret_name(name: str) -> bool:
 
 
 def learn(value: Any) -> None:
-    """Withhold what is secret in `value` from now on wherever it turns up: a text, or a tree of settings."""
+    """Register the secrets in `value` (a text, or a tree of settings): from now on they are redacted wherever they
+    occur."""
     if isinstance(value, Mapping):
         for key, item in value.items():
             if is_secret_name(key) and isinstance(item, (str, int)):
@@ -93,12 +94,12 @@ def learn(value: Any) -> None:
 
 
 def learn_key(value: str) -> None:
-    """Withhold this very key or password, in the forms in which messages and headers repeat it."""
+    """Register this key or password, in the forms in which messages and headers repeat it."""
     _learned.update(_forms(value))
 
 
 def _forms(value: str) -> set[str]:
-    """A key as it may turn up again. Of USER:PASSWORD the user's name alone is no secret."""
+    """The forms in which a key can occur again. In USER:PASSWORD, the user name alone is not a secret."""
     if is_placeholder(value) or _REFERENCE.search(value):
         return set()
     forms = {value, unquote(value), quote(value, safe="")}
@@ -108,12 +109,12 @@ def _forms(value: str) -> set[str]:
 
 
 def is_placeholder(value: str) -> bool:
-    """Whether `value` stands for no key at all."""
+    """Whether `value` is a placeholder and not a key."""
     return value.strip().strip("\"'").lower() in PLACEHOLDERS or value == WITHHELD
 
 
 def keys_in(text: str) -> Iterator[str]:
-    """The keys and passwords in a text that their place or form gives away."""
+    """The keys and passwords in a text that are recognised by their place or form."""
     for pattern in (*_PLACES, _FORMS):
         for match in pattern.finditer(text):
             if not is_placeholder(match["key"]):
@@ -160,7 +161,7 @@ def redact_argument(word: str) -> str:
 
 
 def _known_now() -> tuple[str, ...]:
-    """The values to search for, longest first: what was learned, and the keys that the environment holds."""
+    """The values to search for, longest first: registered ones, and keys in environment variables."""
     known = set(_learned)
     for name, value in os.environ.items():
         if name.startswith(VARIABLE) or _SECRET_VARIABLE.search(name):

@@ -1,4 +1,4 @@
-"""Checkpoints of training: read as tensors and plain containers, and never as the code that a pickle may hold."""
+"""Reading of training checkpoints as tensors and plain containers, without running code from a pickle."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ import torch
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
     """A checkpoint's content, its tensors mapped from the file until they are used.
 
-    torch's restricted reader builds tensors, numbers, texts and containers of them and calls nothing else. Errors:
-    ValueError for a file that is cut or no checkpoint, and for one that holds other objects.
+    The restricted reader of torch builds only tensors, numbers, texts and containers of them. Errors: ValueError for a
+    file that is truncated or not a checkpoint, and for one with other objects.
     """
     remedy = "take the checkpoint of another run, or train again with force=true"
     try:

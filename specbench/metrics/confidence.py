@@ -1,7 +1,7 @@
 """Metrics of a confidence head on decoding rounds: torchmetrics classes over the formulas of functional.py.
 
-Judged at slot k is the running product c_1 ... c_k against the event that the round accepted at least k tokens, over
-the rounds that proposed at least k.
+At slot k, the product c_1 ... c_k is compared with the event that the round accepted at least k tokens, over the rounds
+that proposed at least k.
 
 Axes: R rounds, K slots.
 """
@@ -68,7 +68,7 @@ class ConfidenceCalibrationError(ConfidenceMetric):
 
 
 class ConfidenceBrierScore(ConfidenceMetric):
-    """Mean squared distance of the running product from its event, by slot.
+    """Mean squared difference of the product c_1 ... c_k and its event (0 or 1), by slot.
 
     >>> metric = ConfidenceBrierScore(slots=1)
     >>> metric.update(torch.tensor([[0.5], [1.0]]), torch.tensor([0, 1]), torch.tensor([1, 1]))
@@ -92,7 +92,7 @@ class ConfidenceBrierScore(ConfidenceMetric):
 
 
 class ConfidenceAUROC(ConfidenceMetric):
-    """Chance that an accepted prefix was given a higher product than one that was not, by slot. It keeps every
+    """Probability that an accepted prefix has a higher product than a rejected one, by slot. It keeps every
     observation.
 
     >>> metric = ConfidenceAUROC(slots=1)
@@ -122,7 +122,7 @@ class ConfidenceAUROC(ConfidenceMetric):
 
 
 class ConfidenceMetrics(MetricCollection):
-    """What calibration reports by slot: ece, brier and auroc, each (K,). Keyword arguments go to every member.
+    """The collection for calibration: ece, brier and auroc, each (K,). Keyword arguments go to every member.
 
     >>> metric = ConfidenceMetrics(slots=1)
     >>> metric.update(torch.tensor([[0.75], [0.5]]), torch.tensor([1, 0]), torch.tensor([1, 1]))

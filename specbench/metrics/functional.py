@@ -1,14 +1,14 @@
-"""Every formula of a metric, once: pure functions of numpy arrays or torch tensors, which are answered in kind.
+"""The formulas of all metrics: pure functions of numpy arrays or torch tensors, which return the same kind of array.
 
-Counts of decoding rounds come first: a round proposes m tokens and accepts j <= m of them, and all numbers of a
+First, counts of decoding rounds: a round proposes m tokens and accepts j <= m of them, and all numbers of a
 decoding run follow from two things per prompt, the histogram H[m, j] of its rounds and the tokens that they committed.
-Then teacher-forced acceptance, and the reliability of confidences. The torchmetrics classes beside this file,
-calibration and the tables of `analysis` hold sums and call these functions.
+Then teacher-forced acceptance, and the reliability of confidences. The torchmetrics classes in this folder,
+calibration and the tables of `analysis` keep sums and call these functions.
 
-What was never observed is NaN, never zero. Arrays are asked for the library they belong to; torch is not imported here.
+A quantity without observations is NaN, not zero. torch is not imported here; a tensor brings its own library.
 
-Axes: K slots, M blocks, P prompts, N observations; a histogram is (K+1, K+1), m j. Leading `axes` are whatever was
-grouped or resampled.
+Axes: K slots, M blocks, P prompts, N observations; a histogram is (K+1, K+1) with axes m, j. Leading `axes` are groups
+or bootstrap samples.
 """
 
 from __future__ import annotations
@@ -21,20 +21,20 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Bool, Float, Int, Num
 
-Array = Any  # a numpy array or a torch tensor; a number where one does as well
+Array = Any  # a numpy array or a torch tensor; also a number where one is sufficient
 Triples = Iterable[Sequence[int]]
 BINS = 20
 
 
 def array_namespace(*arrays: Array) -> Any:
-    """torch where any of `arrays` is a tensor, numpy otherwise: both follow the array API standard in what is used
+    """torch if any of `arrays` is a tensor, numpy otherwise: both follow the array API standard for the functions used
     here (`xp.where(...)`, `xp.arange(..., device=x.device)`)."""
-    torch = sys.modules.get("torch")  # without it imported nothing can be a tensor
+    torch = sys.modules.get("torch")  # if torch is not imported, nothing can be a tensor
     return torch if torch is not None and any(isinstance(x, torch.Tensor) for x in arrays) else np
 
 
 def ratio(numerator: Array, denominator: Array) -> Float[Any, "*axes"]:
-    """Elementwise division in fp64, NaN where there is nothing to divide by.
+    """Elementwise division in fp64; NaN if the denominator is zero.
 
     >>> ratio(np.array([3, 0]), np.array([2, 0])).tolist()
     [1.5, nan]
@@ -56,7 +56,7 @@ def histogram(proposed: Sequence[int], accepted: Sequence[int], slots: int) -> I
 
 
 def histogram_of(triples: Triples, slots: int) -> Int[np.ndarray, "m j"]:
-    """H[m, j] from a record's (proposed, accepted, count) triples. ValueError for a round that cannot be.
+    """H[m, j] from a record's (proposed, accepted, count) triples. ValueError for an impossible round.
 
     >>> histogram_of([(2, 0, 1), (2, 2, 5)], slots=2).tolist()
     [[0, 0, 0], [0, 0, 0], [1, 0, 5]]
@@ -100,7 +100,7 @@ class SlotCounts(NamedTuple):
 
 
 def slot_counts(counts: Num[Any, "*axes m j"]) -> SlotCounts:
-    """What the curves by slot are quotients of.
+    """The counts of which the curves by slot are quotients.
 
     >>> [part.tolist() for part in slot_counts(histogram([2, 2, 1], [2, 1, 0], slots=2))]
     [[3.0, 2.0], [3.0, 2.0], [2.0, 1.0]]
@@ -135,7 +135,7 @@ class PromptRatios(NamedTuple):
 
 
 def prompt_ratios(committed: Num[Any, "*axes P"], rounds: Num[Any, "*axes P"]) -> PromptRatios:
-    """What accepted_length_per_prompt is a quotient of: the sums of both over prompts."""
+    """The two terms of which accepted_length_per_prompt is the quotient, after a sum over prompts."""
     xp = array_namespace(committed, rounds)
     some = xp.asarray(rounds) > 0
     return PromptRatios(xp.where(some, ratio(committed, rounds), 0.0), xp.asarray(some, dtype=xp.float64))
@@ -161,7 +161,7 @@ def acceptance_rate(accepted: Array, proposed: Array) -> Float[Any, "*axes"]:
 
 
 def verified_per_round(proposed: Array, rounds: Array) -> Float[Any, "*axes"]:
-    """Tokens that the target checks in a round: the proposal and the anchor.
+    """Tokens that the target reads in a round: the proposal and the anchor.
 
     >>> float(verified_per_round(5, 2))
     3.5
@@ -189,10 +189,10 @@ def conditional_acceptance(slots: SlotCounts) -> Float[Any, "*axes K"]:
 
 
 def suffix_decay(conditional: Float[Any, "*axes K"], n: Num[Any, "*axes K"]) -> Float[Any, "*axes"]:
-    """Slope of log conditional@k over k, least squares weighted by n_k: below zero, later slots are worse.
+    """Slope of log conditional@k over k, least squares weighted by n_k. Below zero: acceptance falls along the block.
 
-    A slot that nothing reached, or where nothing was ever accepted (no logarithm), carries no weight; NaN when fewer
-    than two slots are left.
+    A slot that no round reached, or at which nothing was accepted (no logarithm), has no weight; NaN if fewer than two
+    slots remain.
 
     >>> round(float(suffix_decay(np.array([0.8, 0.4, 0.2]), np.array([100, 80, 32]))), 4)
     -0.6931
@@ -209,8 +209,8 @@ def suffix_decay(conditional: Float[Any, "*axes K"], n: Num[Any, "*axes K"]) -> 
 
 
 def expected_lengths(alpha: Float[Any, "*axes K"], mask: Bool[Any, "*axes K"]) -> Float[Any, "*axes"]:
-    """1 + sum_k prod_{i<=k} alpha_i over the supervised slots of each block (a prefix); 0 for a block without any.
-    alpha_k is sum_v min(p, q) of draft and target: 1 - half their L1 distance.
+    """1 + sum_k prod_{i<=k} alpha_i over the supervised slots of each block (a prefix); 0 for a block without
+    supervised slots. alpha_k is sum_v min(p, q) of draft and target: 1 - half their L1 distance.
 
     >>> expected_lengths(np.array([[0.5, 0.5], [1.0, 0.0]]), np.ones((2, 2), dtype=bool)).tolist()
     [1.75, 2.0]
@@ -242,9 +242,9 @@ def teacher_forced_sums(alpha: Float[Any, "*axes N K"], mask: Bool[Any, "*axes N
 
 
 class TeacherForced(NamedTuple):
-    """Curves by slot: `acceptance` mean alpha_k; `conditional` and `survival` as of rounds, beside conditional@k and
-    survival@k; `expected_length` 1 + sum_k survival_k, each slot over the anchors that have it, so that blocks which
-    the end of a text cuts short do not shorten it."""
+    """Curves by slot: `acceptance` mean alpha_k; `conditional` and `survival` correspond to conditional@k and
+    survival@k of rounds; `expected_length` 1 + sum_k survival_k, each slot over the anchors that have it, so that
+    blocks at the end of a text do not reduce it."""
 
     acceptance: Float[Any, "*axes K"]
     conditional: Float[Any, "*axes K"]
@@ -266,7 +266,7 @@ def teacher_forced(sums: Float[Any, "*axes K four"], slots: int | None = None) -
 
 
 class PrefixEvents(NamedTuple):
-    """What is judged of a confidence head at slot k, one row per round: the running product `predicted` = c_1 ... c_k,
+    """Predictions and events of a confidence head at slot k, one row per round: the product `predicted` = c_1 ... c_k,
     the event `passed` that the round accepted at least k tokens, and where it was `seen` (at least k proposed)."""
 
     predicted: Float[Any, "R K"]
@@ -298,7 +298,7 @@ class Reliability:
 def reliability_sums(
     predicted: Float[Any, " N"], observed: Bool[Any, " N"], bins: int = BINS
 ) -> Float[Any, "bins three"]:
-    """Of each of the bins [0, 1/bins), ..., [1 - 1/bins, 1]: observations, sum of predictions, sum of events; fp64.
+    """For each of the bins [0, 1/bins), ..., [1 - 1/bins, 1]: observations, sum of predictions, sum of events; fp64.
 
     >>> reliability_sums(np.array([0.25, 0.375, 1.0]), np.array([True, False, True]), bins=2).tolist()
     [[2.0, 0.625, 1.0], [1.0, 1.0, 1.0]]
@@ -312,7 +312,7 @@ def reliability_sums(
 
 
 def reliability_of(sums: Float[Any, "*axes bins three"]) -> Reliability:
-    """The diagram that `reliability_sums` add up to."""
+    """The reliability diagram of `reliability_sums`."""
     xp = array_namespace(sums)
     count, predicted, observed = (sums[..., part] for part in range(3))
     each = xp.where(count > 0, count, 1.0)
@@ -329,7 +329,7 @@ def calibration_error(predicted: Float[Any, " N"], observed: Bool[Any, " N"], bi
 
 
 def brier_score(predicted: Float[Any, " N"], observed: Bool[Any, " N"]) -> Float[Any, ""]:
-    """Mean squared distance of a probability from its event (0 or 1).
+    """Mean squared difference of a probability and its event (0 or 1).
 
     >>> float(brier_score(np.array([0.5, 1.0]), np.array([False, True])))
     0.125
@@ -340,8 +340,8 @@ def brier_score(predicted: Float[Any, " N"], observed: Bool[Any, " N"]) -> Float
 
 
 def auroc(predicted: Float[Any, " N"], observed: Bool[Any, " N"]) -> Float[Any, ""]:
-    """Chance that an event was given a higher probability than a non-event, ties counted half: the area under the
-    receiver operating characteristic. NaN unless there are both.
+    """Area under the receiver operating characteristic curve: the probability that an event has a higher predicted
+    probability than a non-event, ties counted half. NaN unless there are both.
 
     >>> float(auroc(np.array([0.9, 0.4, 0.4]), np.array([True, True, False])))
     0.75

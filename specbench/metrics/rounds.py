@@ -1,7 +1,7 @@
 """Metrics of decoding rounds: torchmetrics classes over the formulas of functional.py.
 
-States are int64 and float64 sums, so that ranks add up exactly. `DecodingMetrics`, the collection of all of them, is
-what an evaluation logs.
+States are int64 and float64 sums, so that sums over ranks are exact. `DecodingMetrics` is the collection of all of
+them; evaluations log it.
 
 Axes: K slots.
 """
@@ -53,7 +53,8 @@ class Curve(Metric):
 
 
 class RoundMetric(Metric):
-    """Counts of rounds over prompts and ranks; the classes below read them. `slots` is the longest proposal K.
+    """Counts of rounds over prompts and ranks, from which the classes below are computed. `slots`: the longest proposal
+    K.
 
     update(rounds, committed) takes one prompt: its histogram or its (proposed, accepted, count) triples, and the
     tokens that its rounds committed. Keyword arguments are those of `torchmetrics.Metric` (sync_on_compute,
@@ -154,7 +155,7 @@ class ConditionalAcceptance(Curve, RoundMetric):
 
 
 class SuffixDecay(RoundMetric):
-    """One number for the conditional curve: its weighted log slope per slot.
+    """Weighted slope of log conditional@k per slot (`functional.suffix_decay`).
 
     >>> metric = SuffixDecay(slots=2)
     >>> metric.update([(2, 2, 1), (2, 1, 3)], committed=9)
@@ -185,7 +186,8 @@ class AcceptanceRate(RoundMetric):
 
 
 class VerifiedPerRound(RoundMetric):
-    """Tokens that the target verifies a round: proposed + 1. A cost: at the same accepted length fewer are better.
+    """Tokens that the target verifies a round: proposed + 1. It is a cost: at the same accepted length, fewer are
+    better.
 
     >>> metric = VerifiedPerRound(slots=4)
     >>> metric.update([(4, 3, 1), (1, 0, 1)], committed=5)
@@ -201,8 +203,8 @@ class VerifiedPerRound(RoundMetric):
 
 
 class RoundCounts(RoundMetric):
-    """What the others are quotients of: rounds, committed, prompts and prompts_without_rounds, and the counts
-    survival_n@k and conditional_n@k of each slot.
+    """The counts of which the other metrics are quotients: rounds, committed, prompts and prompts_without_rounds, and
+    the counts survival_n@k and conditional_n@k of each slot.
 
     >>> metric = RoundCounts(slots=1)
     >>> metric.update([(1, 1, 2), (0, 0, 1)], committed=5)
@@ -224,7 +226,7 @@ class RoundCounts(RoundMetric):
 class DecodingMetrics(MetricCollection):
     """All numbers of a decoding run in one dictionary of fp64 scalars; slots are numbered from 1, n_k beside curves.
 
-    The members hold one state between them (a compute group), so a prompt is counted once. update() and
+    The members share one state (a compute group), so a prompt is counted once. update() and
     update_rounds() are those of `RoundMetric`; keyword arguments go to every member.
 
     >>> metric = DecodingMetrics(slots=2)
@@ -255,7 +257,7 @@ class DecodingMetrics(MetricCollection):
     def compute(self) -> dict[str, Tensor]:
         values: dict[str, Tensor] = {}
         for name, value in super().compute().items():
-            # By name: torchmetrics gives the curve of a single slot as a scalar.
+            # By name, because torchmetrics returns the curve of a single slot as a scalar.
             curve = name in ("survival", "conditional")
             each = {f"{name}@{k}": one for k, one in enumerate(value.reshape(-1), start=1)} if curve else {name: value}
             values |= {key: one.double() for key, one in each.items()}

@@ -1,4 +1,4 @@
-"""Per-slot statistics of a training or validation step, as sums that add over micro-batches and ranks.
+"""Per-slot statistics of a training or validation step, as sums that can be added over micro-batches and ranks.
 
 Axes: M blocks, K slots.
 """
@@ -18,12 +18,12 @@ from specbench.metrics.functional import expected_lengths
 class SlotStatistics:
     """Sums over the supervised slots k = 1..K, fp64; divide by `count` for means.
 
-    count          supervised slots; `labelled` those whose label the draft's vocabulary holds (ce sums over these)
+    count          supervised slots; `labelled` those whose label is in the draft's vocabulary (ce sums over these)
     weight         slot weights
     alpha          acceptance sum min(p, q); agreement: argmax p is argmax q; hit: argmax p is the label
-    ce, tv         the terms of losses.py
+    ce, tv         the terms of losses/terms.py
     confidence     predicted acceptance and confidence_error, its absolute distance from alpha (0 without such a head)
-    outside        target mass outside of the draft's vocabulary
+    outside        target probability outside of the draft's vocabulary
     expected_length  sum over blocks of 1 + sum_k prod_{i<=k} alpha_i, and `blocks` with a supervised slot
     """
 

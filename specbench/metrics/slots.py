@@ -1,6 +1,6 @@
 """Teacher-forced metrics of training and validation slots: torchmetrics classes over sums by slot.
 
-`SlotMetrics` is what training and validation log. It is fed from `Loss.slots` of every micro-batch.
+Training and validation log `SlotMetrics`, which is updated with `Loss.slots` of every micro-batch.
 
 Axes: M blocks, K slots.
 """
@@ -22,7 +22,8 @@ from specbench.metrics.slot_statistics import SlotStatistics
 class ExpectedLength(Metric):
     """Mean over blocks of 1 + sum_k prod_{i<=k} alpha_i, alpha = 1 - half the L1 distance; never a product of means.
 
-    Its functional twin is `functional.expected_length`. Keyword arguments are those of `torchmetrics.Metric`.
+    The same formula as a function is `functional.expected_length`. Keyword arguments are those of
+    `torchmetrics.Metric`.
 
     >>> metric = ExpectedLength()
     >>> metric.update(torch.tensor([[0.5, 0.5], [1.0, 0.0]]), torch.ones(2, 2, dtype=torch.bool))
@@ -72,7 +73,7 @@ class SlotMeans(Metric):
 
     full_state_update = False
     is_differentiable = False
-    higher_is_better = None  # of some of its numbers more is better, of others less
+    higher_is_better = None  # more is better for some of its numbers, less for others
 
     def __init__(self, slots: int, **kwargs: Any) -> None:
         super().__init__(**kwargs)
@@ -108,7 +109,7 @@ class SlotMeans(Metric):
 
 
 class SlotMetrics(MetricCollection):
-    """What training and validation log of one micro-batch after another: `ExpectedLength` and `SlotMeans`.
+    """The collection that training and validation log: `ExpectedLength` and `SlotMeans`.
 
     update(slots) takes a `SlotStatistics`; compute() gives expected_length and the numbers of `SlotMeans`. Keyword
     arguments go to both.

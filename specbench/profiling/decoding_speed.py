@@ -1,7 +1,7 @@
-"""What a round costs: cost curves of target and draft, the speedup they predict, and the one the clock shows.
+"""Measured cost of decoding rounds: cost curves of target and draft, predicted speedup, measured speedup.
 
-A time is the median of repeats after warm-up, with the first and third quartile beside it, on a synchronised
-clock. Only measuring happens here; a number belongs to the machine it was taken on.
+A time is the median of repeats after warm-up, with the first and third quartile; CUDA is synchronised before the clock
+is read. All numbers depend on the machine.
 
 Axes: B requests, S tokens per request in one forward pass, K slots.
 """
@@ -26,7 +26,7 @@ from specbench.models.target import Target
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds of one action (median where nothing else is said) and quartiles of `repeats` calls."""
+    """Seconds of one action (median, unless stated otherwise) and quartiles of `repeats` calls."""
 
     seconds: float
     low: float
@@ -41,7 +41,7 @@ def timed(
     warmup: int = 3,
     prepare: Callable[[], Any] = lambda: None,
 ) -> Timing:
-    """Time `action(prepare())`, the preparation left out, after `warmup` untimed calls."""
+    """Time `action(prepare())` without the preparation, after `warmup` untimed calls."""
     if repeats < 1:
         raise ValueError(f"repeats={repeats}: time at least one call")
     taken = []
@@ -68,7 +68,8 @@ def target_cost(
     repeats: int = 20,
     warmup: int = 3,
 ) -> list[dict]:
-    """T(B, S): seconds in which the target extends B requests of `context` tokens by S and gives their logits.
+    """T(B, S): seconds in which the target extends B requests of `context` tokens by S tokens and computes their
+    logits.
 
     S = 1 is plain decoding, S = K + 1 verifies K slots. One row a (B, S): part, requests, length, tokens (B S),
     context, seconds, low, high, repeats.
@@ -79,7 +80,7 @@ def target_cost(
         blocks = [_tokens(target, B, S) for S in lengths]
         taken: list[list[float]] = [[] for _ in lengths]
         for call in range(warmup + repeats):
-            # In turns, because the curve is a matter of ratios and a machine's clock wanders.
+            # Measured in turns, because ratios matter and the speed of a machine changes over time.
             for seconds, block in zip(taken, blocks, strict=True):
                 started = clock(target.device)
                 target.logits(target.extend(state, block).last)
@@ -141,13 +142,13 @@ def step_cost(
     max_new_tokens: int = 64,
     sampling: Sampling | None = None,
 ) -> list[dict]:
-    """Seconds of a whole engine step (proposal, forward pass, verification, bookkeeping, and what passes between two
-    steps), from decoding for real.
+    """Seconds of a whole engine step (proposal, forward pass, verification, bookkeeping, and the time between two
+    steps), from real decoding.
 
     For every B the first B prompts are decoded at once, K slots proposed and l of them verified for l in `lengths`;
-    only rounds with all B requests in flight count, and stop tokens end nothing. Rows as target_cost's with the part
-    `step`, tokens = B (l + 1), `repeats` the rounds. Here `seconds` is the MEAN: steps vary to one side, and a
-    throughput that is simulated from their median comes out too high.
+    only rounds in which all B requests run count, and stop tokens are ignored. Rows as target_cost's with the part
+    `step`, tokens = B (l + 1), `repeats` the rounds. Here `seconds` is the MEAN: the distribution of step times
+    is skewed, and a throughput simulated from the median is too high.
     """
     if len(prompts) < max(batch_sizes):
         raise ValueError(f"{len(prompts)} prompts cannot fill a batch of {max(batch_sizes)}; give at least as many")
@@ -175,10 +176,10 @@ def step_cost(
 
 
 def cost_profile(rows: Sequence[dict], label: str, slots: int | None = None, part: str = "target") -> CostProfile:
-    """SPS(B) from rows of target_cost, or with part="step" from those of step_cost, which hold the draft's time too.
+    """SPS(B) from rows of target_cost, or with part="step" from those of step_cost, which include the draft's time.
 
-    With `slots` the draft's time for K = slots is added from the rows of draft_cost. Forward passes of equally many
-    tokens but other shapes are pooled by their median.
+    With `slots` the draft's time for K = slots is added from the rows of draft_cost. For forward passes with equal
+    numbers of tokens but different shapes, the median is used.
     """
     pairs = [(row["tokens"], 1.0 / row["seconds"]) for row in rows if row["part"] == part]
     if not pairs:

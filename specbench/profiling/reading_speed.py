@@ -1,7 +1,7 @@
-"""How fast a cache is read, against a memory-mapped reader with the same collation on the same data, in one run.
+"""Speed of reading a cache, compared with a memory-mapped reader with the same collation on the same data, in one run.
 
-The memory-mapped reader is the plain form of what published toolkits do: raw bf16 states of every conversation in one
-file, mapped, sliced and collated; no checksums. Both end in packed batches.
+The memory-mapped reader is a simple version of what published toolkits do: raw bf16 states of all conversations in one
+file, mapped, sliced and collated, without checksums. Both produce packed batches.
 
 Axes: T tokens, C taps, D hidden size.
 """
@@ -32,7 +32,7 @@ VOCABULARY = 512
 
 @dataclass(frozen=True)
 class ReadingSpeed:
-    """Bytes of states delivered in bf16 over wall time, and processor seconds for them; best of the repeats."""
+    """Bytes of states (in bf16) per second of elapsed time, and processor seconds for them; best of the repeats."""
 
     reader: str
     gigabytes_per_second: float
@@ -81,9 +81,9 @@ def compare(
     repeats: int = 3,
     codecs: tuple[str, ...] = ("bf16", "exact", "int8", "smallest"),
 ) -> list[ReadingSpeed]:
-    """Write the same random conversations in both forms below `folder`, then read both in turns.
+    """Write the same random conversations in both formats below `folder`, then read both in turns.
 
-    The files stay in the page cache, as they do in a second epoch on a machine with enough memory.
+    The files stay in the page cache of the operating system, as in a second epoch on a machine with enough memory.
     """
     folder, generator = Path(folder), np.random.default_rng(0)
     lengths = generator.integers(shortest, longest + 1, samples)
@@ -102,7 +102,7 @@ def compare(
     size = int(lengths.sum()) * (taps + 1) * hidden_size * 2 / 1e9
     best: dict[str, tuple[float, float]] = {}
     for _ in range(repeats):
-        for name, read in readers.items():  # in turns, so that a busy machine slows all alike
+        for name, read in readers.items():  # in turns, so that other programs slow all of them equally
             wall, processor = time.perf_counter(), _processor_seconds()
             checked = sum(float(batch.last[0, 0, 0]) + float(batch.taps[0, -1, -1, -1]) for batch in read())
             found = (time.perf_counter() - wall, _processor_seconds() - processor)

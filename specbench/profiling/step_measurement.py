@@ -1,7 +1,7 @@
-"""What a training step costs in time and memory, measured side by side.
+"""Time and memory of training steps, several variants measured in turns.
 
-Times of several variants are taken in turn in one process, so that a busy machine slows all of them alike. Memory is
-measured in a fresh process for each variant: the highest resident set during its first steps, above what was resident
+Times of several variants are measured in turns in one process, so that other programs slow all of them equally. Memory
+is measured in a new process for each variant: the highest resident set during its first steps, minus the resident set
 before them (on CUDA: of the allocator). A variant is a function that builds its model and data and returns the step.
 """
 

@@ -1,9 +1,9 @@
-"""What a whole training step costs: the product's against the straightforward one, same weights, same batch.
+"""Cost of a whole training step, compared with a straightforward implementation on the same weights and batch.
 
-A step is the draft's forward pass, the loss and the backward pass of everything trainable. The straightforward one
-sends every slot of every block through both heads at once (oracle.py), as trainers usually do; an unrolled draft there
-starts a chain at every position and keeps each step's whole logits until the backward pass. Everything below is a
-function that builds one step, to be timed by stepspeed.measure.
+A step is the draft's forward pass, the loss and the backward pass of everything trainable. The straightforward
+implementation sends every slot of every block through both heads at once (losses/reference.py), as trainers usually
+do; an unrolled draft there starts a chain at every position and keeps the whole logits of each step until the backward
+pass. The functions below build one step each, to be measured by step_measurement.measure.
 
 Axes: B batch, T tokens, N blocks, K slots, D hidden, V vocabulary.
 """
@@ -92,7 +92,7 @@ def draft_of(shape: StepShape) -> tuple[Draft, Tables]:
     draft = CLASSES[shape.method](backbone, tables, tuple(range(shape.taps)), mask_token_id=0, **sizes, **more)
     draft = draft.to(**place).train()
     if isinstance(draft, DSpark) and draft.markov_head is not None:
-        torch.nn.init.normal_(draft.markov_head.markov_w2.weight, std=0.02)  # zero would hide its gradient
+        torch.nn.init.normal_(draft.markov_head.markov_w2.weight, std=0.02)  # with zero, its gradient would be zero too
     return draft, tables
 
 
@@ -176,13 +176,14 @@ def flops(shape: StepShape) -> int:
 
 
 def matrix_step(shape: StepShape, size: int) -> Callable[[], Tensor]:
-    """One product of two (size, size) matrices in the step's dtype: the rate that a step's own is compared with."""
+    """One product of two (size, size) matrices in the step's dtype, whose rate is compared with that of a step."""
     left, right = torch.randn(2, size, size, device=shape.device).to(getattr(torch, shape.dtype))
     return partial(torch.mm, left, right)
 
 
 def statistics_step(shape: StepShape) -> Callable[[], Tensor]:
-    """What the statistics alone add to a step: the largest token of every row of both, and the sums by slot."""
+    """The work of the statistics alone: the most likely token of every row of draft and target, and the sums by
+    slot."""
     from specbench.losses.row_pass import _tiles, _top
     from specbench.metrics.slot_statistics import SlotStatistics
 

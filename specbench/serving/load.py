@@ -1,7 +1,7 @@
-"""Throughput, per-user speed and verification budget of a policy under load, by simulation (see simulator.py).
+"""Throughput, speed per user and verification cost of a scheduling policy under load, by simulation (see simulator.py).
 
-Everything in here is computed from recorded rounds and a cost profile and is marked `simulation: True`: it says what
-an engine with that profile would do, not what one did. The shapes are those of the paper's figures 7 and 8.
+All numbers are computed from recorded rounds and a cost profile and are marked `simulation: True`: they describe an
+engine with this profile and are not measured. They correspond to figures 7 and 8 of the paper.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class ServedPolicy:
 def workload(prompts: Sequence[PromptRounds], calibration: Calibration | None = None) -> Workload:
     """Recorded prompts, their confidence turned into probabilities (calibrated if a calibration is given).
 
-    ValueError where the calibration was fitted on one of these prompts: a schedule must not be judged on them.
+    ValueError if the calibration was fitted on one of these prompts: a schedule must not be evaluated on them.
     """
     if all(p.logits is None for p in prompts):
         return Workload.of(prompts)
@@ -53,7 +53,7 @@ def closed_loop(
 ) -> dict:
     """`concurrency` users, each sending its next request as soon as the last one is answered.
 
-    Measured over `steps` engine steps after `warmup` unmeasured ones. Returns one row (see _row).
+    Counted over `steps` engine steps after `warmup` uncounted ones. Returns one row (see _row).
     """
     _positive(concurrency=concurrency, steps=steps)
     engine = SimulatedEngine(policy.workload, profile, policy.scheduler, concurrency, _order(policy, seed))
@@ -77,7 +77,7 @@ def poisson(
 ) -> dict:
     """`requests` requests arriving at random, `rate` a second; at most `concurrency` run and the others wait.
 
-    Measured from the arrival that ends the first share `warmup` of the requests to the last arrival, while the load
+    Counted from the arrival that ends the first share `warmup` of the requests to the last arrival, while the load
     lasts. `offered` is the tokens per second that arrived in that time; a throughput clearly below it, and
     `waiting_end`, tell of overload.
     """
@@ -149,7 +149,7 @@ def _row(
 
 
 def service_levels(rows: Sequence[dict], floors: Sequence[float | int], baseline: str | None = None) -> list[dict]:
-    """What each policy delivers while every user keeps a speed: for every floor (tokens per second and user) the best
+    """Best throughput of each policy at a minimum speed per user: for every floor (tokens per second and user) the best
     throughput among its simulated points with interactivity >= floor, None where no point keeps it. No interpolation.
 
     `gain` is relative to the policy named `baseline`, None where either has no point.
@@ -179,7 +179,7 @@ def service_levels(rows: Sequence[dict], floors: Sequence[float | int], baseline
 
 
 def _order(policy: ServedPolicy, seed: int) -> np.ndarray:
-    """The order in which prompts are dealt: the same for policies with as many prompts."""
+    """The order in which prompts are used: the same for policies with the same number of prompts."""
     return np.random.default_rng(seed).permutation(len(policy.workload.tokens))
 
 

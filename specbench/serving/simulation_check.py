@@ -1,4 +1,4 @@
-"""Is a simulated throughput the engine's? Both on one machine, in one run, on prompts that the profile did not see.
+"""Compare simulated with measured throughput of this engine: one machine, one run, prompts that are not in the profile.
 
 Axes: B requests, l verified slots.
 """
@@ -36,9 +36,9 @@ def check(
     """Simulated against measured committed tokens per second at each concurrency, `length` slots verified per round.
 
     In every repeat and at each concurrency the steps of 1 ... B requests are timed on every other prompt, before and
-    after the rest is decoded with requests joining and leaving; the simulation replays those very rounds against the
-    profile of both, so that a machine whose clock drifts does so for either side. Prefill, which the simulator leaves
-    out, is taken off the engine's time.
+    after the rest is decoded with requests joining and leaving. The simulation replays these rounds with the mean of
+    both profiles, so that a change of the machine's speed affects both sides. The simulator has no prefill, so its time
+    is subtracted from that of the engine.
 
     One row per concurrency: requests, length, measured, simulated (medians of the repeats), ratio (median of the
     repeats' own ratios) with its smallest and largest.
@@ -60,7 +60,7 @@ def check(
                 found.setdefault(row["tokens"], []).append(row["seconds"])
         return {tokens: float(np.mean(seconds)) for tokens, seconds in found.items()}
 
-    steps(max(concurrency), 8)  # first calls are slow, and belong to neither side
+    steps(max(concurrency), 8)  # first calls are slow and are not counted on either side
     found: dict[int, list[tuple[float, float]]] = {B: [] for B in concurrency}
     for _ in range(repeats):
         for B in concurrency:

@@ -1,14 +1,14 @@
-"""A simulation of a serving engine under load: recorded rounds replayed against a cost profile.
+"""A simulation of a serving engine under load: recorded rounds are replayed with the times of a cost profile.
 
-Nothing here decodes. The engine is synchronous, as one with continuous batching is: every running request takes part
-in every step, a step with R requests and B = R + verified draft tokens takes profile.seconds(R, B - R), requests join
-and leave between steps. What is assumed: prefill happens elsewhere and costs nothing here, the schedule costs nothing
-(it is planned while the device works), and a round that verifies l of the proposed slots accepts min(j, l) where the
-recorded round accepted j.
+Nothing is decoded here. The engine is synchronous, with continuous batching: every running request takes part in every
+step; a step with R requests and B = R + verified draft tokens takes profile.seconds(R, B - R); requests join and leave
+between steps. Assumptions: prefill happens elsewhere and takes no time here; scheduling takes no time (it overlaps with
+the computation of the device); a round that verifies l of the proposed slots accepts min(j, l) if the recorded round
+accepted j.
 
 A request replays the rounds of one recorded prompt in order until it has committed as many tokens as were recorded.
-With shorter lengths it needs more rounds than were recorded and goes on from the first one again: within a prompt,
-acceptance is taken not to depend on where the block starts.
+With shorter lengths it needs more rounds than were recorded and begins again with the first one; this assumes that
+acceptance does not depend on the position of the block within a prompt.
 
 Axes: R running requests, K slots.
 """
@@ -29,7 +29,7 @@ from specbench.evaluation.recorded_rounds import PromptRounds
 
 @dataclass(frozen=True)
 class Workload:
-    """Recorded prompts as flat arrays. Prompt p owns rounds start[p] .. start[p] + count[p] - 1."""
+    """Recorded prompts as flat arrays. Prompt p has the rounds start[p] .. start[p] + count[p] - 1."""
 
     proposed: Int[np.ndarray, " N"]
     accepted: Int[np.ndarray, " N"]
@@ -57,7 +57,7 @@ class Workload:
 
 @dataclass(frozen=True)
 class EngineStep:
-    """One engine step: when it ended, how long it took, and what it did. Counts are sums over its requests."""
+    """One engine step: time of its end, its duration, and counts summed over its requests."""
 
     end: float
     seconds: float
@@ -81,10 +81,10 @@ class Served:
 
 @dataclass
 class SimulatedEngine:
-    """The event loop. `arrivals` are ascending times, or None for a closed loop that refills at once.
+    """The event loop. `arrivals` are ascending times, or None for a closed loop in which a new request follows at once.
 
-    Prompts are dealt from `order` (indices into the workload) round and round. `steps()` yields every step;
-    `served` collects finished requests. A closed loop never ends by itself unless `limit` requests are given.
+    Prompts are taken from `order` (indices into the workload) cyclically. `steps()` yields every step; `served`
+    collects finished requests. A closed loop ends only if `limit` requests are given.
     """
 
     workload: Workload
