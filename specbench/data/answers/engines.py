@@ -1,7 +1,7 @@
-"""Who answers: the law of an answer (AnswerPolicy) and the two engines that draw it.
+"""Generation of answers: its settings (AnswerPolicy) and two engines.
 
-ServerEngine asks OpenAI-compatible servers, InProcessEngine a callable that decodes batches of prompts. An engine hands
-every conversation over as soon as it is finished, in whatever order that is.
+ServerEngine sends requests to OpenAI-compatible servers; InProcessEngine calls a function that decodes batches of
+prompts. An engine emits every conversation as soon as it is finished, in any order.
 """
 
 from __future__ import annotations

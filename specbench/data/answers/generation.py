@@ -2,7 +2,7 @@
 
 answers.jsonl   {"id", "messages", "source", "domain"?, "answer_tokens": [[..], ..] | null, "truncated": [..]}
 failed.jsonl    {"id", "turn", "cause"} of prompts that could not be answered; tried again on the next run
-header.json     the settings with which the answers were generated (Policy); other settings are refused
+header.json     the settings with which the answers were generated (AnswerPolicy); other settings are refused
 """
 
 from __future__ import annotations
