@@ -32,7 +32,7 @@ CURVES = ("train/loss", "probe/accepted_length", "val/accepted_length")
 
 @dataclass(frozen=True)
 class Comparison:
-    """What a comparison made: its folder, every file in it, the frames, the content, and the text for a terminal."""
+    """Result of a comparison: its folder, the files in it, the frames, the content, and the text for a terminal."""
 
     folder: Path
     files: list[Path]
@@ -52,7 +52,7 @@ class Comparison:
         return self.frames[name]
 
     def markdown(self) -> str:
-        """The main tables as they stand in accepted_length.md."""
+        """The main tables as written to accepted_length.md."""
         return (self.folder / "accepted_length.md").read_text(encoding="utf-8")
 
 
@@ -80,16 +80,16 @@ def compare(
     Args:
         sources: run folders, folders above some, glob patterns, `wandb:entity/project`, in any mix.
         filters: `key=value` texts that every run must pass; any record column, config key or summary key with dots.
-        group_by: keys that tell rows apart beside `method`; a numeric one also becomes the axis of two figures.
+        group_by: keys that distinguish rows in addition to `method`; a numeric one is also the axis of two figures.
         resamples, seed: of the bootstrap.
-        minimum_shared: least share of prompts that two variants must share to be paired.
-        holm: correct the differences of each column for their number.
+        minimum_shared: smallest share of common prompts with which two variants are paired.
+        holm: correct the differences of each column for multiple comparisons (Holm).
         cache: folder for the files of W&B runs.
-        command: what the page tells a reader to type; None writes the Python call.
+        command: the command that the page shows; None shows the Python call.
         width: columns of the terminal that `text` is for.
-        draw: false for tables alone, which takes a fraction of the time.
-        calibrations: folders of `specbench calibrate`, each a reliability diagram.
-        published_curves: draw the paper's numbers into the figures that share their axes; None: for its target alone.
+        draw: false: tables only, which is much faster.
+        calibrations: folders of `specbench calibrate`, each gives a reliability diagram.
+        published_curves: draw the paper's numbers into figures with the same axes; None: only for the paper's target.
         progress: called with the name of each step.
 
     Raises:
@@ -182,7 +182,7 @@ def _slot_drawings(found: Sequence[Group], resamples: int, seed: int) -> list[Dr
 
 
 def _tails(found: Sequence[Group]) -> list[tuple[dict[str, object], list[Group], str]]:
-    """Every section with what its file names end in: the keys in which sections differ."""
+    """Every section with the ending of its file names: the keys in which sections differ."""
     parts = grouping.sections(found)
     telling = [key for key in parts[0][0] if len({section[key] for section, _ in parts}) > 1]
     return [
@@ -214,7 +214,7 @@ def _place_drawings(found: Sequence[Group], frames: dict[str, pd.DataFrame]) -> 
 
 
 def _unlike(part: Sequence[Group]) -> str:
-    """What a caption says of rows that were measured otherwise than the others."""
+    """The part of a caption about rows that were measured differently from the others."""
     said = [note for note in protocols.notes(part) if note.startswith(protocols.MARK)]
     return "".join(f" {note}" for note in said)
 

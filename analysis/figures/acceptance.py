@@ -17,7 +17,7 @@ from analysis.tables.sheets import size
 
 PANEL = 1.75
 BAND = 0.18
-# A slot that fewer rounds reached than these says little: its marker is hollow.
+# A slot that fewer rounds reached is uncertain: its marker is hollow.
 FEW = 30
 
 
@@ -25,9 +25,9 @@ FEW = 30
 def by_slot(frame: pd.DataFrame, quantity: str = "conditional", panel: str = "domain") -> Figure:
     """Conditional acceptance (or survival) by slot, a panel per domain or benchmark, a line per variant.
 
-    Under each panel of conditional acceptance stands how many rounds reached each slot (the fewest of all variants);
-    a slot that fewer than FEW rounds reached has a hollow marker, one that a single prompt reached (no
-    interval) is not joined to the line, and slots that none reached are not drawn.
+    The number of rounds that reached each slot (the smallest over the variants) is printed under each panel of
+    conditional acceptance. A slot that fewer than FEW rounds reached has a hollow marker; one that only one prompt
+    reached (no interval) is not joined to the line; slots that no round reached are not drawn.
 
     Args:
         frame: `tables.conditional_by_domain` or `tables.conditional_acceptance` of one section.
@@ -103,7 +103,7 @@ def along(
     frame = frame.assign(line=[f"{n} [{s}]" if s else n for n, s in zip(names, frame["short"], strict=True)])
     panels = list(dict.fromkeys(frame[panel])) if panel else [None]
     shown = looks(frame["line"])
-    rows = -(-len(panels) // 5)  # more in a row than these and their ticks run into each other
+    rows = -(-len(panels) // 5)  # with more than these in a row, tick labels overlap
     columns = -(-len(panels) // rows)
     width = COLUMN if len(panels) <= 2 else PAGE
     figure = Figure(figsize=(width, 0.35 + rows * (PANEL + 0.25)))
@@ -127,7 +127,7 @@ def along(
 
 
 def _grouped(frame: pd.DataFrame, axis: str) -> list[str]:
-    """What else tells the lines apart: grouping columns that stand after the measures, without the axis."""
+    """Further keys that distinguish the lines: grouping columns after the measures, without the axis."""
     columns = list(frame.columns)
     last = max(columns.index(name) for name in ("complete", "last", "seeds", "n") if name in columns)
     return [name for name in columns[last + 1 :] if name not in (axis, "variant", "configuration", "short")]

@@ -19,7 +19,7 @@ SHADES = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00")
 
 @styled
 def threshold(frame: pd.DataFrame, axis: str, place: str = "domain") -> Figure:
-    """Threshold sweep: acceptance rate above, accepted length below, a group of bars per domain, a bar a threshold.
+    """Threshold sweep: acceptance rate above, accepted length below, a group of bars per domain, a bar per threshold.
 
     Args:
         frame: columns `axis` (the threshold), `place`, acceptance_rate, rate_low, rate_high, accepted_length, low and
@@ -52,7 +52,7 @@ def reliability(rows: Sequence[dict], slots: Sequence[int] | None = None) -> Fig
     """Reliability diagrams before and after calibration, a panel per slot: predicted survival against the observed
     rate.
 
-    The area of a dot grows with its share of the rounds; the expected calibration error (ECE) stands above.
+    The area of a dot grows with its share of the rounds; the expected calibration error (ECE) is printed above.
 
     Args:
         rows: what `specbench calibrate` writes to reliability.json: slot, calibrated, n, ece and reliability (count,
@@ -94,7 +94,7 @@ def reliability(rows: Sequence[dict], slots: Sequence[int] | None = None) -> Fig
 
 @styled
 def frontier(points: pd.DataFrame, policy: str = "policy") -> Figure:
-    """Throughput against interactivity, a line a policy, a dot a load; up and to the right is better.
+    """Throughput against interactivity, a line per policy, a dot per load; up and to the right is better.
 
     Args:
         points: columns `policy`, interactivity (tokens per second and user), throughput (tokens per second), and
@@ -116,13 +116,15 @@ def frontier(points: pd.DataFrame, policy: str = "policy") -> Figure:
 
 @styled
 def training(metrics: pd.DataFrame, names: Sequence[str], labels: dict[int, str], smooth: float = 0.0) -> Figure:
-    """Training curves against the optimiser step, a panel a metric, a line per run (runs of one label share its look).
+    """Training curves against the optimiser step, a panel per metric, a line per run (runs of one label have the same
+    style).
 
     Args:
         metrics: `folders.metrics`: source, step, name, value.
         names: which metrics, one panel each.
         labels: variant of each source.
-        smooth: weight of the past in an exponential moving average, 0 for none; the raw curve stays faintly behind.
+        smooth: weight of the past in an exponential moving average, 0 for none; the raw curve is drawn faintly behind
+        it.
     """
     shown = looks(labels.values())
     width = COLUMN if len(names) == 1 else PAGE

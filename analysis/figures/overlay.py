@@ -1,4 +1,4 @@
-"""The paper's numbers drawn thinly beside ours, in the figures that share their axes: figures 2, 5 and 6.
+"""The paper's numbers as thin lines beside ours, in figures with the same axes: figures 2, 5 and 6.
 
 Figure 4 shows a gain over DFlash against the draft length, which is an axis of none of our figures; its numbers are in
 analysis/paper/fig4_gain_over_dflash.csv.
@@ -21,12 +21,12 @@ LABEL = "paper, Qwen3-4B"
 
 
 def wanted(targets: Iterable[object], published: bool | None) -> bool:
-    """Whether to draw them: as asked, and unasked where our only target is the paper's."""
+    """Whether to draw them: as requested, and by default if the only target is that of the paper."""
     return {spelling(target) for target in targets} == {TARGET} if published is None else published
 
 
 def overlaid(drawings: Sequence[Drawing]) -> list[Drawing]:
-    """The drawings, and in those that share an axis with the paper its numbers, told of in the caption."""
+    """The drawings; those with the axes of a figure of the paper also show its numbers, and the caption says so."""
     return [_drawn(drawing) for drawing in drawings]
 
 

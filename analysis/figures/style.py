@@ -1,4 +1,4 @@
-"""How a method looks in every figure, and how a figure is saved.
+"""Style of each method in every figure, and saving of figures.
 
 Colours are from the Okabe-Ito palette (M. Okabe, K. Ito, "Color Universal Design", 2008), which people with the common
 colour deficiencies can tell apart; marker and line differ too, so that a grey print still reads.
@@ -48,8 +48,8 @@ LINES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1)), (0, (1, 1)))
 
 
 def looks(names: Iterable[str]) -> dict[str, Look]:
-    """A look for every variant: fixed for the known methods, and for a new name the same in every run that holds the
-    same new names (by its checksum, moved on while another one has that look)."""
+    """A style for every variant: fixed for the known methods; for a new name it follows from a checksum of the name, so
+    it is the same in every comparison with the same new names (the next free style if another name has it)."""
     found: dict[str, Look] = {}
     names = list(dict.fromkeys(names))
     taken: set[Look] = set()
@@ -87,7 +87,7 @@ def legend(figure: Figure, names: Iterable[str], title: str | None = None) -> Le
 
 
 def styled(draw: Callable[..., Figure]) -> Callable[..., Figure]:
-    """Draw with the one style file, whatever the caller has set."""
+    """Draw with the style file of this project, independent of the caller's settings."""
 
     @wraps(draw)
     def inside(*args: object, **settings: object) -> Figure:
@@ -98,7 +98,8 @@ def styled(draw: Callable[..., Figure]) -> Callable[..., Figure]:
 
 
 def settle(figure: Figure) -> None:
-    """Lay the figure out once and for all: it is saved several times, and the layout costs more than the drawing."""
+    """Compute the layout of the figure once, because it is saved several times and the layout is slower than
+    drawing."""
     if figure.get_layout_engine() is not None:
         with mplstyle.context(["default", STYLE]):
             figure.draw_without_rendering()

@@ -1,4 +1,4 @@
-"""The report's content, once, for every way of showing it: HTML (`analysis.html.page`) and W&B blocks (here)."""
+"""The content of a report, for both of its forms: HTML (`analysis.html.page`) and W&B blocks (here)."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Commands:
 
 @dataclass(frozen=True)
 class Drawing:
-    """A figure, its file name without ending, and what it shows in words; not `on_page`: a file only."""
+    """A figure, its file name without ending, and its description; not `on_page`: only as a file."""
 
     name: str
     figure: Figure = field(repr=False)
@@ -48,7 +48,7 @@ class Drawing:
 
 @dataclass(frozen=True)
 class Section:
-    """A heading and what stands below it."""
+    """A heading and the content below it."""
 
     title: str
     items: Sequence[Paragraph | Commands | Drawing | Sheet]
@@ -64,7 +64,7 @@ class Content:
 
 
 def provenance(runs: pd.DataFrame, faults: pd.DataFrame, command: str) -> Section:
-    """What the numbers were computed from and the commands that repeat them; every run left out is named."""
+    """The sources of the numbers and the commands that repeat them; every run that was left out is named."""
     columns = {
         "run": "run",
         "kind": "kind",
@@ -106,8 +106,8 @@ def _shell(words: Any) -> str:
 def blocks(
     content: Content, entity: str, project: str, methods: Sequence[str], targets: Sequence[str], curves: Sequence[str]
 ) -> Report:
-    """The same content as a W&B report: tables as Markdown, a run set a target and one line plot a curve and target,
-    grouped by method, the per-slot tables as charts, and the commands. Builds and serialises without a login.
+    """The same content as a W&B report: tables as Markdown, a run set per target and one line plot per curve and
+    target, grouped by method, the per-slot tables as charts, and the commands. Builds and serialises without a login.
 
     Figures are drawn by W&B from the runs themselves: a report cannot hold a local file.
     """

@@ -1,4 +1,5 @@
-"""One self-contained HTML page: figures as inline SVG, sortable tables, light and dark, nothing is fetched."""
+"""One self-contained HTML page: figures as inline SVG, sortable tables, light and dark; nothing is loaded from a
+network."""
 
 from __future__ import annotations
 

@@ -23,18 +23,19 @@ Facts = tuple[tuple[str, Any], ...]
 
 # What a row of `Runs.runs` says of its run beside the settings.
 OF_ROW = ("run", "kind", "path", "status")
-# What accepted lengths of one column must have in common beside what their table is about.
+# Settings that the accepted lengths of one column must have in common, in addition to those of their table.
 PROTOCOL = ("max_new_tokens", "top_k", "top_p", "min_p", "stop_token_ids", "turns", "dtype", "target weights")
-# Settings that a run states as they were resolved, where its configuration may hold null.
+# Settings that a run records with their resolved value, while its configuration can have null.
 STATED = (*PROTOCOL[:-1], "slots")
 UNRECORDED = "not recorded"
 
 
 def of_decoding(row: Mapping[str, Any]) -> Facts:
-    """What decided an evaluation beside draft, prompts and seeds, as sorted (setting, value); `row` is a run's own."""
+    """Settings that affect an evaluation, without draft, prompts and seeds, as sorted (setting, value). `row`: of a
+    run."""
     found = {key.removeprefix("suite."): value for key, value in _settings(row, "evaluate")}
     found["dtype"] = row.get("target.dtype")
-    for key in STATED:  # null stands for whatever draft or target have themselves
+    for key in STATED:  # null stands for the value of the draft or target
         if found.get(key, ...) is None:
             del found[key]
     found |= {key: row[f"summary.protocol.{key}"] for key in STATED if f"summary.protocol.{key}" in row}
@@ -44,9 +45,9 @@ def of_decoding(row: Mapping[str, Any]) -> Facts:
 
 
 def of_draft(row: Mapping[str, Any], parent: Mapping[str, Any] | None) -> Facts:
-    """What decided the draft of the run `row`: the configuration of the training `parent`, its seeds apart.
+    """Settings that affect the draft of the run `row`: the configuration of the training `parent` without seeds.
 
-    Without it (a draft that was brought along) its weights stand for all that is not known.
+    Without a training (a draft from elsewhere), the hash of its weights is used instead.
     """
     if parent is not None:
         found = dict(_settings(parent, "train")) | {"draft": None}
@@ -66,14 +67,14 @@ def joined(decoding: Facts, draft: Facts) -> Facts:
 
 
 def _settings(row: Mapping[str, Any], kind: str) -> Iterable[tuple[str, Any]]:
-    """Dotted keys of a run's configuration that decide; paths as they are called, not where they lie."""
+    """Dotted keys of a run's configuration that affect its numbers; of paths only the last parts."""
     for key, value in row.items():
         if not key.startswith(("summary.", "provenance.", "parent.")) and key not in OF_ROW and compared(kind, key):
             yield key, _place(value) if isinstance(value, str) else value
 
 
 def _place(value: str) -> str:
-    """The last two parts of a path: the same below a root that moved, relative or absolute. Other text as it is."""
+    """The last two parts of a path, which do not change if a root is moved. Other text is returned unchanged."""
     return "/".join(part for part in PurePath(value).parts[-2:] if part != "/") if "/" in value else value
 
 
@@ -85,11 +86,11 @@ def identity(
     first: Mapping[str, Any],
     content: str,
 ) -> str:
-    """What a repetition or a copy of a run has in common with it: configuration, weights, prompts and seeds.
+    """Key that is equal for a run and its repetitions and copies: configuration, weights, prompts and seeds.
 
     Args:
         prompts: hash of each benchmark's prompts. first: the first of the run's records.
-        content: digest of all of them, which stands for the draft's weights where the run does not state any.
+        content: digest of all of them, used instead of the draft's weights if the run does not record them.
     """
     about = [str(first[key]) for key in ("method", "target", "suite", "temperature", "scheduler", "accounting")]
     about += [str(first["thinking"]), str(first["seed"])]
@@ -114,11 +115,11 @@ def prompt_sets(records: pd.DataFrame) -> dict[int, dict[str, str]]:
 
 
 def told_apart(facts: Sequence[Facts], named: Collection[str] = ()) -> tuple[list[dict[str, Any]], list[str]]:
-    """For every run what differs among them (nothing where nothing does), and the settings that only some recorded.
+    """For every run the settings in which the runs differ, and the settings that only some of them recorded.
 
-    What a run did not state of STATED and `target weights` is taken as the others', if they agree; a setting that its
-    configuration did not have yet is taken as theirs if it is off there. Otherwise it stays UNRECORDED.
-    `named` are settings by which the runs are told apart already.
+    A setting of STATED, or `target weights`, that a run did not record is taken from the others if they agree; a
+    setting that its configuration did not have yet is taken from them if it is off there. Otherwise it is UNRECORDED.
+    `named`: settings by which the runs are distinguished already.
     """
     unlike = set(facts)
     if len(unlike) == 1:
@@ -150,7 +151,7 @@ def _priority(key: str) -> tuple[int, str]:
 
 
 def shortest(differing: Sequence[Mapping[str, Any]]) -> list[str]:
-    """As few of the settings as tell all of `differing` apart: the first one that does alone, or one after another."""
+    """The smallest set of settings found that distinguishes all of `differing`: a single one, or several in order."""
     keys = list(differing[0]) if differing else []
     wanted = len({tuple(row.values()) for row in differing})
 
@@ -174,7 +175,7 @@ def words(settings: Mapping[str, Any]) -> str:
 
 
 def written(value: Any) -> str:
-    """A value as short as it is clear: 1 for 1.0, null, true, 1-2-5 for a list."""
+    """A value in short form: 1 for 1.0, null, true, 1-2-5 for a list."""
     if value is None:
         return "null"
     if isinstance(value, (bool, np.bool_)):

@@ -1,7 +1,7 @@
-"""What records hold beside their histograms: every round in order, the class of every token, teacher-forced sums.
+"""Optional columns of records.parquet: every round in order, the class of every token, teacher-forced sums.
 
-These columns of records.parquet are optional and larger than the rest, so they are read when a table asks for them.
-Records without them (older ones) are counted, never guessed.
+These columns are larger than the rest, so they are read only if a table needs them. Records without them (older ones)
+are counted and reported.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""Run folders on disk: where they lie, and what one of them says about itself.
+"""Run folders on disk: how they are found and read.
 
-A run folder holds config.yaml, provenance.json, metrics.jsonl, summary.json and, where prompts were decoded,
+A run folder has config.yaml, provenance.json, metrics.jsonl, summary.json and, if prompts were decoded,
 records.parquet.
 """
 
@@ -85,10 +85,10 @@ def parents(row: dict[str, Any] | pd.Series) -> tuple[str, ...]:
 
 
 def trainings(rows: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
-    """For every run the runs that its draft came from, as far as they are at hand; copies of what they say themselves.
+    """For every run the trainings of its draft, if they are available.
 
-    One is looked for in the run's own tree, then by its name among `rows` (of several, the one whose checkpoint is the
-    run's draft), then on disk as it is written.
+    A training is searched below the root of the run, then by its name among `rows` (if there are several, the one whose
+    checkpoint is the run's draft), then on disk under the recorded path.
     """
     trained = [row for row in rows if row["kind"] in ("train", "target")]
     by_path = {row["path"]: row for row in trained}
@@ -120,8 +120,9 @@ def trainings(rows: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
 
 
 def inherit(rows: list[dict[str, Any]], sources: list[list[dict[str, Any]]]) -> None:
-    """Give every run the config keys of the run that trained its draft (`trainings`), where it has none of that name,
-    so that an evaluation can be grouped by depth or data; the parent's summary goes under `parent.`."""
+    """Add to every run the config keys of the run that trained its draft (`trainings`), unless it has a key of that
+    name, so that an evaluation can be grouped by depth or data. The summary of the training is added under
+    `parent.`."""
     inherited = (SUMMARY, PROVENANCE, PARENT)
     for row, own in zip(rows, sources, strict=True):
         for source in own:
@@ -141,7 +142,7 @@ def _parent(folder: Path) -> dict[str, Any]:
 def metrics(runs: pd.DataFrame) -> pd.DataFrame:
     """metrics.jsonl of every run in `runs` in long form: source, step, name, value (numbers only).
 
-    A last line that a killed process left half written is dropped; a broken line before it is an error.
+    An incomplete last line of a killed process is dropped; a broken line before it is an error.
     """
     parts = []
     for source, path in runs["path"].items():
@@ -158,7 +159,7 @@ def metrics(runs: pd.DataFrame) -> pd.DataFrame:
 
 
 def flatten(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Nested mappings as (dotted key, leaf); lists become tuples so that they can be grouped by."""
+    """Nested mappings as (dotted key, leaf); lists become tuples so that runs can be grouped by them."""
     for key, value in tree.items():
         if isinstance(value, dict):
             yield from flatten(value, f"{prefix}{key}.")
@@ -209,5 +210,5 @@ def _entry(text: str) -> tuple[Any, dict[str, Any]]:
 
 def _mapping(file: Path, content: Any) -> dict[str, Any]:
     if not isinstance(content, dict):
-        raise ValueError(f"{file.name} holds no mapping")
+        raise ValueError(f"{file.name} is not a mapping")
     return content

@@ -1,4 +1,4 @@
-"""records.parquet: read columns, join many files, and hold every record against its own histogram."""
+"""records.parquet: read columns, join many files, and check every record against its histogram."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Table:
     triples: np.ndarray
 
     def content(self) -> str:
-        """Digest of what was counted: the same in a copy, and in a repetition that gave the same numbers."""
+        """Digest of all counts: equal for a copy, and for a repetition with the same numbers."""
         mark = hashlib.sha256(self.triples.tobytes() + self.sizes.tobytes())
         for name in ("benchmark", "prompt_id", "turn", "committed"):
             mark.update(repr(self.columns[name].to_pylist()).encode())
@@ -61,7 +61,7 @@ def read_table(file: Path) -> Table:
 
 
 def _cast(column: pa.ChunkedArray, field: pa.Field, name: str) -> pa.ChunkedArray:
-    if column.type == field.type:  # nearly always, and a cast that changes nothing is not free
+    if column.type == field.type:  # usually true; an unnecessary cast costs time
         return column
     if pa.types.is_dictionary(column.type):
         column = column.cast(column.type.value_type)
@@ -100,7 +100,7 @@ def concatenate(tables: Sequence[tuple[int, Table]]) -> tuple[pd.DataFrame, pd.D
         nothing = {name: np.zeros(0, np.int64) for name in ("source", "row", "prompt_key", "prompt")}
         return records.assign(**nothing), _cells(np.zeros(0, np.int64), cells)
     joined = pa.concat_tables([table.columns for _, table in tables])
-    # Text repeats a lot: categories keep a million records in memory and make grouping cheap.
+    # Text values repeat often: categories keep a million records in memory and make grouping fast.
     records = joined.to_pandas(categories=[*TEXT, HASH.name])
     records["source"] = np.repeat([source for source, _ in tables], [len(table.columns) for _, table in tables])
     # Where the record stands in its own file, for what is read later (analysis.read.details).
@@ -113,9 +113,9 @@ def concatenate(tables: Sequence[tuple[int, Table]]) -> tuple[pd.DataFrame, pd.D
 
 
 def prompt_keys(records: pd.DataFrame) -> pd.Series:
-    """What names each record's prompt: the hash of the tokens of its conversation's first turn.
+    """Key of each record's prompt: the hash of the tokens of the first turn of its conversation.
 
-    Records that hold none take that of the same id in other runs where it is one, else the id itself, as `id:ID`.
+    Records without a hash take that of the same id in other runs if there is exactly one, otherwise `id:ID`.
     """
     on = ["benchmark", "prompt_id"]
     first = records.loc[records["turn"] == 0, ["source", *on, HASH.name]].drop_duplicates(["source", *on])
@@ -138,10 +138,10 @@ def _cells(record: np.ndarray, triples: np.ndarray) -> pd.DataFrame:
 
 
 def check(records: pd.DataFrame, cells: pd.DataFrame) -> None:
-    """Hold rounds, proposed, accepted and committed of every record against its histogram.
+    """Check rounds, proposed, accepted and committed of every record against its histogram.
 
     A round commits accepted + 1 tokens, or accepted where a stop token ended it, so `committed` lies between the two
-    sums. An error names the run, the prompt and the column: such records would give wrong tables silently.
+    sums. An error names the run, the prompt and the column, because such records would give wrong tables.
     """
     triples = cells[["proposed", "accepted", "count"]].to_numpy()
     wrong = (triples < 0).any(1) | (triples[:, 1] > triples[:, 0])

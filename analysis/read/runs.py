@@ -1,6 +1,6 @@
 """Read runs from folders and W&B projects into one typed frame; filter and group it.
 
-What cannot be used (unfinished, broken, seen twice) is kept by name in `Runs.faults`.
+Runs that cannot be used (unfinished, broken, repeated) are listed in `Runs.faults`.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from analysis.statistics.histograms import Counts, count
 from specbench.runs.run_schema import FINISHED
 
 TRAINING_SEED = "provenance.seeds.init"
-# How the reason ends that names a repetition or a copy.
+# End of the reason for a repetition or a copy.
 ONCE = "counted once"
 # Column of `Runs.runs` with what decided each run (analysis.read.configurations).
 DECIDED = "decided by"
@@ -66,7 +66,7 @@ class Runs:
         return self._of_run(TRAINING_SEED).astype(object).where(lambda known: known.notna(), seeds)
 
     def decoded(self) -> Runs:
-        """Without the runs whose records hold no round at all (plain decoding); they move to the faults."""
+        """The runs without those whose records have no round (plain decoding), which are moved to the faults."""
         rounds = self.records.groupby("source")["rounds"].sum()
         idle = rounds.index[rounds == 0]
         if not len(idle):
@@ -77,7 +77,7 @@ class Runs:
         return replace(kept, faults=pd.concat([self.faults, named], ignore_index=True))
 
     def _once(self, rows: list[dict[str, Any]], facts: list[tuple[Facts, Facts]], tables: dict[int, Table]) -> Runs:
-        """Every run once: repetitions and copies are recognised by what decided them and move to the faults."""
+        """Every run once: repetitions and copies have the same identity as another run and are moved to the faults."""
         seen: dict[object, int] = {}
         twice: dict[int, str] = {}
         starts = np.searchsorted(self.records["source"], np.arange(len(rows) + 1))
@@ -87,7 +87,7 @@ class Runs:
                 first = self.records.iloc[starts[number]]
                 contents[number] = tables[number].content()
                 name: object = identity(row, *facts[number], prompts[number], first, contents[number])
-            elif f"{SUMMARY}starts" in row:  # when it began tells a run without records from every other one
+            elif f"{SUMMARY}starts" in row:  # the start time distinguishes a run without records from every other one
                 name = (row["kind"], row[f"{SUMMARY}starts"], row.get(f"{SUMMARY}seconds"))
             else:
                 continue
@@ -118,9 +118,9 @@ class Runs:
         key = key.rstrip("!")
         wanted = {normal(part) for part in value.split(",")}
         self._known(key)
-        # A run without records (a training) is not asked what only records say, its benchmark for example.
+        # A run without records (a training) has no columns of records, for example no benchmark.
         runs = _among(self.runs[key], wanted) ^ negate if key in self.runs else np.ones(len(self.runs), bool)
-        if key in self.records:  # where a run has records, what they say counts
+        if key in self.records:  # if a run has records, their values are used
             rows = np.flatnonzero(_among(self.records[key], wanted) ^ negate)
             recorded = np.isin(self.runs.index, self.records["source"])
             runs = np.where(recorded, np.isin(self.runs.index, self.records["source"].iloc[rows]), runs)
@@ -220,14 +220,15 @@ def load(
 
 
 def shown(value: Any) -> str:
-    """A value as a reader would write it."""
+    """A value as text for messages."""
     if value is None or value is pd.NA or (isinstance(value, float) and np.isnan(value)):
         return "none"
     return f"{value:g}" if isinstance(value, (float, np.floating)) else str(value)
 
 
 def normal(value: Any) -> str:
-    """One spelling for what a filter and a file may write differently: 1 and 1.0, true and True, null and None."""
+    """A uniform spelling of values that a filter and a file can write differently: 1 and 1.0, true and True, null and
+    None."""
     text = shown(value).strip().lower()
     try:
         return repr(float(text))

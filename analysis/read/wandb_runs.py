@@ -1,8 +1,8 @@
-"""W&B projects as a source of runs: a GraphQL reader that asks for the fields it needs and no more.
+"""W&B projects as a source of runs, read by GraphQL queries for the required fields only.
 
-The files of every run are kept below a cache folder in the shape of run folders, so that one reader serves both. A run
-mirrors its folder as files below record/ (summary.json, config.yaml, provenance.json, metrics.jsonl, records.parquet);
-for one that did not upload the first two, they are written from the project's config, summary and state.
+The files of every run are stored below a cache folder in the form of run folders, so both are read by the same code. A
+run has copies of its files below record/ (summary.json, config.yaml, provenance.json, metrics.jsonl, records.parquet);
+if the first two were not uploaded, they are written from the project's config, summary and state.
 
 Server and key are those of specbench/runs/wandb_account.py.
 """
@@ -41,9 +41,9 @@ QUERY = """query Runs($entity: String!, $project: String!, $run: JSONString, $cu
 
 
 def fetch(source: str, cache: Path) -> list[Path]:
-    """Bring `wandb:entity/project` or `wandb:entity/project/run` below `cache`; returns the run folders.
+    """Download `wandb:entity/project` or `wandb:entity/project/run` below `cache`; returns the run folders.
 
-    A file is fetched again only when its checksum on the server has changed.
+    A file is downloaded again only if its checksum on the server has changed.
 
     Raises:
         ValueError: the source is not of that form, the project is not there, or the server or the key refuses.

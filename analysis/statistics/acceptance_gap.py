@@ -1,8 +1,8 @@
-"""Teacher-forced acceptance beside that of real rounds, slot by slot, and their gap with paired intervals.
+"""Teacher-forced acceptance and that of real rounds by slot, and their gap with paired intervals.
 
 Records carry four sums per slot (specbench/evaluation/teacher_forced.py):
 anchors, alpha, prod_{i<=k} alpha_i, prod_{i<k} alpha_i.
-Both estimates are resampled by the same draws of prompts, so their gap is paired.
+Both estimates use the same bootstrap samples of prompts, so their gap is paired.
 
 Axes: P prompts, R resamples, K slots.
 """
@@ -32,7 +32,7 @@ class TeacherForcedSums:
 
     @classmethod
     def of(cls, prompts: Sequence[Any], rows: Sequence[Sequence[Sequence[float]]]) -> TeacherForcedSums:
-        """From the records that carry sums: their prompts' keys, and one list of slots a record."""
+        """From the records that have these sums: the keys of their prompts, and one list of slots per record."""
         slots = max((len(row) for row in rows), default=0)
         keys, cluster = np.unique(np.asarray(prompts), return_inverse=True)
         sums = np.zeros((len(keys), slots, SUMS))

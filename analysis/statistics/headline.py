@@ -33,9 +33,9 @@ def _keys(records: Sequence[Mapping[str, Any]]) -> np.ndarray:
 def headline(records: Sequence[Mapping[str, Any]], resamples: int = 2000, seed: int = 0) -> dict[str, Any]:
     """Every headline metric as {value, low, high, count}, the slot curves, and the same by benchmark.
 
-    `count` is rounds; a quantity that has no value (no round, one prompt) is null. Records with teacher-forced sums add
-    expected_length, length_gap and a curve `teacher_forced` (analysis.statistics.acceptance_gap),
-    whose counts are anchors.
+    `count` is the number of rounds; a quantity without a value (no round, one prompt) is null. Records with
+    teacher-forced sums add expected_length, length_gap and a curve `teacher_forced`
+    (analysis.statistics.acceptance_gap), whose counts are anchors.
     """
     whole = _numbers(records, resamples, seed)
     names = sorted({r["benchmark"] for r in records})

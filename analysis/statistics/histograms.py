@@ -1,10 +1,10 @@
-"""From (proposed, accepted, count) histograms to sums over prompts, and from sums to the quantities of the laboratory,
+"""From (proposed, accepted, count) histograms to sums over prompts, and from sums to the metrics,
 whose formulas are those of specbench/metrics/functional.py.
 
-Axes: P prompts, K slots, F summed features; leading `axes` of a quantity are whatever was resampled or grouped.
+Axes: P prompts, K slots, F summed features; leading `axes` of a metric are bootstrap samples or groups.
 
 A prompt is one cluster: all its turns, seeds and runs are summed into one row, because its rounds are not independent.
-Every quantity is a function of column sums, so a bootstrap resamples rows and never looks at a round again.
+Every metric is a function of column sums, so a bootstrap resamples rows and does not read the rounds again.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from specbench.metrics.functional import SlotCounts
 
 @dataclass(frozen=True)
 class Counts:
-    """What the rounds of P prompts add up to. A prompt without rounds keeps its row of zeros.
+    """Sums over the rounds of each of P prompts. A prompt without rounds has a row of zeros.
 
     `offered[p, k-1]` counts rounds that proposed at least k tokens; `reached` those of them that accepted at least
     k-1; `passed` those that accepted at least k. `committed` is counted by the decoder (a stop token adds no bonus).
@@ -60,7 +60,7 @@ class Counts:
 
 @dataclass(frozen=True)
 class Sums:
-    """Column sums of `Counts.features()` with any leading axes, and the quantities that follow from them."""
+    """Column sums of `Counts.features()` with any leading axes, and the metrics computed from them."""
 
     values: Float[np.ndarray, "*axes F"]
 
@@ -102,7 +102,7 @@ class Sums:
 
     @property
     def verified_per_round(self) -> Float[np.ndarray, "*axes"]:
-        """Tokens that the target checks in a round: the proposal and the anchor."""
+        """Tokens that the target reads in a round: the proposal and the anchor."""
         return functional.verified_per_round(self.values[..., 2], self.values[..., 1])
 
     @property

@@ -6,7 +6,7 @@ replacement, with all their turns and seeds; the quantities of `analysis.statist
 Intervals are 95% percentile intervals whose tails are moved outwards for few prompts (the expanded percentile
 interval of T. Hesterberg, "What Teachers Should Know about the Bootstrap", 2015, section 4.3): without it, small
 prompt sets give intervals that are too short. Fewer than two prompts with rounds give no interval at all.
-Measured coverage of accepted length on over-dispersed simulated prompts (the law of tests/analysis/test_statistics.py,
+Measured coverage of accepted length on over-dispersed simulated prompts (as in tests/analysis/test_statistics.py,
 2,000 experiments each, standard error 0.5 points): 92.9% with 10 prompts, 93.8% with 20, 94.6% with 40, 93.9% with 80,
 94.6% with 160; but 92.4% with 6, 86.8% with 4 and 75.1% with 3, hence FEWEST.
 """
@@ -27,7 +27,7 @@ from specbench.metrics.functional import ratio
 LEVEL = 0.95
 RESAMPLES = 2000
 MINIMUM_SHARED = 0.9
-# With fewer prompts an interval is too short to be trusted: no difference is then called resolved.
+# With fewer prompts an interval is too short, so no difference is then called resolved.
 FEWEST = 6
 
 
@@ -37,7 +37,7 @@ class PairingError(ValueError):
 
 @dataclass(frozen=True)
 class Interval:
-    """A value with its 95% interval; the bounds are NaN where there are too few prompts to tell."""
+    """A value with its 95% interval; the bounds are NaN if there are too few prompts."""
 
     value: float
     low: float
@@ -49,9 +49,10 @@ class Interval:
 
 @dataclass(frozen=True)
 class Difference:
-    """`a - b` on the `paired` prompts that both saw, `fewest` of them (with rounds) on one benchmark.
+    """`a - b` on the `paired` prompts that both decoded; `fewest`: the smallest number of them (with rounds) on a
+    benchmark.
 
-    `resolved` is false when the interval holds zero or does not exist, or when `fewest` is below FEWEST.
+    `resolved` is false if the interval contains zero or does not exist, or if `fewest` is below FEWEST.
     """
 
     value: float
@@ -83,8 +84,8 @@ def resample(
 ) -> Float[np.ndarray, "R F"]:
     """Column sums of `resamples` draws of P prompts with replacement.
 
-    The draws depend on (seed, P, resamples) alone: two feature tables over the same prompts in the same order are
-    resampled together, which is what makes a difference of theirs paired.
+    The draws depend only on (seed, P, resamples): two feature tables over the same prompts in the same order get the
+    same draws, so their difference is paired.
     """
     prompts = len(features)
     if not prompts:
@@ -112,7 +113,7 @@ def bounds(
 ) -> tuple[Float[np.ndarray, "*axes"], Float[np.ndarray, "*axes"]]:
     """Lower and upper bound over the resamples; NaN with fewer than two prompts or no draw that has a value.
 
-    Where nothing was proposed in any round there is no slot, and the bounds are as empty as the curve.
+    If no round proposed anything there is no slot, and the bounds are empty like the curve.
     """
     if prompts < 2 or draws[0].size == 0:
         empty = np.full(draws.shape[1:], np.nan)
@@ -135,10 +136,11 @@ def by_slot(
 ) -> tuple[Float[np.ndarray, " K"], Float[np.ndarray, " K"], Float[np.ndarray, " K"]]:
     """Conditional acceptance (or survival) by slot with its bounds, from the prompts that have rounds there.
 
-    A slot that no round reached is empty. Survival and both of its bounds never rise along the block (`nonincreasing`).
+    A slot that no round reached is empty. Survival and both of its bounds never increase along the block
+    (`nonincreasing`).
 
-    Where all of a slot's rounds went one way every resample says the same and the bootstrap would claim certainty: the
-    open end is then the exact (Clopper-Pearson) bound with each prompt as one trial.
+    If all rounds of a slot had the same outcome, every resample is equal and the bootstrap interval would have length
+    zero. The open end is then the exact (Clopper-Pearson) bound with each prompt as one trial.
     """
     total = counts.total()
     trials = counts.reached if conditional else counts.offered
@@ -164,10 +166,11 @@ def by_slot(
 def nonincreasing(
     passed: Float[np.ndarray, "*axes K"], offered: Float[np.ndarray, "*axes K"]
 ) -> Float[np.ndarray, "*axes K"]:
-    """passed / offered by slot where that never rises, else the closest curve that does not: least squares weighted by
-    `offered`, which must not rise itself (R. Barlow et al., 1972: the min-max formula). NaN where nothing was offered.
+    """passed / offered by slot if that never increases, else the closest curve that does not: least squares weighted by
+    `offered`, which must not increase itself (R. Barlow et al., 1972: the min-max formula). NaN where nothing was
+    offered.
 
-    Shares of rounds that proposed at least k rise where only promising rounds propose that many; no survival does.
+    The ratio can increase if only rounds with a high acceptance propose that many tokens; a survival function cannot.
     """
     plain = ratio(passed, offered)
     rises = np.diff(np.nan_to_num(plain), axis=-1) > 0
@@ -192,7 +195,7 @@ def accepted_length(counts: Counts, resamples: int = RESAMPLES, seed: int = 0) -
 
 
 def common(a: Counts, b: Counts, minimum: float = MINIMUM_SHARED) -> tuple[np.ndarray, float]:
-    """Prompts of both and their share of the larger union; refuses when that share is below `minimum`."""
+    """Common prompts and their share of the union; PairingError if that share is below `minimum`."""
     both = np.intersect1d(a.prompts, b.prompts, assume_unique=True)
     union = len(a.prompts) + len(b.prompts) - len(both)
     shared = len(both) / union if union else 0.0
@@ -209,7 +212,7 @@ def macro_draws(
 ) -> tuple[float, Float[np.ndarray, " R"]]:
     """Unweighted mean of the strata's accepted lengths (a stratum is a benchmark) and its draws.
 
-    Each stratum is resampled on its own. `memo` keeps draws between calls: tables of many pairs ask for the same ones.
+    Each stratum is resampled separately. `memo` keeps draws between calls, because many pairs need the same ones.
     """
     memo = {} if memo is None else memo
     value = float(np.mean([counts.total().accepted_length for counts in strata]))
@@ -225,7 +228,7 @@ def macro_draws(
 
 
 def stratum_seed(seed: int, index: int) -> int:
-    """Independent draws for benchmarks that happen to hold the same number of prompts."""
+    """Independent draws for benchmarks with equal numbers of prompts."""
     return seed + 1_000_003 * (index + 1)
 
 
@@ -247,8 +250,8 @@ def difference(
     """Accepted length of `a` minus that of `b`, paired by prompt, over one benchmark or the macro of several.
 
     Args:
-        a, b: one `Counts` a benchmark, the same benchmarks in the same order.
-        minimum: least share of prompts (of their union, per benchmark) that both must have seen.
+        a, b: one `Counts` per benchmark, the same benchmarks in the same order.
+        minimum: smallest share of prompts (of their union, per benchmark) that both must have decoded.
         memo: see `macro_draws`.
 
     Raises:
@@ -285,7 +288,7 @@ def holm(p: Sequence[float]) -> Float[np.ndarray, " tests"]:
 
 
 def spread(values: Sequence[float]) -> Spread:
-    """Spread of one number a training seed. It answers another question than the bootstrap over prompts does."""
+    """Spread of a number over training seeds. This differs from the bootstrap interval over prompts."""
     numbers = np.asarray(values, dtype=float)
     n = len(numbers)
     mean = float(numbers.mean()) if n else float("nan")

@@ -1,4 +1,4 @@
-"""What a method costs: parameters, training tokens, cache bytes, seconds and verified tokens per round, speedup."""
+"""Costs of a method: parameters, training tokens, cache bytes, seconds and verified tokens per round, speedup."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ STATED = {
     "cache_bytes": ("cache_bytes",),
 }
 COLUMNS = {name: column for column, names in STATED.items() for name in names}
-# What a run against the clock states, and how the drafts of a row are taken together.
+# Columns of a speed run, and how the values of several drafts of a row are combined.
 TIMED = {
     "speedup_measured": ("speedup_measured", np.mean),
     "speedup_predicted": ("speedup_predicted", np.mean),
@@ -35,10 +35,11 @@ SHARED = ("top_k", "top_p", "min_p", "slots", "accounting", "thinking", "dtype")
 
 
 def costs(found: Sequence[Group], every: Runs) -> pd.DataFrame:
-    """One row per variant of a section, and one more for every further batch that its drafts were timed at.
+    """One row per variant of a section, and one more for every further batch size with which its drafts were timed.
 
-    Rates come from the records, pooled over the benchmarks; sizes from summaries: empty where the runs of a row state
-    several, and then all of them in `varies`, as `draft_parameters=1000|2000`. Speedups are those of the very drafts.
+    Rates come from the records, pooled over the benchmarks. Sizes come from summaries; if the runs of a row have
+    several, the column is empty and `varies` lists all, as `draft_parameters=1000|2000`. Speedups belong to exactly
+    these drafts.
 
     Args:
         every: all runs that were read: speed runs are looked up in it.
@@ -72,7 +73,7 @@ def costs(found: Sequence[Group], every: Runs) -> pd.DataFrame:
 
 
 def _stated(run: dict[str, Any], column: str) -> float | None:
-    """What a run's summary says of a column, or else its parent's."""
+    """The value of a column in the summary of a run, or else in that of its parent."""
     for prefix in (SUMMARY, PARENT):
         for key, value in run.items():
             known = key.startswith(prefix) and COLUMNS.get(key.rpartition(".")[2]) == column
@@ -84,7 +85,7 @@ def _stated(run: dict[str, Any], column: str) -> float | None:
 def _belongs(run: dict[str, Any], about: dict[str, Any], speed: dict[str, Any]) -> bool:
     """Whether a speedup is that of the draft, scheduler, temperature and target that the records of `run` came from.
 
-    Speed runs of earlier versions state no draft: theirs is the one of the same training run, never scheduled.
+    Speed runs of earlier versions record no draft; it is that of the same training run, without a scheduler.
     """
     ours, other = (row.get(f"{SUMMARY}lineage.draft") for row in (run, speed))
     if pd.isna(ours) or pd.isna(other):
@@ -107,7 +108,7 @@ def _absent(value: Any) -> bool:
 
 
 def _parents(row: dict[str, Any]) -> set[str]:
-    """A run's parents as KIND/NAME, which a root that moved does not change; without the kind it is train."""
+    """The parents of a run as KIND/NAME, which does not change if a root is moved; without a kind it is train."""
     return {"/".join(["train", *PurePath(parent).parts][-2:]) for parent in folders.parents(row)}
 
 

@@ -1,8 +1,7 @@
 """The tables as frames: accepted length, macro averages, conditional acceptance, differences, seeds, costs.
 
 Each function takes the groups of `analysis.tables.groups.collect` and returns one row per line of the table, as CSV
-needs it.
-`analysis.tables.sheets` arranges them for people.
+needs it. `analysis.tables.sheets` arranges them for printing.
 """
 
 from __future__ import annotations
@@ -29,24 +28,24 @@ SLOT_BOUNDS = ("survival_low", "survival_high")
 NUMBERS = ("difference", "low", "high", "p", "paired", "shared")
 ALL = "all"
 VARIANT = "variant"
-# What tells a row from others of its name: all of it, and what its label needs.
+# Settings that distinguish a row from others of its name: all of them, and those that its label needs.
 CONFIGURATION, SHORT = "configuration", "short"
 
 
 def keys(group: Group) -> dict[str, Any]:
-    """The columns that say what a row is about; what the user grouped by beside them comes last."""
+    """The columns that identify a row; further keys of `group_by` come last."""
     known = {**group.section, **group.variant, "benchmark": group.benchmark, "domain": group.domain}
     return {key: known[key] if key in known else _only(group.runs.records[key]) for key in KEYS}
 
 
 def _only(values: pd.Series) -> Any:
-    """The one value of a column; several are named together."""
+    """The value of a column; several values are joined."""
     there = list(dict.fromkeys(values))
     return there[0] if len(there) == 1 else ",".join(map(str, there))
 
 
 def extra(group: Group) -> dict[str, Any]:
-    """What the user grouped by beyond KEYS, and the variant in words, by which figures and layouts name a row."""
+    """Keys of `group_by` beyond KEYS, and the label of the variant, with which figures and tables name a row."""
     known = group.variant | {key: group.section[key] for key in group.apart}
     named = {key: value for key, value in known.items() if key not in KEYS}
     return named | {CONFIGURATION: words(group.differing), SHORT: words(group.short), VARIANT: group.label}
@@ -72,8 +71,8 @@ def macro_average(found: Sequence[Group], resamples: int = RESAMPLES, seed: int 
     """One row per variant and domain, and one over all benchmarks (`domain` = all): the unweighted mean over
     benchmarks.
 
-    `complete` is false where a variant lacks a benchmark that another variant of its section has: its average is then
-    over fewer benchmarks and must not be compared.
+    `complete` is false if a variant has no value on a benchmark that another variant of its section has; its average is
+    then over fewer benchmarks and must not be compared.
     """
     rows = []
     for _, part in grouping.sections(found):
@@ -143,7 +142,7 @@ def _by_domain(found: Sequence[Group]) -> dict[tuple[Any, ...], list[Group]]:
 
 
 def suffix_decay(found: Sequence[Group], resamples: int = RESAMPLES, seed: int = 0) -> pd.DataFrame:
-    """One row per variant and benchmark: slope of log conditional@k a slot, conditional@1 and @K beside it."""
+    """One row per variant and benchmark: slope of log conditional@k per slot, conditional@1 and @K beside it."""
     rows = []
     for group in found:
         value, low, high = statistics.interval(group.counts, lambda sums: sums.suffix_decay, resamples, seed)
@@ -163,8 +162,8 @@ def differences(
 ) -> pd.DataFrame:
     """Every pair of variants of a section, on each benchmark, each domain's macro average and the overall one.
 
-    `resolved` is false where the paired 95% interval holds zero, and with `holm` also where the p-value adjusted over
-    the section's pairs of the same scope exceeds 0.05. `note` says why a pair has no interval.
+    `resolved` is false if the paired 95% interval contains zero, and with `holm` also if the p-value adjusted over the
+    pairs of the same scope in the section exceeds 0.05. `note` gives the reason if a pair has no interval.
     """
     rows, memo = [], {}
     for section, part in grouping.sections(found):

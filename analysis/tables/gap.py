@@ -1,4 +1,4 @@
-"""The gap between training and decoding as a table: teacher-forced acceptance beside that of real rounds, by slot."""
+"""Table of the gap between training and decoding: teacher-forced acceptance and that of real rounds, by slot."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def table(found: Sequence[Group], resamples: int = RESAMPLES, seed: int = 0) -> 
 
 
 def sheets(found: Sequence[Group], frame: pd.DataFrame) -> list[Sheet]:
-    """One sheet a section: a line per variant, domain and slot."""
+    """One sheet per section: a line per variant, domain and slot."""
     made = []
     note = (
         "Teacher-forced: on the decoded text, every anchor, the true tokens before each slot. Acceptance: mean "

@@ -1,7 +1,7 @@
-"""What is compared with what: sections (one table each), variants (its rows) and benchmarks (its columns).
+"""Grouping of records: sections (one table each), variants (its rows) and benchmarks (its columns).
 
-A section fixes target, suite, temperature, scheduler, accounting and thinking mode; a variant is a method and whatever
-else the user groups by; a row is one configuration of a variant, whose runs differ in seeds alone. Numbers of different
+A section has one target, suite, temperature, scheduler, accounting and thinking mode; a variant is a method and the
+values of `group_by`; a row is one configuration of a variant, whose runs differ only in seeds. Numbers of different
 accountings, thinking modes or suites are never put into one column.
 """
 
@@ -33,16 +33,16 @@ BENCHMARK_ORDER = (
 
 
 class MixedError(ValueError):
-    """Numbers that mean different things would have stood in one column."""
+    """Numbers with different meanings would be in one column."""
 
 
 @dataclass(frozen=True)
 class Group:
     """All records of one row on one benchmark of one section: one configuration, over its runs and seeds.
 
-    `apart` names what the user asked to keep in tables of its own (accounting, thinking, suite). `differing` is what
-    tells this row from others of the same variant, `short` the part of it that its label needs; `unrecorded` the
-    settings that some of its runs do not state and that are taken as its others'. `protocol` is how it was measured.
+    `apart`: keys for which the user asked for separate tables (accounting, thinking, suite). `differing`: settings that
+    distinguish this row from others of the same variant; `short`: those that its label needs; `unrecorded`: settings
+    that some of its runs do not record and that are taken from the others. `protocol`: how it was measured.
     """
 
     section: dict[str, Any]
@@ -62,7 +62,7 @@ class Group:
 
     @cached_property
     def seeds(self) -> dict[Any, Counts]:
-        """Counts by training seed; a draft trained twice with one seed is one."""
+        """Counts by training seed; a draft trained twice with one seed counts once."""
         seeds = self.runs.training_seeds().to_numpy()
         return {s: self.runs.counts(np.flatnonzero(seeds == s)) for s in sorted(set(seeds), key=str)}
 
@@ -76,15 +76,15 @@ class Group:
 
 
 def label(variant: dict[str, Any], short: dict[str, Any] | None = None) -> str:
-    """A row in words: `dspark`, `dspark, layers 2` when the runs were also grouped by `draft.layers`, and
-    `dspark [lr=0.001]` where rows of that name differ in what nobody grouped by."""
+    """Label of a row: `dspark`; `dspark, layers 2` if the runs were also grouped by `draft.layers`; `dspark [lr=0.001]`
+    if rows of that name differ in a setting that is not in `group_by`."""
     extra = [f"{key.rpartition('.')[2]} {shown(value)}" for key, value in variant.items() if key != "method"]
     name = ", ".join([str(variant["method"]), *extra])
     return f"{name} [{words(short)}]" if short else name
 
 
 def title(section: dict[str, Any]) -> str:
-    """A section in words; the scheduler `fixed` and the thinking mode `false` go without saying."""
+    """Title of a section; the scheduler `fixed` and the thinking mode `false` are not mentioned."""
     parts = [shown(section["target"])] if "target" in section else []
     parts += [f"suite {shown(section['suite'])}"] if section.get("suite") is not None else []
     parts += [f"temperature {shown(section['temperature'])}"] if "temperature" in section else []
@@ -98,7 +98,7 @@ def collect(runs: Runs, group_by: Sequence[str] = ()) -> list[Group]:
     """Split records into groups, in the order of the paper's table.
 
     Args:
-        group_by: keys that tell variants apart beside `method`: record columns, config keys with dots. Naming
+        group_by: keys that distinguish variants in addition to `method`: record columns, config keys with dots. Naming
             accounting, thinking or suite keeps them in tables of their own.
 
     Raises:
@@ -146,7 +146,7 @@ def collect(runs: Runs, group_by: Sequence[str] = ()) -> list[Group]:
 def _rows(
     runs: Runs, sources: Sequence[int], prompts: dict[int, dict[str, str]], variant: Sequence[str]
 ) -> tuple[list[dict[str, Any]], list[str]]:
-    """What tells the runs `sources` of one variant apart, and what only some of them state."""
+    """Settings that distinguish the runs `sources` of one variant, and settings that only some of them record."""
     facts = [runs.runs.loc[source, DECIDED] for source in sources]
     sets: dict[str, set[str]] = {}
     for source in sources:
@@ -174,7 +174,8 @@ def _split(part: Runs, rows: dict[int, dict[str, Any]]) -> Iterator[tuple[dict[s
 
 
 def _protocol(group: Group, prompts: dict[int, dict[str, str]]) -> dict[str, Any]:
-    """How the records of a group were decoded: its prompts by hash, and what its runs state of PROTOCOL."""
+    """How the records of a group were decoded: its prompts by hash, and the settings of PROTOCOL that its runs
+    record."""
     sources = group.runs.records["source"].unique()
     facts = dict(group.runs.runs.loc[sources[0], DECIDED])
     for source in sources[1:]:

@@ -1,7 +1,7 @@
-"""Where in an answer drafts are accepted: against position, context length and the class of the token; and how far.
+"""Acceptance by position in the answer, context length and token class; histogram of accepted tokens.
 
-Tables by domain, and over all benchmarks (`domain` = all, rounds pooled). Later positions are seen by the prompts whose
-answers are long, so two bins do not hold the same prompts.
+Tables by domain, and over all benchmarks (`domain` = all, rounds pooled). Only prompts with long answers have late
+positions, so two bins do not contain the same prompts.
 
 Axes: P prompts, B bins.
 """
@@ -71,9 +71,9 @@ def shares(
     resamples: int,
     seed: int,
 ) -> tuple[Float[np.ndarray, "four B"], np.ndarray]:
-    """For each of `size` bins: ratio of sums, its cluster-bootstrap bounds, the sum below; and the prompts in it.
+    """For each of `size` bins: ratio of sums, its cluster-bootstrap bounds, the denominator, and the number of prompts.
 
-    One entry per round (or slot, or record): its prompt, its bin, what it adds above and below the line.
+    One entry per round (or slot, or record): its prompt, its bin, its terms of numerator and denominator.
     """
     keys, cluster = np.unique(prompts, return_inverse=True)
     index = cluster * size + bins
@@ -112,7 +112,7 @@ def _histogram(known: pd.DataFrame, resamples: int, seed: int) -> list[dict[str,
         return []
     size = int(known["proposed"].max()) + 1
     prompts, accepted = known["prompt"].to_numpy(), known["accepted"].to_numpy()
-    # A round adds one to its own bin and stands below the line of every bin.
+    # A round adds one to the numerator of its bin and one to the denominator of every bin.
     every = np.repeat(np.arange(len(known)), size)
     bins = np.tile(np.arange(size), len(known))
     hits = (accepted[every] == bins).astype(float)
@@ -124,7 +124,7 @@ def _histogram(known: pd.DataFrame, resamples: int, seed: int) -> list[dict[str,
 
 
 def _truncation(runs: Sequence[Runs], resamples: int, seed: int) -> list[dict[str, float | int]]:
-    """Share of answers that the limit of new tokens cut short."""
+    """Share of answers that reached the limit of new tokens."""
     records = pd.concat([part.records for part in runs], ignore_index=True)
     cut, ones = records["truncated"].to_numpy().astype(float), np.ones(len(records))
     place = np.zeros(len(records), np.int64)

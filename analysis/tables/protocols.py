@@ -1,4 +1,4 @@
-"""How the numbers of a column were measured: its protocol, the cells of another one, and what a table says of it."""
+"""The protocol of a column (how its numbers were measured), cells with another protocol, and notes about it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ MARK = "‡"
 
 
 def clash(a: Mapping[str, Any], b: Mapping[str, Any], without: Sequence[str] = ()) -> dict[str, tuple[Any, Any]]:
-    """The settings that two protocols both state, and state differently."""
+    """The settings that two protocols both record, with different values."""
     return {key: (a[key], b[key]) for key in a if key in b and key not in without and a[key] != b[key]}
 
 
@@ -38,7 +38,7 @@ def marked(part: Sequence[Group]) -> dict[tuple[str, str], dict[str, tuple[Any, 
 
 
 def notes(part: Sequence[Group]) -> list[str]:
-    """What stands under every table of a section: the protocol, the prompts, marks, and what rows differ in."""
+    """Notes under every table of a section: the protocol, the prompts, marks, and differences between rows."""
     of = columns(part)
     said = []
     common = {key: value for key, value in next(iter(of.values())).items() if key != "prompts"}
@@ -66,7 +66,7 @@ def notes(part: Sequence[Group]) -> list[str]:
 
 
 def _configurations(part: Sequence[Group]) -> list[str]:
-    """Everything in which rows of one method differ, where their labels say a part of it, and what was not recorded."""
+    """All settings in which rows of one method differ, if their labels show only a part, and settings not recorded."""
     said = []
     rows = {group.label: group for group in part}
     for label, group in rows.items():
@@ -89,14 +89,15 @@ def _configurations(part: Sequence[Group]) -> list[str]:
 
 
 def _training(group: Group) -> tuple[tuple[str, Any], ...]:
-    """How much and on what a row's drafts were trained: what rows of different methods should have in common."""
+    """Amount and source of the training data of a row's drafts, which rows of different methods should have in
+    common."""
     facts = dict(group.runs.runs[grouping.DECIDED].iloc[0])
     keys = ("cache", "data.name", "limit_samples", "trainer.max_steps", "trainer.epochs")
     return tuple((key, facts[key]) for key in keys if key in facts)
 
 
 def batch_sizes(group: Group) -> set[float]:
-    """Requests decoded at once, as far as the runs of a group say."""
+    """Number of requests decoded at once, if the runs of a group record it."""
     found: set[float] = set()
     for key in ("summary.protocol.batch_size", "batch_size"):
         if key in group.runs.runs:

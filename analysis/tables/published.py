@@ -1,7 +1,7 @@
-"""The published numbers (analysis/paper/*.csv) and how far ours are from them.
+"""The published numbers (analysis/paper/*.csv) and the differences of ours from them.
 
 Source: Cheng et al. 2026, "DSpark: Confidence-Scheduled Speculative Decoding with Semi-Autoregressive Generation":
-table 1 and figures 2, 4, 5 and 6; what was read off a figure says so in its own row.
+table 1 and figures 2, 4, 5 and 6; rows with numbers that were read from a figure say so.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ def table(name: str) -> pd.DataFrame:
 def gap(accepted_length: pd.DataFrame) -> pd.DataFrame:
     """Our accepted lengths beside the published ones, for the target, method and benchmark that both have.
 
-    `gap` = ours - published, `relative` = gap / published, `inside` = the published value lies in our interval (which
-    speaks of our prompts alone: the published table states no error). Empty where nothing is shared.
+    `gap` = ours - published, `relative` = gap / published, `inside` = the published value is inside our interval (which
+    is over our prompts only: the published table gives no error). Empty if there is nothing in common.
     """
     ours, theirs = (
         frame.assign(**{f"_{key}": frame[key].map(spelling) for key in ("target", "method", "benchmark")})

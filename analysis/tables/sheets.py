@@ -1,6 +1,6 @@
-"""The tables as people read them: method x benchmark in the paper's layout, differences, seeds, costs, published.
+"""Tables arranged for printing: method x benchmark in the paper's layout, differences, seeds, costs, published.
 
-A `Sheet` is a table of texts with a few facts beside them; `analysis.tables.writers` turns it into Markdown, LaTeX,
+A `Sheet` is a table of texts with some formatting facts; `analysis.tables.writers` converts it to Markdown, LaTeX,
 HTML or a terminal table.
 """
 
@@ -25,7 +25,7 @@ SUFFIXES = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
 
 @dataclass(frozen=True)
 class Cell:
-    """One entry: what is printed, whether it is the resolved best, and the number that a column is sorted by."""
+    """One entry: its text, whether it is the resolved best, and the number by which a column is sorted."""
 
     text: str
     best: bool = False
@@ -51,9 +51,10 @@ def main(
     pairs: pd.DataFrame,
     costs: pd.DataFrame | None = None,
 ) -> list[Sheet]:
-    """One sheet a section: variants down, benchmarks across by domain, macro averages at the end of each domain.
+    """One sheet per section: variants as rows, benchmarks as columns by domain, macro averages at the end of each
+    domain.
 
-    Where `costs` (analysis.tables.costs) holds measured speedups, two last columns show them beside predicted ones.
+    If `costs` (analysis.tables.costs) has measured speedups, the two last columns show them and the predicted ones.
     """
     sheets = []
     for section, part in grouping.sections(found):
@@ -97,7 +98,7 @@ def main(
 
 
 def _speedups(costs: pd.DataFrame, labels: Sequence[str]) -> dict[str, list[list[Cell]]]:
-    """Measured and predicted speedup of every label, by the batch that was timed; empty where nothing was."""
+    """Measured and predicted speedup of every label by batch size; empty if nothing was measured."""
     timed = costs[costs["speedup_measured"].notna()]
     found = {}
     for batch, part in timed.groupby("speedup_batch", dropna=False):
@@ -129,7 +130,7 @@ def _notes(part: Sequence[Group], macros: pd.DataFrame) -> list[str]:
 
 
 def only(frame: pd.DataFrame, section: dict) -> pd.DataFrame:
-    """The rows of one section, by whichever of its keys the frame carries."""
+    """The rows of one section, by those of its keys that the frame has."""
     keep = np.ones(len(frame), bool)
     for key, value in section.items():
         if key in frame:
@@ -146,7 +147,7 @@ def _column(
     pairs: pd.DataFrame,
     other: Collection[tuple[str, str]],
 ) -> list[Cell]:
-    """The cells of a column, a label each; `other` are the (label, benchmark) of another protocol, never best."""
+    """The cells of a column, one per label; `other`: (label, benchmark) with another protocol, which are never best."""
     scope, domain, name = column
     every = [benchmark for names in places.values() for benchmark in names]
     here = [name] if scope == "benchmark" else places.get(domain, every)
@@ -183,7 +184,7 @@ def resolved_best(values: dict[str, float], pairs: pd.DataFrame) -> str | None:
 
 
 def differences(found: Sequence[Group], pairs: pd.DataFrame) -> list[Sheet]:
-    """One sheet a section: pairs of variants on each domain's macro average and on the overall one."""
+    """One sheet per section: pairs of variants on each domain's macro average and on the overall one."""
     sheets = []
     p = "p_holm" if "p_holm" in pairs else "p"
     columns = ["pair", "macro", "difference [95%]", "p (Holm)" if p == "p_holm" else "p", "prompts", "verdict"]
@@ -204,7 +205,7 @@ def differences(found: Sequence[Group], pairs: pd.DataFrame) -> list[Sheet]:
 
 
 def spread(seeds: pd.DataFrame) -> Sheet:
-    """Mean and spread over training seeds: another question than the interval over prompts."""
+    """Mean and spread over training seeds, which differs from the interval over prompts."""
     rows = []
     for _, row in seeds.iterrows():
         mean = Cell(bracket(row["mean"], row["low"], row["high"]), sort=row["mean"])
@@ -217,7 +218,7 @@ def spread(seeds: pd.DataFrame) -> Sheet:
 
 
 def costs(found: Sequence[Group], frame: pd.DataFrame) -> list[Sheet]:
-    """One sheet a section: what each variant costs."""
+    """One sheet per section: costs of each variant."""
     forms = {
         "draft_parameters": ("draft parameters", size),
         "training_tokens": ("training tokens", size),

@@ -58,8 +58,8 @@ def _joined(sheet: Sheet) -> list[str]:
 
 
 def latex(sheets: Sequence[Sheet]) -> str:
-    """One table environment a sheet, with booktabs rules; one of more than WIDE columns is fitted to both columns of a
-    page. Needs \\usepackage{booktabs}, and graphicx for wide ones."""
+    """One table environment per sheet, with booktabs rules; a table of more than WIDE columns is scaled to the width of
+    a page. Needs \\usepackage{booktabs}, and graphicx for wide ones."""
     parts = []
     for sheet in sheets:
         wide = len(sheet.columns) > WIDE
@@ -135,7 +135,7 @@ def terminal(sheets: Sequence[Sheet], width: int = 120) -> str:
 
 def rich_table(sheet: Sheet) -> Table:
     """One sheet as a rich table; the resolved best in bold, marked with * so that a log shows it too."""
-    # As text, because brackets in a row's name are no markup.
+    # As plain text, because brackets in the name of a row are not markup.
     title, caption = Text(sheet.title), Text(" ".join(sheet.notes))
     table = Table(title=title, caption=caption, title_justify="left", caption_justify="left")
     above = [text for text, span in sheet.spans for _ in range(span)] or [""] * len(sheet.columns)
