@@ -248,7 +248,7 @@ def test_yaml_entry_by_entry_is_yaml(text, tmp_path):
     file.write_text(text)
     whole = yaml.safe_load(text) or {}
     if not isinstance(whole, dict):
-        with pytest.raises(ValueError, match="holds no mapping"):
+        with pytest.raises(ValueError, match="is not a mapping"):
             folders._yaml(file)
         return
     assert folders._yaml(file) == (whole, dict(folders.flatten(whole)))
