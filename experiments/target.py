@@ -1,10 +1,12 @@
-"""specbench target: tokenizer, network, pretraining, and a folder that any later stage can load."""
+"""specbench target: a folder that any later stage can load, trained from nothing or made from a GGUF file."""
 
 from __future__ import annotations
 
 import hashlib
 import itertools
 import sys
+import tempfile
+import time
 import warnings
 from pathlib import Path
 
@@ -18,7 +20,7 @@ from specbench.cli.assembly import composed, load_target
 from specbench.cli.checks import check_before
 from specbench.cli.config_groups import known_options
 from specbench.cli.recording import recorded
-from specbench.cli.stages import Stage, container
+from specbench.cli.stages import Stage, container, say
 from specbench.cli.target_argument import expand
 from specbench.data.answers.embedded_tokenizer import rendered, train_tokenizer
 from specbench.data.prompts.embedded_corpus import DOMAINS, census, conversations
@@ -26,6 +28,8 @@ from specbench.files.atomic import write_json
 from specbench.files.redaction import redacted
 from specbench.files.torch_checkpoints import read_checkpoint
 from specbench.models import target as targets
+from specbench.models.gguf_conversion import convert
+from specbench.models.gguf_file import Found, at, in_package, require_reader
 from specbench.models.selfcheck import settle
 from specbench.runs.provenance import provenance
 from specbench.training.pretraining import CorpusBatches, LanguageModeling, initialise
@@ -36,11 +40,14 @@ ELSEWHERE = ("root", "folder", "name", "force", "check", "check_dtype")
 
 
 def run(cfg: DictConfig) -> None:
-    """Train the target that `cfg` describes and write it, with its provenance, to `cfg.folder`; or `check` one."""
+    """Make the target that `cfg` describes and write it, with its provenance, to `cfg.folder`; or `check` one."""
     if cfg.check is not None:
         print_check(cfg.check, cfg.check_dtype)
         return
     check_before("target", cfg)
+    if cfg.path is not None or cfg.package is not None:
+        from_gguf(cfg)
+        return
     with stage_of(cfg) as stage:
         if stage.done:
             return
@@ -62,6 +69,38 @@ def run(cfg: DictConfig) -> None:
         stage.finish(facts["loss"] | {"tokens_seen": facts["tokens_seen"], "seconds": facts["seconds"]})
 
 
+def from_gguf(cfg: DictConfig) -> Path:
+    """Make the folder target of a GGUF file, skipped where it is there; returns the folder."""
+    with stage_of(cfg) as stage:
+        if stage.done:
+            return stage.folder
+        began, found = time.monotonic(), located(cfg)
+        with tempfile.TemporaryDirectory(dir=stage.work, prefix=".parts-") as parts:
+            file = found.whole(Path(parts))
+            facts = convert(file, stage.work, cfg.dtype, cfg.tokenizer, lambda line: say(f"target: {line}"))
+        run_facts, _ = provenance([Path(sys.argv[0]).name, *sys.argv[1:]], {})
+        facts["licence"] = facts["licence"] or found.origin.get("licence")
+        own = {"source": "gguf", **found.origin, **facts, "gguf_sha256": found.sha256()}
+        own["seconds"] = round(time.monotonic() - began, 1)
+        write_json(stage.work / "provenance.json", redacted(run_facts | own))
+        told = {"parameters": facts["parameters"], "licence": str(facts["licence"]), "seconds": own["seconds"]}
+        told["tokenizer"] = "; ".join(facts["compared"])
+        stage.finish(told, next=f"specbench target check={stage.folder}")
+    return stage.folder
+
+
+def located(cfg: DictConfig) -> Found:
+    """The GGUF file that the settings name."""
+    return in_package(cfg.package) if cfg.package is not None else at(cfg.path)
+
+
+def check(cfg: DictConfig) -> None:
+    """Refuse a GGUF file that is not there, and missing packages that read it."""
+    if cfg.path is not None or cfg.package is not None:
+        require_reader()
+        located(cfg)
+
+
 def print_check(name: str, dtype: str) -> None:
     """Print what the check of a target found, layer by layer. Raises ValueError where it cannot be used."""
     words = expand([f"target={name}"], known_options("target"))
@@ -76,9 +115,12 @@ def print_check(name: str, dtype: str) -> None:
 
 
 def stage_of(cfg: DictConfig) -> Stage:
-    """The stage of this pretraining, not entered."""
+    """The stage of this target, not entered."""
     instead = "another name= or folder="
-    return Stage("target", Path(cfg.folder), cfg, force=cfg.force, results=RESULTS, instead=instead)
+    inputs = None
+    if cfg.package is not None:
+        inputs = {"package": " ".join(f"{k}=={v}" for k, v in sorted(located(cfg).origin["packages"].items()))}
+    return Stage("target", Path(cfg.folder), cfg, force=cfg.force, results=RESULTS, inputs=inputs, instead=instead)
 
 
 def publish(cfg: DictConfig, module: LanguageModeling, data: CorpusBatches, steps: int, folder: Path) -> dict:

@@ -25,7 +25,7 @@ from specbench.runs.settings_without_effect import without_effect
 # Settings that name files: what lies there counts, and not where.
 INPUTS = (
     *("draft", "start", "cache", "answers", "rounds", "held_out", "calibration", "prompts", "suite.prompts"),
-    *("target.id", "data.source.paths", "profile.path", "policies.*.rounds", "policies.*.calibration"),
+    *("path", "target.id", "data.source.paths", "profile.path", "policies.*.rounds", "policies.*.calibration"),
     "scheduler.calibration.path",
 )
 # Values of these settings that name no file, though one may lie there by chance.

@@ -28,6 +28,15 @@ MANY_JOBS = 256
 
 # The name of a target that is given by its folder or hub id alone.
 OmegaConf.register_new_resolver("basename", lambda path: Path(str(path)).name, replace=True)
+# What `specbench target` makes is called after the package or file that it comes from, else `otherwise`.
+OmegaConf.register_new_resolver(
+    "made_from",
+    lambda package, path, otherwise: str(package or "") or (Path(str(path)).stem if path else otherwise),
+    replace=True,
+)
+OmegaConf.register_new_resolver(
+    "dtype_of", lambda package, path: "float32" if package or path else "bfloat16", replace=True
+)
 
 
 PLAIN = re.compile(r"([+~]{0,2}[\w./@-]+)=(.*)", re.DOTALL)

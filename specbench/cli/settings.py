@@ -716,6 +716,10 @@ class PretrainerSettings(Settings):
 
 
 class PretrainSettings(Settings):
+    source: Literal["pretrain", "gguf"] | None
+    path: Folder | None
+    package: Text | None
+    tokenizer: Folder | None
     check: Text | None
     check_dtype: DType
     root: Folder
@@ -731,6 +735,19 @@ class PretrainSettings(Settings):
     seed: Seed
     every: Count
     trainer: PretrainerSettings
+
+    @model_validator(mode="after")
+    def _one_source(self) -> PretrainSettings:
+        given = [f"{key}={value}" for key, value in (("path", self.path), ("package", self.package)) if value]
+        if len(given) > 1:
+            raise ValueError(f"{' '.join(given)}: a target is made from one of them")
+        if self.source == "gguf" and not given:
+            raise ValueError("source=gguf: give path=FILE.gguf or package=NAME")
+        if self.source == "pretrain" and given:
+            raise ValueError(f"source=pretrain {given[0]}: a target that is trained takes neither path nor package")
+        if self.tokenizer is not None and not given:
+            raise ValueError(f"tokenizer={self.tokenizer}: goes with path=FILE.gguf or package=NAME")
+        return self
 
 
 # By root configuration.
