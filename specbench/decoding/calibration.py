@@ -1,9 +1,9 @@
-"""Is the confidence head right, and making it right: reliability by slot and sequential temperature scaling.
+"""Calibration of the confidence head: reliability by slot and sequential temperature scaling.
 
-What is judged at slot k is the running product a_k = c_1 ... c_k against prefix acceptance, the event that the round
-accepted at least k tokens (DSpark paper, section 5 and figure 6). A slot is observed only in the rounds that proposed
-it. Cutting a proposal by its confidences c_1..c_k leaves the observed slots unbiased given those confidences; an
-accepted stop token ends a round at its own slot, and slots beyond count for nothing.
+At slot k, the product a_k = c_1 ... c_k is compared with prefix acceptance, the event that the round accepted at least
+k tokens (DSpark paper, section 5 and figure 6). A slot is observed only in the rounds that proposed it. If a scheduler
+shortens a proposal by its confidences c_1..c_k, the observed slots remain unbiased given these confidences. An accepted
+stop token ends a round at its slot, and later slots do not count.
 
 Axes: R rounds, K slots, N observations.
 """
@@ -35,7 +35,7 @@ GRID = tuple(float(10 ** (step / 100)) for step in range(-100, 101))  # 0.1 to 1
 
 
 def reliability(predicted: Float[np.ndarray, " N"], observed: Bool[np.ndarray, " N"], bins: int = BINS) -> Reliability:
-    """The reliability diagram of one slot. ValueError without an observation.
+    """The reliability diagram of one slot. Errors: ValueError without an observation.
 
     >>> round(float(reliability(np.array([0.81, 0.83, 0.32]), np.array([True, False, False])).ece), 4)
     0.32
@@ -46,7 +46,7 @@ def reliability(predicted: Float[np.ndarray, " N"], observed: Bool[np.ndarray, "
 
 
 def probabilities(logits: Float[np.ndarray, "R K"], temperatures: Sequence[float] = ()) -> Float[np.ndarray, "R K"]:
-    """c = sigmoid(logit / temperature of the slot) in fp64; without temperatures as the head says. NaN stays NaN."""
+    """c = sigmoid(logit / temperature of the slot) in fp64; without temperatures, sigmoid(logit). NaN stays NaN."""
     scaled = logits.astype(np.float64) / (np.asarray(temperatures) if len(temperatures) else 1.0)
     return 0.5 * (1.0 + np.tanh(0.5 * scaled))
 
@@ -57,10 +57,10 @@ def by_slot(
     proposed: Int[np.ndarray, " R"],
     bins: int = BINS,
 ) -> list[dict]:
-    """One row a slot: slot, n, survival, predicted, ece, auroc, brier and reliability (count, predicted, observed).
+    """One row per slot: slot, n, survival, predicted, ece, auroc, brier and reliability (count, predicted, observed).
 
-    `confidence` are probabilities of conditional acceptance; their running product is judged. A slot nobody proposed
-    has n = 0 and None for every number; auroc is None where all rounds agree.
+    `confidence` are probabilities of conditional acceptance; their product up to each slot is evaluated. A slot that no
+    round proposed has n = 0 and None for every number; auroc is None if all rounds have the same outcome.
     """
     events = prefix_events(confidence, accepted, proposed)
     rows = []
@@ -89,7 +89,7 @@ def by_slot(
 
 @dataclass(frozen=True)
 class Calibration:
-    """Temperatures of the confidence logits, and what they were fitted on.
+    """Temperatures of the confidence logits, and the rounds on which they were fitted.
 
     `prompts` are the digests of the prompts of the fitted rounds, `fingerprint` the digest of the rounds themselves,
     `observations[k-1]` how many rounds proposed slot k, `at_edge` the slots whose best temperature is the grid's end.
@@ -133,7 +133,7 @@ class Calibration:
         ]
 
     def save(self, path: str | Path) -> None:
-        """Write JSON, whole or not at all; calibration.json beside the draft is where decoding looks for it."""
+        """Write JSON by an atomic rename. Decoding looks for calibration.json beside the draft."""
         write_json(path, {"schema": SCHEMA, **asdict(self)})
 
     @classmethod
@@ -162,8 +162,8 @@ def fit(
     """Sequential temperature scaling (paper, section 5): for k = 1..K the temperature of slot k that minimises the
     expected calibration error of the running product up to k, with slots before k held at their calibrated values.
 
-    `prompts[r]` names the prompt of round r. Of equal errors the temperature nearest to 1 is taken. ValueError where
-    a slot was never proposed, because no temperature follows from nothing.
+    `prompts[r]` names the prompt of round r. Among equal errors the temperature nearest to 1 is taken. Errors:
+    ValueError if a slot was never proposed.
     """
     slots = logits.shape[1]
     observations = tuple(int((proposed >= k).sum()) for k in range(1, slots + 1))
@@ -189,7 +189,8 @@ def fit(
 
 @dataclass(frozen=True)
 class Calibrated(Scheduler):
-    """Another scheduler on calibrated confidences. Scaling slot k reads c_k alone, so what was lossless stays so."""
+    """Another scheduler on calibrated confidences. Scaling slot k uses only c_k, so a lossless scheduler stays
+    lossless."""
 
     scheduler: Scheduler
     calibration: Calibration
@@ -206,6 +207,6 @@ class Calibrated(Scheduler):
         self.scheduler.reset()
 
     def choose(self, confidence, proposed, requests, accepted):
-        with np.errstate(divide="ignore"):  # a certain 0 or 1 is an infinite logit and stays certain
+        with np.errstate(divide="ignore"):  # a probability of exactly 0 or 1 has an infinite logit and does not change
             logits = np.log(confidence) - np.log1p(-confidence)
         return self.scheduler.lengths(self.calibration.apply(logits), proposed, requests, accepted)

@@ -1,7 +1,7 @@
-"""What a forward pass costs an engine: SPS(B), the engine steps per second at B tokens in the forward pass.
+"""Cost profile of an engine: SPS(B), the engine steps per second with B tokens in the forward pass.
 
-Measured once a machine and target (DSpark paper, section 5), it is the only thing that the hardware-aware scheduler
-knows about the hardware. A profile carries its label and whether it was measured, and every number computed from it
+It is measured once per machine and target (DSpark paper, section 5) and is all that the hardware-aware scheduler
+knows about the hardware. A profile has a label and states whether it was measured; every number computed from it
 repeats both.
 
 Axes: P profiled sizes, B tokens in one forward pass (every request's anchor included), R requests.
@@ -33,12 +33,12 @@ INTERPOLATIONS = ("linear", "padded")
 class CostProfile:
     """SPS(B) as a table.
 
-    `tokens` ascend strictly; `steps_per_second` are the rates there. Between two sizes `linear` interpolates the
-    seconds of a step, `padded` charges the next larger size, as an engine does that replays graphs captured at a few
-    sizes. Outside the table there is no answer: asking is a ValueError, never an extrapolation.
+    `tokens` are strictly ascending; `steps_per_second` are the rates at these sizes. Between two sizes, `linear`
+    interpolates the seconds of a step; `padded` uses the next larger size, as an engine that replays CUDA graphs
+    captured at a few sizes. Outside the table there is no extrapolation, but a ValueError.
 
-    `draft_requests` and `draft_seconds` (optional) are the draft's own time for one proposal of R requests,
-    interpolated linearly and added to the step; leave them empty where `steps_per_second` already holds it.
+    `draft_requests` and `draft_seconds` (optional) are the draft's time for one proposal of R requests, interpolated
+    linearly and added to the step; leave them empty if `steps_per_second` includes this time.
     """
 
     tokens: Sequence[int] | np.ndarray
@@ -80,7 +80,7 @@ class CostProfile:
         return np.interp(sizes, self.tokens, seconds)
 
     def draft_time(self, requests: int) -> float:
-        """Seconds of one proposal for `requests` requests; 0 where the profile has no draft table."""
+        """Seconds of one proposal for `requests` requests; 0 if the profile has no draft table."""
         if not self.draft_requests:
             return 0.0
         if not self.draft_requests[0] <= requests <= self.draft_requests[-1]:
@@ -117,9 +117,9 @@ class CostProfile:
         return replace(self, draft_requests=tuple(requests), draft_seconds=tuple(seconds))
 
     def monotone(self) -> CostProfile:
-        """The profile with seconds raised to their running maximum: no size is cheaper than a smaller one.
+        """The profile with seconds raised to their running maximum: no size is faster than a smaller one.
 
-        Removes the dips that noise leaves in a measured table, never lowers a cost. The label says so.
+        This removes decreases that are measurement noise and never lowers a cost. The label says so.
         """
         slowest = np.minimum.accumulate(self.steps_per_second)
         return replace(self, steps_per_second=tuple(slowest.tolist()), label=f"{self.label}, made monotone")
@@ -130,7 +130,7 @@ class CostProfile:
 
     @classmethod
     def load(cls, path: str | Path) -> CostProfile:
-        """Read what save() wrote, or a table that ends in .csv (see from_csv), which its file's name then labels."""
+        """Read a file of save(), or a CSV table (see from_csv), whose label is then the file name."""
         if not Path(path).is_file():
             raise ValueError(f"there is no cost profile at {path}; measure one with `specbench speed` or name another")
         if Path(path).suffix == ".csv":
@@ -145,7 +145,8 @@ class CostProfile:
 
     @classmethod
     def from_pairs(cls, pairs: Iterable[tuple[int, float]], label: str, source: str = "measured") -> CostProfile:
-        """From (tokens, steps per second) in any order; of a size measured several times the median rate is taken."""
+        """From (tokens, steps per second) in any order; the median rate is used for a size that was measured several
+        times."""
         found: dict[int, list[float]] = {}
         for tokens, rate in pairs:
             found.setdefault(int(tokens), []).append(float(rate))

@@ -1,7 +1,7 @@
 """Batched decoding: speculative rounds of a draft and a target, and plain decoding as their baseline.
 
-Requests of any length share one batch; each keeps its own length, roll-back and random generator, so its output does
-not depend on its neighbours. Requests join as others leave.
+Requests of any length share one batch. Each has its own length, roll-back and random generator, so its output does not
+depend on the others. New requests join when others are finished.
 
     round: draft.propose -> scheduler -> target.extend(anchor + proposal) -> verify -> advance target, commit draft
 
@@ -45,14 +45,16 @@ class Round:
 
     @property
     def committed(self) -> int:
-        """Tokens that count: accepted and the next one, or the accepted ones where a stop token ended the text."""
+        """Committed tokens: the accepted ones and the next one, or only the accepted ones if a stop token ended the
+        text."""
         return len(self.tokens)
 
 
 @dataclass
 class Decoded:
-    """One finished request. `output_ids`: the generated tokens, cut at the stop token or at max_new_tokens. `seconds`:
-    of everything that it took part in. `prefill_seconds`: its share of joining, prefill and the copy into the batch."""
+    """One finished request. `output_ids`: the generated tokens, ended at the stop token or at max_new_tokens.
+    `seconds`: time of all steps in which it took part. `prefill_seconds`: its share of joining, prefill and the copy
+    into the batch."""
 
     index: int
     prompt_ids: list[int]
@@ -65,7 +67,8 @@ class Decoded:
 
 @dataclass(frozen=True)
 class Limits:
-    """When a request ends and how many run at once. `token_budget` bounds the sum of prompt + new tokens in flight."""
+    """When a request ends and how many run at once. `token_budget`: maximum sum of prompt and new tokens of running
+    requests."""
 
     max_new_tokens: int = 256
     stop_token_ids: tuple[int, ...] = ()
@@ -82,13 +85,13 @@ class Limits:
 
     @property
     def last_round_at(self) -> int:
-        """Rounds run while fewer tokens than this are out; the released evaluator runs one more than is needed."""
+        """Rounds run while the text has fewer tokens than this; the released evaluator may run one more than needed."""
         return self.max_new_tokens + (self.accounting == "deepspec")
 
 
 @dataclass
 class _Lanes:
-    """The requests in flight, row by row."""
+    """The running requests, one per row of the batch."""
 
     requests: list[Decoded]
     anchor: Tensor
@@ -119,14 +122,16 @@ def speculative_decode(
     scheduler: Scheduler | None = None,
     slots: int | None = None,
 ) -> Iterator[Decoded]:
-    """Decode every prompt with `draft`; finished requests come as they finish, `Decoded.index` says which.
+    """Decode every prompt with `draft`; requests are yielded when they finish, `Decoded.index` is the index of the
+    prompt.
 
-    The output has the target's law under `sampling`; at temperature 0 it is the target's own greedy text (in exact
-    arithmetic). `slots` shortens the proposals. Errors: ValueError for an empty prompt or an unusable scheduler.
+    Decoding is lossless: the output has the target's distribution under `sampling`; at temperature 0 it is the greedy
+    text of the target (in exact arithmetic). `slots` shortens the proposals. Errors: ValueError for an empty prompt or
+    a scheduler that is not lossless.
     """
     scheduler = scheduler or FixedLength()
     if not scheduler.lossless:
-        raise ValueError(f"scheduler {scheduler.label} can change the output and serves simulations only")
+        raise ValueError(f"scheduler {scheduler.label} is not lossless and can be used in simulations only")
     scheduler.reset()
     yield from _run(target, draft, prompts, sampling, limits, seeds, scheduler, slots)
 
@@ -138,14 +143,15 @@ def decode(
     limits: Limits,
     seeds: Sequence[int] | None = None,
 ) -> Iterator[Decoded]:
-    """Plain decoding: one target step a token. The baseline, and how a target answers prompts in process."""
+    """Plain decoding: one forward pass of the target per token. It is the baseline, and generates answers in this
+    process."""
     yield from _run(target, None, prompts, sampling, limits, seeds, FixedLength(), None)
 
 
 def _run(target, draft, prompts, sampling, limits, seeds, scheduler, slots) -> Iterator[Decoded]:
     empty = [i for i, prompt in enumerate(prompts) if len(prompt) == 0]
     if empty:
-        raise ValueError(f"prompt {empty[0]} holds no token; every prompt needs at least one")
+        raise ValueError(f"prompt {empty[0]} has no token; every prompt needs at least one")
     target.require(prompts, limits.max_new_tokens)
     seeds = list(range(len(prompts))) if seeds is None else seeds
     waiting = deque(Decoded(i, list(map(int, prompt))) for i, prompt in enumerate(prompts))
@@ -171,13 +177,13 @@ def _run(target, draft, prompts, sampling, limits, seeds, scheduler, slots) -> I
 
 
 def _done(lanes: _Lanes, limits: Limits) -> list[int]:
-    """Rows whose text ended at a stop token or is long enough."""
+    """Rows whose text ended at a stop token or reached its maximum length."""
     texts = [request.output_ids for request in lanes.requests]
     return [r for r, ids in enumerate(texts) if ids[-1] in limits.stop_token_ids or len(ids) >= limits.last_round_at]
 
 
 def _admit(waiting: deque[Decoded], lanes: _Lanes | None, limits: Limits) -> list[Decoded]:
-    """Requests that may join now: free lanes, and room in the token budget (a lone request always fits).
+    """Requests that can join now: free rows, and room in the token budget (a single request always fits).
 
     They join in groups of at least an eighth of the batch, because every join costs a prefill and a copy of the caches.
     """
@@ -240,7 +246,7 @@ def _round(target: Target, draft: Proposer | None, lanes: _Lanes, limits: Limits
     else:
         probabilities = None if proposal.probabilities is None else proposal.probabilities[:, :longest]
         uniforms = lanes.sampler.uniforms(proposal.tokens.shape[1] + 1, device)
-        # Every request spends the same number of draws a round, however far its neighbours' proposals reach.
+        # Every request uses the same number of draws per round, whatever the length of other proposals.
         uniforms = torch.cat([uniforms[:, :longest], uniforms[:, -1:]], 1)
         warped = warp(logits, lanes.sampler.sampling)
         accepted, following = verify(proposed, probabilities, warped, counts, uniforms)
@@ -274,7 +280,7 @@ def _lengths(proposal: Proposal, draft: Proposer, lanes: _Lanes, limits: Limits,
 
 
 def _book(request: Decoded, row: list[int], length: int, confidence, times, limits: Limits, speculative: bool) -> None:
-    """Enter one request's round: an accepted stop token ends the text there, and only slots up to it count."""
+    """Record the round of one request: an accepted stop token ends the text there, and only slots up to it count."""
     accepted, following, tokens = row[0], row[1], row[2:]
     kept = [*tokens[:accepted], following]
     stop_at = next((i for i, token in enumerate(tokens[:accepted]) if token in limits.stop_token_ids), None)
@@ -294,7 +300,7 @@ def _finish(request: Decoded, limits: Limits) -> Decoded:
 
 
 def clock(device: torch.device) -> float:
-    """Seconds, once the device has done what it was asked for."""
+    """Time in seconds, after the device has finished its queued work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()

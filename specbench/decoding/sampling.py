@@ -1,4 +1,4 @@
-"""Temperature, top-k, top-p, min-p; draws with one generator a request.
+"""Temperature, top-k, top-p, min-p; random draws with one generator per request.
 
 Axes: B rows, S slots, V vocabulary.
 """
@@ -13,14 +13,15 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-# Below it a logit divided by the temperature may leave fp32.
+# Below it, a logit divided by the temperature can overflow fp32.
 TINY_TEMPERATURE = 1e-20
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How a distribution is warped. temperature 0 is greedy, and any other has the law of its softmax, however small:
-    all mass on the largest logit, shared between equal ones. top_k 0, top_p 1 and min_p 0 are off."""
+    """Temperature and filters of sampling. temperature 0 is greedy. Any other temperature, however small, gives its
+    softmax: in the limit all probability on the largest logit, shared between equal ones. top_k 0, top_p 1 and min_p 0
+    are off."""
 
     temperature: float | int = 0.0
     top_k: int = 0
@@ -42,7 +43,7 @@ class Sampling:
 def warp(logits: Float[Tensor, "*b V"], sampling: Sampling) -> Float[Tensor, "*b V"]:
     """fp32 probabilities after temperature, top-k, top-p and min-p, in this order; greedy gives one-hot rows.
 
-    Draft and target must be warped alike, and draws and verification must use these very numbers.
+    Draft and target need the same settings, and draws and verification must use these same numbers.
     """
     logits = logits.float()
     if sampling.greedy:
@@ -57,7 +58,7 @@ def warp(logits: Float[Tensor, "*b V"], sampling: Sampling) -> Float[Tensor, "*b
     probabilities = logits.softmax(-1)
     if sampling.top_p < 1:
         ordered, order = probabilities.sort(dim=-1, descending=True, stable=True)
-        # A token stays while the mass before it is below top_p, so the most likely one always stays.
+        # A token is kept while the probability before it is below top_p, so the most likely one is always kept.
         keep = (ordered.cumsum(-1) - ordered < sampling.top_p).float()
         probabilities = torch.zeros_like(probabilities).scatter_(-1, order, ordered * keep)
     if sampling.min_p > 0:
@@ -67,7 +68,7 @@ def warp(logits: Float[Tensor, "*b V"], sampling: Sampling) -> Float[Tensor, "*b
 
 
 def draw(probabilities: Float[Tensor, "*b V"], uniforms: Float[Tensor, "*b"]) -> Int[Tensor, "*b"]:
-    """Inverse-CDF draws in fp64: one uniform in [0, 1) a row; never a token of probability zero."""
+    """Inverse-CDF draws in fp64: one uniform in [0, 1) per row; never a token of probability zero."""
     cumulative = probabilities.double().cumsum(-1)
     total = cumulative[..., -1:]
     threshold = uniforms.double()[..., None] * total * (1 - 2**-52)
@@ -90,7 +91,7 @@ class Sampler:
         return draw(probabilities, self.uniforms(logits.shape[1], logits.device)), probabilities
 
     def uniforms(self, count: int, device: torch.device | str = "cpu") -> Float[Tensor, "B S"]:
-        """`count` uniforms in [0, 1) a row, in fp64."""
+        """`count` uniforms in [0, 1) per row, in fp64."""
         rows = np.stack([generator.random(count) for generator in self.generators])
         return torch.from_numpy(rows).to(device)
 

@@ -1,12 +1,12 @@
-"""How many draft tokens of each request the target verifies in this round.
+"""Schedulers: the number of draft tokens of each request that the target verifies in a round.
 
 Every scheduler maps confidences to lengths with one signature: `lengths(confidence (R, K), proposed (R,)) -> (R,)`.
-Confidences are probabilities: c[r, k] is the predicted chance that slot k is accepted once slots 1..k-1 were, so
-their running product a[r, k] predicts prefix acceptance (DSpark paper, section 5).
+Confidences are probabilities: c[r, k] is the predicted probability that slot k is accepted if slots 1..k-1 were, so
+the product a[r, k] = c[r, 1] ... c[r, k] predicts prefix acceptance (DSpark paper, section 5).
 
-LOSSLESS means: the decision to verify slot k uses nothing that depends on x_k or a later token. c_k itself reads
-x_{k-1} (the Markov embedding of the previous token), so slot k may be judged by c_1..c_k and by no later confidence.
-A rule that looks at c_{k+1} has looked at x_k, and changes the law of the output (paper, appendix A).
+LOSSLESS means: the decision to verify slot k uses nothing that depends on x_k or a later token. c_k depends on x_{k-1}
+(the Markov embedding of the previous token), so the decision for slot k may use c_1..c_k and no later confidence. A
+rule that uses c_{k+1} depends on x_k and changes the distribution of the output (paper, appendix A).
 
 Axes: R requests, K slots. `proposed[r] <= K` slots were drafted; confidences beyond are not read.
 """
@@ -35,9 +35,9 @@ def fixed(proposed: Lengths, length: int | None) -> Lengths:
 
 
 def thresholded(confidence: Confidence, proposed: Lengths, threshold: float | int, cumulative: bool = False) -> Lengths:
-    """Slots before the first one whose confidence lies below `threshold`.
+    """Slots before the first one whose confidence is below `threshold`.
 
-    The slot's own confidence is looked at (the released evaluator's rule), or with `cumulative` the running product.
+    The confidence of the slot is compared (the rule of the released evaluator), or with `cumulative` the product a.
     """
     values = confidence.cumprod(1) if cumulative else confidence
     return np.minimum((values >= threshold).cumprod(1).sum(1), proposed)
@@ -54,11 +54,11 @@ def prefix_schedule(
 ) -> Lengths:
     """The hardware-aware prefix scheduler (paper, algorithm 1): lengths that raise expected tokens per second.
 
-    Slots of all requests are admitted by falling survival a. With m admitted, B = R + m tokens enter the forward pass
-    and tau = R + sum of their a is the expected number of committed tokens, so tau * SPS(B) is the throughput.
-    `early_stop` ends at the first slot that does not raise it, which is what keeps the rule lossless; without it the
-    best m of all is taken. Equal survivals are admitted by slot, then by request. Same as prefix_schedule_reference,
-    which is the algorithm word for word, by one sort.
+    Slots of all requests are added in the order of decreasing survival a. With m added, B = R + m tokens are in the
+    forward pass and tau = R + sum of their a is the expected number of committed tokens, so tau * SPS(B) is the
+    throughput. `early_stop` ends at the first slot that does not raise it, which keeps the rule lossless; without it
+    the best m is taken. Equal survivals are ordered by slot, then by request. Equal to prefix_schedule_reference, with
+    one sort.
     """
     requests = len(proposed)
     a = survival(confidence, proposed).T  # (K, R)
@@ -85,7 +85,7 @@ def prefix_schedule(
 def prefix_schedule_reference(
     confidence: Confidence, proposed: Lengths, profile: CostProfile, early_stop: bool = True
 ) -> Lengths:
-    """Algorithm 1 of the paper word for word, one slot at a time: the oracle of prefix_schedule."""
+    """Algorithm 1 of the paper, literally, one slot at a time: the reference implementation of prefix_schedule."""
     requests = len(proposed)
     a = survival(confidence, proposed)
     slots = [(-a[r, k], k, r) for r in range(requests) for k in range(int(proposed[r]))]
@@ -105,7 +105,7 @@ def prefix_schedule_reference(
 class Scheduler(ABC):
     """A rule for how many proposed slots to verify, configurable from YAML.
 
-    `lossless` is False for a rule that may change the law of the output; decoding for real must refuse it.
+    `lossless` is False for a rule that can change the distribution of the output; decoding refuses it.
     """
 
     lossless: ClassVar[bool] = True
@@ -114,7 +114,7 @@ class Scheduler(ABC):
     @property
     @abstractmethod
     def label(self) -> str:
-        """What the `scheduler` column of a record says."""
+        """Value of the `scheduler` column of a record."""
 
     @abstractmethod
     def choose(
@@ -135,8 +135,8 @@ class Scheduler(ABC):
     ) -> Lengths:
         """Slots to verify, 0 <= lengths <= proposed.
 
-        `requests` are the identities of the rows, for a scheduler that remembers earlier rounds. `accepted` is what
-        the target will accept of the full proposal: known when a recording is replayed, never while decoding.
+        `requests`: identities of the rows, for a scheduler that remembers earlier rounds. `accepted`: the number of
+        tokens that the target will accept of the full proposal; known only when recorded rounds are replayed.
         """
         if self.needs_confidence and confidence is None:
             raise ValueError(
@@ -170,14 +170,14 @@ class FixedLength(Scheduler):
 
 @dataclass(frozen=True)
 class StaticThreshold(Scheduler):
-    """Cuts at the first slot whose own confidence, or with `cumulative` the running product, is below `threshold`."""
+    """Cuts at the first slot whose confidence, or with `cumulative` the product a, is below `threshold`."""
 
     threshold: Share
     cumulative: bool = False
 
     def __post_init__(self) -> None:
         if not 0 <= self.threshold <= 1:
-            raise ValueError(f"threshold={self.threshold} is no probability; choose it between 0 and 1")
+            raise ValueError(f"threshold={self.threshold} is not a probability; choose it between 0 and 1")
 
     @property
     def label(self) -> str:
@@ -203,11 +203,11 @@ class HardwareAware(Scheduler):
 
 @dataclass
 class DelayedGlobal(Scheduler):
-    """The best prefix lengths over all sizes, found on confidences `delay` rounds old (paper, section 5.2).
+    """The best prefix lengths over all sizes, computed from confidences of `delay` rounds ago (paper, section 5.2).
 
-    Looking past a dip of SPS is lossless only on confidences that no token of the present round has touched; the
-    engine of the paper plans two rounds ahead. A request younger than `delay` rounds has no old confidence and is
-    planned as if every proposed slot were certain.
+    A global search is lossless only with confidences that do not depend on a token of the current round; the engine of
+    the paper plans two rounds ahead. A request with fewer than `delay` rounds has no such confidence and is planned as
+    if every proposed slot were certain.
     """
 
     profile: CostProfile
@@ -217,8 +217,8 @@ class DelayedGlobal(Scheduler):
     def __post_init__(self) -> None:
         if self.delay < 1:
             raise ValueError(
-                f"delay={self.delay} lets the global search see this round's tokens, which changes the law of the "
-                "output; use 2 as the paper does, at least 1, or scheduler=hardware_aware"
+                f"delay={self.delay} lets the global search use this round's tokens, which changes the distribution of "
+                "the output; use 2 as the paper does, at least 1, or scheduler=hardware_aware"
             )
 
     @property
@@ -243,7 +243,7 @@ class DelayedGlobal(Scheduler):
 
 @dataclass(frozen=True)
 class OracleScheduler(Scheduler):
-    """Verifies exactly what the target will accept: the upper row of a table, possible only on a recording."""
+    """Verifies exactly the tokens that the target will accept: an upper bound, possible only on recorded rounds."""
 
     lossless: ClassVar[bool] = False
     needs_confidence: ClassVar[bool] = False
@@ -254,5 +254,5 @@ class OracleScheduler(Scheduler):
 
     def choose(self, confidence, proposed, requests, accepted):
         if accepted is None:
-            raise ValueError("scheduler oracle knows the future and works on recordings only; decode with another one")
+            raise ValueError("scheduler oracle works on recorded rounds only; decode with another scheduler")
         return np.minimum(accepted, proposed)

@@ -1,8 +1,8 @@
-"""The rejection-sampling law of speculative decoding, model-free (Leviathan et al. 2023; Chen et al. 2023).
+"""Verification by rejection sampling, without models (Leviathan et al. 2023; Chen et al. 2023).
 
 Accept x_k with probability min(1, q_k(x_k) / p_k(x_k)), left to right; at the first rejection draw from
-norm(max(q_k - p_k, 0)); if all are accepted draw from q_{l+1}. The committed tokens then have the target's law
-whatever the draft is.
+norm(max(q_k - p_k, 0)); if all are accepted draw from q_{l+1}. The committed tokens then have the distribution of the
+target, for any draft.
 
 Axes: B rows, K proposed slots, V vocabulary.
 """
@@ -19,7 +19,8 @@ from specbench.decoding.sampling import draw
 def verify_greedy(
     proposed: Int[Tensor, "B K"], target: Int[Tensor, "B L"], lengths: Int[Tensor, " B"]
 ) -> tuple[Int[Tensor, " B"], Int[Tensor, " B"]]:
-    """Temperature 0: accept while the proposal equals the target's own choice (B, K+1); returns (accepted, next)."""
+    """Temperature 0: accept while the proposal equals the target's most likely token (B, K+1); returns (accepted,
+    next)."""
     slots = torch.arange(proposed.shape[1], device=proposed.device)
     agree = (proposed == target[:, :-1]) & (slots < lengths[:, None])
     accepted = agree.cumprod(-1).sum(-1)
@@ -35,9 +36,9 @@ def verify(
 ) -> tuple[Int[Tensor, " B"], Int[Tensor, " B"]]:
     """Accepted counts and next tokens of a round.
 
-    `draft` are the probabilities the proposal was drawn from (None: the draft was deterministic, a one-hot law),
-    `target` those of K+1 positions under the same warping, `lengths` how many slots of each row count, `uniforms`
-    K acceptance draws and one for the next token.
+    `draft`: the probabilities from which the proposal was drawn (None: the draft was deterministic, a one-hot
+    distribution). `target`: those of K+1 positions with the same temperature and filters. `lengths`: number of slots of
+    each row that count. `uniforms`: K acceptance draws and one for the next token.
     """
     rows = torch.arange(len(proposed), device=proposed.device)
     K = proposed.shape[1]
@@ -55,6 +56,6 @@ def verify(
         residual = (following - draft[rows, at].double()).clamp_min(0)
     else:
         residual = following
-    # Rounding can leave an empty residual only where draft and target agree, and there the rejection has measure zero.
+    # Rounding can give an empty residual only if draft and target are equal; a rejection then has probability zero.
     usable = rejected[:, None] & (residual.sum(-1, keepdim=True) > 0)
     return accepted, draw(torch.where(usable, residual, following), uniforms[:, K])

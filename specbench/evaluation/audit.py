@@ -1,10 +1,10 @@
-"""Is speculative text the target's own greedy text? Where it is not, was it a near-tie?
+"""Check that speculative text equals the greedy text of the target, up to ties of nearly equal logits.
 
-The judge is the library model's own forward pass without a cache and by its own head, which shares nothing with the
-pass that decoded the text. One pass over prompt and text gives the target's choice after every prefix of the text, and
-each token has to be that choice. In short formats the same logit comes out a little differently from a block of tokens
-than from a whole text, so where two tokens are almost equally likely either may win: the audit says how far below the
-best logit the token lies that loses most.
+The reference is the forward pass of the model in transformers without a cache and with its own head, which is
+independent of the pass that decoded the text. One pass over prompt and text gives the target's most likely token after
+every prefix, and each token must be this one. In 16-bit formats the same logit differs slightly between a block of
+tokens and a whole text, so either of two almost equally likely tokens can be chosen: the audit reports the largest
+distance between the logit of a token and the best logit.
 
 Axes: T tokens.
 """
@@ -25,11 +25,11 @@ from specbench.models.target import Target
 
 @dataclass(frozen=True)
 class Parting:
-    """Where a speculative text leaves the target's own: the token's index in the output, and by how much it loses.
+    """The largest deviation of a speculative text from the greedy text of the target: index of the token, and size.
 
-    `gap` is the target's best logit there less the text's token's, from one pass over all that stands before it;
-    infinite where a text ends without reason. `spacing` is the distance of neighbouring numbers of the target's format
-    at the best logit: what rounding one logit can do.
+    `gap`: the best logit of the target at this position minus the logit of the token in the text, from one pass over
+    the text before it; infinite if a text ends without reason. `spacing`: the distance of neighbouring numbers of the
+    target's format at the best logit, which is the error of rounding one logit.
     """
 
     position: int
@@ -41,7 +41,7 @@ class Parting:
         return self.gap <= spacings * self.spacing
 
     def row(self) -> list[float | None]:
-        """As a record keeps it; an infinite gap is null."""
+        """The entry in a record; an infinite gap is null."""
         return [float(self.position), None if math.isinf(self.gap) else self.gap, self.spacing]
 
     @classmethod
@@ -63,9 +63,9 @@ def spacing(value: float, dtype: torch.dtype) -> float:
 
 @torch.inference_mode()
 def parting(target: Target, prompt: Sequence[int], text: Sequence[int], limits: Limits) -> Parting | None:
-    """The token of a greedy continuation of `prompt` that loses most; None where every token is the target's choice.
+    """The token of a greedy continuation of `prompt` with the largest gap; None if every token is the target's choice.
 
-    A text that goes on behind a stop token, or ends before one with tokens to spare, parts there by an infinite gap.
+    A text that continues after a stop token, or ends without one before its maximum length, has an infinite gap there.
     """
     stop = next((i for i, token in enumerate(text) if token in limits.stop_token_ids), None)
     if stop is not None and stop < len(text) - 1:
@@ -78,7 +78,7 @@ def parting(target: Target, prompt: Sequence[int], text: Sequence[int], limits: 
     for at in loses.argsort(descending=True).tolist():
         if loses[at] <= 0:
             break
-        # The same from the text up to there alone, which is what the target would have continued.
+        # The same from the text up to this position only, from which the target would have continued.
         logits = _choices(target, [*prompt, *text[:at]], 1)[0]
         top = float(logits.max())
         if top > float(logits[text[at]]):
@@ -87,7 +87,7 @@ def parting(target: Target, prompt: Sequence[int], text: Sequence[int], limits: 
 
 
 def _choices(target: Target, tokens: Sequence[int], count: int) -> Tensor:
-    """The library's logits at the last `count` positions of a text, in double precision on the CPU."""
+    """Logits of the model in transformers at the last `count` positions of a text, in double precision on the CPU."""
     text = torch.tensor([list(tokens)], device=target.device)
     return target.live_logits(text, torch.tensor([len(tokens)]), count)[0, -count:].double().cpu()
 
@@ -95,14 +95,14 @@ def _choices(target: Target, tokens: Sequence[int], count: int) -> Tensor:
 def audit(
     target: Target, prompts: Sequence[Sequence[int]], outputs: Sequence[Sequence[int]], limits: Limits
 ) -> list[Parting | None]:
-    """Hold greedy outputs of prompts against the library's own choices, one entry a prompt."""
+    """Compare greedy outputs of prompts with the choices of the model in transformers, one entry per prompt."""
     return [parting(target, prompt, output, limits) for prompt, output in zip(prompts, outputs, strict=True)]
 
 
 def verdict(rows: Sequence[Sequence[float | None] | None], spacings: float) -> dict[str, Any]:
     """Counts over the `audit` entries of records: texts, identical ones, ties and violations, and the worst gap.
 
-    `worst` is the largest gap in spacings (None: no text parted, or one ended without reason).
+    `worst` is the largest gap in spacings (None: no text deviated, or one ended without reason).
     """
     found = [Parting.of(row) for row in rows if row]
     ties = sum(parted.is_tie(spacings) for parted in found)

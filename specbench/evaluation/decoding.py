@@ -1,4 +1,4 @@
-"""Decode a suite into a run folder: what the command line and the library both do."""
+"""Decode a suite into a run folder, for the command line and the library."""
 
 from __future__ import annotations
 
@@ -28,7 +28,8 @@ def decode_suite(
     devices: int = 1,
     progress: Callable[[Answered], None] | None = None,
 ) -> list[Answered]:
-    """Decode every prompt and write records.parquet and rounds.jsonl; what `run` holds already is not decoded again.
+    """Decode every prompt and write records.parquet and rounds.jsonl; prompts that `run` has already are not decoded
+    again.
 
     Returns every prompt and turn in a fixed order on the first rank, nothing on the others.
     """
@@ -54,7 +55,7 @@ def decode_suite(
 def facts_of(
     target: Target, draft: Proposer | None, suite: Benchmarks, protocol: Protocol, labels: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """What summary.json says of an evaluation beside its numbers: what was decoded, and how."""
+    """The part of summary.json about an evaluation besides its numbers: what was decoded, and how."""
     return {
         **labels,
         "temperature": protocol.sampling.temperature,

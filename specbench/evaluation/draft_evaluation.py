@@ -1,7 +1,7 @@
 """Speculative decoding of benchmark prompts: records for every prompt and turn, resumable, split exactly over ranks.
 
-Every finished prompt is one line in this rank's part file, synced to disk, so a killed evaluation goes on at the next
-prompt under any number of ranks. Records and rounds are merged from the parts when all are done.
+Every finished prompt is one line in this rank's part file, synced to disk, so a killed evaluation continues at the next
+prompt with any number of ranks. Records and rounds are merged from the parts when all are done.
 
 Axes: K slots.
 """
@@ -39,10 +39,10 @@ THINKING = {None: "default", True: "on", False: "off"}
 
 @dataclass(frozen=True)
 class Protocol:
-    """How prompts are decoded: part of the identity of every number that comes out.
+    """How prompts are decoded. It is part of the identity of every result.
 
-    `teacher_forced` adds each text's teacher-forced acceptance to its record, `audit` where it leaves the target's own
-    greedy text.
+    `teacher_forced` adds the teacher-forced acceptance of each text to its record; `audit` adds its largest deviation
+    from the greedy text of the target.
     """
 
     sampling: Sampling = field(default_factory=Sampling)
@@ -65,7 +65,7 @@ class Protocol:
             )
 
     def facts(self, dtype: str, block_size: int | None) -> dict[str, Any]:
-        """What a reader must know to set a number beside another one, for a run's record.
+        """The facts for the record of a run that are needed to compare its numbers with others.
 
         `block_size`: the slots of the draft, None for plain decoding.
         """
@@ -100,7 +100,7 @@ class Answered:
 
 
 def turn_seed(run_seed: int, prompt_seed: int, turn: int) -> int:
-    """The decoding seed of one prompt and turn: a function of these three and of nothing else."""
+    """The decoding seed of one prompt and turn: a function of these three arguments only."""
     return int(np.random.SeedSequence([run_seed, prompt_seed, turn]).generate_state(1, np.uint64)[0])
 
 
@@ -118,7 +118,7 @@ def answer(
     labels: Mapping[str, Any],
     known: Mapping[tuple[str, str, int], Answered] | None = None,
 ) -> Iterator[Answered]:
-    """Decode every turn of `prompts` that `known` does not hold; the turns of one prompt follow each other.
+    """Decode every turn of `prompts` that is not in `known`; the turns of one prompt follow each other.
 
     Turn t of all prompts is decoded before turn t+1, so the batch stays full. Errors: ValueError for a prompt with
     turns when the target has no tokenizer.
@@ -203,7 +203,7 @@ def _record(prompt: Prompt, turn: int, done: Decoded, protocol: Protocol, labels
 
 
 class Parts:
-    """The part files of an evaluation: append as prompts finish, read back whatever any rank finished before."""
+    """The part files of an evaluation: appended when prompts finish; read back for what any rank finished before."""
 
     def __init__(self, folder: Path, rank: int = 0):
         self.folder, self.file = folder / "parts", folder / "parts" / f"rank-{rank:05d}.jsonl"
@@ -211,7 +211,7 @@ class Parts:
         jsonl.repair(self.file)
 
     def read(self) -> dict[tuple[str, str, int], Answered]:
-        """Everything that is done; a last line that a kill cut off is decoded again."""
+        """Everything that is finished; an incomplete last line is decoded again."""
         found = {}
         for file in sorted(self.folder.glob("rank-*.jsonl")):
             for line in read_lines(file):
@@ -269,7 +269,7 @@ class DraftEvaluation(L.LightningModule):
         self._settle(group)
 
     def _settle(self, group: list[Answered]) -> None:
-        """Examine finished texts as the protocol asks, then write and count them."""
+        """Do the additional computations of the protocol for finished texts, then write and count them."""
         (target, draft), protocol = self._models, self.protocol
         if draft is not None and protocol.teacher_forced:
             for answered in group:
@@ -307,6 +307,6 @@ def merged(folder: Path) -> list[Answered]:
 
 
 def write_rounds(path: Path, answered: Sequence[Answered]) -> None:
-    """rounds.jsonl, one line a prompt and turn, whole or not at all."""
+    """Write rounds.jsonl, one line per prompt and turn, by an atomic rename."""
     with replacing(path) as temporary, open(temporary, "w", encoding="utf-8") as stream:
         stream.writelines(json_line(item.rounds) for item in answered)

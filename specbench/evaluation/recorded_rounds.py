@@ -1,7 +1,8 @@
 """Recorded rounds of real decoding, read back from rounds.jsonl for calibration and for the load simulator.
 
-One line a prompt: prompt_ids, output_ids (generated tokens, the prefill's first one included), and one entry a round
-in proposed, accepted, seconds and, from a draft with a confidence head, confidence (acceptance LOGITS of its slots).
+One line per prompt: prompt_ids, output_ids (generated tokens, the prefill's first one included), and one entry per
+round in proposed, accepted, seconds and, from a draft with a confidence head, confidence (acceptance LOGITS of its
+slots).
 
 Axes: R rounds, K slots.
 """
@@ -22,10 +23,10 @@ from specbench.runs.run_folder import read_lines
 
 @dataclass(frozen=True)
 class PromptRounds:
-    """The rounds of one prompt. `logits` is NaN where no confidence was recorded; `tokens` is what they committed.
+    """The rounds of one prompt. `logits` is NaN where no confidence was recorded; `tokens`: the tokens they committed.
 
-    `prompt` names the conversation: the digest of its first turn's prompt, so that no turn of it is held out from
-    another.
+    `prompt` identifies the conversation: the digest of its first turn's prompt, so that all its turns are in the same
+    part of a split.
     """
 
     prompt: str
@@ -38,7 +39,7 @@ class PromptRounds:
 
 @dataclass(frozen=True)
 class Rounds:
-    """Rounds of many prompts laid end to end; `prompts[r]` is the digest of the prompt of round r."""
+    """Rounds of many prompts, concatenated; `prompts[r]` is the digest of the prompt of round r."""
 
     proposed: Int[np.ndarray, " R"]
     accepted: Int[np.ndarray, " R"]
@@ -47,17 +48,17 @@ class Rounds:
 
 
 def digest(prompt_ids: Sequence[int]) -> str:
-    """A prompt's name: 16 hexadecimal digits of the SHA-256 of its token ids, the same on every machine."""
+    """Identity of a prompt: 16 hexadecimal digits of the SHA-256 of its token ids, the same on every machine."""
     return hashlib.sha256(np.asarray(prompt_ids, dtype="<i8").tobytes()).hexdigest()[:16]
 
 
 def rounds_file(path: str | Path) -> Path:
-    """The file of rounds that a run folder, or its own path, means."""
+    """The file of rounds of a path: the path itself, or rounds.jsonl in a run folder."""
     return Path(path) / "rounds.jsonl" if Path(path).is_dir() else Path(path)
 
 
 def read_rounds(path: str | Path) -> list[PromptRounds]:
-    """Read rounds.jsonl (or the run folder that holds it). ValueError where a line contradicts itself."""
+    """Read rounds.jsonl (or the run folder with it). Errors: ValueError for an inconsistent line."""
     path = rounds_file(path)
     if not path.is_file():
         raise ValueError(
@@ -67,7 +68,7 @@ def read_rounds(path: str | Path) -> list[PromptRounds]:
 
 
 def recorded_rounds(path: str | Path) -> list[PromptRounds]:
-    """The same where rounds are needed. ValueError for a file that holds none."""
+    """The same for callers that need rounds. Errors: ValueError for a file without rounds."""
     found = read_rounds(path)
     if not found:
         raise ValueError(
@@ -77,8 +78,8 @@ def recorded_rounds(path: str | Path) -> list[PromptRounds]:
 
 
 def from_lines(lines: Iterable[Mapping[str, Any]], name: str = "rounds") -> list[PromptRounds]:
-    """Check and pad the lines of rounds.jsonl; `name` stands in error messages. Prompts without a round are left out
-    (a stop token straight from the prefill) and are the only ones that are."""
+    """Check and pad the lines of rounds.jsonl; `name` is used in error messages. Only prompts without a round (the
+    prefill gave a stop token) are left out."""
     lines = list(lines)
     for number, line in enumerate(lines, start=1):
         _require(line, name, number)
@@ -104,13 +105,14 @@ def from_lines(lines: Iterable[Mapping[str, Any]], name: str = "rounds") -> list
 
 
 def conversations(lines: Sequence[Mapping[str, Any]]) -> list[str]:
-    """The name of each line's conversation: the digest of its first turn's prompt, or of its own without one."""
+    """The identity of each line's conversation: the digest of its first turn's prompt, or of its own if there is
+    none."""
     opening = {_conversation(line): digest(line["prompt_ids"]) for line in lines if line.get("turn") == 0}
     return [opening.get(_conversation(line)) or digest(line["prompt_ids"]) for line in lines]
 
 
 def _require(line: Mapping[str, Any], name: str, number: int) -> None:
-    """ValueError for a line whose fields are not lists of what they should be."""
+    """ValueError for a line with fields of wrong types."""
     kinds = {"prompt_ids": {int}, "output_ids": {int}, "proposed": {int}, "accepted": {int}, "seconds": {int, float}}
     for key, kind in kinds.items():
         value = line.get(key)
@@ -124,7 +126,7 @@ def _require(line: Mapping[str, Any], name: str, number: int) -> None:
     )
     if not numbers or (rows and line["proposed"] and len(rows) != len(line["proposed"])):
         raise ValueError(
-            f"{name} line {number}: `confidence` is not one list of numbers a round; record the rounds again"
+            f"{name} line {number}: `confidence` is not one list of numbers per round; record the rounds again"
         )
 
 
@@ -145,7 +147,7 @@ def _logits(line: Mapping[str, Any], index: int, name: str, width: int) -> Float
 
 
 def flatten(prompts: Sequence[PromptRounds]) -> Rounds:
-    """All rounds of all prompts as flat arrays. ValueError where a prompt carries no confidence."""
+    """All rounds of all prompts as flat arrays. Errors: ValueError for a prompt without confidence."""
     if not prompts or any(p.logits is None for p in prompts):
         raise ValueError("these rounds carry no confidence; decode with a draft that has a confidence head")
     return Rounds(

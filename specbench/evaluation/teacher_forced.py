@@ -1,10 +1,11 @@
-"""Acceptance of a draft on text that is already written: what training sees, beside what real rounds accept.
+"""Teacher-forced acceptance of a draft on decoded text, as training measures it.
 
-    alpha_k(a) = sum_v min(p, q)    p: the draft's law of slot k of anchor a given the true tokens before it; q: the
-                                    target's law there; both warped as in decoding
+    alpha_k(a) = sum_v min(p, q)    p: the draft's distribution at slot k of anchor a given the true tokens before it;
+                                    q: the target's distribution there; both with the temperature and filters of
+                                    decoding
 
-Every token of an answer that has a token after it is an anchor. Rounds ask less: only slots whose earlier slots were
-accepted, only anchors that a round begins at. High alpha and short accepted length are the gap between the two.
+Every token of an answer that has a token after it is an anchor. Real rounds reach fewer slots: only those whose earlier
+slots were accepted, and only anchors at which a round begins.
 
 Axes: N anchors, T tokens, K slots, V vocabulary.
 """
@@ -37,7 +38,7 @@ class SlotAcceptance:
     def sums(self) -> list[list[float]]:
         """For each slot k: anchors with that slot, sum of alpha_k, of prod_{i<=k} alpha_i, of prod_{i<k} alpha_i.
 
-        Means follow by division, over prompts pooled: acceptance, survival and conditional acceptance.
+        Quotients of these sums, pooled over prompts, give acceptance, survival and conditional acceptance.
 
         >>> SlotAcceptance(torch.tensor([[0.5, 0.5], [1.0, 0.0]]), torch.tensor([[True, True], [True, False]])).sums()
         [[2.0, 1.5, 1.5, 2.0], [1.0, 0.5, 0.25, 0.5]]
@@ -49,11 +50,11 @@ class SlotAcceptance:
 def slot_acceptance(
     target: Target, draft: Proposer, prompt: Sequence[int], output: Sequence[int], sampling: Sampling, slots: int
 ) -> SlotAcceptance:
-    """alpha of the first `slots` slots at every anchor of `output`, which the target wrote after `prompt`.
+    """alpha of the first `slots` slots at every anchor of `output`, which the target generated after `prompt`.
 
-    A trained draft is asked in its training view (`Draft.forward`), any other in its decoding view with the true tokens
-    forced on it; a deterministic baseline proposes its own continuation whatever the true one is. An answer of fewer
-    than two tokens has no anchor.
+    A trained draft is computed in its training view (`Draft.forward`), any other in its decoding view with the true
+    tokens as input; a deterministic baseline always proposes its own continuation. An answer of fewer than two tokens
+    has no anchor.
     """
     slots = min(slots, draft.block_size)
     if len(output) < 2:
@@ -65,7 +66,7 @@ def slot_acceptance(
     batch = with_anchors(batch, None)
     view = _training_view if isinstance(draft, Draft) else _decoding_view
     parts, masks = [], []
-    # A part holds a few [anchors x slots x vocabulary] tensors, and the attention of its blocks over the text.
+    # A part needs a few [anchors x slots x vocabulary] tensors, and the attention of its blocks over the text.
     wide = max(len(target.tables.head), 8 * tokens.shape[1])
     budget = CHUNK_BYTES.get(target.device.type, CHUNK_BYTES["cuda"])
     for anchors in batch.anchors.split(max(1, budget // (4 * draft.block_size * wide)), 1):
@@ -102,12 +103,12 @@ def _decoding_view(
 
 
 class TrueTokens:
-    """A sampler that takes the true tokens, slot after slot, and still says with which probabilities it would draw."""
+    """A sampler that returns the true tokens, slot by slot, and the probabilities with which it would have drawn."""
 
     def __init__(self, tokens: Int[Tensor, "N K"], sampling: Sampling):
         self.tokens, self.sampling, self.slot = tokens, sampling, 0
 
     def __call__(self, logits: Float[Tensor, "N S V"]) -> tuple[Int[Tensor, "N S"], Float[Tensor, "N S V"]]:
-        """The next S true tokens a row and the probabilities of `logits`."""
+        """The next S true tokens of each row and the probabilities of `logits`."""
         first, self.slot = self.slot, self.slot + logits.shape[1]
         return self.tokens[:, first : self.slot], warp(logits, self.sampling)

@@ -1,7 +1,7 @@
-"""What kind of text a token is: digits, whitespace, code symbols or words, one letter of TOKEN_CLASSES a token.
+"""Classes of tokens by their text: digits, whitespace, code symbols or words, one letter of TOKEN_CLASSES per token.
 
 d  a digit and no letter      w  a letter (words and pieces of them, identifiers)
-s  whitespace alone           c  neither: punctuation, brackets, operators
+s  only whitespace            c  neither: punctuation, brackets, operators
 x  no text of its own: special tokens, and bytes that are part of a character
 """
 
@@ -30,7 +30,7 @@ def token_class(text: str) -> str:
 
 
 def token_classes(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
-    """The classes of `ids`, each token decoded on its own."""
+    """The classes of `ids`, each token decoded separately."""
     known: dict[int, str] = {}
     special = set(tokenizer.all_special_ids)
     for token in ids:
