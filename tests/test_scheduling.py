@@ -250,7 +250,7 @@ def test_errors_say_what_to_do_instead():
         DelayedGlobal(APPENDIX_A, delay=0)
     with pytest.raises(ValueError, match=r"threshold=1.5"):
         StaticThreshold(1.5)
-    with pytest.raises(ValueError, match="recordings only"):
+    with pytest.raises(ValueError, match="recorded rounds only"):
         OracleScheduler().lengths(None, full)
     with pytest.raises(ValueError, match=r"covers 1 to 3 tokens.*asked for 1 to 4"):
         HardwareAware(APPENDIX_A).lengths(np.full((1, 3), 0.5), full)
