@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shlex
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -27,6 +27,7 @@ from analysis.tables.groups import Group
 from analysis.tables.sheets import Sheet
 from specbench.files.atomic import read_json
 
+STEPS = 16  # that `progress` hears of: reading, eleven tables, three of figures, writing
 CURVES = ("train/loss", "probe/accepted_length", "val/accepted_length")
 
 
@@ -73,7 +74,7 @@ def compare(
     draw: bool = True,
     calibrations: Sequence[str | os.PathLike[str]] = (),
     published_curves: bool | None = None,
-    progress: Callable[[str], None] = lambda step: None,
+    progress: Callable[[str, int, int], None] = lambda step, done, steps: None,
 ) -> Comparison:
     """Compare every finished run below `sources` and write tables, figures and report.html into `output`.
 
@@ -90,25 +91,38 @@ def compare(
         draw: false: tables only, which is much faster.
         calibrations: folders of `specbench calibrate`, each gives a reliability diagram.
         published_curves: draw the paper's numbers into figures with the same axes; None: only for the paper's target.
-        progress: called with the name of each step.
+        progress: called with the name of each step that begins, how many are done, and how many there are; once more
+            at the end.
 
     Raises:
         ValueError: nothing to compare, an unknown key, damaged records.
         MixedError: numbers of different accountings, thinking modes or suites would share a column.
     """
     output = Path(output)
-    progress("read runs")
+    begun: list[str] = []
+
+    def begin(step: str) -> None:
+        progress(step, len(begun), STEPS if draw else STEPS - 3)
+        begun.append(step)
+
+    begin("read runs")
     read = load(sources, filters, cache).decoded()
     found = grouping.collect(read, group_by)
-    progress("tables")
-    frames = _frames(found, read, resamples, seed, minimum_shared, holm)
+    frames: dict[str, pd.DataFrame] = {}
+    for name, make in _makers(found, read, frames, resamples, seed, minimum_shared, holm).items():
+        begin(name)
+        made = make()
+        frames |= made if isinstance(made, dict) else {name: made}
     main = (frames["accepted_length"], frames["macro_average"], frames["differences"], frames["costs"])
     sheets = layout.main(found, *main)
     more = _more_sheets(found, frames)
     drawings: list[Drawing] = []
     if draw:
-        progress("figures")
-        drawings += [*_slot_drawings(found, resamples, seed), *_place_drawings(found, frames)]
+        begin("figures by slot")
+        drawings += _slot_drawings(found, resamples, seed)
+        begin("figures by place")
+        drawings += _place_drawings(found, frames)
+        begin("figures of axes and runs")
         drawings += [*_axis_drawings(found, frames, group_by, resamples, seed), *_run_drawings(read, calibrations)]
         if wanted(read.records["target"].unique(), published_curves):
             drawings = overlaid(drawings)
@@ -126,29 +140,36 @@ def compare(
             provenance(read.runs, read.faults, how),
         ],
     )
-    progress("write")
+    begin("write")
     files = _write(output, frames, sheets, drawings, content)
+    progress("", len(begun), len(begun))
     left = [f"left out: {path}: {reason}" for path, reason in read.faults.itertuples(index=False)]
     text = "\n".join([writers.terminal(sheets, width).rstrip(), used, *left])
     return Comparison(output, files, frames, content, read, text)
 
 
-def _frames(
-    found: Sequence[Group], read: Runs, resamples: int, seed: int, minimum: float, holm: bool
-) -> dict[str, pd.DataFrame]:
-    lengths = tables.accepted_length(found, resamples, seed)
+def _makers(
+    found: Sequence[Group],
+    read: Runs,
+    frames: Mapping[str, pd.DataFrame],
+    resamples: int,
+    seed: int,
+    minimum: float,
+    holm: bool,
+) -> dict[str, Callable[[], pd.DataFrame | dict[str, pd.DataFrame]]]:
+    """What makes each table, in order; `frames` holds those before it, and "positions" are several."""
     return {
-        "accepted_length": lengths,
-        "conditional_acceptance": tables.conditional_acceptance(found, resamples, seed),
-        "differences": tables.differences(found, resamples, seed, minimum, holm),
-        "macro_average": tables.macro_average(found, resamples, seed),
-        "suffix_decay": tables.suffix_decay(found, resamples, seed),
-        "seeds": tables.seeds(found),
-        "costs": costs.costs(found, read),
-        "protocols": protocols.table(found),
-        "published": published.gap(lengths),
-        "teacher_forced": gap.table(found, resamples, seed),
-        **positions.frames(found, resamples, seed),
+        "accepted_length": lambda: tables.accepted_length(found, resamples, seed),
+        "conditional_acceptance": lambda: tables.conditional_acceptance(found, resamples, seed),
+        "differences": lambda: tables.differences(found, resamples, seed, minimum, holm),
+        "macro_average": lambda: tables.macro_average(found, resamples, seed),
+        "suffix_decay": lambda: tables.suffix_decay(found, resamples, seed),
+        "seeds": lambda: tables.seeds(found),
+        "costs": lambda: costs.costs(found, read),
+        "protocols": lambda: protocols.table(found),
+        "published": lambda: published.gap(frames["accepted_length"]),
+        "teacher_forced": lambda: gap.table(found, resamples, seed),
+        "positions": lambda: positions.frames(found, resamples, seed),
     }
 
 

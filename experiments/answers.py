@@ -16,7 +16,6 @@ from rich.console import Console
 from specbench.cli.assembly import load_target
 from specbench.cli.checks import check_before
 from specbench.cli.following import command
-from specbench.cli.progress import Progress
 from specbench.cli.stages import Stage, say
 from specbench.data.answers import generation as answers
 from specbench.data.answers.chat import render
@@ -29,6 +28,7 @@ from specbench.decoding.sampling import Sampling
 from specbench.files.atomic import plain
 from specbench.models.target import Target
 from specbench.models.target_files import location
+from specbench.progress import Progress
 
 RESULTS = ("answers.jsonl", "header.json")
 DEFINITE = ("chunk", "batch_size", "concurrency", "max_new_tokens")  # settings that null does not turn off

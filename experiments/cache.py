@@ -12,8 +12,7 @@ from specbench.cli.assembly import load_target
 from specbench.cli.checks import check_before
 from specbench.cli.following import command
 from specbench.cli.launching import rank_and_world
-from specbench.cli.progress import Progress
-from specbench.cli.stages import Stage, first_rank, say
+from specbench.cli.stages import Stage, say
 from specbench.data.answers import generation as answers
 from specbench.data.answers.chat import Encoded
 from specbench.data.cache.build import build
@@ -21,6 +20,7 @@ from specbench.data.cache.manifest import Manifest, fingerprint, identity_of, re
 from specbench.data.cache.plan import plan
 from specbench.data.cache.storage import storage
 from specbench.files.atomic import read_json
+from specbench.progress import Progress, first_rank
 
 RESULTS = ("manifest.json", "index.parquet", "tables.safetensors")
 

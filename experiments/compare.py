@@ -13,7 +13,9 @@ from omegaconf import DictConfig, ListConfig
 from analysis.compare import Comparison
 from analysis.compare import compare as compare_runs
 from specbench.cli.checks import check_before
-from specbench.cli.stages import container, report, say
+from specbench.cli.stages import container
+from specbench.cli.summary import report
+from specbench.progress import Progress
 
 
 def run(cfg: DictConfig) -> Path:
@@ -33,24 +35,30 @@ def comparison(cfg: DictConfig, title: str | None = None) -> Comparison:
     """The comparison that `cfg` asks for, as `analysis.compare` makes it."""
     settings = container(cfg)
     runs = list(cfg.runs) if isinstance(cfg.runs, ListConfig) else cfg.runs
-    return compare_runs(
-        runs,
-        Path(cfg.root) / "compare" / cfg.name,
-        filters(settings),
-        [settings["group_by"]] if isinstance(settings["group_by"], str) else settings["group_by"],
-        resamples=cfg.resamples,
-        seed=cfg.seed,
-        minimum_shared=cfg.minimum_shared,
-        holm=cfg.holm,
-        cache=Path(cfg.root) / "wandb",
-        title=title,
-        command=shlex.join(["specbench", *sys.argv[1:]]),
-        width=shutil.get_terminal_size((120, 40)).columns,
-        draw=cfg.figures,
-        calibrations=settings["calibrations"],
-        published_curves=cfg.published,
-        progress=lambda step: say(f"compare: {step}"),
-    )
+    with Progress("compare", None, "steps") as bar:
+
+        def shown(step: str, done: int, steps: int) -> None:
+            bar.total = steps
+            bar.advance(done - bar.count, note=step)
+
+        return compare_runs(
+            runs,
+            Path(cfg.root) / "compare" / cfg.name,
+            filters(settings),
+            [settings["group_by"]] if isinstance(settings["group_by"], str) else settings["group_by"],
+            resamples=cfg.resamples,
+            seed=cfg.seed,
+            minimum_shared=cfg.minimum_shared,
+            holm=cfg.holm,
+            cache=Path(cfg.root) / "wandb",
+            title=title,
+            command=shlex.join(["specbench", *sys.argv[1:]]),
+            width=shutil.get_terminal_size((120, 40)).columns,
+            draw=cfg.figures,
+            calibrations=settings["calibrations"],
+            published_curves=cfg.published,
+            progress=shown,
+        )
 
 
 def filters(settings: dict) -> list[str]:

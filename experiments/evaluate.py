@@ -19,7 +19,6 @@ from specbench.cli.errors import naming
 from specbench.cli.following import command
 from specbench.cli.identity import identity
 from specbench.cli.launching import rank_and_world
-from specbench.cli.progress import Progress
 from specbench.cli.recording import recorded
 from specbench.cli.stages import Stage, say
 from specbench.data.prompts.benchmarks import Benchmarks
@@ -33,6 +32,7 @@ from specbench.evaluation.decoding import decode_suite, facts_of
 from specbench.evaluation.draft_evaluation import THINKING, Protocol
 from specbench.library.evaluation import PLAIN, headline_of
 from specbench.models.target import Target
+from specbench.progress import Progress
 from specbench.runs.provenance import provenance
 from specbench.runs.run_folder import RunFolder, folder_name, read_settings, read_summary
 from specbench.training.draft_training import digest

@@ -14,7 +14,7 @@ from specbench.checkpoints.model_card import model_card
 from specbench.checkpoints.publishing import push, require_vacant
 from specbench.cli.assembly import own_methods
 from specbench.cli.errors import naming
-from specbench.cli.stages import report
+from specbench.cli.summary import report
 from specbench.files.atomic import read_object, write_text
 from specbench.files.folder_swap import replacing_folder
 from specbench.runs.run_folder import read_settings, read_summary

@@ -12,7 +12,8 @@ from specbench.checkpoints.draft_folder import assemble_draft, fetch, read_folde
 from specbench.checkpoints.formats import read
 from specbench.cli.assembly import own_methods
 from specbench.cli.errors import naming
-from specbench.cli.stages import report, say
+from specbench.cli.stages import say
+from specbench.cli.summary import report
 from specbench.files.folder_swap import replacing_folder
 from specbench.models.embedding_head import Tables
 from specbench.models.target import Target

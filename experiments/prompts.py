@@ -14,11 +14,11 @@ from specbench.cli.checks import check_before
 from specbench.cli.config_groups import configs
 from specbench.cli.following import command
 from specbench.cli.identity import content
-from specbench.cli.progress import Progress
 from specbench.cli.stages import Stage
 from specbench.data.prompts import preparation as prompts
 from specbench.data.prompts.benchmarks import Benchmarks
 from specbench.data.prompts.sources import Files
+from specbench.progress import Progress
 from specbench.runs.run_folder import folder_name
 
 RESULTS = ("train.jsonl", "validation.jsonl", "report.json")

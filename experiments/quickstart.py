@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import shlex
 import shutil
 import time
 from pathlib import Path
@@ -12,7 +13,8 @@ from omegaconf import DictConfig
 from specbench.cli.assembly import composed
 from specbench.cli.checks import ahead, check_before
 from specbench.cli.settings import check_settings
-from specbench.cli.stages import report, say
+from specbench.cli.stages import say
+from specbench.cli.summary import report, within
 from specbench.cli.verbs import VERBS
 from specbench.data.prompts.embedded_corpus import DOMAINS
 
@@ -25,17 +27,19 @@ def run(cfg: DictConfig) -> Path:
     check_before("quickstart", cfg)
     folder: Path | None = None
     made = []
-    for verb, overrides in before_training(cfg):
-        folder = stage(verb, overrides)
-    for verb, overrides in drafts(cfg, folder):
-        path = stage(verb, overrides)
-        if verb != "train":
-            made.append(path)
-    listed = ",".join(map(str, made))
-    stage("compare", [f"root={cfg.root}", "name=quickstart", f"runs=[{listed}]"])
+    with within():
+        for verb, overrides in before_training(cfg):
+            folder = stage(verb, overrides)
+        for verb, overrides in drafts(cfg, folder):
+            path = stage(verb, overrides)
+            if verb != "train":
+                made.append(path)
+        listed = ",".join(map(str, made))
+        stage("compare", [f"root={cfg.root}", "name=quickstart", f"runs=[{listed}]"])
     output = Path(cfg.root) / "compare" / "quickstart"
-    report("quickstart", output, time.monotonic() - began, {"report": output / "report.html"})
-    say(f"figures: {output / 'figures'}")
+    facts = {"drafts": ", ".join(cfg.methods), "page": str(output / "report.html"), "figures": str(output / "figures")}
+    then = shlex.join(["specbench", "status", f"root={cfg.root}"])
+    report("quickstart", output, time.monotonic() - began, facts, next=then)
     if cfg.docs:
         publish(output, Path(cfg.docs))
     return output

@@ -11,7 +11,7 @@ from analysis.compare import CURVES
 from analysis.html import content
 from experiments.compare import comparison
 from specbench.cli.checks import check_before
-from specbench.cli.stages import report
+from specbench.cli.summary import report
 
 
 def run(cfg: DictConfig) -> Path:

@@ -21,13 +21,14 @@ from omegaconf import DictConfig
 
 from experiments import calibrate, compare, evaluate, report, serve, train
 from experiments.quickstart import stage
-from specbench.cli import checks
+from specbench.cli import checks, summary
 from specbench.cli.assembly import composed
 from specbench.cli.launching import as_command
-from specbench.cli.stages import MARKER, duration, say
+from specbench.cli.stages import MARKER, say
 from specbench.cli.studies import Study, study_of, with_values
 from specbench.cli.verbs import VERBS
 from specbench.files.atomic import read_json
+from specbench.progress import duration
 
 # Measured on two cores that other work kept busy: DSpark, 240 steps and probes in 88 s; 24 prompts a domain in 22 s.
 STATED = {"target": "embedded", "step": 0.37, "evaluation": 22.0}
@@ -48,30 +49,31 @@ def run(cfg: DictConfig, given: Sequence[str] | None = None) -> Path:
     before = before_training(cfg, study, everywhere, for_runs)
     check_all(study, jobs, before, everywhere)
     plan(cfg, study, jobs)
-    for verb, overrides in before:
-        stage(verb, overrides)
-    trained, decoded, calibrated = [], [], []
-    for number, (job, words) in enumerate(zip(jobs, study.trainings, strict=True), 1):
-        say(f"reproduce {cfg.name}: run {number} of {len(jobs)}")
-        with as_command(["train", *everywhere, *words, "evaluate=false"]):
-            folder, own = train.run(with_values(job, evaluate=False)), []
-        for overrides in study.evaluations or [[f"temperature={t}"] for t in job.temperatures]:
-            own.append(evaluate.run(train.evaluation_of(job, folder, overrides)))
-        trained.append(folder)
-        decoded += own
-        if study.calibrate:
-            for rounds in own:
-                asked = [*everywhere, f"rounds={rounds}", f"name={rounds.name}"]
-                calibrated.append(calibrate.run(composed("calibrate", asked)))
-    servings = study.servings([job.method.name for job in jobs], decoded)
-    served = [serve.run(composed("serve", [*everywhere, *job])) for job in servings]
-    asked = composed("report", [f"root={cfg.root}", f"name={cfg.name}", f"project={cfg.project}"])
-    asked.entity, asked.title = cfg.entity, study.question
-    asked.runs = [str(path) for path in (*decoded, *trained, *served)]
-    asked.group_by, asked.calibrations = study.group_by, [str(path) for path in calibrated]
-    output = (compare if cfg.entity is None else report).run(asked)
-    taken = duration(time.monotonic() - began)
-    say(f"reproduce {cfg.name}: {len(jobs)} trainings and {len(decoded)} evaluations in {taken}")
+    with summary.within():
+        for verb, overrides in before:
+            stage(verb, overrides)
+        trained, decoded, calibrated = [], [], []
+        for number, (job, words) in enumerate(zip(jobs, study.trainings, strict=True), 1):
+            say(f"reproduce {cfg.name}: run {number} of {len(jobs)}")
+            with as_command(["train", *everywhere, *words, "evaluate=false"]):
+                folder, own = train.run(with_values(job, evaluate=False)), []
+            for overrides in study.evaluations or [[f"temperature={t}"] for t in job.temperatures]:
+                own.append(evaluate.run(train.evaluation_of(job, folder, overrides)))
+            trained.append(folder)
+            decoded += own
+            if study.calibrate:
+                for rounds in own:
+                    asked = [*everywhere, f"rounds={rounds}", f"name={rounds.name}"]
+                    calibrated.append(calibrate.run(composed("calibrate", asked)))
+        servings = study.servings([job.method.name for job in jobs], decoded)
+        served = [serve.run(composed("serve", [*everywhere, *job])) for job in servings]
+        asked = composed("report", [f"root={cfg.root}", f"name={cfg.name}", f"project={cfg.project}"])
+        asked.entity, asked.title = cfg.entity, study.question
+        asked.runs = [str(path) for path in (*decoded, *trained, *served)]
+        asked.group_by, asked.calibrations = study.group_by, [str(path) for path in calibrated]
+        output = (compare if cfg.entity is None else report).run(asked)
+    facts = {"trainings": len(jobs), "evaluations": len(decoded), "page": str(output / "report.html")}
+    summary.report(f"reproduce {cfg.name}", output, time.monotonic() - began, facts)
     return output
 
 

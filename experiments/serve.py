@@ -12,12 +12,12 @@ from omegaconf import DictConfig
 from experiments.calibrate import rounds_digest
 from specbench.cli.checks import check_before
 from specbench.cli.errors import naming
-from specbench.cli.progress import Progress
 from specbench.cli.recording import recorded
 from specbench.cli.stages import Stage, say
 from specbench.decoding.calibration import Calibration
 from specbench.evaluation.recorded_rounds import recorded_rounds
 from specbench.files.atomic import write_json
+from specbench.progress import Progress
 from specbench.runs.run_folder import RunFolder, folder_name
 from specbench.serving.load import NOTICE, ServedPolicy, closed_loop, poisson, service_levels, workload
 

@@ -15,7 +15,6 @@ from experiments import trainspeed
 from experiments.evaluate import PLAIN, first_prompt, lineage_of, load_pair, source_of, weights_of
 from specbench.cli.checks import check_before
 from specbench.cli.following import command
-from specbench.cli.progress import Progress
 from specbench.cli.recording import recorded
 from specbench.cli.stages import Stage
 from specbench.data.answers.chat import prompt_ids
@@ -37,6 +36,7 @@ from specbench.profiling.decoding_speed import (
     target_cost,
     wall_clock,
 )
+from specbench.progress import Progress
 from specbench.runs.provenance import hardware, provenance
 from specbench.runs.run_folder import RunFolder, folder_name, read_lines
 from specbench.serving.simulation_check import check as simulated

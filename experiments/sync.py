@@ -6,8 +6,8 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
-from specbench.cli.progress import Progress
 from specbench.cli.stages import say
+from specbench.progress import Progress
 from specbench.runs import wandb_account as account
 from specbench.runs.wandb_sync import offline_runs, sync
 

@@ -32,6 +32,7 @@ from specbench.models.gguf_conversion import convert
 from specbench.models.gguf_file import Found, at, in_package, require_reader
 from specbench.models.selfcheck import settle
 from specbench.runs.provenance import provenance
+from specbench.training.callbacks import TrainingProgress
 from specbench.training.pretraining import CorpusBatches, LanguageModeling, initialise
 
 RESULTS = ("config.json", "*.safetensors", "tokenizer.json", "provenance.json")
@@ -60,7 +61,7 @@ def run(cfg: DictConfig) -> None:
         if cfg.compile:
             module.model.compile(dynamic=True)
         last = folder / "checkpoints" / "last.ckpt"
-        trainer = _trainer(cfg, folder)
+        trainer = _trainer(cfg, folder, module)
         resumed = last if stage.resumes and last.exists() else None
         if resumed is not None:
             read_checkpoint(resumed)  # what cannot be read is refused by name, before any work
@@ -161,15 +162,16 @@ def _tokenizer(cfg: DictConfig):
     return train_tokenizer(texts, cfg.vocabulary, cfg.data.length)
 
 
-def _trainer(cfg: DictConfig, folder: Path) -> lightning.Trainer:
+def _trainer(cfg: DictConfig, folder: Path, module: LanguageModeling) -> lightning.Trainer:
     # The weights after a step are the ones wanted here; the warning asks whether those before it were meant.
     warnings.filterwarnings("ignore", message="Using ModelCheckpoint with manual optimization")
     keeper = ModelCheckpoint(folder / "checkpoints", filename="last", every_n_train_steps=cfg.every, save_top_k=1,
                              enable_version_counter=False)  # fmt: skip
+    bars = [TrainingProgress("target", module.progress)] if cfg.trainer.enable_progress_bar else []
     return lightning.Trainer(
         **container(cfg.trainer),
         logger=False,
-        callbacks=[keeper],
+        callbacks=[keeper, *bars],
         val_check_interval=cfg.every,
         check_val_every_n_epoch=None,
         num_sanity_val_steps=0,

@@ -29,7 +29,7 @@ from specbench.cli.following import command
 from specbench.cli.identity import content, fingerprint, identity
 from specbench.cli.launching import rank_and_world, ranks, repeats_the_command, shards_of
 from specbench.cli.recording import recorded
-from specbench.cli.stages import Stage, first_rank, say
+from specbench.cli.stages import Stage, say
 from specbench.data.cache.remote_shards import is_remote
 from specbench.data.loading.step_data import StepData
 from specbench.decoding.sampling import Sampling
@@ -41,7 +41,7 @@ from specbench.models.backbone import backbone_of, chosen
 from specbench.models.embedding_head import Tables
 from specbench.runs.provenance import provenance
 from specbench.runs.run_folder import RunFolder, folder_name
-from specbench.training.callbacks import DecodeProbe, GracefulStop, KeepLast, TrainingBar
+from specbench.training.callbacks import DecodeProbe, GracefulStop, KeepLast, TrainingProgress
 from specbench.training.draft_training import DraftTraining, digest, require_precision, trainable_parameters
 from specbench.training.warm_start import from_draft
 
@@ -160,12 +160,14 @@ def _train(cfg: DictConfig, stage: Stage, name: str) -> None:
         tracking.uses(f"cache-{data.lineage['fingerprint']}", "cache", **data.lineage)
         keep = run.path / "checkpoints"
         stop = GracefulStop(keep)
-        callbacks: list[Callback] = [stop, TrainingBar(refresh_rate=10)]
+        callbacks: list[Callback] = [stop]
         probe, asked = None, cfg.trainer.probe
         if prompts:
             sampling = Sampling(asked.temperature)
             probe = DecodeProbe(target, prompts, asked.every, sampling, asked.max_new_tokens, folder=keep)
         callbacks.append(probe or KeepLast(keep, cfg.trainer.validate_every or 1000))
+        if cfg.trainer.lightning.get("enable_progress_bar") is not False:
+            callbacks.append(TrainingProgress(f"train {cfg.method.name}"))  # after the probe, whose number it shows
         trainer = L.Trainer(
             max_steps=steps,
             max_epochs=-1,

@@ -14,7 +14,6 @@ import torch
 from omegaconf import DictConfig
 
 from specbench.cli.assembly import device_of
-from specbench.cli.progress import Progress
 from specbench.cli.stages import Stage, container
 from specbench.files.atomic import write_json, write_text
 from specbench.profiling.step_measurement import PrepareStep, StepCost, fresh, measure
@@ -29,6 +28,7 @@ from specbench.profiling.training_speed import (
     one_more_term,
     packing,
 )
+from specbench.progress import Progress
 from specbench.runs.provenance import hardware
 from specbench.runs.run_folder import folder_name
 

@@ -14,6 +14,7 @@
 Read the package in the order in which data flows through it; a folder imports only from those before it:
 
     blocks.py      the layout of samples, batches and blocks, and the index law
+    progress.py    one display of progress for every long loop
     files/         files on disk: written whole or not at all, lines of JSON, hub datasets
     runs/          run folders, provenance, Weights & Biases
     metrics/       every formula once, and the torchmetrics classes over it
@@ -28,7 +29,7 @@ Read the package in the order in which data flows through it; a folder imports o
     profiling/     measured cost of decoding, training steps and reading
     serving/       simulation of an engine under load
     library/       what a script or notebook calls beside these: Trainer, evaluate, compare, load_draft
-    cli/           the command line's machinery: overrides, help, errors, stages, progress
+    cli/           the command line's machinery: overrides, help, errors, stages
 """
 
 from __future__ import annotations

@@ -17,8 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from specbench.cli.identity import content, identity
-from specbench.cli.progress import Progress
-from specbench.cli.stages import MARKER, Stage, duration
+from specbench.cli.stages import MARKER, Stage
 from specbench.files.atomic import write_json
 from specbench.files.folder_swap import beside
 
@@ -293,24 +292,3 @@ def test_other_ranks_neither_lock_nor_write(tmp_path: Path, monkeypatch: pytest.
         first.finish({"mine": 1})
     with Stage("train", tmp_path, {"a": 1}) as third:
         assert third.done and third.summary == {"mine": 1}
-
-
-def test_progress_lines_have_rate_and_time_left(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    clock = [100.0]
-    monkeypatch.setattr("time.monotonic", lambda: clock[0])
-    with Progress("answers", 1200, "prompts", start=200, every=10.0) as bar:
-        for _ in range(4):
-            clock[0] += 5.0
-            bar.advance(50, note="loss 2.1")
-    lines = capsys.readouterr().err.splitlines()
-    assert lines == [
-        "answers: 300/1200 prompts, 10.0 prompts/s, 1 min 30 s left, loss 2.1",
-        "answers: 400/1200 prompts, 10.0 prompts/s, 1 min 20 s left, loss 2.1",
-        "answers: 400/1200 prompts, 10.0 prompts/s, 1 min 20 s left, loss 2.1",
-    ]
-
-
-def test_durations_read_well() -> None:
-    assert [duration(s) for s in (4.24, 60, 200, 7500)] == ["4.2 s", "1 min 00 s", "3 min 20 s", "2 h 05 min"]

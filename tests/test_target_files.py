@@ -10,8 +10,8 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from specbench.cli.progress import Progress
 from specbench.models.target import Target, new_causal_lm, save
+from specbench.progress import Progress
 from tests import families
 
 
@@ -98,4 +98,4 @@ def test_weights_of_no_axis_have_a_digest() -> None:
 
 
 def test_a_stage_that_ends_before_its_first_unit_states_no_rate() -> None:
-    assert Progress("evaluate", 3, "prompts").line() == "evaluate: 0/3 prompts"
+    assert Progress("evaluate", 3, "prompts").state() == "0/3 prompts, estimating time left"

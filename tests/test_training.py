@@ -21,7 +21,7 @@ from specbench.losses.objective import Objective
 from specbench.models.target import Target, new_causal_lm
 from specbench.runs.folder_logger import FolderLogger
 from specbench.runs.run_folder import RunFolder
-from specbench.training.callbacks import DecodeProbe, GracefulStop, KeepLast, TrainingBar
+from specbench.training.callbacks import DecodeProbe, GracefulStop, KeepLast, TrainingProgress
 from specbench.training.draft_training import DraftTraining, require_precision, warmup_cosine
 from tests import toys
 from tests.data.tiny_target import talks
@@ -238,20 +238,31 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_last_one_and_nothing_els
     assert_same_weights(train(resume=tmp_path / "last.ckpt"), train())
 
 
-def test_the_progress_bar_shows_no_version(tmp_path):
-    bar, shown = TrainingBar(), []
+def test_training_says_a_few_lines_that_each_tell_something(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("specbench.progress.SOONEST", 0.0)
     owner = toys.target()
-    data = OnlineTarget(owner, talks(4, toys.VOCABULARY), samples_per_micro=2, threads=0)
+    data = OnlineTarget(owner, talks(8, toys.VOCABULARY), samples_per_micro=2, validation_fraction=0.25, threads=0)
     module = DraftTraining(
-        copy.deepcopy(toys.draft("mtp")), Objective(ce=1.0), target_tables=owner.tables, max_steps=2, log_every=1
+        copy.deepcopy(toys.draft("mtp")), Objective(ce=1.0), target_tables=owner.tables, max_steps=3, log_every=1
     )
-    watch = L.Callback()
-    watch.on_train_batch_end = lambda trainer, module, *args: shown.append(bar.get_metrics(trainer, module))
+    probe = DecodeProbe(owner, [[1, 2, 3]], every=3, max_new_tokens=4)
     with RunFolder(tmp_path, "train", "bar", {}) as run:
-        logger = FolderLogger(run)
+        shown = TrainingProgress("train mtp")
         quiet = {"enable_checkpointing": False, "enable_model_summary": False, "accelerator": "cpu"}
-        L.Trainer(max_steps=2, max_epochs=-1, logger=logger, callbacks=[bar, watch], **quiet).fit(module, data)
-    assert shown and all(keys.keys() == {"loss"} for keys in shown[1:])
+        quiet |= {"num_sanity_val_steps": 0, "val_check_interval": 3, "check_val_every_n_epoch": None}
+        logger, max_steps = FolderLogger(run), 3
+        L.Trainer(max_steps=max_steps, max_epochs=-1, logger=logger, callbacks=[probe, shown], **quiet).fit(
+            module, data
+        )
+    said = capsys.readouterr().err.splitlines()
+    steps = [line for line in said if line.startswith("train mtp:")]
+    assert [line.partition(",")[0].partition(" in ")[0] for line in steps] == [
+        *(f"train mtp: {done}/3 steps" for done in (1, 2)),
+        "train mtp: 3/3 steps",
+    ]
+    assert "loss " in steps[0] and "estimating time left" in steps[0] and "probe accepted length" in steps[-1]
+    assert {line.partition(":")[0] for line in said} == {"train mtp", "probe", "validation"}
+    assert not any("v_num" in line or "it/s" in line or "\r" in line for line in said)
 
 
 def test_learning_rate_warms_up_and_falls_to_zero():

@@ -1,4 +1,4 @@
-"""What every stage shares: skip what is finished, replace nothing unasked, one writer a folder, progress, last words.
+"""What every stage shares: skip what is finished, replace nothing unasked, one writer a folder, last words.
 
 A stage leaves `stage.json` in its folder: its identity (identity.py), its status, what it found out, and the size and
 digest of every file that is its result. The marker is written when the stage begins, too, so that half-done work of
@@ -21,9 +21,11 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from specbench.cli.identity import content, identity
+from specbench.cli.summary import report
 from specbench.files.atomic import plain, read_json, write_json
 from specbench.files.folder_swap import beside, remove, settle, swap
 from specbench.files.redaction import redacted
+from specbench.progress import first_rank
 
 MARKER = "stage.json"
 SCHEMA = "specbench.stage/2"
@@ -37,12 +39,6 @@ def container(config: DictConfig | Mapping[str, Any]) -> dict[str, Any]:
     """The configuration as plain resolved dictionaries and lists."""
     resolved = OmegaConf.to_container(config, resolve=True) if OmegaConf.is_config(config) else config
     return plain(resolved)
-
-
-def first_rank() -> bool:
-    """Whether this process is the one that writes, under torchrun, Slurm or Lightning's own launcher."""
-    ranks = (os.environ.get(name) for name in ("RANK", "SLURM_PROCID", "LOCAL_RANK"))
-    return next((rank for rank in ranks if rank), "0") == "0"
 
 
 class Stage:
@@ -298,34 +294,7 @@ def _locked(folder: Path, named: Path) -> Any:
     return lock
 
 
-def report(
-    what: str, where: str | Path, seconds: float, facts: Mapping[str, Any] | None = None, next: str | None = None
-) -> None:
-    """The last words of a stage: what was made, where it lies, how long it took, what comes next."""
-    if first_rank():
-        print(f"{what}: done in {duration(seconds)}")
-        for key, value in (facts or {}).items():
-            if isinstance(value, (str, int, float)) and not isinstance(value, bool):
-                print(
-                    f"  {key.replace('_', ' ')}: {value:.4g}"
-                    if isinstance(value, float)
-                    else f"  {key.replace('_', ' ')}: {value}"
-                )
-        print(f"  in {where}")
-        if next:
-            print(f"  next: {next}")
-        sys.stdout.flush()
-
-
 def say(line: str) -> None:
     """One line for the user on stderr, from the first rank."""
     if first_rank():
         print(line, file=sys.stderr, flush=True)
-
-
-def duration(seconds: float | int) -> str:
-    """4.2 s, 3 min 20 s, 2 h 05 min."""
-    if seconds < 60:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"

@@ -5,7 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import lightning as L
-from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.callbacks import Checkpoint, ProgressBar
+
+from specbench.training.callbacks import TrainingProgress
 
 ELSEWHERE = {
     "gradient_clip_val": "set DraftTraining(..., gradient_clip=VALUE), which clips once a step, after the division",
@@ -18,7 +20,8 @@ class Trainer(L.Trainer):
     """`lightning.Trainer` with other defaults; every argument of it can be given, and a stock one fits as well.
 
     Steps come from a data module that knows ranks itself, so no sampler is added; numbers are logged as often as
-    `DraftTraining(log_every=...)` says; nothing is written but what is asked for (`logger=True`, a ModelCheckpoint).
+    `DraftTraining(log_every=...)` says; progress is shown as everywhere in SpecBench (TrainingProgress) unless another
+    bar is given; nothing is written but what is asked for (`logger=True`, a ModelCheckpoint).
 
     Errors: ValueError for `gradient_clip_val` and `accumulate_grad_batches`: a step sums weighted terms over its
     micro-batches and divides once by the sum of weights, so both belong to where that is done.
@@ -42,4 +45,7 @@ class Trainer(L.Trainer):
         }
         if "val_check_interval" in settings:
             defaults["check_val_every_n_epoch"] = None
+        asked = settings.get("enable_progress_bar")
+        if asked is not False and not any(isinstance(one, ProgressBar) for one in callbacks):
+            settings["callbacks"] = [*callbacks, TrainingProgress()]
         super().__init__(max_steps=max_steps, **(defaults | settings))

@@ -1,4 +1,4 @@
-"""Callbacks of draft training: real decoding as the judge of checkpoints, and a clean stop on signals."""
+"""Callbacks of draft training: real decoding as the judge of checkpoints, progress, and a clean stop on signals."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import logging
 import math
 import os
 import signal
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -14,13 +14,14 @@ from typing import Any
 import lightning as L
 import torch
 import torch.distributed as dist
-from lightning.pytorch.callbacks import Callback, TQDMProgressBar
+from lightning.pytorch.callbacks import Callback, ProgressBar
 
 from specbench.data.loading.step_data import StepData
 from specbench.decoding.loop import Limits, speculative_decode
 from specbench.decoding.sampling import Sampling
 from specbench.files.folder_swap import remove
 from specbench.models.target import Target
+from specbench.progress import Progress
 
 PROBE_KEY = "probe/accepted_length"
 PROMPTS = 12  # of a probe that chooses them itself
@@ -80,8 +81,13 @@ class DecodeProbe(Callback):
         with module.whole() as draft, trainer.precision_plugin.forward_context():
             training = draft.training
             draft.eval()
-            for done in speculative_decode(self.target, draft, prompts, self.sampling, self.limits, seeds=mine):
-                counts += torch.tensor([sum(r.committed for r in done.rounds), len(done.rounds)], device=module.device)
+            bar = Progress("probe", len(mine), "prompts", shown=trainer.progress_bar_callback is not None)
+            with bar:
+                for done in speculative_decode(self.target, draft, prompts, self.sampling, self.limits, seeds=mine):
+                    counts += torch.tensor(
+                        [sum(r.committed for r in done.rounds), len(done.rounds)], device=module.device
+                    )
+                    bar.advance()
             draft.train(training)
         if world > 1:
             dist.all_reduce(counts)
@@ -147,12 +153,83 @@ def save_checkpoint(trainer: L.Trainer, path: Path) -> None:
             remove(temporary)
 
 
-class TrainingBar(TQDMProgressBar):
-    """Lightning's progress bar without the last letters of the loggers' versions, which are no number of a run."""
+class TrainingProgress(ProgressBar):
+    """Steps, rate and time left of a training as `specbench.progress` shows them, in the place of Lightning's own bar.
 
-    def get_metrics(self, trainer: L.Trainer, module: L.LightningModule) -> dict[str, Any]:
-        shown = super().get_metrics(trainer, module)
-        return {key: value for key, value in shown.items() if key != "v_num"}
+    Beside them stand the metrics logged with `prog_bar=True`. They are read only when a line is shown, because reading
+    waits for the device. `share` says how much of a budget is spent that is not counted in steps, for example seconds.
+    """
+
+    def __init__(self, what: str = "training", share: Callable[[], float] | None = None) -> None:
+        super().__init__()
+        self.what, self.share = what, share
+        self._shown = True
+        self._open: list[Progress] = []
+
+    def disable(self) -> None:
+        self._shown = False
+
+    def enable(self) -> None:
+        self._shown = True
+
+    def _begin(self, what: str, total: float | int, unit: str, start: int = 0) -> None:
+        known = int(total) if math.isfinite(total) and total > 0 else None
+        bar = Progress(what, known, unit, start=start, shown=self._shown and self.trainer.is_global_zero)
+        self._open.append(bar.__enter__())
+
+    def _end(self, error: BaseException | None = None) -> None:
+        self._open.pop().__exit__(None if error is None else type(error), error, None)
+
+    def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        steps = trainer.estimated_stepping_batches if self.share is None else math.inf
+        self._begin(self.what, steps, "steps", trainer.global_step)
+
+    def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, *args: Any) -> None:
+        bar = self._open[-1]
+        done = trainer.global_step - bar.count
+        ends = bar.count + done == bar.total
+        bar.advance(done, self._note(trainer) if bar.due() or ends else None)
+
+    def _note(self, trainer: L.Trainer) -> str:
+        said = [] if self.share is None else [f"{self.share():.0%} of its time"]
+        for name, value in trainer.progress_bar_metrics.items():
+            said.append(f"{name.replace('/', ' ').replace('_', ' ')} {float(value):.4g}")
+        return ", ".join(said)
+
+    def on_train_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        self._end()
+
+    def on_validation_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        batches = trainer.num_sanity_val_batches if trainer.sanity_checking else trainer.num_val_batches
+        self._begin("validation", sum(batches), "batches")
+
+    def on_validation_batch_end(self, trainer: L.Trainer, module: L.LightningModule, *args: Any) -> None:
+        self._open[-1].advance()
+
+    def on_validation_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        self._end()
+
+    def on_test_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        self._begin("test", sum(trainer.num_test_batches), "batches")
+
+    def on_test_batch_end(self, trainer: L.Trainer, module: L.LightningModule, *args: Any) -> None:
+        self._open[-1].advance()
+
+    def on_test_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        self._end()
+
+    def on_predict_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        self._begin("prediction", sum(trainer.num_predict_batches), "batches")
+
+    def on_predict_batch_end(self, trainer: L.Trainer, module: L.LightningModule, *args: Any) -> None:
+        self._open[-1].advance()
+
+    def on_predict_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        self._end()
+
+    def on_exception(self, trainer: L.Trainer, module: L.LightningModule, exception: BaseException) -> None:
+        while self._open:
+            self._end(exception)
 
 
 class GracefulStop(Callback):

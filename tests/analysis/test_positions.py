@@ -167,7 +167,9 @@ def test_older_records_have_no_such_tables_and_mixed_ones_count_what_is_there(ro
 
 
 def test_a_comparison_has_the_tables_and_the_figures(found, tmp_path):
-    made = compare(found[1], tmp_path / "out", "domain=math", resamples=20)
+    told: list[tuple[str, int, int]] = []
+    made = compare(found[1], tmp_path / "out", "domain=math", resamples=20, progress=lambda *step: told.append(step))
+    assert [done for _, done, _ in told] == list(range(len(told))) and {steps for *_, steps in told} == {len(told) - 1}
     names = {path.name for path in made.files}
     tables = ("by_position", "by_context", "accepted_histogram", "truncation", "token_classes", "teacher_forced")
     assert {f"{name}.csv" for name in tables} <= names
