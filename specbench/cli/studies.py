@@ -19,7 +19,7 @@ from specbench.cli.errors import nearest
 from specbench.cli.overrides import parse
 
 # The verbs that an experiment may ask for.
-STUDIED = get_args(settings.Study.model_fields["verb"].annotation)
+STUDIED = get_args(settings.StudySettings.model_fields["verb"].annotation)
 
 
 @dataclass(frozen=True)
