@@ -1,9 +1,9 @@
-"""Samples, batches and blocks: the one layout in which every draft is trained, scored and measured.
+"""Samples, batches and blocks: the data layout in which every draft is trained, scored and measured.
 
 Axes: B batch rows, T tokens of a row, N blocks, K slots of a block, C taps, D hidden size.
 
-THE INDEX LAW. The anchor sits at position a. Slot k = 1..K predicts token a+k. Its `previous` token is a+k-1. The
-target state that predicts it sits at a+k-1. The context that a parallel block may see lies strictly before a.
+INDEXING. The anchor is at position a. Slot k = 1..K predicts token a+k. Its `previous` token is a+k-1. The target state
+that predicts token a+k is at position a+k-1. The context that a parallel block may read lies strictly before a.
 """
 
 from __future__ import annotations
@@ -19,15 +19,16 @@ from torch import Tensor
 
 PADDING = -1
 Zeros = Callable[[Tensor, tuple[int, ...]], Tensor]
-# What decides whether slot k of an anchor a is supervised. "predicted": the loss mask of a+1..a+k, so a prefix.
-# "unshifted" (released Eagle3): the loss mask of a+k-2 alone, for every state at a+k-1 in the conversation. That
-# supervises the token after the last one too, and a block may start unsupervised.
+# Whether slot k of an anchor a is supervised. "predicted": by the loss mask of a+1..a+k, so a prefix.
+# "unshifted" (released EAGLE-3 code): by the loss mask of a+k-2 only, for every state at a+k-1 in the conversation.
+# This also supervises the token after the last one, and a block can begin with an unsupervised slot.
 SUPERVISIONS = ("predicted", "unshifted")
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One conversation as the cache stores it. `ordinal` is its row in the cache index and seeds its anchors."""
+    """One conversation as stored in the cache. `ordinal`: its row in the cache index, from which its anchors are
+    seeded."""
 
     tokens: Int[Tensor, " T"]
     loss_mask: Bool[Tensor, " T"]
@@ -36,14 +37,14 @@ class Sample:
     ordinal: int = 0
 
     def clone(self) -> Sample:
-        """The same in memory of its own."""
+        """A copy in new memory."""
         states = {name: getattr(self, name).clone() for name in ("tokens", "loss_mask", "taps", "last")}
         return replace(self, **states)
 
 
 @dataclass(frozen=True)
 class Context:
-    """Target states of `lengths[b]` consecutive tokens a row; what lies beyond is padding and must not be read."""
+    """Target states of `lengths[b]` consecutive tokens of row b; later positions are padding and must not be read."""
 
     taps: Float[Tensor, "B T C D"]
     last: Float[Tensor, "B T D"]
@@ -52,10 +53,10 @@ class Context:
 
 @dataclass(frozen=True)
 class Batch:
-    """Conversations in rows, padded (one a row) or packed (several a row).
+    """Conversations in rows, padded (one per row) or packed (several per row).
 
-    `document` holds each token's sample ordinal, -1 on padding; `position` its index inside its own conversation.
-    `anchors` are row indices in ascending order, -1 where a row has fewer than N.
+    `document`: the sample ordinal of each token, -1 on padding. `position`: its index in its conversation. `anchors`:
+    row indices in ascending order, -1 where a row has fewer than N.
     """
 
     tokens: Int[Tensor, "B T"]
@@ -78,7 +79,7 @@ class Batch:
 class Blocks:
     """N blocks of K slots. `mask` says which are supervised: a prefix of every block (but see SUPERVISIONS).
 
-    Blocks overlap, so slots may share a target state: those with the same number in `source` do (None: not known).
+    Blocks overlap, so slots can share a target state: those with the same number in `source` do (None: not known).
     `lookups` (projection.SharedLookups) holds embeddings of `previous` that the draft looked up already.
     """
 
@@ -91,15 +92,15 @@ class Blocks:
     lookups: Any = None
 
 
-# Sharding strategies look for the tensors among a module's outputs, to know when their gradients arrive.
+# Sharding strategies search for tensors in the outputs of a module, to register hooks on their gradients.
 torch.utils._pytree.register_dataclass(Blocks)
 
 
 def pack(samples: Sequence[Sample], length: int | None = None, zeros: Zeros = Tensor.new_zeros) -> Batch:
-    """Lay conversations end to end into rows of at most `length` tokens (None: one conversation a row, padded).
+    """Concatenate conversations into rows of at most `length` tokens (None: one conversation per row, padded).
 
-    First-fit in the given order; a conversation longer than `length` is an error, never a truncation. `zeros(like,
-    shape)` gives the memory of the states.
+    First-fit in the given order. Errors: ValueError for a conversation longer than `length`. `zeros(like, shape)`
+    allocates the memory of the states.
     """
     rows: list[list[Sample]] = []
     room: list[int] = []
@@ -139,9 +140,9 @@ def _lay(rows: list[list[Sample]], zeros: Zeros) -> Batch:
 
 
 def valid_anchors(batch: Batch, supervision: str = "predicted") -> Bool[Tensor, "B T"]:
-    """Position a may be an anchor if it and the token after it are supervised and of one conversation.
+    """Position a can be an anchor if it and the token after it are supervised and belong to one conversation.
 
-    Under "unshifted" supervision every position but a conversation's first is one.
+    With "unshifted" supervision every position except the first of a conversation can be an anchor.
     """
     if supervision == "unshifted":
         return (batch.document != PADDING) & (batch.position > 0)
@@ -152,10 +153,10 @@ def valid_anchors(batch: Batch, supervision: str = "predicted") -> Bool[Tensor, 
 
 
 def with_anchors(batch: Batch, count: int | None, seed: Sequence[int] = (0,), supervision: str = "predicted") -> Batch:
-    """Choose up to `count` anchors a conversation, uniformly without replacement, sorted (None: every valid one).
+    """Choose up to `count` anchors per conversation, uniformly without replacement, sorted (None: every valid one).
 
-    The draw of a conversation depends on `seed` and its ordinal alone, so packing, batch size and the number of
-    ranks leave it unchanged.
+    The anchors of a conversation depend only on `seed` and its ordinal, not on packing, batch size or the number of
+    ranks.
     """
     valid, document = valid_anchors(batch, supervision).cpu(), batch.document.cpu()
     rows: list[list[int]] = []
@@ -184,7 +185,8 @@ def take(values: Tensor, index: Int[Tensor, "B ..."]) -> Tensor:
 def slot_positions(
     batch: Batch, slots: int
 ) -> tuple[Int[Tensor, "B N K"], Int[Tensor, "B N K"], Bool[Tensor, "B N K"]]:
-    """Row indices a+k and a+k-1 of every slot, clamped into the row, and the default supervision (a prefix a block)."""
+    """Row indices a+k and a+k-1 of every slot, clamped into the row, and the default supervision (a prefix per
+    block)."""
     assert batch.anchors is not None, "choose anchors with with_anchors() first"
     anchors = batch.anchors.clamp_min(0)
     raw = anchors[..., None] + torch.arange(1, slots + 1, device=anchors.device)
@@ -195,7 +197,8 @@ def slot_positions(
 
 
 def unshifted_mask(batch: Batch, slots: int) -> Bool[Tensor, "B N K"]:
-    """Supervision of the released Eagle3: slot k looks at token a+k-2, wherever the state at a+k-1 exists."""
+    """Supervision of the released EAGLE-3 code: slot k uses the loss mask of token a+k-2, if the state at a+k-1
+    exists."""
     anchors = batch.anchors.clamp_min(0)
     raw = anchors[..., None] + torch.arange(slots, device=anchors.device)  # a+k-1
     state = raw.clamp_max(batch.tokens.shape[1] - 1)
@@ -205,9 +208,9 @@ def unshifted_mask(batch: Batch, slots: int) -> Bool[Tensor, "B N K"]:
 
 
 def assemble(batch: Batch, hidden: Float[Tensor, "B N K D"], supervision: str = "predicted") -> Blocks:
-    """Pair a draft's hidden states with targets, labels and supervision by the index law.
+    """Combine a draft's hidden states with targets, labels and supervision (see INDEXING).
 
-    Under "unshifted" the last slot of a conversation has a target but no label; what stands there is not to be read.
+    With "unshifted" supervision the last slot of a conversation has a target but no label; its label must not be read.
     """
     index, before, mask = slot_positions(batch, hidden.shape[2])
     first = torch.arange(len(before), device=before.device)[:, None, None] * batch.tokens.shape[1]

@@ -1,8 +1,8 @@
 """Types and ranges of settings: names for annotations of constructors and of the command line's schema.
 
-A range is declared where a setting is taken and read from there: `lr: LearningRate` says what the command line
-accepts, what `--help` prints and what an error names. Nothing is checked by the annotation itself; a constructor that
-is called from a program checks what would go wrong later, as before.
+A range is declared at the parameter of a setting: `lr: LearningRate` decides what the command line accepts, what
+`--help` prints and what an error names. The annotation itself checks nothing; a constructor that is called from a
+program checks the values that would cause errors later.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ class Among:
         return core_schema.literal_schema(list(self.names))
 
 
-# Beyond it no count means anything here, and machine integers end not far above.
+# No meaningful count is larger, and machine integers end not far above.
 MANY = 10**9
-# The longest context of any target that is known, with room: 16 million tokens.
+# More than the longest context of any known target: 16 million tokens.
 TOKENS = 1 << 24
 # The largest id that any vocabulary holds.
 LARGEST_TOKEN = 2**31 - 1
@@ -51,7 +51,7 @@ Layers = Annotated[int, Field(ge=1, le=256)]
 Slots = Annotated[int, Field(ge=1, le=MOST_SLOTS)]
 Rank = Annotated[int, Field(ge=0, le=1 << 16)]
 Threads = Annotated[int, Field(ge=1, le=4096)]
-# What numpy and torch both take as a seed.
+# Seeds that both numpy and torch accept.
 Seed = Annotated[int, Field(ge=0, le=2**32 - 1)]
 
 AboveZero = Annotated[Number, Field(gt=0, le=1e12)]

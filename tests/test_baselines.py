@@ -70,7 +70,7 @@ def test_a_repeating_target_makes_lookup_accept():
 
 
 @pytest.mark.parametrize("name", [*BASELINES, "small"])
-def test_sampled_text_has_the_targets_law(name):
+def test_sampled_text_has_the_targets_distribution(name):
     """Chi-square on the second token, which a round decides: 400 draws, false alarm 1e-4, four merged classes."""
     owner, sampling = tiny.target("qwen3"), Sampling(1.0, top_k=4)
     prompts, limits = [[5, 6, 7, 5, 6]] * 400, Limits(max_new_tokens=2, batch_size=400)
@@ -79,11 +79,11 @@ def test_sampled_text_has_the_targets_law(name):
     head = max(set(p[0] for p in pairs), key=[p[0] for p in pairs].count)
     tokens = torch.tensor([[*prompts[0], head]])
     states = owner.states(tokens, torch.tensor([6]))
-    law = warp(owner.logits(states.last[:, -1]), sampling)[0]
-    seen = torch.bincount(torch.tensor([b for a, b in pairs if a == head]), minlength=len(law))
-    support = law > 0
+    distribution = warp(owner.logits(states.last[:, -1]), sampling)[0]
+    seen = torch.bincount(torch.tensor([b for a, b in pairs if a == head]), minlength=len(distribution))
+    support = distribution > 0
     assert int(seen[~support].sum()) == 0 and int(support.sum()) == 4
-    expected = law[support].double() / law[support].double().sum() * int(seen.sum())
+    expected = distribution[support].double() / distribution[support].double().sum() * int(seen.sum())
     assert chisquare(seen[support].numpy(), expected.numpy()).pvalue > 1e-4
 
 

@@ -1,4 +1,4 @@
-"""The index law by hand, and anchors that depend on nothing but their conversation."""
+"""The indexing of anchors and slots by hand, and anchors that depend on nothing but their conversation."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def at(batch: Batch, *anchors: int) -> Batch:
     return replace(batch, anchors=torch.tensor([anchors]))
 
 
-def test_the_index_law():
+def test_the_index_distribution():
     """Anchor a: slot k predicts a+k, is preceded by a+k-1, and judged by the target state at a+k-1."""
     batch = at(pack([sample(12, mask="...xxxxxxxxx")]), 3, 6, PADDING)
     blocks = assemble(batch, torch.zeros(1, 3, 4, 1))

@@ -1,4 +1,4 @@
-"""Every family of tests/families.py decodes by its library model's own law: greedy text, distributions, roll-backs."""
+"""Every family of tests/families.py decodes by its library model's own distribution: greedy text, distributions, roll-backs."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from tests import families
 
 # Seconds instead of tenths: every prefix is a pass of its own there.
 SLOW = {"deepseek_v4"}
-# One of every kind of law, mask and cache; the others' distributions are drawn in the long tests.
+# One of every kind of distribution, mask and cache; the others' distributions are drawn in the long tests.
 KINDS = {"llama", "mistral", "qwen3", "gemma2", "gpt_oss", "granite", "cohere2", "phi3", "llama4_text", "falcon_h1"}
 
 
@@ -102,7 +102,7 @@ def test_what_can_be_rolled_back_is_not_recomputed(name: str) -> None:
     assert report.tokens > 2 * 8  # the windows of the table
 
 
-def test_law_of_the_head_is_read_off_the_model() -> None:
+def test_the_function_of_the_head_is_read_off_the_model() -> None:
     found = {name: target(name).tables for name in ("granite", "cohere2", "gemma2", "falcon_h1", "llama")}
     assert found["granite"].logit_scale == pytest.approx(1 / 0.3) and found["granite"].embedding_scale == 3.0
     assert (found["cohere2"].logit_scale, found["falcon_h1"].logit_scale) == (0.25, 0.4)

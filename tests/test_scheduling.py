@@ -1,4 +1,4 @@
-"""Schedulers: the law of the output computed exactly, algorithm 1 against brute force, and the cost."""
+"""Schedulers: the distribution of the output computed exactly, algorithm 1 against brute force, and the cost."""
 
 import itertools
 import time
@@ -28,8 +28,8 @@ from specbench.decoding.scheduling import (
 APPENDIX_A = CostProfile([1, 2, 3], [1.0, 0.5, 0.45], "appendix A", "illustrative")
 
 
-def outcome_law(q, p, slots, confidence, choose):
-    """The exact law of the first slots + 1 tokens of every request after one round and plain decoding from there.
+def outcome_distribution(q, p, slots, confidence, choose):
+    """The exact distribution of the first slots + 1 tokens of every request after one round and plain decoding from there.
 
     q[v], p[v]: target and draft over a small vocabulary, the same at every position. `confidence(x)` is the row of a
     request whose draft tokens are x; `choose` maps rows (R, K) to lengths (R,). Returns the chance of
@@ -53,7 +53,7 @@ def outcome_law(q, p, slots, confidence, choose):
             for rest in itertools.product(tokens, repeat=slots + 1 - len(committed)):
                 yield committed + rest, chance * float(np.prod([q[v] for v in rest]))
 
-    law = {}
+    distribution = {}
     requests = choose.requests
     for drafts in itertools.product(itertools.product(tokens, repeat=slots), repeat=requests):
         chance = float(np.prod([p[v] for x in drafts for v in x]))
@@ -61,8 +61,10 @@ def outcome_law(q, p, slots, confidence, choose):
         parts = [list(completed(one(x, int(n)))) for x, n in zip(drafts, lengths, strict=True)]
         for combination in itertools.product(*parts):
             outcome = tuple(text for text, _ in combination)
-            law[outcome] = law.get(outcome, 0.0) + chance * float(np.prod([c for _, c in combination]))
-    return law
+            distribution[outcome] = distribution.get(outcome, 0.0) + chance * float(
+                np.prod([c for _, c in combination])
+            )
+    return distribution
 
 
 def choosing(scheduler, requests, slots):
@@ -74,9 +76,9 @@ def choosing(scheduler, requests, slots):
     return choose
 
 
-def first_token(law):
+def first_token(distribution):
     marginal = np.zeros(2)
-    for (text,), chance in law.items():
+    for (text,), chance in distribution.items():
         marginal[text[0]] += chance
     return marginal
 
@@ -86,10 +88,10 @@ def knowing(x):
     return [0.8, 1.0 if x[0] == 0 else 0.0]
 
 
-def test_appendix_a_early_stop_keeps_the_law():
+def test_appendix_a_early_stop_keeps_the_distribution():
     q, p = np.array([0.7, 0.3]), np.array([0.5, 0.5])
-    law = outcome_law(q, p, 2, knowing, choosing(HardwareAware(APPENDIX_A), 1, 2))
-    np.testing.assert_allclose(first_token(law), [0.7, 0.3], atol=1e-12)
+    distribution = outcome_distribution(q, p, 2, knowing, choosing(HardwareAware(APPENDIX_A), 1, 2))
+    np.testing.assert_allclose(first_token(distribution), [0.7, 0.3], atol=1e-12)
 
 
 def test_appendix_a_undelayed_global_search_breaks_it():
@@ -99,7 +101,7 @@ def test_appendix_a_undelayed_global_search_breaks_it():
         return prefix_schedule(confidence, np.array([2]), APPENDIX_A, early_stop=False)
 
     choose.requests = 1
-    np.testing.assert_allclose(first_token(outcome_law(q, p, 2, knowing, choose)), [0.85, 0.15], atol=1e-12)
+    np.testing.assert_allclose(first_token(outcome_distribution(q, p, 2, knowing, choose)), [0.85, 0.15], atol=1e-12)
 
 
 def test_appendix_a_delayed_global_search_keeps_it():
@@ -114,7 +116,7 @@ def test_appendix_a_delayed_global_search_keeps_it():
             return scheduler.lengths(confidence, np.array([2]), requests=[0])
 
         choose.requests = 1
-        np.testing.assert_allclose(first_token(outcome_law(q, p, 2, knowing, choose)), [0.7, 0.3], atol=1e-12)
+        np.testing.assert_allclose(first_token(outcome_distribution(q, p, 2, knowing, choose)), [0.7, 0.3], atol=1e-12)
 
 
 SCHEDULERS = [
@@ -128,28 +130,30 @@ SCHEDULERS = [
 
 @pytest.mark.parametrize("scheduler", SCHEDULERS, ids=lambda s: s.label)
 @pytest.mark.parametrize("requests", [1, 2])
-def test_lossless_schedulers_keep_the_joint_law_of_all_requests(scheduler, requests):
+def test_lossless_schedulers_keep_the_joint_distribution_of_all_requests(scheduler, requests):
     """Exact: three-token vocabulary for one request, two for a pair; any confidence that reads x_1..x_{k-1}."""
     vocabulary = 3 if requests == 1 else 2
     generator = np.random.default_rng(7)
     for _ in range(12 if requests == 1 else 4):
         q, p = generator.dirichlet(np.ones(vocabulary), 2)
         first, second = generator.random(), generator.random(vocabulary)
-        law = outcome_law(q, p, 2, lambda x, a=first, b=second: [a, b[x[0]]], choosing(scheduler, requests, 2))
-        for outcome, chance in law.items():
+        distribution = outcome_distribution(
+            q, p, 2, lambda x, a=first, b=second: [a, b[x[0]]], choosing(scheduler, requests, 2)
+        )
+        for outcome, chance in distribution.items():
             expected = np.prod([q[v] for text in outcome for v in text])
             assert chance == pytest.approx(expected, abs=1e-12)
 
 
 def test_a_rule_that_reads_one_confidence_too_many_is_caught():
-    """The negative control of the law test: slot k judged by c_{k+1}."""
+    """The negative control of the distribution test: slot k judged by c_{k+1}."""
 
     def choose(confidence):
         return (confidence[:, 1:] > 0.5).cumprod(1).sum(1)
 
     choose.requests = 1
-    law = outcome_law(np.array([0.7, 0.3]), np.array([0.5, 0.5]), 2, knowing, choose)
-    assert abs(first_token(law)[0] - 0.7) > 0.1
+    distribution = outcome_distribution(np.array([0.7, 0.3]), np.array([0.5, 0.5]), 2, knowing, choose)
+    assert abs(first_token(distribution)[0] - 0.7) > 0.1
 
 
 def tables(requests, slots):

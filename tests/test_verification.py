@@ -1,10 +1,10 @@
-"""The law of verification, measured exactly on toy vocabularies.
+"""The distribution of verification, measured exactly on toy vocabularies.
 
 Nothing is sampled. Every proposal is enumerated with its probability; for each, the chance of accepting a slot and the
-law of the next token are found by bisecting verify() on its uniforms, to 1e-12. Summed over all proposals and continued
-with the target's own tokens, they must be the target's joint law of K+1 tokens.
+distribution of the next token are found by bisecting verify() on its uniforms, to 1e-12. Summed over all proposals and continued
+with the target's own tokens, they must be the target's joint distribution of K+1 tokens.
 
-A model is a list of conditional laws: entry k has shape (V,) * k + (V,), the law of token k+1 given the k before it.
+A model is a list of conditional distributions: entry k has shape (V,) * k + (V,), the distribution of token k+1 given the k before it.
 """
 
 from __future__ import annotations
@@ -21,20 +21,23 @@ STEPS = 44  # bisections: 2^-44 < 1e-13
 
 
 def model(vocabulary: int, slots: int, seed: int, sharpness: float = 1.0, zeros: float = 0.0) -> list[torch.Tensor]:
-    """Random conditional laws; `zeros` is the share of tokens that get no mass (never all of them)."""
+    """Random conditional distributions; `zeros` is the share of tokens that get no mass (never all of them)."""
     generator = torch.Generator().manual_seed(seed)
-    laws = []
+    distributions = []
     for k in range(slots):
         logits = sharpness * torch.randn((vocabulary,) * (k + 1), generator=generator, dtype=torch.float64)
         keep = torch.rand(logits.shape, generator=generator) >= zeros
         keep[..., 0] |= ~keep.any(-1)
-        laws.append(logits.masked_fill(~keep, -torch.inf).softmax(-1))
-    return laws
+        distributions.append(logits.masked_fill(~keep, -torch.inf).softmax(-1))
+    return distributions
 
 
-def along(laws: list[torch.Tensor], tokens: torch.Tensor) -> torch.Tensor:
-    """Conditional laws (R, len(laws), V) met along each row of tokens."""
-    return torch.stack([law[tuple(tokens[:, :k].T)].expand(len(tokens), -1) for k, law in enumerate(laws)], 1)
+def along(distributions: list[torch.Tensor], tokens: torch.Tensor) -> torch.Tensor:
+    """Conditional distributions (R, len(distributions), V) met along each row of tokens."""
+    return torch.stack(
+        [distribution[tuple(tokens[:, :k].T)].expand(len(tokens), -1) for k, distribution in enumerate(distributions)],
+        1,
+    )
 
 
 def least(condition, shape: tuple[int, ...]) -> torch.Tensor:
@@ -47,8 +50,8 @@ def least(condition, shape: tuple[int, ...]) -> torch.Tensor:
     return high
 
 
-def committed_law(rule, p, q, lengths_of=None) -> torch.Tensor:
-    """The joint law (V,) * (K+1) of what a round commits, continued by the target to K+1 tokens.
+def committed_distribution(rule, p, q, lengths_of=None) -> torch.Tensor:
+    """The joint distribution (V,) * (K+1) of what a round commits, continued by the target to K+1 tokens.
 
     `p=None`: a deterministic draft proposes token (k mod V) at slot k. `lengths_of(tokens)` cuts each proposal.
     """
@@ -102,7 +105,7 @@ def committed_law(rule, p, q, lengths_of=None) -> torch.Tensor:
 
 
 def continuation(q: list[torch.Tensor], prefix: tuple[int, ...]) -> torch.Tensor:
-    """The target's joint law of the tokens after `prefix`, up to the last of q."""
+    """The target's joint distribution of the tokens after `prefix`, up to the last of q."""
     joint = torch.ones((), dtype=torch.float64)
     for k in range(len(prefix), len(q)):
         joint = joint[..., None] * q[k][prefix]
@@ -116,31 +119,31 @@ CASES = {
     "truncated": (model(4, 2, 6, zeros=0.4), model(4, 3, 7, zeros=0.4)),
     "equal": (model(4, 2, 8), [*model(4, 2, 8), model(4, 3, 9)[2]]),
     "disjoint": ([torch.tensor([1.0, 0, 0]).double()], [torch.tensor([0, 0.3, 0.7]).double(), model(3, 2, 10)[1]]),
-    "one-hot laws": ([torch.eye(3)[1].double()], model(3, 2, 11)),
+    "one-hot distributions": ([torch.eye(3)[1].double()], model(3, 2, 11)),
     "deterministic draft": (None, model(4, 3, 12)),
     "no slot": ([], model(5, 1, 13)),
 }
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_what_is_committed_has_the_targets_law(case):
+def test_what_is_committed_has_the_targets_distribution(case):
     p, q = CASES[case]
-    torch.testing.assert_close(committed_law(verify, p, q), continuation(q, ()), atol=1e-9, rtol=0)
+    torch.testing.assert_close(committed_distribution(verify, p, q), continuation(q, ()), atol=1e-9, rtol=0)
 
 
 @pytest.mark.parametrize("length", [0, 1, 2])
 @pytest.mark.parametrize("deterministic", [False, True])
 def test_any_prefix_of_the_proposal_may_be_verified(length, deterministic):
     p, q = None if deterministic else model(4, 2, 20), model(4, 3, 21)
-    found = committed_law(verify, p, q, lambda tokens: torch.full((len(tokens),), length))
+    found = committed_distribution(verify, p, q, lambda tokens: torch.full((len(tokens),), length))
     torch.testing.assert_close(found, continuation(q, ()), atol=1e-9, rtol=0)
 
 
 def test_a_cut_may_read_the_tokens_before_the_slot_and_no_others():
     p, q = model(4, 2, 22), model(4, 3, 23)
-    before = committed_law(verify, p, q, lambda tokens: 1 + (tokens[:, 0] < 2).long())
+    before = committed_distribution(verify, p, q, lambda tokens: 1 + (tokens[:, 0] < 2).long())
     torch.testing.assert_close(before, continuation(q, ()), atol=1e-9, rtol=0)
-    own = committed_law(verify, p, q, lambda tokens: 2 * (tokens[:, 0] < 2).long())
+    own = committed_distribution(verify, p, q, lambda tokens: 2 * (tokens[:, 0] < 2).long())
     assert (own - continuation(q, ())).abs().max() > 1e-2
 
 
@@ -150,9 +153,9 @@ def test_the_papers_counterexample():
         [torch.tensor([0.5, 0.5], dtype=torch.float64)],
         [torch.tensor([0.7, 0.3], dtype=torch.float64), torch.full((2, 2), 0.5).double()],
     )
-    kept = committed_law(verify, p, q).sum(1)
+    kept = committed_distribution(verify, p, q).sum(1)
     assert kept.tolist() == pytest.approx([0.7, 0.3], abs=1e-9)
-    cut = committed_law(verify, p, q, lambda tokens: (tokens[:, 0] == 0).long()).sum(1)
+    cut = committed_distribution(verify, p, q, lambda tokens: (tokens[:, 0] == 0).long()).sum(1)
     assert cut.tolist() == pytest.approx([0.85, 0.15], abs=1e-9)
 
 
@@ -171,7 +174,7 @@ def uncorrected(proposed, draft, target, lengths, uniforms):
 @pytest.mark.parametrize("case", ["random", "three slots", "deterministic draft"])
 def test_a_biased_rule_is_found_out(rule, case):
     p, q = CASES[case]
-    assert (committed_law(rule, p, q) - continuation(q, ())).abs().max() > 1e-3
+    assert (committed_distribution(rule, p, q) - continuation(q, ())).abs().max() > 1e-3
 
 
 def test_rows_are_verified_apart():
@@ -189,15 +192,15 @@ def test_rows_are_verified_apart():
         assert [x[row].item() for x in together] == [x.item() for x in alone]
 
 
-def test_greedy_is_the_same_law_on_one_hot_laws():
+def test_greedy_is_the_same_distribution_on_one_hot_laws():
     generator = torch.Generator().manual_seed(2)
     target = torch.randint(0, 3, (200, 4), generator=generator)
     proposed = torch.randint(0, 3, (200, 3), generator=generator)
     lengths = torch.randint(0, 4, (200,), generator=generator)
     uniforms = torch.rand(200, 4, generator=generator, dtype=torch.float64)
     one_hot = torch.nn.functional.one_hot(target, 3).double()
-    greedy, law = verify_greedy(proposed, target, lengths), verify(proposed, None, one_hot, lengths, uniforms)
-    assert torch.equal(greedy[0], law[0]) and torch.equal(greedy[1], law[1])
+    greedy, distribution = verify_greedy(proposed, target, lengths), verify(proposed, None, one_hot, lengths, uniforms)
+    assert torch.equal(greedy[0], distribution[0]) and torch.equal(greedy[1], distribution[1])
     expected = [
         next((k for k in range(n) if x[k] != y[k]), n)
         for x, y, n in zip(proposed.tolist(), target.tolist(), lengths.tolist(), strict=True)

@@ -75,10 +75,10 @@ def texts(length: int) -> torch.Tensor:
 
 
 @torch.inference_mode()
-def joint_law(prompt: list[int], length: int, sampling: Sampling) -> torch.Tensor:
+def joint_distribution(prompt: list[int], length: int, sampling: Sampling) -> torch.Tensor:
     """The target's exact probability of each of those texts after `prompt`, in fp64, from whole forward passes."""
     continued = texts(length)
     rows = torch.cat([torch.tensor(prompt).expand(len(continued), -1), continued], 1)
     context = target().states(rows, torch.full((len(rows),), rows.shape[1]))
-    laws = warp(target().logits(context.last[:, len(prompt) - 1 : -1]), sampling).double()
-    return laws.gather(-1, continued[..., None])[..., 0].prod(-1)
+    distributions = warp(target().logits(context.last[:, len(prompt) - 1 : -1]), sampling).double()
+    return distributions.gather(-1, continued[..., None])[..., 0].prod(-1)

@@ -1,14 +1,14 @@
-"""Attention of blocks over a shared context and over themselves: one definition of the mask, three ways to compute it.
+"""Attention of blocks over a shared context and over themselves: one definition of the mask, three implementations.
 
-Every draft asks the same question: Q queries in each of N blocks look at T context keys (those of their own
-conversation before the anchor, and inside the sliding window if there is one) and at S keys of their own block.
-`sees_context` and `sees_own` say who sees whom; `attend` evaluates them densely, `attend_spans` conversation by
-conversation, and `attend_flex` compiles them into a FlexAttention block mask on CUDA.
+The attention of every draft has the same form: Q queries in each of N blocks attend to T context keys (those of their
+conversation before the anchor, and inside the sliding window if there is one) and to S keys of their own block.
+`sees_context` and `sees_own` define the mask; `attend` evaluates it densely, `attend_spans` conversation by
+conversation, and `attend_flex` compiles it into a FlexAttention block mask on CUDA.
 
-THE WINDOW. With a window w, a query at position p sees keys at positions above p - w and no others: in the context and
-in its own block alike, so that with w below the block's size a late slot sees neither the anchor nor any context. It
-bounds how far back a query sees; what a block shows of the slots behind a query is not bounded. `KVCache.visible`
-applies the same rule while decoding.
+THE WINDOW. With a window w, a query at position p attends only to keys at positions above p - w, in the context and in
+its own block, so if w is smaller than the block a late slot reads neither the anchor nor any context. The window limits
+how far back a query attends; it does not limit later slots of its block. `KVCache.visible` applies the same rule in
+decoding.
 
 Axes: B batch, N blocks, Q queries of a block, T context keys, S own keys, H query and G key-value heads, d head size.
 """
@@ -30,12 +30,12 @@ Predicate = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Visibility:
-    """Who sees whom, as tensors on the device of the keys.
+    """The attention mask as tensors on the device of the keys.
 
-    `limit` (B, N): context keys with a row index below it may be seen. `document` (B, T) and `owner` (B, N): a key is
-    seen by blocks of its own conversation only (None: one conversation a row). `query_position` (B, N, Q) and
-    `key_position` (B, T) with `window`: a key further back than `window` - 1 positions is out of sight. Own keys stand
-    at consecutive positions, as queries do; query 0 stands `ahead` positions after own key 0.
+    `limit` (B, N): context keys with a row index below it are visible. `document` (B, T) and `owner` (B, N): a key is
+    visible only to blocks of its own conversation (None: one conversation per row). `query_position` (B, N, Q) and
+    `key_position` (B, T) with `window`: a key further back than `window` - 1 positions is not visible. Own keys have
+    consecutive positions, as queries do; query 0 is `ahead` positions after own key 0.
     """
 
     limit: Int[Tensor, "B N"]
@@ -50,7 +50,7 @@ class Visibility:
     # FlexAttention traces the predicates, and a type checker's wrapper around them cannot be traced.
     @no_type_check
     def sees_context(self, b: Tensor, n: Tensor, q: Tensor, t: Tensor) -> Tensor:
-        """Whether query q of block n sees context key t; the arguments are index tensors that broadcast."""
+        """Whether query q of block n attends to context key t; the arguments are index tensors that broadcast."""
         seen = t < self.limit[b, n]
         if self.document is not None:
             seen = seen & (self.document[b, t] == self.owner[b, n])
@@ -60,13 +60,14 @@ class Visibility:
 
     @no_type_check
     def sees_own(self, q: Tensor, s: Tensor) -> Tensor:
-        """Whether query q sees own key s: those inside the window, and only those up to itself when `causal_own`."""
+        """Whether query q attends to own key s: those inside the window, and only those up to itself if
+        `causal_own`."""
         back = q + self.ahead - s
         seen = back >= 0 if self.causal_own else torch.ones_like(back, dtype=torch.bool)
         return seen if self.window is None else seen & (back < self.window)
 
     def own_mask(self, queries: int, keys: int) -> Bool[Tensor, "q s"] | None:
-        """`sees_own` as a tensor; None where every query sees every own key."""
+        """`sees_own` as a tensor; None if every query attends to every own key."""
         if not self.causal_own and (self.window is None or queries - 1 + self.ahead < self.window):
             return None
         device = self.limit.device
@@ -92,8 +93,8 @@ def attend(
 ) -> Float[Tensor, "B N Q H d"]:
     """Dense attention over context and own keys under one softmax (in fp32).
 
-    Own keys are scored block by block, so the cost is N*Q*(T + S), never N*Q*(T + N*S). A query that sees nothing
-    gets a finite, meaningless row. `soft_cap` c turns every score s into c tanh(s / c).
+    Own keys are scored block by block, so the cost is N*Q*(T + S) and not N*Q*(T + N*S). A query without visible keys
+    gets a finite, meaningless row. `soft_cap` c replaces every score s by c tanh(s / c).
     """
     (B, N, Q, H, d), G = query.shape, context[0].shape[2]
     r = H // G
@@ -102,7 +103,7 @@ def attend(
     scores = (q.reshape(B, G, r * N * Q, d) @ keys.transpose(-1, -2)).view(B, G, r, N, Q, -1)
     lowest = torch.finfo(scores.dtype).min
     scores = capped(scores, soft_cap)
-    scores = scores.masked_fill_(~mask[:, None, None], lowest)  # nobody saved them, and they are large
+    scores = scores.masked_fill_(~mask[:, None, None], lowest)  # not needed for the backward pass, and they are large
     if own is None:
         weights = scores.softmax(-1, dtype=torch.float32).to(query.dtype)
         seen = weights.reshape(B, G, r * N * Q, -1) @ values
@@ -122,14 +123,14 @@ def attend(
 
 
 def capped(scores: Float[Tensor, "*b"], soft_cap: float | None) -> Float[Tensor, "*b"]:
-    """Scores s as c tanh(s / c), or as they are."""
+    """Scores s as c tanh(s / c), or unchanged without a cap."""
     return scores if soft_cap is None else torch.tanh(scores / soft_cap) * soft_cap
 
 
 @dataclass(frozen=True)
 class Span:
     """Consecutive blocks `first_block:last_block` of one conversation, and the context `first:last` of its `row` that
-    the furthest of them sees; `mask` as attend's, for one row."""
+    the last of them reads; `mask` as in attend, for one row."""
 
     row: int
     first_block: int
@@ -171,8 +172,8 @@ def attend_spans(
     own_mask: Bool[Tensor, "Q S"] | None = None,
     soft_cap: float | None = None,
 ) -> Float[Tensor, "1 M Q H d"]:
-    """`attend` of blocks that lie end to end, each over its own conversation alone: no block and no key of padding or
-    of a neighbour in a packed row is computed. `mask` is what `spans` gives."""
+    """`attend` for consecutive blocks, each over its own conversation only: blocks and keys of padding or of other
+    conversations in a packed row are not computed. `mask` is the result of `spans`."""
     seen = []
     for span in mask:
         blocks = slice(span.first_block, span.last_block)
@@ -191,7 +192,7 @@ def attend_stored(
 ) -> Float[Tensor, "B Q H d"]:
     """Attention of the tokens being decoded to everything in a key-value cache, their own entries included.
 
-    `mask` None means that every query sees every entry.
+    `mask` None: every query attends to every entry.
     """
     keys, values = (x.transpose(1, 2) for x in stored)
     if soft_cap is not None:

@@ -1,13 +1,13 @@
-"""The layers of a draft: family facts as data, one layer for all families, the frozen tables' scales.
+"""The layers of a draft: families as data, one layer class for all families.
 
-A family is one function from a target's raw configuration to facts and one row of FAMILIES; MODEL_TYPES says which
-architectures have a family's layer. A target of any other architecture lends its sizes to a stated choice (`chosen`).
-Parameter names equal those of published checkpoints. Sources of the facts: transformers' reference implementations.
+A family is one function from a target's raw configuration to `Backbone` and one row of FAMILIES; MODEL_TYPES says which
+architectures have the layer of a family. For a target of any other architecture, `chosen` selects a family, with the
+sizes of the target. Parameter names equal those of published checkpoints. Source: transformers' implementations.
 
     llama   pre-norm, no norms of queries and keys (Llama, Mistral, SmolLM2, SmolLM3)
     qwen2   llama with biases of queries, keys and values
     qwen3   llama with per-head norms of queries and keys
-    phi3    llama whose leading features of a head turn (partial rope)
+    phi3    llama with partial rope (only the leading features of a head are rotated)
     granite llama with factors on residuals, attention, embedding and logits
     gemma   llama with norms stored as 1 + w, scaled embedding, tanh-gelu
     gemma2  gemma with sandwich norms, capped attention scores and logits
@@ -15,7 +15,7 @@ Parameter names equal those of published checkpoints. Sources of the facts: tran
     gemma4  full-attention geometry, sandwich norms with plain weights, layer scalar, values from the keys' projection,
             proportional rope, capped logits
 
-A draft attends fully, or through `method.window`: windows of the target's own layers are not taken over.
+A draft has full attention, or the window `method.window`: windows of the target's own layers are not copied.
 
 Axes: B batch, T tokens, D hidden, V vocabulary, H query heads, G key-value heads, d head size.
 """
@@ -92,7 +92,7 @@ class Backbone:
         return self.head_dim**-0.5 if self.attention_scale is None else self.attention_scale
 
     def inverse_frequencies(self, device: torch.device | None = None) -> Float[Tensor, " half"]:
-        """Rope frequencies of the features that turn; without `rope_leading` those of the others are zero."""
+        """Rope frequencies of the rotated features; without `rope_leading` those of the others are zero."""
         size = int(self.rope_fraction * self.head_dim)
         if self.rope_leading or self.rope_fraction == 1.0:
             return frequencies(self.rope_theta, size, self.rope_scaling, self.rope_length, device)
@@ -102,7 +102,7 @@ class Backbone:
         return F.pad(1.0 / self.rope_theta**exponents / factor, (0, half - turned))
 
     def norm(self, size: int) -> nn.RMSNorm:
-        """A norm over `size` features as the family stores it, neutral at first."""
+        """A norm over `size` features as the family stores it, initialised to the identity scale."""
         return (OffsetRMSNorm if self.norm_adds_one else nn.RMSNorm)(size, eps=self.norm_eps)
 
 
@@ -124,9 +124,9 @@ def width(config: Mapping[str, Any]) -> int:
 def sizes(config: Mapping[str, Any]) -> dict[str, Any]:
     """Heads, key-value heads, head size and feed-forward size of a dense draft for a target's raw configuration.
 
-    Targets with dense grouped-query attention give their own. Latent or compressed attention (a `q_lora_rank` or
-    `kv_lora_rank`) and experts without a dense feed-forward have none: there a draft takes Qwen3's proportions (heads
-    of 128, at most 8 key-value heads, feed-forward 3 D, as Qwen3-8B has at D 4096).
+    Targets with dense grouped-query attention have these sizes. Latent or compressed attention (a `q_lora_rank` or
+    `kv_lora_rank`) and experts without a dense feed-forward do not: a draft then has Qwen3's proportions (heads of 128,
+    at most 8 key-value heads, feed-forward 3 D, as Qwen3-8B with D 4096).
     """
     D = width(config)
     if config.get("q_lora_rank") or config.get("kv_lora_rank") or not config.get("intermediate_size"):
@@ -283,7 +283,7 @@ GEMMA3_DEFAULTS = {
 
 @dataclass(frozen=True)
 class Choice:
-    """Which family a draft's layers are of, and why. `own`: the target's layer is of that family."""
+    """The family of a draft's layers, and the reason. `own`: the target's layer belongs to this family."""
 
     family: str
     own: bool
@@ -325,7 +325,7 @@ def backbone_of(
     """The backbone for a target's raw configuration: of its own family where `chosen` knows one, or `family` with the
     target's sizes. `length`: of the longest texts that the draft is for.
 
-    A family other than the target's keeps the target's embedding scale, logit scale and soft-cap, since those belong
+    A family other than the target's keeps the target's embedding scale, logit scale and soft-cap, because these belong
     to its tables. Errors: ValueError naming the setting.
     """
     if window is not None and window < 1:
@@ -335,7 +335,7 @@ def backbone_of(
     if own.own and name == own.family:
         facts = FAMILIES[name](text)
     else:
-        # Only a rope that this family can turn by, of a target whose heads are known, is taken over as it is.
+        # The rope of the target is copied only if this family can compute it and the heads of the target are known.
         if not own.own or declared_kind(text) not in KINDS:
             plain_rope = {"rope_parameters": None, "rope_scaling": None, "rope_theta": base(text, 1e4)}
             text = {**text, **plain_rope}
@@ -396,7 +396,7 @@ class RotaryEmbedding(nn.Module):
 
 
 class Attention(nn.Module):
-    """Projections and per-head norms; who attends to what is decided by the caller."""
+    """Projections and per-head norms; the caller provides the attention itself."""
 
     def __init__(self, backbone: Backbone, input_size: int):
         super().__init__()
@@ -415,7 +415,7 @@ class Attention(nn.Module):
 
     def queries(self, x: Float[Tensor, "*b D"], rope: Rope) -> Float[Tensor, "*b H d"]:
         queries = self.q_proj(x).unflatten(-1, (self.heads, self.head_dim))
-        # Under autocast a norm of fp32 weights gives fp32; attention kernels want what the values have.
+        # Under autocast a norm with fp32 weights gives fp32; attention kernels need the dtype of the values.
         return rotate(self.q_norm(queries), rope).to(queries.dtype)
 
     def keys_values(self, x: Float[Tensor, "*b D"], rope: Rope) -> tuple[Tensor, Tensor]:
@@ -463,7 +463,7 @@ class Layer(nn.Module):
             self.layer_scalar = None
 
     def normed(self, x: Float[Tensor, "*b D"], embedding: Float[Tensor, "*b D"] | None = None) -> Tensor:
-        """What the attention projections read."""
+        """The input of the attention projections."""
         if self.hidden_norm is None:
             return self.input_layernorm(x)
         return torch.cat([self.input_layernorm(embedding), self.hidden_norm(x)], -1)

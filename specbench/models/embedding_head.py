@@ -9,12 +9,12 @@ from torch import Tensor, nn
 
 
 class Tables(nn.Module):
-    """Embedding (V, D) and head (V', D) with the target's own law between its final states and its logits.
+    """Embedding (V, D) and head (V', D), with the target's function from final states to logits.
 
     logits = cap(scale (h head^T + bias)), where cap(x) = soft_cap tanh(x / soft_cap) and each of `logit_scale`, `bias`
-    (V',) and `soft_cap` may be absent (1, None, None). Frozen tables are buffers outside the state dict, so they cost a
-    checkpoint nothing and get no gradient; trainable ones are parameters. With a reduced draft vocabulary the head has
-    V' < V rows and `ids` (V',) names them.
+    (V',) and `soft_cap` may be absent (1, None, None). Frozen tables are buffers outside the state dict, so they are
+    not part of a checkpoint and get no gradient; trainable ones are parameters. With a reduced draft vocabulary the
+    head has V' < V rows and `ids` (V',) names them.
     """
 
     def __init__(
@@ -41,7 +41,7 @@ class Tables(nn.Module):
 
     @property
     def plain_head(self) -> bool:
-        """Whether logits are the head's product alone, capped or not: no factor and no bias."""
+        """Whether logits are only the product with the head, capped or not: no factor and no bias."""
         return self.logit_scale == 1.0 and self.bias is None
 
     def embed(self, tokens: Int[Tensor, "*b"]) -> Float[Tensor, "*b D"]:
@@ -53,14 +53,14 @@ class Tables(nn.Module):
         return rows * torch.tensor(self.embedding_scale, dtype=rows.dtype, device=rows.device)
 
     def logits(self, hidden: Float[Tensor, "*b D"]) -> Float[Tensor, "*b W"]:
-        """Vocabulary logits as the target's own head path gives them: bias, factor and soft-cap included."""
+        """Vocabulary logits (..., V') of final states (..., D), with the bias, factor and soft-cap of the target."""
         logits = F.linear(hidden, self.head, self.bias)
         if self.logit_scale != 1.0:
             logits = logits * self.logit_scale
         return logits if self.soft_cap is None else torch.tanh(logits / self.soft_cap) * self.soft_cap
 
     def derive(self, trainable: bool = False, ids: Int[Tensor, " W"] | None = None) -> Tables:
-        """Tables of a draft: the same tensors when frozen and whole, copies when trained or reduced to `ids`."""
+        """Tables of a draft: the same tensors if frozen and whole, copies if trained or reduced to `ids`."""
         if not trainable and ids is None:
             return self
         head, bias = (x if x is None or ids is None else x[ids] for x in (self.head, self.bias))

@@ -1,4 +1,4 @@
-"""A key-value cache for ragged batches: every row has its own length, and rolling back is not advancing.
+"""A key-value cache for ragged batches: every row has its own length; to roll back, the length is not advanced.
 
 Axes: B rows, S new tokens, T stored tokens, G key-value heads, d head size.
 """
@@ -12,11 +12,11 @@ from torch import Tensor
 
 
 class KVCache:
-    """Keys and values of several layers with one length a row, given and taken as (B, T, G, d).
+    """Keys and values of several layers with one length per row, passed as (B, T, G, d).
 
-    `write` puts new entries behind each row's length and returns everything up to the longest row; `advance` says how
-    many of them count. What lies beyond a row's length is overwritten later and must be masked by the reader. Stored
-    as (B, G, T, d), so that a product over all rows and heads needs no copy.
+    `write` puts new entries after each row's length and returns all entries up to the longest row; `advance` counts
+    some of them as part of the row. Entries beyond a row's length are overwritten later and must be masked by the
+    reader. Stored as (B, G, T, d), so that a product over all rows and heads needs no copy.
     """
 
     def __init__(self, rows: int, device: torch.device | str = "cpu"):
@@ -46,7 +46,7 @@ class KVCache:
         return tuple(stored.narrow(2, 0, end).transpose(1, 2) for stored, _ in pair)
 
     def advance(self, counts: Int[Tensor, " B"] | int) -> None:
-        """Count `counts` of the entries written last as part of each row."""
+        """Count the first `counts` of the entries written last as part of each row."""
         self.lengths = self.lengths + counts
         low, high = torch.stack(torch.aminmax(self.lengths)).tolist()
         self.longest, self.even = high, low == high
@@ -55,10 +55,10 @@ class KVCache:
     def visible(
         self, new: int, behind: int = 0, causal: bool = True, window: int | None = None
     ) -> Bool[Tensor, "B 1 S T"] | None:
-        """What `new` queries see that were written `behind` entries after each row's length, as `write` does it.
+        """The mask of `new` queries that were written `behind` entries after each row's length, as by `write`.
 
-        They see all before them in their row and each other: up to themselves when `causal`, all of them otherwise;
-        with `window` nothing further back than window - 1 entries. None: they see everything that is stored.
+        They attend to all earlier entries of their row and to each other: up to themselves if `causal`, all of them
+        otherwise; with `window`, to nothing further back than window - 1 entries. None: they attend to all entries.
         """
         if self.even and window is None and (new == 1 or not causal):
             return None
@@ -92,7 +92,7 @@ class KVCache:
         return both
 
     def _places(self, behind: int, size: int) -> Int[Tensor, "B 1 S 1"]:
-        """Where each row's new entries go: the same for every layer until the lengths change."""
+        """Positions of each row's new entries: the same for every layer until the lengths change."""
         if (behind, size) not in self._at:
             steps = torch.arange(behind, behind + size, device=self.lengths.device)
             self._at[behind, size] = (self.lengths[:, None] + steps)[:, None, :, None]

@@ -1,9 +1,9 @@
-"""A causal language model of transformers, taken apart and run over a KVCache whose rows have lengths of their own.
+"""The forward pass of a causal language model of transformers over a KVCache with a different length in each row.
 
-Masks are the model's own: transformers asks one function for every mask that a model needs (full, sliding, chunked),
-and while a ragged pass runs that function counts each row's positions from the row's own length. What a model does
-between its final states and its logits is read off the model: its head is made to give known numbers, and what comes
-out of the model for them is a factor, a soft-cap, or something that Tables cannot say.
+Masks are those of the model: transformers calls one function for every mask that a model needs (full, sliding,
+chunked), and during a ragged pass this function counts the positions of each row from its own length. The operations of
+a model between its final states and its logits are measured: its head is made to return known numbers, and the output
+of the model shows a factor, a soft-cap, or an operation that Tables cannot represent.
 
 Axes: B rows, S new tokens, T tokens, D hidden, V vocabulary.
 """
@@ -29,13 +29,13 @@ FINAL_NORMS = ("norm", "final_layernorm", "final_layer_norm", "ln_f", "norm_f", 
 
 
 class Unsupported(ValueError):
-    """A model that cannot be a target; the sentence says why."""
+    """A model that cannot be a target; the message gives the reason."""
 
 
 @dataclass(frozen=True)
 class Anatomy:
-    """The parts of a causal language model. `takes`: what its decoder's forward accepts; `positions`: the longest text
-    that its table of learnt positions reaches (None: it has none, positions are computed)."""
+    """The parts of a causal language model. `takes`: arguments of its decoder's forward; `positions`: the size of its
+    table of learnt positions (None: it has no table, positions are computed)."""
 
     decoder: nn.Module
     layers: nn.ModuleList
@@ -46,12 +46,12 @@ class Anatomy:
 
     @property
     def final_norm(self) -> nn.Module | None:
-        """The norm behind the last layer, where the decoder has one by a known name."""
+        """The norm after the last layer, if the decoder has one with a known name."""
         return next((getattr(self.decoder, n) for n in FINAL_NORMS if hasattr(self.decoder, n)), None)
 
 
 def anatomy(model: nn.Module) -> Anatomy:
-    """Decoder, layers, embedding and head of `model`. Raises Unsupported, saying what it lacks."""
+    """Decoder, layers, embedding and head of `model`. Errors: Unsupported, naming the missing part."""
     kind, config = type(model).__name__, model.config
     if getattr(config, "is_encoder_decoder", False):
         raise Unsupported(f"{kind} is an encoder-decoder: a draft continues one text, so the target must be causal")
@@ -59,7 +59,7 @@ def anatomy(model: nn.Module) -> Anatomy:
     if getattr(head, "weight", None) is None or head.weight.dim() != 2:
         raise Unsupported(f"{kind} has no head that maps final states to logits by one matrix")
     if getattr(embedding, "weight", None) is None or embedding.weight.dim() != 2:
-        raise Unsupported(f"{kind} has no embedding of one row a token")
+        raise Unsupported(f"{kind} has no embedding of one row per token")
     decoder = _decoder(model)
     text = config.get_text_config(decoder=True)
     count = getattr(text, "num_hidden_layers", None)
@@ -108,7 +108,7 @@ def stated_positions(text: Any) -> int | None:
 
 
 class Bridge:
-    """What transformers' attention layers see of a KVCache (their layout is (B, G, T, d))."""
+    """The interface of a KVCache for attention layers of transformers (their layout is (B, G, T, d))."""
 
     is_compileable = False
     is_sliding = ()
@@ -132,7 +132,7 @@ class Bridge:
 
 @dataclass
 class Masks:
-    """What a model asked of transformers' mask functions: how often, and the windows that it named."""
+    """The calls of a model to the mask functions of transformers: their number, and the windows."""
 
     asked: int = 0
     windows: set[int] = field(default_factory=set)
@@ -140,9 +140,9 @@ class Masks:
 
 @contextmanager
 def masks_by_row(lengths: Int[Tensor, " B"], even: bool, seen: Masks | None = None) -> Iterator[None]:
-    """Within it, masks count the new tokens of row b from lengths[b]; rows of one length (`even`) need no change.
+    """Context in which masks count the new tokens of row b from lengths[b]; rows of one length (`even`) need no change.
 
-    The change lies in transformers' local table of mask functions and is taken back at the end, errors included.
+    It changes the local table of mask functions in transformers and restores it at the end, also after errors.
     """
     if even and seen is None:
         yield
@@ -178,7 +178,7 @@ def masks_by_row(lengths: Int[Tensor, " B"], even: bool, seen: Masks | None = No
 def run(
     parts: Anatomy, cache: KVCache, tokens: Int[Tensor, "B S"], seen: Masks | None = None
 ) -> Float[Tensor, "B S D"]:
-    """Final states of S tokens a row, written to `cache` behind each row's length."""
+    """Final states of S tokens per row, whose keys and values are written to `cache` after each row's length."""
     position = cache.lengths[:, None] + torch.arange(tokens.shape[1], device=tokens.device)
     with masks_by_row(cache.lengths, cache.even, seen):
         out = parts.decoder(input_ids=tokens, past_key_values=Bridge(cache), use_cache=True, **_placed(parts, position))
@@ -197,7 +197,7 @@ def run_whole(parts: Anatomy, tokens: Int[Tensor, "B T"]) -> Float[Tensor, "B T 
 def _placed(parts: Anatomy, position: Int[Tensor, "B S"]) -> dict[str, Tensor]:
     if "position_ids" not in parts.takes:
         return {}
-    # What lies beyond a table of positions is padding or a proposal that no text has room for.
+    # Positions beyond the table belong to padding, or to a proposal beyond the maximum length.
     return {"position_ids": position if parts.positions is None else position.clamp_max(parts.positions - 1)}
 
 
@@ -207,10 +207,10 @@ def final_states(out: Any) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Law:
-    """What stands between token embeddings and layers, and between final states and logits (see Tables).
+class HeadFunction:
+    """Factors between token embeddings and layers, and between final states and logits (see Tables).
 
-    `streams`: the axis of parallel residual streams in what a layer gives, None where it gives (B, T, D).
+    `streams`: the axis of parallel residual streams in the output of a layer; None if the output is (B, T, D).
     """
 
     embedding_scale: float = 1.0
@@ -220,7 +220,7 @@ class Law:
 
 
 def one_stream(states: Tensor, axis: int | None) -> Float[Tensor, "B T D"]:
-    """What a layer gives as one state a token: parallel residual streams enter as their mean."""
+    """The output of a layer as one state per token: the mean of parallel residual streams."""
     return states if axis is None or states.dim() == 3 else states.mean(axis)
 
 
@@ -230,8 +230,9 @@ def first_of(output: Any) -> Tensor:
 
 
 @torch.inference_mode()
-def law_of(model: nn.Module, parts: Anatomy) -> Law:
-    """Read the law off the model, by one pass over a few tokens. Raises Unsupported where Tables cannot say it."""
+def head_function(model: nn.Module, parts: Anatomy) -> HeadFunction:
+    """Measure these factors on the model, by one pass over a few tokens. Errors: Unsupported if Tables cannot represent
+    them."""
     device = parts.embedding.weight.device
     tokens = torch.arange(1, PROBED_TOKENS + 1, device=device)[None] % len(parts.embedding.weight)
     found: dict[str, Tensor] = {}
@@ -294,7 +295,7 @@ def law_of(model: nn.Module, parts: Anatomy) -> Law:
     after, cap = _elementwise(found["known"].double(), out.double(), dtype, kind)
     scale = _factor(one_stream(found["entering"], axis), parts.embedding.weight[tokens]) or 1.0
     near = 1e-4 if dtype in (torch.float32, torch.float64) else 8e-3
-    return Law(
+    return HeadFunction(
         _snapped(scale, [*numbers, width**0.5], near),
         _snapped(before * after, [*numbers, *(1 / n for n in numbers)], near),
         cap,
@@ -303,7 +304,7 @@ def law_of(model: nn.Module, parts: Anatomy) -> Law:
 
 
 def _numbers(config: Any) -> list[float]:
-    """Every number that a configuration states; a factor that is nearly one of them is that one."""
+    """Every number in a configuration; a measured factor that is nearly equal to one of them is replaced by it."""
     values = config.to_dict().values()
     return [float(v) for v in values if isinstance(v, int | float) and not isinstance(v, bool) and v]
 
@@ -314,7 +315,7 @@ def _snapped(value: float, numbers: list[float], near: float) -> float:
 
 
 def _factor(ours: Tensor, theirs: Tensor) -> float | None:
-    """The number a with ours = a theirs up to rounding; None where there is none."""
+    """The number a with ours = a * theirs up to rounding; None if there is none."""
     if ours.shape != theirs.shape:
         return None
     room = 1e-4 if ours.dtype in (torch.float32, torch.float64) else 2e-2
@@ -328,7 +329,7 @@ def _factor(ours: Tensor, theirs: Tensor) -> float | None:
 
 
 def _elementwise(known: Tensor, out: Tensor, dtype: torch.dtype, kind: str) -> tuple[float, float | None]:
-    """Factor and soft-cap that take the head's numbers to the model's logits."""
+    """Factor and soft-cap that convert the head's output to the model's logits."""
     largest, smallest = float(known[0, 0, 0]), float(known[0, 0, 1])
     slope, top = float(out[0, -1, 1]) / smallest, float(out[0, -1, 0])
     capped = abs(top) < 0.5 * abs(slope) * largest

@@ -1,7 +1,7 @@
-"""Rotary position embedding: frequencies, and how published scalings change them for longer texts.
+"""Rotary position embedding (rope): frequencies, and the published scalings for longer texts.
 
-A draft's keys are kept between rounds and trained on every prefix of a text at once, so its frequencies are fixed for
-its life. Two scalings (dynamic, longrope) depend on the length of the text: a draft takes them at one `length`, the
+A draft keeps its keys between rounds and is trained on every prefix of a text at once, so its frequencies are fixed.
+Two scalings (dynamic, longrope) depend on the length of the text: a draft uses their frequencies at one `length`, the
 longest that it is trained on.
 
 Sources: the reference implementations' formulas (transformers' ROPE_INIT_FUNCTIONS), which the tests compare with.
@@ -26,7 +26,7 @@ Half = Float[Tensor, " half"]
 
 
 def plain(theta: float, size: int, device: torch.device | None = None) -> Half:
-    """theta^(-2i/d) of the d = `size` features that turn, in radians a position."""
+    """theta^(-2i/d) of the d = `size` rotated features, in radians per position."""
     return 1.0 / theta ** (torch.arange(0, size, 2, dtype=torch.float32, device=device) / size)
 
 
@@ -37,7 +37,7 @@ def frequencies(
     length: int | None = None,
     device: torch.device | None = None,
 ) -> Half:
-    """Frequencies under `scaling` (what `resolve` gives) for texts of `length` tokens (None: no more than the original
+    """Frequencies with `scaling` (from `resolve`) for texts of `length` tokens (None: at most the original number of
     positions)."""
     if scaling is None:
         return plain(theta, size, device)
@@ -45,15 +45,15 @@ def frequencies(
 
 
 def attention_factor(scaling: Scaling | None) -> float:
-    """What cosines and sines are multiplied by."""
+    """Factor of cosines and sines."""
     return 1.0 if scaling is None else float(scaling.get("attention_factor", 1.0))
 
 
 def resolve(config: Mapping[str, Any], theta: float) -> tuple[float, Scaling | None]:
-    """Base and scaling of a target's raw configuration; `theta` is the base of its architecture where it names none.
+    """Base and scaling of a target's raw configuration; `theta`: the default base of its architecture.
 
-    The scaling holds all that its formula reads, defaults included. Where layers of several kinds have one rope each,
-    that of full attention is taken. Errors: ValueError for a type that is unknown here or lacks a value.
+    The scaling has all values of its formula, defaults included. If different kinds of layers have different ropes,
+    that of full attention is used. Errors: ValueError for a type that is not implemented here or lacks a value.
     """
     found, theta, kind = _declared(config), base(config, theta), declared_kind(config)
     if kind == "default":
@@ -94,7 +94,7 @@ def by_length(scaling: Scaling | None) -> bool:
 
 
 def fraction(config: Mapping[str, Any]) -> float:
-    """Share of a head's features that turn."""
+    """Share of a head's features that are rotated."""
     found = _declared(config)
     return float(found.get("partial_rotary_factor") or config.get("partial_rotary_factor") or 1.0)
 
@@ -120,7 +120,7 @@ def _dynamic(theta: float, size: int, scaling: Scaling, length: int | None, devi
 
 def _yarn(theta: float, size: int, scaling: Scaling, length: int | None, device: torch.device | None) -> Half:
     def turns_at(rotations: float | int) -> float:
-        """The index of the feature that makes so many turns over the original positions."""
+        """The index of the feature that makes `turns` rotations over the original positions."""
         span = scaling["original_max_position_embeddings"] / (rotations * 2 * math.pi)
         return size * math.log(span) / (2 * math.log(theta))
 

@@ -1,12 +1,13 @@
-"""Does a target give what the library model itself gives? Asked when it is loaded, remembered once it is answered.
+"""Check that a target gives the same states as transformers. It runs when a target is loaded; its result is stored.
 
-The library's own forward pass without a cache, on random texts one by one, is the truth. Against it stand the states of
-padded texts, and those of ragged decoding: prefill, blocks of several sizes, roll-backs of each row's own length, and a
-lone row. Where the incremental pass differs by more than the dtype's rounding the target is recomputed from its tokens,
-and one notice says why; where whole texts differ too it is refused, naming the layer where the difference begins.
+The reference is the forward pass of transformers without a cache, on random texts one by one. It is compared with the
+states of padded texts, and of ragged decoding: prefill, blocks of several sizes, roll-backs of different lengths, and a
+single row. If the incremental pass differs by more than rounding of the dtype, the target is recomputed from its
+tokens, and one notice gives the reason. If whole texts differ too, the target is refused; the message names the first
+layer that differs.
 
-A result holds for one set of weights (a sampled digest), one version of torch, of transformers and of the files that
-decide what a target gives, one dtype and one device.
+A result is valid for one set of weights (a digest of samples), one version of torch, of transformers and of the files
+that compute the states, one dtype and one device.
 
 Axes: B rows, T tokens, C layers, D hidden, V vocabulary.
 """
@@ -39,14 +40,14 @@ SLOWER = {
     "prefixes": "recomputed from its tokens, once for every token that a round verifies",
 }
 # Largest relative distance of two states or logit vectors that rounding explains, by dtype, and the share of positions
-# that have to keep to it: in short formats an expert's choice may tip at a few positions.
+# that must satisfy it: in 16-bit formats the choice of an expert can differ at a few positions.
 ROUNDING = {
     torch.float64: (1e-6, 1.0),
     torch.float32: (2e-4, 1.0),
     torch.float16: (2e-2, 0.9),
     torch.bfloat16: (8e-2, 0.9),
 }
-LONGEST, SHORTEST, LEAST = 288, 72, 24  # tokens of a text: as many as a window asks for, and as the model's size allows
+LONGEST, SHORTEST, LEAST = 288, 72, 24  # tokens of a text: enough for the window, limited by the size of the model
 OPERATIONS = {"cpu": 2e11, "cuda": 2e13}  # that a check may take
 ROWS = 2
 # Blocks of ragged decoding: tokens written, and how many of them each row keeps.
@@ -67,7 +68,7 @@ log = logging.getLogger("specbench")
 
 
 class Disagreement(ValueError):
-    """A target whose view is not the library's; `report` says where."""
+    """The states of a target differ from those of transformers; `report` says where."""
 
     def __init__(self, message: str, report: SelfCheckReport):
         super().__init__(message)
@@ -76,7 +77,8 @@ class Disagreement(ValueError):
 
 @dataclass(frozen=True)
 class Line:
-    """One comparison: `pass_` and `part` say of what, `layer` where (-1 entering the first, "final", "logits")."""
+    """One comparison: `pass_` and `part` name what was compared, `layer` where (-1: input of the first layer, "final",
+    "logits")."""
 
     pass_: str
     part: str
@@ -91,7 +93,7 @@ class Line:
 
 @dataclass(frozen=True)
 class SelfCheckReport:
-    """What a check found: the pass that is used (None: refused), why not a faster one, and every comparison."""
+    """Result of a check: the pass that is used (None: refused), why not a faster one, and every comparison."""
 
     target: str
     mode: str | None
@@ -131,9 +133,9 @@ def _order(name: str) -> int:
 
 
 def settle(target: Any, anew: bool = False) -> SelfCheckReport:
-    """Check `target` unless a check of the same is remembered, and let it decode by the pass that agrees.
+    """Check `target` unless the result of the same check is stored, and select the pass that agrees.
 
-    Errors: Disagreement (a ValueError) naming the layer where its states first leave the library's.
+    Errors: Disagreement (a ValueError) naming the first layer whose states differ from those of transformers.
     """
     key = identity(target)
     path = folder() / f"{hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:32]}.json"
@@ -171,7 +173,7 @@ def _refusal(report: SelfCheckReport) -> str:
 
 
 def examine(target: Any) -> SelfCheckReport:
-    """Compare every pass that `target` could take, the fastest first, until one agrees."""
+    """Compare every pass that `target` could use, the fastest first, until one agrees."""
     tokens, lengths = _texts(target)
     layers = range(-1, len(target.layers))
     lines: list[Line] = []
@@ -228,7 +230,8 @@ def examine(target: Any) -> SelfCheckReport:
 
 
 def _guarded(run: Any) -> Any:
-    """What `run` returns, or the error that it raised: models fail in any way over a cache that they do not know."""
+    """The result of `run`, or the error that it raised: models raise errors of any type for a cache that they do not
+    support."""
     try:
         return run()
     except torch.OutOfMemoryError:
@@ -265,7 +268,7 @@ def _windows(target: Any) -> list[int]:
 
 
 def _unseen_window(target: Any, count: int, asked: set[int]) -> str | None:
-    """A window that the texts were too short for is trusted where the model's masks are transformers' own."""
+    """A window longer than the texts of the check is accepted if the model uses the mask functions of transformers."""
     wide = [w for w in _windows(target) if w >= count]
     if not wide or set(wide) <= asked:
         return None
@@ -277,7 +280,7 @@ def _unseen_window(target: Any, count: int, asked: set[int]) -> str | None:
 
 @dataclass(frozen=True)
 class _Truth:
-    """The library's pass over one text: layer outputs (T, C, D), final states (T, D), logits (T, V)."""
+    """The pass of transformers over one text: layer outputs (T, C, D), final states (T, D), logits (T, V)."""
 
     taps: Tensor
     last: Tensor
@@ -292,9 +295,9 @@ def _truth(target: Any, text: Int[Tensor, "1 T"]) -> _Truth:
 
 
 def _hidden_states(target: Any, truth: Sequence[_Truth]) -> list[Line]:
-    """What the hooks see against the library's own `hidden_states`, where those are one (T, D) a layer.
+    """Compare the states from hooks with `hidden_states` of transformers, if these are one (T, D) tensor per layer.
 
-    The last layer's are left out: the library norms them first.
+    The last layer is left out, because transformers applies the final norm to it.
     """
     count, lines = len(target.layers), []
     for layer in range(-1, count - 1):
@@ -328,7 +331,8 @@ def _alone(target: Any, tokens: Tensor, lengths: Tensor, truth: Sequence[_Truth]
 
 
 def _causal_start(target: Any, tokens: Tensor, truth: Sequence[_Truth]) -> bool:
-    """Whether the beginning of a text does not see its end: a choice among many tokens may tip, a mask may not."""
+    """Whether the beginning of a text is independent of its end. Choices between nearly equal values may differ, masks
+    not."""
     count = max(1, min(8, tokens.shape[1] // 4))
     part = _truth(target, tokens[:1, :count])
     return _line(target, "", "", "logits", [(part.logits, truth[0].logits[:count])]).agrees
@@ -385,13 +389,14 @@ def _against(target, name: str, part: str, pieces: Sequence[tuple[int, int, Tens
 def _line(target: Any, name: str, part: str, layer: str, pairs: Sequence[tuple[Tensor, Tensor]]) -> Line:
     tolerance, share = ROUNDING.get(target.dtype, ROUNDING[torch.bfloat16])
     found = torch.cat([distance(a, b, centred=layer == "logits") for a, b in pairs]).sort().values
-    # NaN sorts last and agrees with nothing.
+    # NaN is sorted last and never agrees.
     worst = float(found[min(len(found) - 1, math.ceil(share * len(found)) - 1)])
     return Line(name, part, layer, worst if math.isfinite(worst) else math.inf, tolerance)
 
 
 def distance(a: Float[Tensor, "T N"], b: Float[Tensor, "T N"], centred: bool = False) -> Float[Tensor, " T"]:
-    """|a - b| / |b| row by row; `centred` first takes each row's mean away, which no law of tokens depends on."""
+    """|a - b| / |b| row by row; `centred` first subtracts each row's mean, which does not change the distribution of
+    tokens."""
     a, b = a.double(), b.double()
     if centred:
         a, b = a - a.mean(-1, keepdim=True), b - b.mean(-1, keepdim=True)
@@ -399,7 +404,7 @@ def distance(a: Float[Tensor, "T N"], b: Float[Tensor, "T N"], centred: bool = F
 
 
 def folder() -> Path:
-    """Where results are remembered: $SPECBENCH_CACHE, else specbench/ in $XDG_CACHE_HOME, else in ~/.cache."""
+    """Where results are stored: $SPECBENCH_CACHE, else specbench/ in $XDG_CACHE_HOME, else in ~/.cache."""
     own = os.environ.get("SPECBENCH_CACHE")
     home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
     return (Path(own) if own else Path(home).expanduser() / "specbench") / "selfcheck"
@@ -436,7 +441,7 @@ def sampled_digest(model: torch.nn.Module, samples: int = 64) -> str:
 
 
 def remembered(path: Path, key: Mapping[str, str]) -> SelfCheckReport | None:
-    """The result of an earlier check of the same; None where there is none, or what stands there is not one."""
+    """The stored result of the same check; None if there is none, or if the file is not a valid result."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
         if found["schema"] != SCHEMA or found["key"] != dict(key) or found["report"]["mode"] not in MODES:
@@ -455,7 +460,7 @@ def remembered(path: Path, key: Mapping[str, str]) -> SelfCheckReport | None:
 
 
 def _remember(path: Path, key: Mapping[str, str], report: SelfCheckReport) -> None:
-    """Keep a result; a folder that cannot be written to costs the next load a check."""
+    """Store a result; if the folder cannot be written to, the next load checks again."""
     found = asdict(report)
     for line in found["lines"]:
         if math.isinf(line["difference"]):

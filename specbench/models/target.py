@@ -36,7 +36,7 @@ from specbench.models.library_pass import (
     anatomy,
     final_states,
     first_of,
-    law_of,
+    head_function,
     one_stream,
     run,
     run_whole,
@@ -105,14 +105,14 @@ class Target:
             raise ValueError(
                 f"target_layer_ids={outside}: {name} has layers 0 to {len(self.layers) - 1} (-1: embedding)"
             )
-        law, head = law_of(model, self.parts), self.parts.head
+        factors, head = head_function(model, self.parts), self.parts.head
         embedding, bias = self.parts.embedding.weight.detach(), getattr(head, "bias", None)
         self.tables = Tables(
             embedding,
             head.weight.detach(),
-            law.embedding_scale,
-            law.soft_cap,
-            logit_scale=law.logit_scale,
+            factors.embedding_scale,
+            factors.soft_cap,
+            logit_scale=factors.logit_scale,
             bias=None if bias is None else bias.detach(),
         )
         own = model.config.get_text_config(decoder=True)
@@ -126,7 +126,7 @@ class Target:
         # Whether a text's earlier states depend on its length, so that every prefix is a pass of its own.
         self.by_prefix = False
         self.rope_limit = _rope_limit(own)
-        self._streams = law.streams
+        self._streams = factors.streams
         self._keeps_logits = "logits_to_keep" in signature(model.forward).parameters
         self.stop_token_ids = self._stops() if stop_token_ids is None else tuple(stop_token_ids)
         # The pass that `extend` takes: our own where it can, the library's where this is None.
@@ -252,7 +252,7 @@ class Target:
 
     @torch.inference_mode()
     def extend(self, state: TargetState, tokens: Int[Tensor, "B S"]) -> Context:
-        """States of S more tokens a row; they count only once the caller advances the state."""
+        """States of S more tokens per row; they count only once the caller advances the state."""
         cache, size = state.cache, tokens.shape[1]
         changes = self._beyond(cache.longest + size)
         if self.recomputes or self.rope_limit is not None:

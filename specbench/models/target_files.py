@@ -1,7 +1,7 @@
-"""The files of a target, checked before they count: configuration, weights, tokenizer.
+"""The files of a target and their checks: configuration, weights, tokenizer.
 
-A folder or hub id holds data. Code that it brings is not run, weights that would have to be unpickled are not read, and
-weights that are missing, left over, of another shape or not finite are refused by name.
+Code in a folder or Hub repository is not run, pickled weights are not read, and weights that are missing, unused, of
+another shape or not finite are refused with their names.
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ PICKLED = (
     "flax_model.msgpack",
     "consolidated.00.pth",
 )
-# Weights of parts that a causal language model of a checkpoint does not have: prediction heads for further tokens,
-# towers for images and sound, and buffers that older releases stored.
+# Weights of parts that the causal language model does not have: prediction heads for further tokens, encoders for
+# images and sound, and buffers that older releases stored.
 BESIDE = re.compile(
     r"(^|\.)(mtp|nextn|eh_proj|enorm|hnorm|shared_head|vision\w*|visual\w*|audio\w*|image_\w+|multi_modal_projector|"
     r"multimodal_projector|mm_projector|patch_embed)(\.|_|$)|(\.inv_freq|\.masked_bias|\.attn\.bias|attention\.bias)$"
 )
-# `package:PATH` lies inside this package: the small target that comes with it is package:data/embedded.
+# `package:PATH` is a path inside this package: the small target that comes with it is package:data/embedded.
 PACKAGED = "package:"
-# How tokenizers spell a token that stands for one to be filled in.
+# Spellings of mask tokens in tokenizers.
 MASKS = ("<|mask|>", "<mask>", "[MASK]", "<|MASK|>")
 log = logging.getLogger("specbench")
 
@@ -49,10 +49,10 @@ def location(id: str | Path) -> str:
 def mask_token_of(
     tokenizer: PreTrainedTokenizerBase | None, rows: int, stop_token_ids: Sequence[int]
 ) -> tuple[int, str]:
-    """The token id that stands for a slot to be filled, and why that one; `rows` are those of the embedding.
+    """The token id of the mask token (input of slots to be predicted), and the reason; `rows`: those of the embedding.
 
-    The tokenizer's own mask token, else the first row of the embedding that no token uses (DeepSpec's choice for
-    Qwen3), else a padding token that ends no answer. Errors: ValueError where there is none of them.
+    The tokenizer's mask token, else the first row of the embedding that no token uses (the choice of DeepSpec for
+    Qwen3), else a padding token that is not a stop token. Errors: ValueError if there is none of them.
     """
     if tokenizer is not None:
         own = tokenizer.mask_token_id
@@ -72,7 +72,7 @@ def mask_token_of(
 
 
 def raw_config(id: str | Path, revision: str | None = None) -> dict[str, Any]:
-    """config.json of a folder or hub id, as it stands there."""
+    """config.json of a folder or Hub id, unchanged."""
     try:
         found = cached_file(str(id), "config.json", revision=revision)
         if found is None:
@@ -83,12 +83,12 @@ def raw_config(id: str | Path, revision: str | None = None) -> dict[str, Any]:
 
 
 def read_model(id: str | Path, revision: str | None, dtype: torch.dtype, raw: Mapping[str, Any]) -> nn.Module:
-    """The causal language model of a folder or hub id, with every weight that it needs and no other.
+    """The causal language model of a folder or Hub id, with exactly the weights that it needs.
 
-    Errors: ValueError naming the target and what is wrong with it.
+    Errors: ValueError naming the target and the reason.
     """
     transformers_logging.disable_progress_bar()
-    # Where peft is installed the library would load the adapter's base model from wherever the adapter says.
+    # If peft is installed, transformers would load the base model from the location that the adapter names.
     if _beside(id, "adapter_config.json", revision):
         raise ValueError(
             f"target {str(id)!r} holds an adapter (adapter_config.json): merge it into its base model, save that "
@@ -105,7 +105,7 @@ def read_model(id: str | Path, revision: str | None, dtype: torch.dtype, raw: Ma
             trust_remote_code=False,
             use_safetensors=True,
             output_loading_info=True,
-            ignore_mismatched_sizes=True,  # so that they are told by name below
+            ignore_mismatched_sizes=True,  # so that the error below names them
         )
     except Exception as error:
         raise ValueError(f"target {str(id)!r} cannot be loaded: {_cause(id, revision, error)}") from error
@@ -116,9 +116,9 @@ def read_model(id: str | Path, revision: str | None, dtype: torch.dtype, raw: Ma
 
 
 def generation_stops(id: str | Path, revision: str | None) -> list[int]:
-    """The stop tokens of generation_config.json; none where there is no such file.
+    """The stop tokens of generation_config.json; none if there is no such file.
 
-    Errors: ValueError where it cannot be read, for the library would go on without its stop tokens.
+    Errors: ValueError if it cannot be read, because transformers would ignore it and its stop tokens.
     """
     found = _beside(id, "generation_config.json", revision)
     if found is None:
@@ -136,7 +136,7 @@ def generation_stops(id: str | Path, revision: str | None) -> list[int]:
 
 
 def tell_of_stops(id: str | Path, revision: str | None, rows: int) -> None:
-    """A stop token beyond the `rows` of the embedding can never be written and is told once."""
+    """Warn once of a stop token beyond the `rows` of the embedding, which can never be generated."""
     if beyond := [stop for stop in generation_stops(id, revision) if stop >= rows]:
         log.warning(
             "target %r: its stop tokens %s lie beyond its vocabulary of %d, so none of them ends an answer",
@@ -147,7 +147,7 @@ def tell_of_stops(id: str | Path, revision: str | None, rows: int) -> None:
 
 
 def _beside(id: str | Path, name: str, revision: str | None) -> str | None:
-    """Where a file of a folder or hub id lies; None where there is none."""
+    """Path of a file of a folder or Hub id; None if there is none."""
     return cached_file(
         str(id), name, revision=revision, _raise_exceptions_for_missing_entries=False,
         _raise_exceptions_for_connection_errors=False, _raise_exceptions_for_gated_repo=False,
@@ -218,7 +218,7 @@ def _among(key: str, layers: range) -> bool:
 
 
 def require_finite(id: str | Path, model: nn.Module) -> None:
-    """Refuse weights that hold NaN or infinity, by name."""
+    """Refuse weights with NaN or infinity; the message names them."""
     wrong = []
     for name, value in model.state_dict().items():
         if value.is_floating_point() and value.numel() and value.element_size() > 1:
@@ -236,9 +236,9 @@ def require_finite(id: str | Path, model: nn.Module) -> None:
 def read_tokenizer(id: str | Path, revision: str | None, rows: int) -> PreTrainedTokenizerBase | None:
     """The tokenizer of a folder or hub id (None without one), whose ids have to be among the `rows` of the embedding.
 
-    Tokens that were added behind the vocabulary and have no row are told once, and refused where a text holds them.
+    Added tokens without a row cause one warning, and an error if a text contains them.
     """
-    # A target without tokenizer files still decodes prompts that are already tokenised.
+    # A target without tokenizer files can decode prompts of token ids.
     if not cached_file(
         str(id), "tokenizer_config.json", revision=revision, _raise_exceptions_for_missing_entries=False
     ):
@@ -270,7 +270,8 @@ def require_ids(what: str, tokens: Sequence[int], rows: int) -> None:
 
 
 def _first(error: BaseException) -> str:
-    """The first sentence of a library's error; what says too little by itself gets its kind, or its second line."""
+    """The first sentence of a library's error, with the type of the error or its second line if it is not clear
+    alone."""
     if isinstance(error, KeyError):
         return f"KeyError {error}: a name in its files that the installed transformers does not know, or a missing one"
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]

@@ -1,4 +1,4 @@
-"""Run folders written by hand in the documented format, with rounds drawn from a known law."""
+"""Run folders written by hand in the documented format, with rounds drawn from a known distribution."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Sampled output of the whole decoding loop against the target's exact law, for every method.
+"""Sampled output of the whole decoding loop against the target's exact distribution, for every method.
 
-The joint law of the first four tokens (625 texts) is enumerated from whole forward passes of a target of five tokens;
+The joint distribution of the first four tokens (625 texts) is enumerated from whole forward passes of a target of five tokens;
 speculative_decode writes many texts from one prompt, in batches of 256, and a chi-square test compares. Texts expected
 fewer than five times are pooled. False alarms: with other seeds, a correct loop would fail a single test with
 probability 1e-4. The seeds are fixed, so a test that passes keeps passing.
@@ -25,7 +25,7 @@ from tests import toys
 ALARM = 1e-4
 MOST = 100_000
 # Of the long tests, but for those of every warping at once, which always take MOST; set 100000 for sharper ones.
-MANY = int(os.environ.get("SPECBENCH_LAW_DRAWS", "20000"))
+MANY = int(os.environ.get("SPECBENCH_LOSSLESS_DRAWS", "20000"))
 LENGTH, PROMPT = 4, [0, 3, 1]
 PROFILE = CostProfile([1, 256, 512, 1100], [10.0, 9.0, 8.0, 2.0], "made up", "illustrative")
 SAMPLINGS = {
@@ -55,13 +55,13 @@ def write(
 
 
 def p_value(written: list[Decoded], sampling: Sampling) -> float:
-    """Chi-square of the texts against the exact law; a text of probability zero gives 0."""
-    law = toys.joint_law(PROMPT, LENGTH, sampling)
+    """Chi-square of the texts against the exact distribution; a text of probability zero gives 0."""
+    distribution = toys.joint_distribution(PROMPT, LENGTH, sampling)
     places = torch.tensor([toys.VOCABULARY**k for k in reversed(range(LENGTH))])
-    found = torch.bincount((torch.tensor([d.output_ids for d in written]) * places).sum(1), minlength=len(law))
-    if found[law == 0].any():
+    found = torch.bincount((torch.tensor([d.output_ids for d in written]) * places).sum(1), minlength=len(distribution))
+    if found[distribution == 0].any():
         return 0.0
-    expected = law * len(written)
+    expected = distribution * len(written)
     common = expected >= 5
     observed = torch.cat([found[common], found[~common].sum()[None]]).double()
     wanted = torch.cat([expected[common], expected[~common].sum()[None]])
@@ -70,7 +70,7 @@ def p_value(written: list[Decoded], sampling: Sampling) -> float:
         for counts in (observed, wanted):
             counts[smallest] += counts[-1]
         observed, wanted = observed[:-1], wanted[:-1]
-    assert len(wanted) > 8, "too few texts to tell laws apart"
+    assert len(wanted) > 8, "too few texts to tell distributions apart"
     return float(stats.chisquare(observed.numpy(), (wanted * observed.sum() / wanted.sum()).numpy()).pvalue)
 
 
@@ -85,7 +85,7 @@ DEFAULT = [
 
 
 @pytest.mark.parametrize(("method", "sampling", "scheduler"), DEFAULT)
-def test_the_loop_has_the_targets_law(method, sampling, scheduler):
+def test_the_loop_has_the_targets_distribution(method, sampling, scheduler):
     written = write(method, SAMPLINGS[sampling], SCHEDULERS[scheduler], draws=2048)
     rounds = [r for d in written for r in d.rounds]
     share = sum(r.accepted for r in rounds) / sum(r.proposed for r in rounds)
@@ -118,7 +118,7 @@ def test_a_scheduler_that_sees_the_token_it_judges_is_found_out(monkeypatch):
 @pytest.mark.long
 @pytest.mark.parametrize("method", toys.METHODS)
 @pytest.mark.parametrize("sampling", SAMPLINGS)
-def test_the_law_with_many_draws(method, sampling):
+def test_the_distribution_with_many_draws(method, sampling):
     draws = max(MANY, MOST) if sampling == "all" else MANY
     written = write(method, SAMPLINGS[sampling], FixedLength(), draws=draws, seed=1 << 20)
     assert p_value(written, SAMPLINGS[sampling]) > ALARM
@@ -126,7 +126,7 @@ def test_the_law_with_many_draws(method, sampling):
 
 @pytest.mark.long
 @pytest.mark.parametrize("scheduler", SCHEDULERS)
-def test_the_law_under_every_scheduler_with_many_draws(scheduler):
+def test_the_distribution_under_every_scheduler_with_many_draws(scheduler):
     written = write("dspark", SAMPLINGS["warm"], SCHEDULERS[scheduler], draws=MANY, seed=1 << 21)
     assert p_value(written, SAMPLINGS["warm"]) > ALARM
 
@@ -135,6 +135,6 @@ def test_the_law_under_every_scheduler_with_many_draws(scheduler):
 @pytest.mark.parametrize(
     "settings", [{"markov_head": "gated"}, {"markov_head": "rnn"}, {"confidence_with_markov": False}], ids=str
 )
-def test_the_law_under_other_heads_with_many_draws(settings):
+def test_the_distribution_under_other_heads_with_many_draws(settings):
     written = write("dspark", SAMPLINGS["all"], SCHEDULERS["threshold"], draws=MANY, **settings)
     assert p_value(written, SAMPLINGS["all"]) > ALARM
