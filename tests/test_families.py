@@ -1,4 +1,5 @@
-"""Every family of tests/families.py decodes by its library model's own distribution: greedy text, distributions, roll-backs."""
+"""Every family of tests/families.py decodes by its library model's own distribution: greedy text, distributions,
+roll-backs."""
 
 from __future__ import annotations
 

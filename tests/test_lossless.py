@@ -1,8 +1,8 @@
 """Sampled output of the whole decoding loop against the target's exact distribution, for every method.
 
-The joint distribution of the first four tokens (625 texts) is enumerated from whole forward passes of a target of five tokens;
-speculative_decode writes many texts from one prompt, in batches of 256, and a chi-square test compares. Texts expected
-fewer than five times are pooled. False alarms: with other seeds, a correct loop would fail a single test with
+The joint distribution of the first four tokens (625 texts) is enumerated from whole forward passes of a target of five
+tokens; speculative_decode writes many texts from one prompt, in batches of 256, and a chi-square test compares. Texts
+expected fewer than five times are pooled. False alarms: with other seeds, a correct loop would fail a single test with
 probability 1e-4. The seeds are fixed, so a test that passes keeps passing.
 """
 

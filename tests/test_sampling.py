@@ -150,7 +150,7 @@ def test_draw_never_gives_a_token_of_probability_zero():
             assert (probabilities[tokens] > 0).all(), (size, share)
 
 
-def test_draws_have_the_law_they_are_drawn_from():
+def test_draws_have_the_distribution_they_are_drawn_from():
     """A grid of uniforms gives each token its probability, to the width of the grid."""
     probabilities = torch.tensor([0.1, 0.0, 0.6, 0.3])
     uniforms = (torch.arange(10_000, dtype=torch.float64) + 0.5) / 10_000

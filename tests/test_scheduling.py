@@ -29,7 +29,8 @@ APPENDIX_A = CostProfile([1, 2, 3], [1.0, 0.5, 0.45], "appendix A", "illustrativ
 
 
 def outcome_distribution(q, p, slots, confidence, choose):
-    """The exact distribution of the first slots + 1 tokens of every request after one round and plain decoding from there.
+    """The exact distribution of the first slots + 1 tokens of every request after one round and plain decoding from
+    there.
 
     q[v], p[v]: target and draft over a small vocabulary, the same at every position. `confidence(x)` is the row of a
     request whose draft tokens are x; `choose` maps rows (R, K) to lengths (R,). Returns the chance of
@@ -146,7 +147,7 @@ def test_lossless_schedulers_keep_the_joint_distribution_of_all_requests(schedul
 
 
 def test_a_rule_that_reads_one_confidence_too_many_is_caught():
-    """The negative control of the distribution test: slot k judged by c_{k+1}."""
+    """Negative control: a rule for slot k that reads c_{k+1}."""
 
     def choose(confidence):
         return (confidence[:, 1:] > 0.5).cumprod(1).sum(1)

@@ -41,7 +41,7 @@ def edited(whole: Path, tmp_path: Path, file: str, text: str) -> Path:
         ("adapter_config.json", '{"base_model_name_or_path": "/elsewhere"}', "merge it into its base model"),
     ],
 )
-def test_side_files_that_would_change_the_law_are_refused(
+def test_side_files_that_would_change_the_distribution_are_refused(
     whole: Path, tmp_path: Path, file: str, text: str, said: str
 ) -> None:
     with pytest.raises(ValueError, match="edited") as caught:

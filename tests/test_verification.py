@@ -1,10 +1,11 @@
-"""The distribution of verification, measured exactly on toy vocabularies.
+"""Verification: the distribution of its output, measured exactly on toy vocabularies.
 
 Nothing is sampled. Every proposal is enumerated with its probability; for each, the chance of accepting a slot and the
-distribution of the next token are found by bisecting verify() on its uniforms, to 1e-12. Summed over all proposals and continued
-with the target's own tokens, they must be the target's joint distribution of K+1 tokens.
+distribution of the next token are found by bisecting verify() on its uniforms, to 1e-12. Summed over all proposals and
+continued with the target's own tokens, they must be the target's joint distribution of K+1 tokens.
 
-A model is a list of conditional distributions: entry k has shape (V,) * k + (V,), the distribution of token k+1 given the k before it.
+A model is a list of conditional distributions: entry k has shape (V,) * k + (V,), the distribution of token k+1 given
+the k before it.
 """
 
 from __future__ import annotations
