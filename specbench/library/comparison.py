@@ -19,14 +19,20 @@ ComparedRun = Evaluation | str | Path
 def compare(
     sources: ComparedRun | Sequence[ComparedRun], folder: str | Path | None = None, **settings: Any
 ) -> Comparison:
-    """Tables of `sources`, paired by prompt, as `specbench compare` makes them; with `folder` also figures and a page.
+    """Compute the tables of several evaluations, paired by prompt, as `specbench compare` does.
 
-    sources: evaluations, run folders, folders above some, `wandb:ENTITY/PROJECT`, in any mix.
-    folder: where tables, figures and report.html are written; None: tables alone, in a temporary folder that goes with
-        the result.
-    settings: of `analysis.compare.compare`: filters, group_by, resamples, seed, holm, draw, ...
+    Args:
+        sources: evaluations, run folders, folders above run folders, `wandb:ENTITY/PROJECT`, in any combination.
+        folder: where tables, figures and report.html are written. None: only tables, in a temporary folder that is
+            removed with the result.
+        **settings: arguments of `analysis.compare.compare`: filters, group_by, resamples, seed, holm, draw, ...
 
-    Errors: ValueError where nothing can be compared, or numbers of different protocols would share a column.
+    Returns:
+        The comparison: `.table(name="accepted_length")` is a data frame (also macro_average, differences, suffix_decay,
+        ...), `.markdown()` the main tables as text, `.frames` all tables by name.
+
+    Raises:
+        ValueError: nothing can be compared, or numbers of different protocols would be in one column.
     """
     several = [sources] if isinstance(sources, (Evaluation, str, Path)) else sources
     named = [one.folder if isinstance(one, Evaluation) else one for one in several]

@@ -11,10 +11,18 @@ from specbench.models.target import Target
 
 
 def load_draft(source: str | Path, target: Target, *, methods: Sequence[type[Draft]] = ()) -> Draft:
-    """The draft of a folder, a training run or a hub id, in any format that is known, on the target's device.
+    """Load a draft from a folder, a training run or the Hugging Face Hub, in any supported format.
 
-    `methods` are classes of methods outside of this package that the folder may ask for. Errors: FormatError, a
-    ValueError, for a folder that does not hold a whole draft, or one for a target of other sizes.
+    Args:
+        source: folder of a draft (docs/formats.md), of a training run, or an id on the Hub.
+        target: the target; the draft is put on its device.
+        methods: classes of methods outside of this package that the folder can name.
+
+    Returns:
+        The draft, in evaluation mode.
+
+    Raises:
+        FormatError: a ValueError; the folder has no complete draft, or a draft for a target of other sizes.
     """
     folder = draft_folder.fetch(source)
     if (folder / "draft" / "config.json").is_file():

@@ -50,10 +50,10 @@ Prompts = Sequence[str] | Sequence[Sequence[str]] | Sequence[Sequence[int]]
 
 @dataclass(frozen=True)
 class Estimate:
-    """A value with its 95% interval (cluster bootstrap over prompts) and the number of rounds that it rests on.
+    """A value with its 95% interval (cluster bootstrap over prompts) and the number of rounds.
 
-    The bounds are NaN where fewer than two prompts had a round. The value is NaN where nothing defines it: a
-    decay where no slot behind the first was ever reached.
+    It prints as `2.31 [2.20, 2.40]`, and `float()` gives the value. The bounds are NaN if fewer than two prompts had a
+    round. The value is NaN if it is not defined: a suffix decay if no slot after the first was reached.
     """
 
     value: float
@@ -75,10 +75,13 @@ class Estimate:
 
 
 class Evaluation:
-    """What an evaluation found: numbers with intervals, the records as a data frame, figures.
+    """Result of an evaluation: metrics with intervals, records as a data frame, figures.
 
-    `folder` is its run folder; `Evaluation(FOLDER)` opens one that `specbench evaluate` or `save` wrote. Errors:
-    ValueError for a folder that holds no finished evaluation.
+    Args:
+        folder: a run folder that `specbench evaluate` or `Evaluation.save` wrote.
+
+    Raises:
+        ValueError: the folder has no finished evaluation.
     """
 
     def __init__(self, folder: str | Path):
@@ -101,7 +104,7 @@ class Evaluation:
 
     @property
     def accepted_length(self) -> Estimate:
-        """Tokens committed / rounds, pooled over all rounds, bonus token included."""
+        """Tokens committed / rounds, pooled over all rounds; it includes the bonus token or the correction."""
         return self._estimate("accepted_length")
 
     @property
@@ -116,27 +119,32 @@ class Evaluation:
 
     @property
     def suffix_decay(self) -> Estimate:
-        """Slope of log conditional acceptance along the block, a slot, weighted by rounds; 0: no decay."""
+        """Slope of log conditional acceptance per slot along the block, weighted by rounds; 0: no decay."""
         return self._estimate("suffix_decay")
 
     @property
     def conditional_acceptance(self) -> pd.DataFrame:
-        """One row a slot: conditional acceptance with its interval, the rounds n that reached it, and survival."""
+        """One row per slot: conditional acceptance with its interval, the number n of rounds that reached it, and
+        survival.
+        """
         return pd.DataFrame(self.metrics.get("slots", []))
 
     @property
     def records(self) -> pd.DataFrame:
-        """One row a prompt and turn, as records.parquet has it."""
+        """One row per prompt and turn, with the columns of records.parquet."""
         return pd.read_parquet(self.folder / "records.parquet")
 
     def plot_conditional_acceptance(self, quantity: str = "conditional") -> Figure:
-        """Conditional acceptance (or quantity="survival") by slot with 95% bands, a panel a domain."""
+        """Figure of conditional acceptance (or quantity="survival") by slot with 95% bands, one panel per domain."""
         found = grouping.collect(load([self.folder]).decoded())
         return figures.by_slot(tables.conditional_by_domain(found), quantity)
 
     def save(self, folder: str | Path) -> Path:
-        """Copy the run folder to `folder`, which `specbench compare runs=FOLDER` reads. Errors: ValueError if there is
-        something already."""
+        """Copy the run folder to `folder`, which `specbench compare runs=FOLDER` reads.
+
+        Raises:
+            ValueError: `folder` exists.
+        """
         place = Path(folder)
         if place.exists() and any(place.iterdir()):
             raise ValueError(f"save({str(folder)!r}): there is something already; name a new folder")
@@ -178,18 +186,43 @@ def evaluate(
     training_seed: int = 0,
     loggers: Sequence[Logger] = (),
 ) -> Evaluation:
-    """Decode prompts with `target` and `draft`, losslessly, as `specbench evaluate` does: the same settings give the
-    same records.
+    """Decode prompts losslessly with a target and a draft, and count what is accepted.
 
-    draft: None decodes plainly. It is put on the target's device and back into the mode that it was in.
-    suite: a name of configs/suite ("quick", "paper", "embedded", ...; those of the hub need a network), a file or
-        folder of prompts, or a list of prompts: texts, lists of user turns, or lists of token ids.
-    prompts: a file or folder read in place of the suite's own prompts. limit: at most so many of each benchmark.
-    stop_token_ids: None takes the target's own.
-    folder: where the run folder is written, new or empty; None: a temporary one that goes with the result.
-    method: what the tables call the draft; None: its class. training_seed: the seed column of the records.
+    The same settings give the same records as `specbench evaluate`. An interrupted call is not continued (that of the
+    command line is).
 
-    Errors: ValueError naming the setting.
+    Args:
+        target: the target.
+        draft: a draft or baseline; it is moved to the target's device. None: plain decoding.
+        suite: a name of configs/suite ("quick", "paper", "embedded", ...; all but "embedded" need the Hugging Face
+            Hub), a file or folder of prompts, or a list of prompts: texts, lists of user turns, or lists of token ids.
+        temperature: 0 decodes greedily.
+        top_k: keep the k most likely tokens; 0: off.
+        top_p: keep the most likely tokens with this total probability; 1: off.
+        min_p: keep tokens with at least this share of the largest probability; 0: off.
+        max_new_tokens: maximum tokens of an answer.
+        stop_token_ids: tokens that end an answer. None: those of the target.
+        prompts: a file or folder read instead of the prompts of the suite.
+        limit: maximum number of prompts of each benchmark. None: that of the suite.
+        turns: "all" or "first" user turns. None: that of the suite.
+        thinking: passed to the chat template. None: not passed.
+        scheduler: decides how many proposed tokens are verified. None: all.
+        slots: tokens proposed per round. None: the block of the draft.
+        accounting: "specbench" or "deepspec": how rounds at the end of a text are counted (docs/evaluation.md).
+        teacher_forced: also compute teacher-forced acceptance on the decoded texts.
+        seed: of decoding; each prompt and turn has its own seed, derived from it.
+        batch_size: requests decoded at once.
+        token_budget: maximum sum of prompt and new tokens of the requests decoded at once. None: no limit.
+        folder: run folder to write, new or empty. None: a temporary one that is removed with the result.
+        method: name of the draft in tables. None: its class.
+        training_seed: value of the seed column of the records.
+        loggers: Lightning loggers that receive the metrics.
+
+    Returns:
+        The evaluation.
+
+    Raises:
+        ValueError: naming the setting.
     """
     label = method or (PLAIN if draft is None else type(draft).__name__.lower())
     if teacher_forced and draft is None:

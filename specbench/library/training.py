@@ -17,14 +17,20 @@ ELSEWHERE = {
 
 
 class Trainer(L.Trainer):
-    """`lightning.Trainer` with other defaults; every argument of it can be given, and a stock one fits as well.
+    """`lightning.Trainer` with other defaults for draft training. A plain `lightning.Trainer` works as well.
 
-    Steps come from a data module that knows ranks itself, so no sampler is added; numbers are logged as often as
-    `DraftTraining(log_every=...)` says; progress is shown as everywhere in SpecBench (TrainingProgress) unless another
-    bar is given; nothing is written but what is asked for (`logger=True`, a ModelCheckpoint).
+    The data modules divide conversations among ranks themselves, so no sampler is added. Metrics are logged every
+    `DraftTraining(log_every=...)` steps. Progress is shown as elsewhere in SpecBench unless another progress bar is
+    given. Nothing is written unless requested (`logger=True`, a ModelCheckpoint).
 
-    Errors: ValueError for `gradient_clip_val` and `accumulate_grad_batches`: a step sums weighted terms over its
-    micro-batches and divides once by the sum of weights, so both belong to where that is done.
+    Args:
+        max_steps: optimiser steps; -1: no limit.
+        **settings: all other arguments of `lightning.Trainer`.
+
+    Raises:
+        ValueError: `gradient_clip_val` or `accumulate_grad_batches` is set. A step sums weighted terms over its
+            micro-batches and divides once by the sum of weights, so use `DraftTraining(gradient_clip=...)` and
+            `micro_batches_per_step` of the data instead.
     """
 
     def __init__(self, *, max_steps: int = -1, **settings: Any):

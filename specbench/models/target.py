@@ -79,7 +79,12 @@ class TargetState:
 
 
 class Target:
-    """A frozen causal language model with its tokenizer, taps and tables."""
+    """A frozen causal language model with its tokenizer, taps and tables.
+
+    `Target.load` reads one from a folder or from the Hugging Face Hub. Attributes: `tokenizer` (None without tokenizer
+    files), `tables` (embedding and head), `config` (a mapping), `target_layer_ids` (the taps), `stop_token_ids`,
+    `name`.
+    """
 
     # Id and revision that it was loaded by; None for one that was made in this process.
     source: tuple[str, str | None] | None = None
@@ -147,10 +152,27 @@ class Target:
         name: str | None = None,
         stop_token_ids: Sequence[int] | None = None,
     ) -> Target:
-        """Load a local folder, a hub id, or `package:data/embedded`, the small target that comes with the package.
+        """Load a causal language model of transformers from safetensors. No code of a checkpoint is run.
 
-        taps: layers whose output drafts read, from 0, ascending; [] for decoding alone, where a draft brings its own.
-        stop_token_ids: [] means that no token ends an answer; None takes the target's own.
+        The forward pass of the loaded target is compared with that of transformers (specbench/models/selfcheck.py).
+
+        Args:
+            id: a local folder, an id on the Hugging Face Hub, or `package:data/embedded`, the small target in this
+                package.
+            taps: layers whose output drafts read, counted from 0, ascending; -1 is the output of the embedding. `[]`:
+                no taps, for decoding with a draft that has its own list.
+            revision: commit, tag or branch on the Hub.
+            dtype: number format of weights and states, as a name or a torch dtype.
+            device: device of weights and states.
+            name: name in tables and records. None: the last part of `id`.
+            stop_token_ids: tokens that end an answer. None: those of generation_config.json. `[]`: none.
+
+        Returns:
+            The target, in evaluation mode.
+
+        Raises:
+            ValueError: the folder or id cannot be read, weights are missing, unused or not finite, a tap does not
+                exist, or the forward pass does not agree with transformers.
         """
         source, id = (str(id), revision), location(id)
         dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
@@ -183,7 +205,15 @@ class Target:
         device: str | torch.device = "cpu",
         **kwargs: Any,
     ) -> Target:
-        """A target with random weights, for tests and tiny experiments."""
+        """A target with random weights, for tests and small experiments.
+
+        Args:
+            config: raw configuration as in config.json; `model_type` names the architecture.
+            target_layer_ids: layers whose output drafts read.
+            seed: of the weights.
+            device: device of weights and states.
+            **kwargs: further arguments of the constructor.
+        """
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             model = new_causal_lm(config).to(device)
@@ -209,23 +239,27 @@ class Target:
         return digest.hexdigest()
 
     def logits(self, last: Float[Tensor, "*b D"]) -> Float[Tensor, "*b V"]:
-        """The target's logits from its final hidden state."""
+        """Logits of the target, with its bias, factor and soft-cap, from final states after the final norm."""
         return self.tables.logits(last)
 
     @torch.inference_mode()
     def live_logits(
         self, tokens: Int[Tensor, "B T"], lengths: Int[Tensor, " B"], keep: int | None = None
     ) -> Float[Tensor, "B kept V"]:
-        """The library model's own logits, by its own head and without a cache: the oracle of all that is ours.
+        """Logits of the model in transformers, by its own head and without a cache: the reference for all other
+        passes.
 
-        keep: that the last so many positions will do, for models that can leave the others out.
+        Args:
+            tokens: right-padded rows.
+            lengths: tokens of each row.
+            keep: return only the last `keep` positions, if the model supports this. None: all.
         """
         few = {"logits_to_keep": keep} if keep is not None and self._keeps_logits else {}
         return self.model(input_ids=tokens.to(self.device), use_cache=False, **few).logits
 
     @torch.inference_mode()
     def states(self, tokens: Int[Tensor, "B T"], lengths: Int[Tensor, " B"]) -> Context:
-        """Taps and final states of right-padded rows in one causal pass, without a cache."""
+        """Taps (B, T, C, D) and final states (B, T, D) of right-padded rows, in one causal pass without a cache."""
         tokens, lengths = tokens.to(self.device), lengths.to(self.device)
         if len(tokens) == 1 or not (self.by_prefix or self._beyond(tokens.shape[1])):
             taps, last = self._whole(tokens)
@@ -238,7 +272,9 @@ class Target:
         return Context(taps, last, lengths)
 
     def prefill(self, tokens: Int[Tensor, "B T"], lengths: Int[Tensor, " B"]) -> tuple[TargetState, Context]:
-        """Start B requests from right-padded prompts."""
+        """Start B requests from right-padded prompts. Returns their state and the target states of all prompt
+        tokens.
+        """
         if self.direct is not None:
             self.direct.stack.renew()
         state, lengths = TargetState(KVCache(len(tokens), self.device)), lengths.to(self.device)
@@ -252,7 +288,7 @@ class Target:
 
     @torch.inference_mode()
     def extend(self, state: TargetState, tokens: Int[Tensor, "B S"]) -> Context:
-        """States of S more tokens per row; they count only once the caller advances the state."""
+        """Target states of S further tokens per row. They are part of the text only after `state.advance(counts)`."""
         cache, size = state.cache, tokens.shape[1]
         changes = self._beyond(cache.longest + size)
         if self.recomputes or self.rope_limit is not None:
@@ -269,7 +305,9 @@ class Target:
 
     @torch.inference_mode()
     def generate(self, prompt: Sequence[int], max_new_tokens: int, stop_token_ids: Sequence[int] = ()) -> list[int]:
-        """The library's own greedy generation for one prompt, its stop token included; the yardstick of our loop."""
+        """Greedy generation of transformers for one prompt, the stop token included: the reference for decoding
+        here.
+        """
         tokens = torch.tensor([list(prompt)], device=self.device)
         out = self.model.generate(
             tokens,
@@ -322,7 +360,7 @@ class Target:
 
     @contextmanager
     def tapping(self, layer_ids: Sequence[int]) -> Iterator[None]:
-        """Within it, the taps are those of other layers."""
+        """Context in which the taps are those of other layers."""
         held, self.target_layer_ids = self.target_layer_ids, tuple(layer_ids)
         self._tap()
         try:
@@ -333,7 +371,7 @@ class Target:
 
     @torch.inference_mode()
     def library_states(self, tokens: Int[Tensor, "B T"]) -> tuple[Any, Float[Tensor, "B T C D"], Tensor]:
-        """The library model's own pass over rows of one length: its whole output, and what the hooks saw in it."""
+        """The pass of transformers over rows of one length: its whole output, taps and final states."""
         seen: list[Tensor] = []
         hook = self.decoder.register_forward_hook(lambda module, args, out: seen.append(final_states(out)))
         try:
@@ -343,10 +381,16 @@ class Target:
         return out, self._taps(seen[-1]), seen[-1]
 
     def require(self, texts: Sequence[Sequence[int]], new_tokens: int = 0, names: Sequence[str] | None = None) -> None:
-        """Refuse texts that this target cannot read: ids beyond its vocabulary, more tokens than it has positions.
+        """Refuse texts that this target cannot read: ids beyond its vocabulary, or more tokens than its maximum
+        length.
 
-        Where positions are learnt, `new_tokens` more have to find room too. `names` are those of the texts in errors
-        (None: prompts by number). Raises ValueError.
+        Args:
+            texts: token ids.
+            new_tokens: tokens to be generated, which also need positions if positions are learnt.
+            names: names of the texts in errors. None: prompts by number.
+
+        Raises:
+            ValueError: with the name of the first such text.
         """
         rows = len(self.tables.embedding)
         room = self.positions if self.parts.positions is None else self.parts.positions - new_tokens

@@ -24,16 +24,22 @@ from specbench.models.embedding_head import Tables
 
 
 class OnlineTarget(StepData):
-    """Steps of `conversations` with states from `target`; arguments beyond StepData's:
+    """Training data without a cache: the target stays in memory and computes the states when they are read.
 
-    conversations: encoded ones, or the path of an answers.jsonl, whose lines are encoded with the target's template;
-        `max_length` (tokens) cuts them and `thinking` is passed to the template.
-    dtype: of the states, by name, as a cache would hold them ("bfloat16" rounds as the bf16 cache does); None keeps the
-        target's own.
-    states_device: where the states are left; None keeps them on the target's device.
+    A Lightning data module. The conversations of a step and their order are those of a cache of the same conversations;
+    states can differ by rounding, because batches have another shape.
 
-    The rows of a step, their order and everything but the states' last digits are those of a cache built from the same
-    conversations: batches of another shape may round differently.
+    Args:
+        target: the loaded target.
+        conversations: encoded conversations, or the path of an answers.jsonl, which is encoded with the target's
+            template.
+        dtype: number format of the states, by name, as in a cache ("bfloat16" rounds as the bf16 cache does). None:
+            that of the target.
+        states_device: device of the states. None: that of the target.
+        max_length: maximum tokens of a conversation, which is cut there. None: no limit.
+        thinking: passed to the chat template. None: not passed.
+        **order: samples_per_micro, micro_batches_per_step, row_length, seed, validation_fraction, limit_samples and the
+            other arguments of `TargetCache` about steps and order.
     """
 
     def __init__(
