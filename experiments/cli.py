@@ -13,8 +13,10 @@ import signal
 import sys
 import traceback
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from specbench.cli import completion
 from specbench.cli.environment import check_environment, outlet
 from specbench.cli.verbs import VERBS, Verb
 from specbench.cli.withholding import screen, withhold
@@ -56,10 +58,15 @@ def _guarded(words: list[str], verbs: Mapping[str, Verb], package: str) -> int:
 
 
 def _main(words: list[str], verbs: Mapping[str, Verb], package: str) -> int:
-    from specbench.cli.help import overview
+    if not words:
+        return _where_you_are()
+    if words[0] in ("-h", "--help"):
+        from specbench.cli.help import overview
 
-    if not words or words[0] in ("-h", "--help"):
         print(overview(verbs))
+        return 0
+    if words[0] == completion.ASK:
+        print("\n".join(completion.answers(words[1:], verbs, package)))
         return 0
     name, *rest = words
     if name not in verbs:
@@ -108,6 +115,15 @@ def _main(words: list[str], verbs: Mapping[str, Verb], package: str) -> int:
 
     os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come back to us instead of being printed there
     hydra.main(version_base="1.3", config_path=f"pkg://{package}", config_name=verb.config)(Job(name, verb))()
+    return 0
+
+
+def _where_you_are() -> int:
+    """`specbench` alone: the first line of the help, and what exists below the root that verbs write to."""
+    from experiments.status import show
+
+    print("specbench: the laboratory for speculative-decoding draft models; `specbench --help` lists its verbs\n")
+    show(Path("outputs"))
     return 0
 
 

@@ -42,6 +42,7 @@ NEEDS = {
     "rerun": ["run=/no/run"],
     "reproduce": ["name=fig2_position"],
     "sync": ["run=/no/run"],
+    "completion": ["shell=bash"],
 }
 # What these hold is for the model library to judge, or for those who filter by any value.
 FREE = ("config", "shapes", "model", "filters", "where", "policies", "study")

@@ -658,6 +658,20 @@ class SyncSettings(Settings):
     run: Folder | None
 
 
+class StatusSettings(Settings):
+    root: Folder
+    as_json: Annotated[bool, Field(alias="json")]
+
+
+class DocsSettings(Settings):
+    page: Text | None
+    browser: bool
+
+
+class CompletionSettings(Settings):
+    shell: Literal["bash", "zsh", "fish"]
+
+
 class RerunSettings(Settings):
     run: Folder
     classes: TextList = Field(default_factory=list)
@@ -769,6 +783,9 @@ SCHEMAS: dict[str, type[Settings]] = {
     "sync": SyncSettings,
     "rerun": RerunSettings,
     "reproduce": ReproduceSettings,
+    "status": StatusSettings,
+    "docs": DocsSettings,
+    "completion": CompletionSettings,
 }
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import shlex
 import shutil
 import sys
 import time
@@ -85,6 +86,7 @@ class Stage:
         self._began = time.monotonic()
         self._locks: list[Any] = []
         self._finished = False
+        self._next: str | None = None
 
     @property
     def done(self) -> bool:
@@ -208,7 +210,7 @@ class Stage:
 
         Errors: ValueError when one of its result files is not there.
         """
-        self.summary = plain(summary or {})
+        self.summary, self._next = plain(summary or {}), next
         if first_rank() or last_rank:
             self._mark("finished", anyone=last_rank, files=self._claims())
             if self.work != self.folder:
@@ -246,6 +248,7 @@ class Stage:
             facts = {"schema": SCHEMA, "stage": self.name, "status": status, "forced": self.force}
             seconds = round(time.monotonic() - self._began, 3)
             facts |= {"seconds": seconds, "summary": self.summary, **more}
+            facts |= {"command": shlex.join(["specbench", *sys.argv[1:]]), "next": self._next}
             facts |= {"config": self.identity.settings, "inputs": self.identity.inputs}
             write_json(self.work / MARKER, redacted(facts))
 

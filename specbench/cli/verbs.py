@@ -38,4 +38,7 @@ VERBS = {
     "sync": _verb("sync", "upload offline W&B runs and verify that they arrived"),
     "rerun": _verb("rerun", "repeat a run from its record and compare the numbers"),
     "reproduce": _verb("reproduce", "an experiment, its tables and its report in one command", takes="name"),
+    "status": _verb("status", "what exists below root, and the command that comes next; also `specbench` alone"),
+    "docs": _verb("docs", "the documentation, without a network; `docs NAME`: one page", takes="page"),
+    "completion": _verb("completion", "the completion script of a shell: bash, zsh or fish", takes="shell"),
 }

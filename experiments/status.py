@@ -1,0 +1,26 @@
+"""specbench status: what exists below a root, how far it is, and the command that comes next."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from omegaconf import DictConfig
+
+from specbench.cli import inventory
+
+
+def run(cfg: DictConfig) -> None:
+    """Print the page, or with `json` the same as JSON."""
+    show(Path(cfg.root), cfg.json)
+
+
+def show(root: Path, as_json: bool = False) -> None:
+    """The same for a root without a configuration. Errors: ValueError where it is a file."""
+    found = inventory.items(root)
+    if as_json:
+        why, command = inventory.next_command(found)
+        data = {"root": str(root), "items": inventory.as_data(found), "next": {"why": why, "command": command}}
+        print(json.dumps(data, indent=1))
+    else:
+        print(inventory.page(root, found, inventory.other_roots(root)))

@@ -1,0 +1,197 @@
+"""What exists below a root, from manifests and summaries alone: stages and runs, their status, and what comes next."""
+
+from __future__ import annotations
+
+import fcntl
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from specbench.files.atomic import read_json
+
+MARKER = "stage.json"  # of a stage (stages.py)
+START = "specbench quickstart"
+COMPLETE, IN_PROGRESS, UNFINISHED = "complete", "in progress", "left unfinished"
+MOST = 12  # rows of one kind that a page shows
+# Headline numbers of a row, by kind: the key in the stage's or run's summary, and its words.
+HEADLINES: dict[str, dict[str, str]] = {
+    "prompts": {"train": "train", "validation": "validation"},
+    "answers": {"answers": "answers"},
+    "cache": {"samples": "samples", "tokens": "tokens"},
+    "train": {"method": "", "probe_accepted_length": "accepted length of the probe", "steps": "steps"},
+    "evaluate": {"method": "", "temperature": "temperature", "accepted_length": "accepted length"},
+    "speed": {"method": "", "speedup": "times plain decoding"},
+    "serve": {"best_throughput": "tokens/s at best"},
+    "compare": {"files": "files"},
+}
+
+
+@dataclass(frozen=True)
+class Item:
+    """One thing below a root. `status` is complete, in progress, left unfinished, interrupted, failed or unreadable.
+
+    `bytes` are those of its folder; `when` is the time of its last change in seconds since 1970. `command` made it or
+    makes it whole, `next` uses it; both are None where nothing says so.
+    """
+
+    kind: str
+    name: str
+    path: Path
+    status: str
+    bytes: int
+    when: float
+    facts: dict[str, Any]
+    command: str | None = None
+    next: str | None = None
+
+
+def items(root: Path) -> list[Item]:
+    """Everything below `root` in the order in which data flows, the newest of a kind last.
+
+    Errors: ValueError where `root` is a file.
+    """
+    if root.exists() and not root.is_dir():
+        raise ValueError(f"root={root}: is a file and no folder; name the folder that stages write below")
+    found = [item for kind, folder in _folders(root) if (item := _item(kind, folder)) is not None]
+    kinds = list(dict.fromkeys(item.kind for item in found))
+    return sorted(found, key=lambda item: (kinds.index(item.kind), item.when))
+
+
+def other_roots(root: Path) -> list[Path]:
+    """Folders right below `root` that are roots themselves, as outputs/quickstart is."""
+    if not root.is_dir():
+        return []
+    inside = ("runs", "prompts", "answers", "cache", "compare")
+    own = {root / name for name in (*inside, "wandb", "sweeps")}
+    return sorted(path for path in root.iterdir() if path not in own and any((path / name).is_dir() for name in inside))
+
+
+def _folders(root: Path) -> Iterator[tuple[str, Path]]:
+    """Candidates with their kind; work beside a finished folder (`.NAME.new`) included."""
+    for kind, depth in (("prompts", 1), ("answers", 2), ("cache", 1)):
+        yield from ((kind, path) for path in sorted((root / kind).glob("/".join("*" * depth))) if path.is_dir())
+    for kind in sorted((root / "runs").glob("*"), key=_order):
+        if kind.is_dir():
+            yield from ((kind.name, path) for path in sorted(kind.iterdir()) if path.is_dir())
+    yield from (("compare", path) for path in sorted((root / "compare").glob("*")) if path.is_dir())
+
+
+def _order(kind: Path) -> int:
+    known = ["target", "train", "evaluate", "speed", "calibrate", "serve"]
+    return known.index(kind.name) if kind.name in known else len(known)
+
+
+def _item(kind: str, folder: Path) -> Item | None:
+    """What a folder holds; None for one that is neither a stage's nor a run's."""
+    if kind == "compare":
+        report = folder / "report.html"
+        if not report.is_file():
+            return Item(kind, folder.name, folder, UNFINISHED, _bytes(folder), folder.stat().st_mtime, {})
+        facts = {"files": sum(1 for path in folder.rglob("*") if path.is_file()), "page": str(report)}
+        return Item(kind, folder.name, folder, COMPLETE, _bytes(folder), report.stat().st_mtime, facts)
+    marker, summary = _object(folder / MARKER), _object(folder / "summary.json")
+    if not marker and not summary:
+        return None
+    status = str((marker or summary).get("status"))
+    if status == "finished":
+        status = COMPLETE
+    elif status == "running":
+        status = IN_PROGRESS if _is_locked(folder) else UNFINISHED
+    parts = folder.parts[-2:] if kind == "answers" else folder.parts[-1:]
+    name = "/".join(part[1:-4] + " (new)" if part[:1] == "." else part for part in parts)
+    newest = max(path.stat().st_mtime for path in (folder / MARKER, folder / "summary.json") if path.is_file())
+    facts = _headline(kind, {**marker.get("summary", {}), **summary})
+    return Item(kind, name, folder, status, _bytes(folder), newest, facts, marker.get("command"), marker.get("next"))
+
+
+def _headline(kind: str, facts: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: facts[key] for key in HEADLINES.get(kind, {}) if isinstance(facts.get(key), (str, int, float))}
+
+
+def _object(path: Path) -> dict[str, Any]:
+    """A JSON object; an empty one where there is none. What cannot be read has the status `unreadable`."""
+    try:
+        found = read_json(path, {})
+    except (ValueError, OSError):
+        return {"status": "unreadable"}
+    return found if isinstance(found, dict) else {"status": "unreadable"}
+
+
+def _bytes(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+def _is_locked(folder: Path) -> bool:
+    """Whether a process has the stage's lock; one that was killed has it no longer."""
+    try:
+        with open(folder / ".lock") as lock:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    return False
+
+
+def next_command(found: Sequence[Item]) -> tuple[str, str]:
+    """Why, and the command to copy: what was left unfinished first, else what follows from the newest."""
+    broken = [item for item in found if item.status not in (COMPLETE, IN_PROGRESS) and item.command]
+    if broken:
+        last = max(broken, key=lambda item: item.when)
+        return f"{last.kind} {last.name} is {last.status}; the same command continues it", str(last.command)
+    complete = [item for item in found if item.status == COMPLETE]
+    if not complete:
+        return "nothing is there yet: the whole flow on the small embedded target, in minutes", START
+    last = max(complete, key=lambda item: item.when)
+    if last.kind == "compare":
+        return "open the newest comparison in a browser", last.facts["page"]
+    follows = [item for item in complete if item.next]
+    if not follows:
+        return "what each verb does", "specbench --help"
+    last = max(follows, key=lambda item: item.when)
+    return f"what follows from {last.kind} {last.name}", str(last.next)
+
+
+def page(root: Path, found: Sequence[Item], others: Sequence[Path]) -> str:
+    """The page of `specbench status`."""
+    lines = [f"below {root}/" if found else f"nothing below {root}/"]
+    width = max((len(item.name) for item in found), default=0)
+    for kind in dict.fromkeys(item.kind for item in found):
+        own = [item for item in found if item.kind == kind]
+        shown = own[-MOST:]
+        hidden = f" (the newest {MOST} of {len(own)})" if len(own) > MOST else ""
+        lines += ["", f"{kind}{hidden}"]
+        lines += [f"  {item.name:<{width}}  {_row(item)}" for item in shown]
+    if others:
+        lines += ["", *(f"more below {path}: specbench status root={path}" for path in others)]
+    why, command = next_command(found)
+    return "\n".join([*lines, "", f"next ({why}):", f"  {command}"])
+
+
+def _row(item: Item) -> str:
+    when = time.strftime("%Y-%m-%d %H:%M", time.localtime(item.when))
+    said = [_said(value, HEADLINES.get(item.kind, {}).get(key)) for key, value in item.facts.items()]
+    told = ", ".join(text for text in said if text)
+    return f"{item.status:<15} {when}  {_size(item.bytes):>8}  {told}".rstrip()
+
+
+def _said(value: Any, words: str | None) -> str:
+    if words is None:
+        return ""
+    number = f"{value:.4g}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else str(value)
+    return f"{words} {number}" if words.startswith(("accepted", "temperature")) else f"{number} {words}".strip()
+
+
+def _size(count: float | int) -> str:
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" or count >= 10 else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} TB"
+
+
+def as_data(found: Sequence[Item]) -> list[dict[str, Any]]:
+    """The same as plain data, for scripts."""
+    return [asdict(item) | {"path": str(item.path)} for item in found]
