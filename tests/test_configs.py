@@ -60,7 +60,7 @@ def test_every_option_composes(group: str, option: str) -> None:
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_every_experiment_composes_at_both_sizes(name: str) -> None:
     text = (FOLDER / "experiment" / f"{name}.yaml").read_text(encoding="utf-8")
-    for word in ("Axes:", "Seeds:", "Cost:", "Expected:", "Ends in:"):
+    for word in ("Axes:", "Seeds:", "Cost:", "Expected:", "Result:"):
         assert f"# {word}" in text
     study = study_of(name)
     assert study.question == question(text) and study.question.endswith("?")
