@@ -12,12 +12,13 @@ from omegaconf import DictConfig
 
 from analysis.statistics.headline import PER_REQUEST
 from experiments import trainspeed
-from experiments.evaluate import PLAIN, first_prompt, lineage_of, load_pair, source_of, weights_of
+from specbench.cli.assembly import load_pair
 from specbench.cli.checks import check_before
 from specbench.cli.following import command
 from specbench.cli.recording import recorded
 from specbench.cli.stages import Stage
 from specbench.data.answers.chat import prompt_ids
+from specbench.data.prompts.benchmarks import first_prompt
 from specbench.decoding.cost_profile import CostProfile
 from specbench.decoding.loop import Limits
 from specbench.decoding.sampling import Sampling
@@ -26,6 +27,7 @@ from specbench.drafts.baselines import Baseline
 from specbench.drafts.draft import Draft
 from specbench.evaluation.draft_evaluation import Protocol
 from specbench.files.atomic import read_json
+from specbench.library.drafts import PLAIN, DraftRecord, draft_place, record_of, weights_of
 from specbench.models.target import Target
 from specbench.profiling.decoding_speed import (
     cost_profile,
@@ -49,10 +51,10 @@ def run(cfg: DictConfig) -> Path:
     check_before("speed", cfg)
     if cfg.what == "train":
         return trainspeed.run(cfg)
-    source = source_of(cfg.draft)
-    if cfg.slots is not None and source is not None:
+    place = draft_place(cfg.draft)
+    if cfg.slots is not None and place is not None:
         raise ValueError(f"slots={cfg.slots} is for baselines; lengths=[...] measures shorter proposals of this draft")
-    about = lineage_of(cfg.draft, source, cfg.target.name)
+    about = record_of(cfg.draft, place, cfg.target.name)
     config = recorded(cfg)
     with stage_of(cfg, about) as stage:
         if stage.done:
@@ -60,7 +62,7 @@ def run(cfg: DictConfig) -> Path:
         folder = stage.work
         with RunFolder(cfg.root, "speed", stage.folder.name, config, folder=folder) as record:
             prompts = instantiate(cfg.suite, _convert_="all").load()
-            target, draft = load_pair(cfg, source)
+            target, draft = load_pair(cfg, place)
             record.write_provenance(*provenance(sys.argv, {"decoding": 0}, None, first_prompt(prompts)))
             tokens = [_tokens(target, p, cfg.thinking) for p in prompts]
             rows, clock, profile = measure(cfg, target, draft, tokens)
@@ -72,7 +74,7 @@ def run(cfg: DictConfig) -> Path:
             metrics["simulation_ratio"] = {str(row["requests"]): row["ratio"] for row in held}
             metrics["scheduler_seconds"] = _schedule(profile, max(cfg.batch_sizes), draft.block_size)
             record.finish(
-                method=about["method"],
+                method=about.method,
                 target=cfg.target.name,
                 suite=cfg.suite.name,
                 metrics=metrics,
@@ -81,10 +83,10 @@ def run(cfg: DictConfig) -> Path:
                 speedup_predicted=metrics["predicted_speedup"],
                 speedup_low=clock["speedup_low"],
                 speedup_high=clock["speedup_high"],
-                lineage={"draft": weights_of(draft), "parents": about["parents"], "target": target.weights_hash},
+                lineage={"draft": weights_of(draft), "parents": about.parents, "target": target.weights_hash},
                 # What the speedup belongs to: a comparison shows it beside nothing else.
                 protocol=_protocol(cfg, target).facts(str(target.dtype), draft.block_size),
-                training_seed=about["seed"],
+                training_seed=about.seed,
             )
         print(pd.DataFrame(rows).drop(columns="tokens").to_string(index=False, float_format="%.6f"))
         if held:
@@ -98,15 +100,15 @@ def run(cfg: DictConfig) -> Path:
     return stage.folder
 
 
-def stage_of(cfg: DictConfig, about: dict[str, Any] | None = None) -> Stage:
+def stage_of(cfg: DictConfig, about: DraftRecord | None = None) -> Stage:
     """The stage of this measurement, not entered; one without a name is named after its draft."""
     if cfg.what == "train":
         return trainspeed.stage_of(cfg)
     if cfg.name is None and about is None:
-        about = lineage_of(cfg.draft, source_of(cfg.draft), cfg.target.name)
+        about = record_of(cfg.draft, draft_place(cfg.draft), cfg.target.name)
     name = cfg.name
     if name is None and about is not None:
-        name = f"{about['method']}-{cfg.target.name}-s{about['seed']}"
+        name = f"{about.method}-{cfg.target.name}-s{about.seed}"
     folder = Path(cfg.root) / "runs" / "speed" / folder_name(name, "a run folder")
     return Stage("speed", folder, cfg, force=cfg.force, results=RESULTS)
 

@@ -7,42 +7,50 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import lightning as L
 import torch
-from hydra.utils import instantiate
-from lightning.pytorch.callbacks import Callback
+from hydra.utils import get_class, instantiate
+from lightning.pytorch.callbacks import ProgressBar
 from omegaconf import DictConfig, OmegaConf
+from torch import Tensor
 
 from experiments.evaluate import run as evaluate
-from experiments.planning import print_plan, require_memory, shapes
-from experiments.trainingdata import answers_of, find_cache, frequent_tokens, open_data, probe_prompts
-from specbench.checkpoints.draft_folder import save_draft
 from specbench.cli.assembly import (
     build_draft,
     build_objective,
     composed,
-    draft_settings,
+    draft_without_weights,
     load_target,
+    target_config,
 )
 from specbench.cli.checks import check_before
+from specbench.cli.environment import free_memory
 from specbench.cli.following import command
 from specbench.cli.identity import content, fingerprint, identity
 from specbench.cli.launching import rank_and_world, ranks, repeats_the_command, shards_of
+from specbench.cli.lightning_parts import callbacks_of, loggers_of
 from specbench.cli.recording import recorded
 from specbench.cli.stages import Stage, say
+from specbench.data.answers.chat import prompt_ids
+from specbench.data.cache.lookup import find_cache
 from specbench.data.cache.remote_shards import is_remote
+from specbench.data.loading.frequent_tokens import frequent_tokens
+from specbench.data.loading.online import OnlineTarget
 from specbench.data.loading.step_data import StepData
+from specbench.data.loading.target_cache import TargetCache
+from specbench.data.prompts import preparation as prompts
 from specbench.decoding.sampling import Sampling
 from specbench.drafts.draft import Draft
 from specbench.drafts.initialisation import AUTO, STARTS, from_target, randomise, resolved
 from specbench.drafts.installed import installed
-from specbench.files.torch_checkpoints import read_checkpoint
-from specbench.models.backbone import backbone_of, chosen
-from specbench.models.embedding_head import Tables
+from specbench.library.training import train_into
+from specbench.models.backbone import chosen
+from specbench.models.target import Target
+from specbench.progress import first_rank
 from specbench.runs.provenance import provenance
 from specbench.runs.run_folder import RunFolder, folder_name
-from specbench.training.callbacks import DecodeProbe, GracefulStop, KeepLast, TrainingProgress
-from specbench.training.draft_training import DraftTraining, digest, require_precision, trainable_parameters
+from specbench.training.callbacks import DecodeProbe
+from specbench.training.draft_training import DraftTraining, require_precision
+from specbench.training.memory_estimate import Footprint, footprint, require_memory
 from specbench.training.warm_start import from_draft
 
 RESULTS = ("draft/config.json", "draft/*.safetensors", "summary.json", "config.yaml")
@@ -89,7 +97,7 @@ def data_of(cfg: DictConfig) -> dict[str, str]:
     if cfg.cache is not None:
         return {}
     try:
-        found = find_cache(Path(cfg.root), cfg.target, cfg.data.name, cfg.cache_codec)
+        found = _found_cache(cfg)
     except ValueError:  # said when it is needed: a finished training does not need it
         return {}
     seen = fingerprint(str(found))
@@ -106,18 +114,29 @@ def check(cfg: DictConfig) -> None:
             raise ValueError(f"trainer.{key}={value}: train for at least one, or set it to null")
     if cfg.trainer.max_steps is None and cfg.trainer.epochs is None:
         raise ValueError("trainer.max_steps and trainer.epochs are both null: set one of them")
+    callbacks_of(cfg, Path(cfg.root)), loggers_of(cfg, Path(cfg.root))
     objective = build_objective(cfg.method)
     try:
-        config = shapes(cfg.target)
+        config = target_config(cfg.target)
     except (OSError, ValueError):  # a target that an earlier stage has still to make, or that loading will refuse
         return
-    facts = backbone_of(config, cfg.method.backbone, cfg.method.window)
-    with torch.device("meta"):
-        empty = torch.empty(facts.vocab_size, facts.hidden_size)
-        tables = Tables(empty, empty, facts.embedding_scale, facts.soft_cap)
-        draft = build_draft(cfg.method, cfg.target, config, tables)
-        recipe = OmegaConf.to_container(cfg.trainer.recipe, resolve=True) | {"compile": False}
-        DraftTraining(draft, objective, target_tables=tables, max_steps=cfg.trainer.max_steps or 1, **recipe)
+    draft = draft_without_weights(cfg.method, cfg.target, config)
+    recipe = OmegaConf.to_container(cfg.trainer.recipe, resolve=True) | {"compile": False}
+    DraftTraining(draft, objective, target_tables=draft.tables, max_steps=cfg.trainer.max_steps or 1, **recipe)
+
+
+def print_plan(cfg: DictConfig) -> Footprint:
+    """Print what training the draft takes: parameters, memory, the largest micro-batch; without weights or data."""
+    config = target_config(cfg.target)
+    draft = draft_without_weights(cfg.method, cfg.target, config)
+    memory = None if cfg.memory is None else float(cfg.memory)
+    if memory is None and torch.cuda.is_available():
+        memory = torch.cuda.get_device_properties(0).total_memory / 2**30
+    lightning = cfg.trainer.lightning
+    found = footprint(draft, cfg.target.max_length, lightning.precision, memory, shards_of(lightning))
+    say(found.text())
+    say(f"backbone          {chosen(config, cfg.method.backbone).reason}")
+    return found
 
 
 def _train(cfg: DictConfig, stage: Stage, name: str) -> None:
@@ -126,13 +145,19 @@ def _train(cfg: DictConfig, stage: Stage, name: str) -> None:
     with instantiate(cfg.tracking) as tracking, record as run:
         target = load_target(cfg.target) if needs_target(cfg) else None
         data = open_data(cfg, target)
-        config = data.manifest.target_config if target is None else target.config
-        require_memory(cfg, config, int(data.lengths.max()))
+        config = data.target_config
+        free = torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else free_memory()
+        require_memory(
+            draft_without_weights(cfg.method, cfg.target, config),
+            int(data.lengths.max()),
+            cfg.trainer.data.samples_per_micro,
+            cfg.trainer.lightning.precision,
+            free,
+            shards_of(cfg.trainer.lightning),
+        )
         with torch.random.fork_rng():
             torch.manual_seed(cfg.seed.init)
-            stops = () if target is None else target.stop_token_ids
-            vocabulary = frequent_tokens(cfg, data, stops)
-            draft = build_draft(cfg.method, cfg.target, config, data.tables, vocabulary)
+            draft = build_draft(cfg.method, cfg.target, config, data.tables, _vocabulary(cfg, data, target))
             start, why = resolved(cfg.start, target)
             if why is not None:
                 say(f"train: the draft starts from random weights: {why}")
@@ -149,76 +174,98 @@ def _train(cfg: DictConfig, stage: Stage, name: str) -> None:
             anchor_seed=cfg.seed.anchors,
             **OmegaConf.to_container(cfg.trainer.recipe, resolve=True),
         )
-        layers = {"family": choice.family, "own": choice.own, "reason": choice.reason}
-        lineage = {"cache": data.lineage, "start": start, "copied": len(copied)}
-        prompts = probe_prompts(cfg, target) if cfg.trainer.probe.every else []
-        rendered = target.tokenizer.decode(prompts[0]) if prompts and target.tokenizer is not None else None
-        facts, diff = provenance(sys.argv, dict(cfg.seed), lineage["cache"], rendered)
-        run.write_provenance(facts, diff)
-        headline = {"method": cfg.method.name, "target": cfg.target.name, "seed": cfg.seed.init, **lineage["cache"]}
-        tracking.start(run, headline)
+        probe = None if not cfg.trainer.probe.every else probe_of(cfg, target)
+        rendered = None
+        if probe is not None and target.tokenizer is not None:
+            rendered = target.tokenizer.decode(probe.prompts[0])
+        run.write_provenance(*provenance(sys.argv, dict(cfg.seed), data.lineage, rendered))
+        facts = {"method": cfg.method.name, "target": cfg.target.name}
+        tracking.start(run, {**facts, "seed": cfg.seed.init, **data.lineage})
         tracking.uses(f"cache-{data.lineage['fingerprint']}", "cache", **data.lineage)
-        keep = run.path / "checkpoints"
-        stop = GracefulStop(keep)
-        callbacks: list[Callback] = [stop]
-        probe, asked = None, cfg.trainer.probe
-        if prompts:
-            sampling = Sampling(asked.temperature)
-            probe = DecodeProbe(target, prompts, asked.every, sampling, asked.max_new_tokens, folder=keep)
-        callbacks.append(probe or KeepLast(keep, cfg.trainer.validate_every or 1000))
-        if cfg.trainer.lightning.get("enable_progress_bar") is not False:
-            callbacks.append(TrainingProgress(f"train {cfg.method.name}"))  # after the probe, whose number it shows
-        trainer = L.Trainer(
-            max_steps=steps,
-            max_epochs=-1,
-            logger=tracking.loggers,
-            callbacks=callbacks,
-            log_every_n_steps=cfg.trainer.recipe.log_every,
-            val_check_interval=cfg.trainer.validate_every,
-            check_val_every_n_epoch=None,
-            limit_val_batches=1.0 if cfg.trainer.validate_every else 0,
-            num_sanity_val_steps=0,
-            enable_checkpointing=False,
-            enable_model_summary=False,
-            use_distributed_sampler=False,
-            # Inference tensors would outlive a validation: a sharded draft gathers its weights into the same memory.
-            inference_mode=False,
-            **instantiate(cfg.trainer.lightning, _convert_="all"),
+        watching, lightning = callbacks_of(cfg, run.path), instantiate(cfg.trainer.lightning, _convert_="all")
+        if not any(isinstance(one, ProgressBar) for one in watching):
+            lightning["enable_progress_bar"] = False
+        trained = train_into(
+            run,
+            module,
+            data,
+            steps=steps,
+            probe=probe,
+            validate_every=cfg.trainer.validate_every,
+            callbacks=watching,
+            loggers=[*tracking.loggers, *loggers_of(cfg, run.path)],
+            resumes=stage.resumes,
+            facts={
+                **facts,
+                "backbone": {"family": choice.family, "own": choice.own, "reason": choice.reason},
+                "lineage": {"cache": data.lineage, "start": start, "copied": len(copied)},
+            },
+            **lightning,
         )
-        last = keep / "last.ckpt"
-        resumed = str(last) if stage.resumes and last.exists() else None
-        if resumed is not None:
-            read_checkpoint(resumed)  # what cannot be read is refused by name, before any work
-        trainer.fit(module, datamodule=data, ckpt_path=resumed, weights_only=True)
-        if stop.received:
-            raise KeyboardInterrupt
-        best = keep / ("best.ckpt" if probe is not None else "last.ckpt")
-        # From the checkpoint, so that what is written is the same whether the weights are whole or sharded here.
-        written = build_draft(cfg.method, cfg.target, config, data.tables, vocabulary)
-        trainer.strategy.barrier()
-        step = load_published(written, best)
-        trainer.strategy.barrier()  # once every rank has read it, the folder may take another name
-        if rank == 0:
-            save_draft(written, run.path / "draft", config, draft_settings(cfg.method, cfg.target))
-        summary = {
-            "method": cfg.method.name,
-            "target": cfg.target.name,
-            "probe_accepted_length": None if probe is None else probe.best,
-            "probes": [] if probe is None else probe.history,
-            "best_step": step,
-            "steps": trainer.global_step,
-            "parameters": trainable_parameters(written),
-            "trained_tokens": module.supervised,
-            "backbone": layers,
-            "lineage": lineage | {"checkpoint": digest(written.state_dict().items())},
-            "damage": len(getattr(data, "damage", [])),
-        }
+        summary = trained.summary
         tracking.artifact(f"draft-{name}", "draft", run.path / "draft", **summary["lineage"])
         tracking.summary({k: v for k, v in summary.items() if isinstance(v, (int, float))})
-        run.finish(**summary)
         tracking.finish()
         shown = {k: summary[k] for k in ("probe_accepted_length", "best_step", "steps", "parameters")}
         stage.finish(shown, next=command("evaluate", cfg, ("target", "suite"), draft=str(stage.folder)))
+
+
+def open_data(cfg: DictConfig, target: Target | None) -> StepData:
+    """The data module of a training run: a target cache that fits it, or the target itself."""
+    order = OmegaConf.to_container(cfg.trainer.data, resolve=True) | {
+        "seed": cfg.seed.data,
+        "limit_samples": cfg.limit_samples,
+    }
+    if cfg.online:
+        about = cfg.target
+        return OnlineTarget(
+            target, answers_of(cfg), cfg.cache_dtype, max_length=about.max_length, thinking=about.thinking, **order
+        )
+    folder = cfg.cache or _found_cache(cfg)
+    method = get_class(cfg.method.draft._target_)
+    return TargetCache(
+        folder,
+        taps=list(cfg.target.target_layer_ids) if method.reads_taps else [],
+        needs_all_last=method.reads_last,
+        expect={"target": cfg.target.name},
+        dtype=cfg.cache_dtype,
+        on_damage=cfg.on_damage,
+        local_folder=str(Path(cfg.root) / "mirror") if is_remote(folder) else None,
+        **order,
+    )
+
+
+def answers_of(cfg: DictConfig) -> Path:
+    """The folder of the answers that a run learns from."""
+    return Path(cfg.root) / "answers" / cfg.data.name / cfg.target.name
+
+
+def _found_cache(cfg: DictConfig) -> Path:
+    taps = list(cfg.target.target_layer_ids or [])
+    return find_cache(Path(cfg.root), cfg.target.name, taps, cfg.data.name, cfg.cache_codec)
+
+
+def probe_of(cfg: DictConfig, target: Target) -> DecodeProbe:
+    """The decoding probe, on the first held-out prompts of the data; benchmarks are never used to choose."""
+    asked, folder, found = cfg.trainer.probe, Path(cfg.root) / "prompts" / cfg.data.name, []
+    for row in prompts.read(folder, "validation", asked.prompts):
+        first = next(i for i, m in enumerate(row["messages"]) if m["role"] == "user")
+        found.append(prompt_ids(target.tokenizer, row["messages"][: first + 1], cfg.target.thinking))
+    if len(found) < asked.prompts:
+        raise ValueError(
+            f"trainer.probe.prompts={asked.prompts} and {folder} holds {len(found)} validation prompts: lower it, or "
+            "hold out more in `specbench prompts`"
+        )
+    return DecodeProbe(target, found, asked.every, Sampling(asked.temperature), asked.max_new_tokens)
+
+
+def _vocabulary(cfg: DictConfig, data: StepData, target: Target | None) -> Tensor | None:
+    """Token ids of the draft's vocabulary; None: the target's whole one."""
+    if cfg.method.vocabulary is None:
+        return None
+    ids, covered = frequent_tokens(data, cfg.method.vocabulary, () if target is None else target.stop_token_ids)
+    say(f"train: the draft's vocabulary of {len(ids)} tokens covers {covered:.2%} of the supervised text")
+    return ids
 
 
 def needs_target(cfg: DictConfig) -> bool:
@@ -245,15 +292,6 @@ def initialise(draft: Draft, start: str, target: Any, tables: Tables) -> list[st
     said = f"; not from there: {', '.join(left)}" if left else ""
     say(f"train: {len(copied)} of {len(copied) + len(left)} tensors start from {start}{said}")
     return copied
-
-
-def load_published(draft: Draft, checkpoint: Path) -> int:
-    """Take over a checkpoint's published weights, the moving average where there is one; returns its optimiser step."""
-    found = read_checkpoint(checkpoint)
-    held = found["state_dict"]
-    prefix = "average." if any(name.startswith("average.") for name in held) else "draft."
-    draft.load_state_dict({k.removeprefix(prefix): v for k, v in held.items() if k.startswith(prefix)})
-    return found["global_step"]
 
 
 def evaluation_of(cfg: DictConfig, folder: Path, overrides: Sequence[str]) -> DictConfig:

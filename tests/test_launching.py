@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from experiments.planning import print_plan
+from experiments.train import print_plan
 from specbench.cli.assembly import composed
 from specbench.cli.launching import MARKS, as_command, rank_and_world, ranks, repeats_the_command, shards_of
 

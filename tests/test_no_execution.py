@@ -15,7 +15,6 @@ from omegaconf import OmegaConf
 
 from experiments import rerun
 from experiments.cli import main
-from experiments.train import load_published
 from specbench.checkpoints.draft_folder import FormatError, load_draft, save_draft
 from specbench.data.cache.released_cache import ReleasedCache
 from specbench.drafts.installed import installed, takes
@@ -23,6 +22,7 @@ from specbench.files import hub_datasets
 from specbench.files.torch_checkpoints import read_checkpoint
 from specbench.models.target import Target
 from specbench.runs.run_folder import RunFolder, read_settings
+from specbench.training.draft_training import DraftTraining
 from tests import tiny
 from tests.pipeline import prepare
 from tests.test_interchange import made
@@ -75,7 +75,7 @@ FORMS = ["zip", "legacy", "pickle", "list", "cut", "torchscript"]
 def test_a_crafted_checkpoint_is_refused_in_a_sentence(kind: str, tmp_path: Path, marker: Path) -> None:
     path = tmp_path / "last.ckpt"
     craft(kind, path, marker)
-    for reader in (read_checkpoint, lambda file: load_published(tiny.draft("dspark", "qwen3"), file)):
+    for reader in (read_checkpoint, DraftTraining.load_from_checkpoint):
         with pytest.raises(ValueError, match=r"last\.ckpt") as said:
             reader(path)
         assert "\n" not in str(said.value) and "train again" in str(said.value)
@@ -305,7 +305,8 @@ def test_a_records_yaml_and_kind_are_data(tmp_path: Path, marker: Path) -> None:
 def test_the_classes_that_a_record_may_name_are_read_from_the_configurations() -> None:
     found = rerun.classes()
     assert {"specbench.drafts.dspark.DSpark", "specbench.runs.wandb_tracking.Tracking"} <= found
-    assert all(name.startswith(("specbench.", "lightning.pytorch.strategies.")) for name in found)
+    parts = tuple(f"lightning.pytorch.{part}." for part in ("strategies", "callbacks", "loggers"))
+    assert all(name.startswith(("specbench.", *parts)) for name in found)
     old = {
         "a": [{"_target_": "specbench.methods.dspark.DSpark"}],
         "b": {"_target_": "specbench.costs.CostProfile.load"},

@@ -11,9 +11,9 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from experiments.planning import print_plan, shapes
+from experiments.train import print_plan
 from specbench.cli import assembly
-from specbench.cli.assembly import build_draft, composed
+from specbench.cli.assembly import build_draft, composed, target_config
 from specbench.cli.config_groups import configs
 from specbench.cli.target_argument import expand
 from specbench.models.backbone import backbone_of, sizes
@@ -39,7 +39,7 @@ def meta(method: str, target: str, **settings):
     cfg, about = OmegaConf.load(CONFIGS / "method" / f"{method}.yaml"), option(target)
     backbone = settings.pop("backbone", None)
     cfg.backbone, cfg.draft = backbone, OmegaConf.merge(cfg.draft, settings)
-    config = shapes(about)
+    config = target_config(about)
     facts = backbone_of(config, backbone)
     with torch.device("meta"):
         empty = torch.empty(facts.vocab_size, facts.hidden_size)
@@ -54,7 +54,7 @@ def trained(draft) -> int:
 def test_every_target_has_the_same_settings(target: str) -> None:
     assert set(option("embedded")) <= set(option(target))
     assert set(option(target)) - set(option("embedded")) <= {"shapes", "config", "seed"}
-    about, config = option(target), shapes(option(target))
+    about, config = option(target), target_config(option(target))
     text = config.get("text_config") or config
     assert all(-1 <= i < text["num_hidden_layers"] for i in about.target_layer_ids)
     assert sorted(about.target_layer_ids) == list(about.target_layer_ids)
@@ -67,7 +67,7 @@ def test_every_target_has_the_same_settings(target: str) -> None:
 def test_every_target_builds_with_every_method(method: str, target: str) -> None:
     for family in (None, "qwen3", "gemma4", "llama"):
         draft = meta(method, target, backbone=family)
-        width = shapes(option(target))["hidden_size"]
+        width = target_config(option(target))["hidden_size"]
         facts = draft.backbone
         assert facts.hidden_size == width == draft.norm.weight.shape[0]
         assert facts.heads % facts.kv_heads == 0 and facts.head_dim % 2 == 0
@@ -132,7 +132,7 @@ def test_gemma_drafts_take_the_geometry_of_full_attention() -> None:
     ("target", "heads", "feed_forward"), [("deepseek_v4_flash", 32, 12288), ("deepseek_v4_pro", 56, 21504)]
 )
 def test_latent_attention_lends_its_width_alone(target: str, heads: int, feed_forward: int) -> None:
-    found = sizes(shapes(option(target)))
+    found = sizes(target_config(option(target)))
     assert found == {"heads": heads, "kv_heads": 8, "head_dim": 128, "intermediate_size": feed_forward}
 
 

@@ -6,24 +6,29 @@ import logging
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch  # noqa: F401
 import torch
 from hydra.core.global_hydra import GlobalHydra
 from hydra.utils import get_class, instantiate
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, open_dict
 from torch import Tensor
 
+from specbench.checkpoints.draft_folder import taps_of
 from specbench.cli.config_groups import configs
 from specbench.cli.errors import naming
 from specbench.cli.method_signature import fits
 from specbench.cli.overrides import compose, without_hydra
+from specbench.drafts.baselines import SLOTS, Baseline, baseline
 from specbench.drafts.draft import Draft
+from specbench.library.drafts import PLAIN, load_draft
 from specbench.losses.objective import Objective
 from specbench.models.backbone import backbone_of
 from specbench.models.embedding_head import Tables
-from specbench.models.target import Target
+from specbench.models.target import Target, raw_config
+from specbench.models.target_files import location
 
 # Lightning sets its own level to INFO as it is imported, and its tips are no news of a run.
 logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
@@ -106,6 +111,22 @@ def build_draft(
     )
 
 
+def target_config(target: DictConfig) -> dict[str, Any]:
+    """The raw configuration of a target's model, without its weights: from the option itself, else its config.json."""
+    for key in ("config", "shapes"):
+        if target.get(key) is not None:
+            return OmegaConf.to_container(target[key], resolve=True)
+    return raw_config(location(target.id), target.revision)
+
+
+def draft_without_weights(method: DictConfig, target: DictConfig, config: Mapping[str, Any]) -> Draft:
+    """The draft on the meta device: its sizes, without memory for its weights."""
+    facts = backbone_of(config, method.backbone, method.window)
+    with torch.device("meta"):
+        empty = torch.empty(facts.vocab_size, facts.hidden_size)
+        return build_draft(method, target, config, Tables(empty, empty, facts.embedding_scale, facts.soft_cap))
+
+
 def own_methods(names: Sequence[str] | None) -> list[type[Draft]]:
     """The classes of methods outside of this package that the user named, as PACKAGE.MODULE.CLASS."""
     found = []
@@ -118,6 +139,30 @@ def own_methods(names: Sequence[str] | None) -> list[type[Draft]]:
             raise ValueError(f"methods=[{name}] is no draft method: name a subclass of specbench.drafts.draft.Draft")
         found.append(kind)
     return found
+
+
+def load_pair(cfg: DictConfig, folder: Path | None) -> tuple[Target, Draft | Baseline | None]:
+    """The target with the taps that the draft reads, and the draft: of `folder`, or what `cfg.draft` says without."""
+    about = cfg.target.copy()
+    if cfg.get("stop_token_ids") is not None:
+        about.stop_token_ids = list(cfg.stop_token_ids)
+    if folder is None:
+        with open_dict(about):
+            about.target_layer_ids = []
+        target = load_target(about, cfg.device)
+        return target, None if cfg.draft == PLAIN else baseline(cfg.draft, target, cfg.get("slots") or SLOTS)
+    methods = own_methods(cfg.get("methods"))
+    with naming("draft", cfg.draft):
+        about.target_layer_ids = taps_of(folder, methods)
+    target = load_target(about, cfg.device)
+    with naming("draft", cfg.draft):
+        draft = load_draft(folder, target, methods=methods)
+    if cfg.get("slots") is not None and cfg.slots > draft.block_size:
+        raise ValueError(
+            f"slots={cfg.slots}: the block of draft={cfg.draft} holds {draft.block_size}; ask for at most so many, or "
+            "leave slots out"
+        )
+    return target, draft
 
 
 def draft_settings(method: DictConfig, target: DictConfig) -> dict[str, Any]:

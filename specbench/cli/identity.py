@@ -74,6 +74,8 @@ class Identity:
 def identity(verb: str, config: DictConfig | Mapping[str, Any], inputs: Mapping[str, str] | None = None) -> Identity:
     """The identity of a run of `verb` under `config`; `inputs` are fingerprints that the verb knows beside."""
     settings = without(recorded(config), without_effect(verb))
+    if not settings.get("callbacks", True):
+        del settings["callbacks"]  # of those that leave the result alone, a run is what it is without any
     found = {}
     for key in INPUTS:
         for path, value in matching(settings, key):

@@ -116,6 +116,10 @@ def _arguments(model: type[BaseModel], settings: Mapping[str, Any]) -> Iterator[
         if built is not None:
             yield key, built, value
             continue
+        each = _each(field.annotation)
+        if each is not None:
+            yield from ((f"{key}.{item}", each, below) for item, below in value.items() if isinstance(below, Mapping))
+            continue
         for inner in _models(field.annotation):
             several = inner not in _direct(field.annotation)
             for item, below in value.items() if several else [(None, value)]:
@@ -135,6 +139,11 @@ def _mark(annotation: Any) -> Built | None:
     if _is_union(annotation):
         return next((found for part in get_args(annotation) if (found := _mark(part))), None)
     return None
+
+
+def _each(annotation: Any) -> Built | None:
+    """The mark of the values of a mapping, `dict[str, Annotated[...]]`."""
+    return _mark(get_args(annotation)[1]) if get_origin(annotation) is dict else None
 
 
 def _direct(annotation: Any) -> list[type[BaseModel]]:

@@ -172,6 +172,9 @@ DataArguments = Annotated[
     Built(of="specbench.data.loading.step_data.StepData", given=("seed", "limit_samples", "rank", "world")),
 ]
 TrackingArguments = Annotated[dict[str, Any], Built(kind="specbench.runs.wandb_tracking.Tracking")]
+CallbackArguments = Annotated[dict[str, Any], Built(kind="lightning.pytorch.callbacks.Callback")]
+# TensorBoard's logger gives its base root_dir itself.
+LoggerArguments = Annotated[dict[str, Any], Built(kind="lightning.pytorch.loggers.Logger", given=("root_dir",))]
 SuiteArguments = Annotated[
     dict[str, Any], AfterValidator(_benchmarks), Built(kind="specbench.data.prompts.benchmarks.Benchmarks")
 ]
@@ -319,6 +322,8 @@ class TrainSettings(Settings):
     suite: SuiteArguments
     trainer: TrainerSettings
     tracking: TrackingArguments
+    callbacks: dict[str, CallbackArguments | None] = Field({})
+    logger: dict[str, LoggerArguments | None] = Field({})
     choice: Text | None = None
     study: StudySettings | None = None
     root: Folder

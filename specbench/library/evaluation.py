@@ -11,7 +11,7 @@ import shutil
 import sys
 import tempfile
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,26 +25,26 @@ from analysis.read.runs import load
 from analysis.statistics.headline import PER_REQUEST, headline
 from analysis.tables import frames as tables
 from analysis.tables import groups as grouping
-from specbench.data.prompts.benchmarks import Benchmarks, Prompt
+from specbench.data.prompts.benchmarks import Benchmarks, first_prompt
 from specbench.data.prompts.suites import suite_of
 from specbench.decoding.loop import Limits
 from specbench.decoding.sampling import Sampling
 from specbench.decoding.scheduling import FixedLength, Scheduler
-from specbench.drafts.baselines import Baseline
+from specbench.drafts.baselines import Baseline, Small
 from specbench.drafts.draft import Draft
+from specbench.evaluation.audit import verdict
 from specbench.evaluation.decoding import decode_suite, facts_of
 from specbench.evaluation.draft_evaluation import Answered, Protocol
 from specbench.files.atomic import json_line
+from specbench.library.drafts import PLAIN, DraftRecord, weights_of
 from specbench.models.target import Target
 from specbench.ranges import Number
 from specbench.runs.provenance import provenance
 from specbench.runs.run_folder import RunFolder, read_summary
-from specbench.training.draft_training import digest
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-PLAIN = "plain"
 Prompts = Sequence[str] | Sequence[Sequence[str]] | Sequence[Sequence[int]]
 
 
@@ -246,11 +246,8 @@ def evaluate(
             seed,
             teacher_forced,
         )
-        first = chosen.load()[0]
-        weights = _weights(draft)
-        mark = PLAIN if weights is None else weights[:8]
+        mark = PLAIN if draft is None else weights_of(draft)[:8]
         name = place.name if folder is not None else f"{label}-{target.name}-{chosen.name}-t{temperature:g}-{mark}"
-        labels = {"run": name, "method": label, "target": target.name, "suite": chosen.name, "seed": training_seed}
         settings = {
             "target": {"name": target.name, "id": target.source and target.source[0]},
             "draft": label,
@@ -258,18 +255,9 @@ def evaluate(
             **protocol.facts(str(target.dtype), draft and draft.block_size),
             "seed": seed,
         }
-        lineage = {"draft": weights, "target": target.weights_hash, "parents": []}
-        facts, diff = provenance(sys.argv, {"decoding": seed, "init": training_seed}, None, _text(first))
-        with RunFolder(place.parent, "evaluate", name, settings, folder=place) as run:
-            run.write_provenance(facts, diff)
-            with _decoding(target, draft):
-                done = decode_suite(run, target, draft, chosen, protocol, labels, loggers=loggers)
-            run.finish(
-                **facts_of(target, draft, chosen, protocol, labels),
-                metrics=headline_of(done, draft is None),
-                lineage=lineage,
-                training_seed=training_seed,
-            )
+        about = DraftRecord(label, training_seed)
+        with RunFolder(place.parent, "evaluate", name, settings, folder=place) as run, _decoding(target, draft):
+            evaluate_into(run, target, draft, chosen, protocol, about, loggers=loggers)
     except BaseException:
         if folder is None:
             shutil.rmtree(place, ignore_errors=True)
@@ -278,6 +266,47 @@ def evaluate(
     if folder is None:
         weakref.finalize(found, shutil.rmtree, place, True)
     return found
+
+
+def evaluate_into(
+    run: RunFolder,
+    target: Target,
+    draft: Draft | Baseline | None,
+    suite: Benchmarks,
+    protocol: Protocol,
+    about: DraftRecord,
+    *,
+    loggers: Sequence[Logger] = (),
+    devices: int = 1,
+    progress: Callable[[Answered], None] | None = None,
+    audit_spacings: float = 2.0,
+) -> dict[str, Any] | None:
+    """Decode every prompt of the suite into a run folder that is open, and finish it with the headline numbers.
+
+    Returns what summary.json says; None on the ranks beside the first. audit_spacings: distances of neighbouring
+    numbers within which a token that an audit finds (`protocol.audit`) counts as a tie.
+    """
+    first = first_prompt(suite.load())
+    seeds = {"decoding": protocol.seed, "init": about.seed}
+    run.write_provenance(*provenance(sys.argv, seeds, None, first))
+    labels = {"run": run.name, "method": about.method, "target": target.name, "suite": suite.name, "seed": about.seed}
+    done = decode_suite(
+        run, target, draft, suite, protocol, labels, loggers=loggers, devices=devices, progress=progress
+    )
+    if not done:
+        return None
+    costs = {"draft_parameters": draft.parameters_count} if isinstance(draft, Small) else about.costs
+    summary = {
+        **facts_of(target, draft, suite, protocol, labels),
+        "metrics": headline_of(done, draft is None),
+        "lineage": {"draft": weights_of(draft), "target": target.weights_hash, "parents": about.parents},
+        "training_seed": about.seed,
+        **costs,
+    }
+    if protocol.audit:
+        summary["audit"] = verdict([item.record["audit"] for item in done], audit_spacings)
+    run.finish(**summary)
+    return summary
 
 
 def headline_of(done: Sequence[Answered], plain: bool = False) -> dict[str, Any]:
@@ -332,11 +361,3 @@ def _line(prompt: Any) -> dict[str, Any]:
         return {"turns": [prompt]}
     words = list(prompt)
     return {"turns": words} if words and all(isinstance(word, str) for word in words) else {"prompt_ids": words}
-
-
-def _weights(draft: Draft | Baseline | None) -> str | None:
-    return draft.weights_hash if isinstance(draft, Baseline) else draft and digest(draft.state_dict().items())
-
-
-def _text(prompt: Prompt) -> str:
-    return prompt.turns[0] if prompt.turns else str(list(prompt.prompt_ids or ()))

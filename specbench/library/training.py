@@ -1,19 +1,38 @@
-"""A Lightning Trainer with the settings that draft training needs, so that a script need not know them."""
+"""Train a draft into a run folder: the Trainer, the checkpoint that real decoding chooses, draft/ and the summary.
+
+`train` is what a script calls; the command line opens the run folder itself, with its configuration and its tracking,
+and calls `train_into`.
+"""
 
 from __future__ import annotations
 
+import sys
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import lightning as L
-from lightning.pytorch.callbacks import Checkpoint, ProgressBar
+from lightning.pytorch.callbacks import Callback, Checkpoint, EarlyStopping, ProgressBar
+from lightning.pytorch.loggers import Logger
 
-from specbench.training.callbacks import TrainingProgress
+from specbench.checkpoints.draft_folder import save_draft
+from specbench.data.loading.step_data import StepData
+from specbench.drafts.draft import Draft
+from specbench.files.torch_checkpoints import read_checkpoint
+from specbench.runs.folder_logger import FolderLogger
+from specbench.runs.provenance import provenance
+from specbench.runs.run_folder import RunFolder, read_summary
+from specbench.training.callbacks import DecodeProbe, GracefulStop, KeepLast, TrainingProgress
+from specbench.training.draft_training import DraftTraining, digest, trainable_parameters
 
 ELSEWHERE = {
     "gradient_clip_val": "set DraftTraining(..., gradient_clip=VALUE), which clips once a step, after the division",
     "gradient_clip_algorithm": "DraftTraining clips by norm: set its gradient_clip",
     "accumulate_grad_batches": "set micro_batches_per_step of TargetCache or OnlineTarget: one batch is one step here",
 }
+SAVE_EVERY = 1000  # optimiser steps between checkpoints of a training without a probe and without validation
 
 
 class Trainer(L.Trainer):
@@ -54,4 +73,165 @@ class Trainer(L.Trainer):
         asked = settings.get("enable_progress_bar")
         if asked is not False and not any(isinstance(one, ProgressBar) for one in callbacks):
             settings["callbacks"] = [*callbacks, TrainingProgress()]
+        # The weights after a step are the ones wanted here; the warning asks whether those before it were meant.
+        warnings.filterwarnings("ignore", message="Using ModelCheckpoint with manual optimization")
         super().__init__(max_steps=max_steps, **(defaults | settings))
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A finished training: the draft of the chosen checkpoint, the optimiser step of it, the run folder and what its
+    summary.json says."""
+
+    draft: Draft
+    step: int
+    folder: Path
+    summary: dict[str, Any]
+
+
+def train(
+    module: DraftTraining,
+    data: StepData,
+    folder: str | Path,
+    *,
+    max_steps: int | None = None,
+    probe: DecodeProbe | None = None,
+    validate_every: int | None = None,
+    callbacks: Sequence[Callback] = (),
+    loggers: Sequence[Logger] = (),
+    method: str | None = None,
+    training_seed: int = 0,
+    **settings: Any,
+) -> Trained:
+    """Train `module` on `data` into a run folder, as `specbench train` does: `specbench evaluate draft=FOLDER` and
+    `load_draft(FOLDER, target)` take it.
+
+    folder: new or empty, or that of the same training, interrupted, which is continued from its last checkpoint.
+    max_steps: optimiser steps; None takes those of the module.
+    probe: decodes held-out prompts as it goes; the checkpoint of the longest accepted length becomes draft/. Without
+        one the last step does.
+    validate_every: optimiser steps between teacher-forced validations; None: none.
+    method: what tables call the draft; None: its class. training_seed: the seed that the record gives.
+    settings: of `lightning.Trainer`.
+
+    Errors: ValueError for a folder with something else in it, and naming the setting otherwise. SIGTERM and Ctrl-C end
+    the training at the next step with a checkpoint and raise KeyboardInterrupt.
+    """
+    place, label = Path(folder), method or type(module.draft).__name__.lower()
+    steps = max_steps or module.max_steps
+    if steps is None:
+        raise ValueError("max_steps=None and DraftTraining(max_steps=None) do not say when to end: give one of them")
+    resumes = _unfinished(place, module)
+    facts = {"method": label, "target": data.target_name, "lineage": {"cache": data.lineage}}
+    config = {
+        "method": {"name": label, **module.hparams["draft"], "objective": module.hparams["objective"]},
+        "target": {"name": data.target_name},
+        "trainer": {"max_steps": steps, "recipe": module.hparams["training"], "validate_every": validate_every},
+        "seed": {"init": training_seed, "data": data.seed, "anchors": module.anchor_seed},
+    }
+    with RunFolder(place.parent, "train", place.name, config, folder=place) as run:
+        run.write_provenance(*provenance(sys.argv, config["seed"], data.lineage, None))
+        return train_into(
+            run,
+            module,
+            data,
+            steps=steps,
+            probe=probe,
+            validate_every=validate_every,
+            callbacks=callbacks,
+            loggers=[FolderLogger(run), *loggers],
+            resumes=resumes,
+            facts=facts,
+            **settings,
+        )
+
+
+def train_into(
+    run: RunFolder,
+    module: DraftTraining,
+    data: StepData,
+    *,
+    steps: int,
+    probe: DecodeProbe | None,
+    validate_every: int | None,
+    callbacks: Sequence[Callback],
+    loggers: Sequence[Logger],
+    resumes: bool,
+    facts: Mapping[str, Any],
+    **settings: Any,
+) -> Trained:
+    """Train into a run folder that is open, and finish it: checkpoints/, draft/ and summary.json.
+
+    resumes: continue from checkpoints/last.ckpt where there is one. facts: what the summary says beside the training's
+    own numbers (method, target, lineage, ...). Every rank calls it; the first one writes.
+    """
+    for one in callbacks:
+        if isinstance(one, EarlyStopping) and not validate_every:
+            raise ValueError(
+                f"EarlyStopping(monitor={one.monitor!r}) looks at validations, and validate_every={validate_every} "
+                "asks for none: set trainer.validate_every (validate_every= in a script)"
+            )
+    keep = run.path / "checkpoints"
+    stop = GracefulStop(keep)
+    if probe is not None:
+        probe.folder = keep
+    if settings.get("enable_progress_bar") is False:
+        callbacks = [one for one in callbacks if not isinstance(one, ProgressBar)]
+    judge = probe or KeepLast(keep, validate_every or SAVE_EVERY)  # before those that show its number
+    trainer = Trainer(
+        max_steps=steps,
+        logger=list(loggers),
+        callbacks=[stop, judge, *callbacks],
+        log_every_n_steps=module.log_every,
+        val_check_interval=validate_every,
+        limit_val_batches=1.0 if validate_every else 0,
+        **settings,
+    )
+    last = keep / "last.ckpt"
+    resumed = str(last) if resumes and last.exists() else None
+    if resumed is not None:
+        read_checkpoint(resumed)  # what cannot be read is refused by name, before any work
+    trainer.fit(module, datamodule=data, ckpt_path=resumed, weights_only=True)
+    if stop.received:
+        raise KeyboardInterrupt
+    best = keep / ("last.ckpt" if probe is None else "best.ckpt")
+    # From the checkpoint, so that what is written is the same whether the weights are whole or sharded here.
+    trainer.strategy.barrier()
+    kinds = [type(module.draft)]
+    draft = DraftTraining.load_from_checkpoint(best, target_tables=data.tables, methods=kinds).published
+    step = read_checkpoint(best)["global_step"]
+    trainer.strategy.barrier()  # once every rank has read it, the folder may take another name
+    if run.writes:
+        save_draft(draft, run.path / "draft", data.target_config, draft.settings)
+    summary = {
+        **facts,
+        "probe_accepted_length": None if probe is None else probe.best,
+        "probes": [] if probe is None else probe.history,
+        "best_step": step,
+        "steps": trainer.global_step,
+        "parameters": trainable_parameters(draft),
+        "trained_tokens": module.supervised,
+        "lineage": {**facts["lineage"], "checkpoint": digest(draft.state_dict().items())},
+        "damage": len(data.damage),
+    }
+    run.finish(**summary)
+    return Trained(draft, step, run.path, summary)
+
+
+def _unfinished(folder: Path, module: DraftTraining) -> bool:
+    """Whether the folder holds this very training, interrupted. Errors: ValueError where it holds something else."""
+    if not folder.exists() or not any(folder.iterdir()):
+        return False
+    last = folder / "checkpoints" / "last.ckpt"
+    remedy = "name a new folder"
+    try:
+        status = read_summary(folder)["status"]
+    except FileNotFoundError:
+        raise ValueError(f"folder={str(folder)!r} is not empty and holds no training: {remedy}") from None
+    if status == "finished":
+        raise ValueError(f"folder={str(folder)!r} holds a finished training: {remedy}")
+    if not last.exists():
+        return False
+    if read_checkpoint(last)["hyper_parameters"] != dict(module.hparams):
+        raise ValueError(f"folder={str(folder)!r} holds an interrupted training of other settings: {remedy}")
+    return True

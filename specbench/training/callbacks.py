@@ -31,8 +31,9 @@ log = logging.getLogger("specbench")
 class DecodeProbe(Callback):
     """Decode held-out prompts every `every` optimiser steps; the accepted length chooses the checkpoint.
 
-    Training accuracy can rise while accepted length falls, so the judge is the number that users get. The prompts
-    are split over ranks and the counts are summed. Decoding uses seeds of its own, never the training generators.
+    Training accuracy can rise while accepted length falls, so the judge is the number that users get; the last step is
+    judged, too, whatever ends the training. The prompts are split over ranks and the counts are summed. Decoding uses
+    seeds of its own, never the training generators.
     `prompts` are token ids; None takes the first PROMPTS held-out conversations of the training data up to their
     answers, or, with a warning, conversations that are trained on where none are held out (validation_fraction).
     With `folder`, last.ckpt is written after every probe and best.ckpt after every one that beats all before it.
@@ -71,8 +72,22 @@ class DecodeProbe(Callback):
         if trainer.global_step % self.every == 0 or trainer.global_step == trainer.max_steps:
             self.probe(trainer, module)
 
+    def on_train_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        """Judge the last step of a training that something else ended, such as EarlyStopping, but a signal."""
+        if _by_a_signal(trainer) or (self.history and self.history[-1][0] == trainer.global_step):
+            return
+        found = self._judged(trainer, module)
+        for logger in trainer.loggers:  # a module logs nothing any more by now
+            logger.log_metrics(found, step=trainer.global_step)
+
     def probe(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         """Run the probe now and log accepted length and rounds."""
+        found = self._judged(trainer, module)
+        module.log(PROBE_KEY, found.pop(PROBE_KEY), prog_bar=True)
+        module.log_dict(found)
+
+    def _judged(self, trainer: L.Trainer, module: L.LightningModule) -> dict[str, float]:
+        """Decode, remember, and keep the checkpoint where there is a folder."""
         rank, world = trainer.global_rank, trainer.world_size
         mine = list(range(rank, len(self.prompts), world))
         counts = torch.zeros(2, dtype=torch.float64, device=module.device)
@@ -93,12 +108,11 @@ class DecodeProbe(Callback):
             dist.all_reduce(counts)
         length = float(counts[0] / counts[1].clamp_min(1))
         self.history.append((trainer.global_step, length))
-        module.log(PROBE_KEY, length, prog_bar=True)
-        module.log("probe/rounds", float(counts[1]))
         if self.folder is not None:
             better, self.best = length > self.best, max(self.best, length)
             for name in ("best", "last") if better else ("last",):
                 save_checkpoint(trainer, self.folder / f"{name}.ckpt")
+        return {PROBE_KEY: length, "probe/rounds": float(counts[1])}
 
     def state_dict(self) -> dict[str, Any]:
         return {"history": self.history, "best": self.best}
@@ -133,11 +147,24 @@ class KeepLast(Callback):
     """last.ckpt every `every` optimiser steps and at the end, for runs without a probe."""
 
     def __init__(self, folder: Path, every: int):
-        self.folder, self.every = folder, every
+        self.folder, self.every, self.saved = folder, every, -1
 
     def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, *args: Any) -> None:
         if trainer.global_step % self.every == 0 or trainer.global_step == trainer.max_steps:
-            save_checkpoint(trainer, self.folder / "last.ckpt")
+            self._save(trainer)
+
+    def on_train_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        if self.saved != trainer.global_step and not _by_a_signal(trainer):
+            self._save(trainer)
+
+    def _save(self, trainer: L.Trainer) -> None:
+        save_checkpoint(trainer, self.folder / "last.ckpt")
+        self.saved = trainer.global_step
+
+
+def _by_a_signal(trainer: L.Trainer) -> bool:
+    """Whether a signal ended the training, which GracefulStop has then saved."""
+    return any(isinstance(one, GracefulStop) and one.received for one in trainer.callbacks)
 
 
 def save_checkpoint(trainer: L.Trainer, path: Path) -> None:

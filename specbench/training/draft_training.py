@@ -219,6 +219,12 @@ class DraftTraining(L.LightningModule):
 
     def setup(self, stage: str) -> None:
         require_precision(self.trainer.precision)
+        for one in self.trainer.checkpoint_callbacks:
+            if getattr(one, "_train_time_interval", None) is not None:
+                raise ValueError(
+                    "ModelCheckpoint(train_time_interval=...): Lightning ignores it where a module steps its optimiser "
+                    "itself, as this one does; give every_n_train_steps"
+                )
         self._require_own_tables()
         self._target_tables = (self.target_tables.to(self.device),)
         if stage == "fit":

@@ -73,3 +73,18 @@ def footprint(draft: Draft, length: int, precision: str, memory: float | None = 
     per_sample = size * (queries * (per_query + 2 * facts.hidden_size) + context + states)
     parameters = tables + sum(p.numel() for p in draft.parameters())
     return Footprint(parameters, trainable, float(fixed), float(per_sample), memory)
+
+
+def require_memory(
+    draft: Draft, longest: int, conversations: int, precision: str, free: float, shards: int = 1
+) -> None:
+    """Raise ValueError where a micro-batch of so many `conversations` of `longest` tokens would take more than twice
+    the `free` bytes: what then follows is the system's kill, without a word."""
+    found = footprint(draft, longest, precision, None, shards)
+    needed = found.fixed + conversations * found.per_sample
+    if needed > 2 * free:
+        raise ValueError(
+            f"method.draft.block_size={draft.block_size}, anchors={draft.anchors_per_sample} and layers="
+            f"{len(draft.layers)} with trainer.data.samples_per_micro={conversations}: about {needed / GIB:.0f} GiB "
+            f"for conversations of {longest} tokens, and {free / GIB:.0f} GiB are free; lower one of them"
+        )

@@ -53,6 +53,7 @@ class OnlineTarget(StepData):
         **order: Any,
     ):
         super().__init__(**order)
+        self._source = str(conversations) if isinstance(conversations, (str, Path)) else None
         if isinstance(conversations, (str, Path)):
             rows = len(target.tables.embedding)
             conversations, _ = all_encoded(conversations, target.tokenizer, max_length, thinking, rows)
@@ -91,6 +92,18 @@ class OnlineTarget(StepData):
     def tables(self) -> Tables:
         """The target's frozen tables."""
         return self.target.tables
+
+    @property
+    def target_name(self) -> str:
+        return self.target.name
+
+    @property
+    def target_config(self) -> dict[str, Any]:
+        return self.target.config
+
+    @property
+    def lineage(self) -> dict[str, Any]:
+        return {"fingerprint": "online", "folder": self._source, "bytes": 0}
 
     def samples(self, rows: ROWS) -> list[Sample]:
         chosen = [self.conversations[row] for row in rows]

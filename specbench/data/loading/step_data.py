@@ -20,6 +20,7 @@ from specbench.data.cache.manifest import differences
 from specbench.data.loading.buffers import Recycler
 from specbench.data.loading.order import ROWS, EpochPlan, epoch_order, permutation, split
 from specbench.data.loading.steps import EpochSteps, ReadAhead, TrainingStep
+from specbench.models.embedding_head import Tables
 from specbench.ranges import Count, Seed, ShareBelowOne, Threads, Tokens
 
 
@@ -83,6 +84,31 @@ class StepData(L.LightningDataModule):
     @abstractmethod
     def content(self) -> str:
         """Hash of what the rows are; two modules with the same one hold the same conversations in the same order."""
+
+    @property
+    @abstractmethod
+    def tables(self) -> Tables:
+        """The target's frozen embedding and head."""
+
+    @property
+    @abstractmethod
+    def target_name(self) -> str:
+        """What the target is called."""
+
+    @property
+    @abstractmethod
+    def target_config(self) -> dict[str, Any]:
+        """The raw configuration of the target's model."""
+
+    @property
+    @abstractmethod
+    def lineage(self) -> dict[str, Any]:
+        """Where the states come from, as a run's record keeps it: fingerprint, folder and bytes on disk."""
+
+    @property
+    def damage(self) -> Sequence[Any]:
+        """What could not be read and was left out."""
+        return ()
 
     @abstractmethod
     def samples(self, rows: ROWS) -> list[Sample]:

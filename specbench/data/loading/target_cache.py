@@ -174,6 +174,19 @@ class TargetCache(StepData):
         return self.reader.tables
 
     @property
+    def target_name(self) -> str:
+        return self.manifest.identity["target"]
+
+    @property
+    def target_config(self) -> dict[str, Any]:
+        return self.manifest.target_config
+
+    @property
+    def lineage(self) -> dict[str, Any]:
+        size = sum(shard["bytes"] for shard in self.manifest.shards)
+        return {"fingerprint": self.manifest.fingerprint, "folder": str(self.folder), "bytes": size}
+
+    @property
     def damage(self) -> list[Damage]:
         """Samples that were skipped so far."""
         return self.reader.damage

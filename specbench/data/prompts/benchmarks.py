@@ -339,3 +339,8 @@ class _Batches(IterableDataset):
 
     def __iter__(self) -> Iterator[list[Prompt]]:
         return iter(self.batches)
+
+
+def first_prompt(prompts: Sequence[Prompt]) -> str:
+    """The first prompt as text, or its token ids, for the record of a run."""
+    return prompts[0].turns[0] if prompts[0].turns else str(list(prompts[0].prompt_ids or ()))

@@ -15,7 +15,7 @@ from specbench.runs.wandb_tracking import Tracking
 COLUMNS = ("slot", "conditional", "low", "high", "n", "survival")
 
 
-def mirror(tracking: Tracking, run: RunFolder, method: str, numbers: Mapping[str, Any]) -> None:
+def log_evaluation(tracking: Tracking, run: RunFolder, method: str, numbers: Mapping[str, Any]) -> None:
     """Log `numbers` (analysis.statistics.headline) of an evaluation whose rounds.jsonl is written.
 
     Figures go to RUN/figures too.

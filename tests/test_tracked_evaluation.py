@@ -10,7 +10,7 @@ import pytest
 from matplotlib import image
 
 from analysis.statistics.headline import headline
-from experiments.mirror import mirror, reliability
+from specbench.library.tracked_evaluation import log_evaluation, reliability
 from specbench.runs.run_folder import RunFolder
 from specbench.runs.wandb_tracking import Tracking
 from tests.analysis.synthetic import simulate
@@ -44,7 +44,7 @@ def test_a_tracked_evaluation_shows_its_numbers_and_figures(
     with RunFolder(tmp_path, "evaluate", "one", {}) as run:
         tracking = Tracking("offline").start(run)
         rounds(run, confident)
-        mirror(tracking, run, "dspark", numbers)
+        log_evaluation(tracking, run, "dspark", numbers)
         assert tracking.wandb is not None
         shown = {key: tracking.wandb.experiment.summary[key] for key in ("accepted_length", "accepted_length/low")}
         run.finish()
@@ -66,5 +66,5 @@ def test_a_tracked_evaluation_shows_its_numbers_and_figures(
 
 def test_nothing_is_drawn_where_tracking_is_disabled(tmp_path: Path) -> None:
     with RunFolder(tmp_path, "evaluate", "quiet", {}) as run:
-        mirror(Tracking("disabled").start(run), run, "dspark", headline(simulate("dspark", 2)))
+        log_evaluation(Tracking("disabled").start(run), run, "dspark", headline(simulate("dspark", 2)))
     assert not (run.path / "figures").exists()

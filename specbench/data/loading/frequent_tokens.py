@@ -1,0 +1,36 @@
+"""The most frequent supervised tokens of training data: the vocabulary of a draft that does not keep the whole one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from specbench.data.loading.step_data import StepData
+from specbench.data.loading.target_cache import TargetCache
+
+ROWS = 64  # conversations read at once
+
+
+def frequent_tokens(data: StepData, size: int, always: Sequence[int]) -> tuple[Int[Tensor, " W"], float]:
+    """Ids of the `size` most frequent supervised tokens, ascending, and the share of the supervised text they cover.
+
+    `always` (stop tokens) belong to them whatever their count. Errors: ValueError for a size that cannot be.
+    """
+    whole = len(data.tables.embedding)
+    if not len(always) < size <= whole:
+        raise ValueError(f"method.vocabulary={size}: choose more than {len(always)} and at most {whole} tokens")
+    counts = torch.zeros(whole, dtype=torch.long)
+    rows = data.rows[0]
+    # Tokens and masks alone, where the states lie on disk.
+    source = TargetCache(data.folder, taps=[]) if isinstance(data, TargetCache) else data
+    for start in range(0, len(rows), ROWS):
+        for sample in source.samples(rows[start : start + ROWS]):
+            counts += torch.bincount(sample.tokens[sample.loss_mask].long(), minlength=whole)
+    total = int(counts.sum())
+    counts[list(always)] = total + 1
+    ids = counts.argsort(descending=True, stable=True)[:size].sort().values
+    counts[list(always)] = 0
+    return ids, int(counts[ids].sum()) / total
