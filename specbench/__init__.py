@@ -51,6 +51,8 @@ PUBLIC = {
     "DraftTraining": "specbench.training.draft_training",
     "DecodeProbe": "specbench.training.callbacks",
     "Trainer": "specbench.library.training",
+    "train": "specbench.library.training",
+    "Trained": "specbench.library.training",
     "evaluate": "specbench.library.evaluation",
     "Evaluation": "specbench.library.evaluation",
     "Estimate": "specbench.library.evaluation",

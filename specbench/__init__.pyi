@@ -10,7 +10,9 @@ from specbench.library.drafts import load_draft as load_draft
 from specbench.library.evaluation import Estimate as Estimate
 from specbench.library.evaluation import Evaluation as Evaluation
 from specbench.library.evaluation import evaluate as evaluate
+from specbench.library.training import Trained as Trained
 from specbench.library.training import Trainer as Trainer
+from specbench.library.training import train as train
 from specbench.losses.objective import Objective as Objective
 from specbench.models.target import Target as Target
 from specbench.training.callbacks import DecodeProbe as DecodeProbe
@@ -30,8 +32,10 @@ __all__ = [
     "OnlineTarget",
     "Target",
     "TargetCache",
+    "Trained",
     "Trainer",
     "compare",
     "evaluate",
     "load_draft",
+    "train",
 ]

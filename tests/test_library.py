@@ -6,9 +6,12 @@ import ast
 import inspect
 import json
 import logging
+import os
 import re
+import signal
 import subprocess
 import sys
+from datetime import timedelta
 from pathlib import Path
 
 import lightning as L
@@ -22,6 +25,8 @@ import specbench as sb
 from specbench.cli.assembly import composed
 from specbench.data.prompts.suites import names, suite_of
 from specbench.files.torch_checkpoints import read_checkpoint
+from specbench.library.drafts import record_of
+from specbench.runs.run_folder import read_summary
 
 EMBEDDED = "package:data/embedded"
 ROOT = Path(__file__).parents[1]
@@ -241,6 +246,64 @@ def test_standard_callbacks_watch_the_probe_and_validation(target: sb.Target, ca
     logged = pd.read_csv(Path(logger.log_dir) / "metrics.csv")
     assert logged["lr-AdamW"].max() > 0
     assert {"train/loss", "val/expected_length", "probe/accepted_length"} <= set(logged)
+
+
+class Terminate(L.Callback):
+    """SIGTERM, as a batch system sends it, after the first optimiser step."""
+
+    def on_train_batch_end(self, trainer, module, *args) -> None:
+        if trainer.global_step == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_a_training_in_one_call_is_a_run_that_continues_and_can_be_evaluated(
+    target: sb.Target, cache: Path, tmp_path: Path
+) -> None:
+    def train(folder: str, **settings) -> sb.Trained:
+        return sb.train(
+            module_of(target, ema=0.5),
+            data_of(cache),
+            tmp_path / folder,
+            max_steps=3,
+            probe=sb.DecodeProbe(target, every=1, max_new_tokens=8),
+            method="mine",
+            training_seed=4,
+            accelerator="cpu",
+            **settings,
+        )
+
+    made = train("whole")
+    lengths = dict(made.summary["probes"])
+    assert made.step == min(step for step, length in lengths.items() if length == max(lengths.values()))
+    assert made.summary["probe_accepted_length"] == max(lengths.values())
+    loaded = sb.load_draft(tmp_path / "whole", target)
+    assert all(torch.equal(value, made.draft.state_dict()[name]) for name, value in loaded.state_dict().items())
+    known = record_of(str(tmp_path / "whole"), tmp_path / "whole" / "draft", target.name)
+    assert (known.method, known.seed, known.costs["training_tokens"]) == ("mine", 4, made.summary["trained_tokens"])
+    with pytest.raises(ValueError, match="holds a finished training"):
+        train("whole")
+
+    with pytest.raises(KeyboardInterrupt):
+        train("stopped", callbacks=[Terminate()])
+    assert read_summary(tmp_path / "stopped")["status"] == "interrupted"
+    with pytest.raises(ValueError, match="of other settings"):
+        sb.train(module_of(target), data_of(cache), tmp_path / "stopped", max_steps=3)
+    again = train("stopped")
+    assert again.summary["lineage"] == made.summary["lineage"]
+    assert again.summary["probes"] == made.summary["probes"]
+    with pytest.raises(ValueError, match="is not empty and holds no training"):
+        sb.train(module_of(target), data_of(cache), cache, max_steps=3)
+
+
+def test_what_lightning_would_ignore_is_refused(target: sb.Target, cache: Path, tmp_path: Path) -> None:
+    by_clock = ModelCheckpoint(tmp_path, train_time_interval=timedelta(hours=1))
+    with pytest.raises(ValueError, match="every_n_train_steps"):
+        L.Trainer(max_steps=1, accelerator="cpu", logger=False, callbacks=[by_clock]).fit(
+            module_of(target), datamodule=data_of(cache)
+        )
+    early = EarlyStopping("val/expected_length")
+    with pytest.raises(ValueError, match=r"validate_every=None.*asks for none"):
+        sb.train(module_of(target), data_of(cache), tmp_path / "early", max_steps=1, callbacks=[early])
 
 
 @pytest.mark.parametrize("method", ["DSpark", "DFlash", "Eagle3", "MTP"])
