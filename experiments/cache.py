@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +12,8 @@ from specbench.cli.checks import check_before
 from specbench.cli.following import command
 from specbench.cli.launching import rank_and_world
 from specbench.cli.stages import Stage, say
-from specbench.data.answers import generation as answers
-from specbench.data.answers.chat import Encoded
-from specbench.data.cache.build import build
-from specbench.data.cache.manifest import Manifest, fingerprint, identity_of, require_same
-from specbench.data.cache.plan import plan
+from specbench.data.cache.cache_source import CacheSource
+from specbench.data.cache.manifest import Manifest, require_same
 from specbench.data.cache.storage import storage
 from specbench.files.atomic import read_json
 from specbench.progress import Progress, first_rank
@@ -28,38 +24,30 @@ RESULTS = ("manifest.json", "index.parquet", "tables.safetensors")
 def run(cfg: DictConfig) -> Path | None:
     """Build the cache that `cfg` describes and return its folder (None after plan=true)."""
     check_before("cache", cfg)
-    source = Path(cfg.answers or Path(cfg.root) / "answers" / cfg.data.name / cfg.target.name)
-    target = load_target(cfg.target, cfg.device)
-    vocabulary = len(target.tables.embedding)
-    conversations, dropped = encoded(source, target.tokenizer, cfg.max_length, cfg.thinking, vocabulary)
-    target.require([one.tokens for one in conversations], names=[f"conversation {one.id!r}" for one in conversations])
-    kept = storage(cfg.codec, cfg.last_codec, cfg.last_rows)
+    answers = Path(cfg.answers or Path(cfg.root) / "answers" / cfg.data.name / cfg.target.name)
+    source = CacheSource.read(
+        load_target(cfg.target, cfg.device),
+        answers,
+        storage(cfg.codec, cfg.last_codec, cfg.last_rows),
+        cfg.max_length,
+        cfg.thinking,
+        name=f"{cfg.data.name}/answers.jsonl",
+        left_out=lambda text: say(f"cache: {text}"),
+    )
     place = Path(cfg.folder) if cfg.folder else None
     if cfg.plan:
-        hidden = target.tables.embedding.shape[-1]
-        found = plan(
-            conversations, place or Path(cfg.root) / "cache", kept, hidden, len(target.target_layer_ids), target
-        )
+        found = source.plan(place or Path(cfg.root) / "cache")
         say(found.text())
         found.require_room()
         return None
-    sources = {f"{cfg.data.name}/answers.jsonl": digest(source / "answers.jsonl")}
-    norm = getattr(target.parts.final_norm, "weight", None)
-    options: dict[str, Any] = {
-        "sources": sources,
-        "shard_bytes": cfg.shard_bytes,
-        "batch_tokens": cfg.batch_tokens,
-        "norm": None if norm is None else norm.detach(),
-    }
-    identity = identity_of(target, kept, cfg.max_length, conversations, sources)
-    place = place or Path(cfg.root) / "cache" / fingerprint(identity)
+    place = place or Path(cfg.root) / "cache" / source.fingerprint
     rank, world = rank_and_world()
     built = read_json(place / "build.json", None)
     if built is not None and not cfg.force:
         there = "choose another folder=, or force=true to replace it once the new cache is complete"
-        require_same(built["identity"], identity, place, there)
+        require_same(built["identity"], source.identity, place, there)
     # The folder's own identity file says what the cache holds; the stage only says whether it is complete.
-    seen = {"cache": fingerprint(identity)}
+    seen = {"cache": source.fingerprint}
     with Stage("cache", place, {}, force=cfg.force, results=RESULTS, inputs=seen, instead="another folder=") as stage:
         if stage.done and not (damaged := _damaged(place)):
             return place
@@ -70,7 +58,7 @@ def run(cfg: DictConfig) -> Path | None:
             stage.reopen()
         if stage.resumes and first_rank():  # whatever of it is missing: it is written from the shards, last
             (stage.work / "manifest.json").unlink(missing_ok=True)
-        with Progress("cache", sum(len(c.tokens) for c in conversations), "tokens") as bar:
+        with Progress("cache", sum(len(c.tokens) for c in source.conversations), "tokens") as bar:
             before = 0
 
             def progress(done: int, total: int) -> None:
@@ -78,12 +66,13 @@ def run(cfg: DictConfig) -> Path | None:
                 bar.advance(done - before)
                 before = done
 
-            manifest = build(target, conversations, stage.work, kept, cfg.max_length, rank, world, progress, **options)
+            sizes = {"shard_bytes": cfg.shard_bytes, "batch_tokens": cfg.batch_tokens}
+            manifest = source.build(stage.work, rank, world, progress, **sizes)
         if manifest is None:
             say(f"cache: rank {rank} is done; the last rank writes the manifest")
             return place
         then = command("train", cfg, ("target", "data"), cache=str(place))
-        stage.finish(facts(manifest) | dropped, next=then, last_rank=True)
+        stage.finish(facts(manifest) | source.counts, next=then, last_rank=True)
     return place
 
 
@@ -115,19 +104,3 @@ def facts(manifest: Manifest) -> dict[str, Any]:
         "bytes": sum(shard["bytes"] for shard in manifest.shards),
         "agreement": manifest.agreement,
     }
-
-
-def encoded(
-    folder: Path, tokenizer: Any, max_length: int, thinking: bool | None, vocabulary: int | None = None
-) -> tuple[list[Encoded], dict]:
-    """Answers as tokens and loss masks; what cannot be encoded is counted by cause, what is cut is counted too.
-
-    vocabulary: rows of the target's embedding; answers with a token id beyond it are an error that names their line.
-    """
-    return answers.all_encoded(folder, tokenizer, max_length, thinking, vocabulary, lambda text: say(f"cache: {text}"))
-
-
-def digest(file: Path) -> str:
-    """SHA-256 of a file's bytes."""
-    with open(file, "rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()

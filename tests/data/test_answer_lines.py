@@ -6,7 +6,6 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from experiments.cache import encoded
 from specbench.data.answers import generation as answers
 from specbench.data.answers.servers import Refused, _reply
 from tests.data.tokenizers_small import tokenizer
@@ -82,7 +81,7 @@ def test_building_a_cache_refuses_token_ids_of_another_target(tmp_path):
     tok = tokenizer()
     write(tmp_path, WHOLE, WHOLE | {"id": "b", "answer_tokens": [[len(tok)]]})
     with pytest.raises(ValueError, match=rf"line 2: .*beyond the target's {len(tok)} token ids"):
-        encoded(tmp_path, tok, 100, None, len(tok))
+        answers.all_encoded(tmp_path, tok, 100, None, len(tok))
 
 
 def test_a_header_that_is_none_is_named(tmp_path):

@@ -11,9 +11,8 @@ import numpy as np
 import torch
 
 from specbench.blocks import Batch, Sample
-from specbench.data.answers.generation import all_encoded, answers_file
-from specbench.data.cache.build import build
-from specbench.data.cache.manifest import Manifest, require_same, sha256
+from specbench.data.cache.cache_source import CacheSource
+from specbench.data.cache.manifest import Manifest, require_same
 from specbench.data.cache.remote_shards import RemoteFiles, is_remote
 from specbench.data.cache.storage import storage
 from specbench.data.loading.order import ROWS, EpochPlan
@@ -81,20 +80,7 @@ class TargetCache(StepData):
         Errors: ValueError for answers that cannot be used, CacheMismatch for a folder of another target, other answers
         or another codec, NoRoom on a full disk.
         """
-        file = answers_file(answers)
-        conversations, _ = all_encoded(file, target.tokenizer, max_length, thinking, len(target.tables.embedding))
-        texts, names = zip(*((one.tokens, f"conversation {one.id!r}") for one in conversations), strict=True)
-        target.require(texts, names=names)
-        norm = getattr(target.parts.final_norm, "weight", None)
-        build(
-            target,
-            conversations,
-            folder,
-            storage(codec),
-            max_length,
-            sources={file.name: sha256(file)},
-            norm=None if norm is None else norm.detach(),
-        )
+        CacheSource.read(target, answers, storage(codec), max_length, thinking).build(folder)
         return cls(folder, **order)
 
     @cached_property
