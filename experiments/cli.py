@@ -16,6 +16,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+try:
+    import specbench  # noqa: F401 - refuses what is installed in versions that are not supported
+except ImportError as error:
+    print(f"specbench: {error}", file=sys.stderr)
+    sys.exit(2)
+
 from specbench.cli import completion
 from specbench.cli.environment import check_environment, outlet
 from specbench.cli.verbs import VERBS, Verb

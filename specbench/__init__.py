@@ -14,6 +14,7 @@
 Read the package in the order in which data flows through it; a folder imports only from those before it:
 
     blocks.py      the layout of samples, batches and blocks, and the index law
+    requirements_check.py  old or missing packages are refused by name
     progress.py    one display of progress for every long loop
     files/         files on disk: written whole or not at all, lines of JSON, hub datasets
     runs/          run folders, provenance, Weights & Biases
@@ -36,6 +37,10 @@ from __future__ import annotations
 
 import importlib
 from typing import Any
+
+from specbench.requirements_check import check_requirements
+
+check_requirements()
 
 # Public name -> the module that has it; __init__.pyi says the same to type checkers.
 PUBLIC = {

@@ -125,7 +125,12 @@ def read_into(descriptor: int, view: memoryview, offset: int) -> int:
     """Fill `view` from a file at `offset`; returns the number of bytes read."""
     done = 0
     while done < len(view):
-        count = os.preadv(descriptor, [view[done:]], offset + done)
+        if hasattr(os, "preadv"):
+            count = os.preadv(descriptor, [view[done:]], offset + done)
+        else:  # some builds for macOS: one more copy
+            part = os.pread(descriptor, len(view) - done, offset + done)
+            count = len(part)
+            view[done : done + count] = part
         if count == 0:
             break
         done += count
