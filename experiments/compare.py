@@ -1,4 +1,4 @@
-"""Tables, figures and one HTML page over any runs: local folders, W&B projects, in any mix."""
+"""specbench compare: tables, figures and one HTML page of any runs, from local folders and W&B projects."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def run(cfg: DictConfig) -> Path:
 
 
 def comparison(cfg: DictConfig, title: str | None = None) -> Comparison:
-    """The comparison that `cfg` asks for, as `analysis.compare` makes it."""
+    """The comparison with the settings of `cfg`, by `analysis.compare`."""
     settings = container(cfg)
     runs = list(cfg.runs) if isinstance(cfg.runs, ListConfig) else cfg.runs
     with Progress("compare", None, "steps") as bar:

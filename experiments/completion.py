@@ -1,4 +1,4 @@
-"""specbench completion: the script by which a shell completes verbs, groups, settings and their values."""
+"""specbench completion: print the script with which a shell completes verbs, groups, settings and their values."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ INSTALLED = "share/doc/specbench"  # as pyproject.toml says
 
 
 def run(cfg: DictConfig) -> None:
-    """Open the built site where there is one and a browser; else list the pages, or print the one that is named."""
+    """Open the built site if there is one and a browser; otherwise list the pages, or print the named one."""
     there = pages()
     if cfg.page is not None and cfg.page not in there:
         raise ValueError(
@@ -38,7 +38,7 @@ def run(cfg: DictConfig) -> None:
 
 
 def pages() -> dict[str, Path]:
-    """Name -> markdown file, the first page first. Errors: ValueError where the installation lacks them."""
+    """Name -> Markdown file, the first page first. Errors: ValueError if the installation has no pages."""
     found = {path.stem: path for path in sorted(_sources())}
     if "index" not in found:
         raise ValueError("this installation has no pages: install specbench again")

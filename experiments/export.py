@@ -1,4 +1,4 @@
-"""specbench export: a draft in a published format, with a model card from its records, uploaded if asked for."""
+"""specbench export: write a draft in a published format, with a model card from its records; upload it with push=."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def run(cfg: DictConfig) -> Path:
     """Write the folder and its README.md; returns the folder."""
     began = time.monotonic()
     if cfg.push:
-        require_vacant(cfg.push, cfg.force)  # before any work is done for nothing
+        require_vacant(cfg.push, cfg.force)  # before any work
     path = fetch(cfg.draft)
     source = path / "draft" if (path / "draft" / "config.json").is_file() else path
     training = record(path) if (path / "summary.json").is_file() else None

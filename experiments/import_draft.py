@@ -1,4 +1,4 @@
-"""specbench import: a draft of any published format into our own layout."""
+"""specbench import: convert a draft of any published format to the format of SpecBench."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def run(cfg: DictConfig) -> Path:
 
 
 def vacant(folder: Path, force: bool) -> Path:
-    """The folder, if it may be written. Errors: ValueError when a draft lies there and `force` is false."""
+    """The folder, if it can be written. Errors: ValueError if it has a draft and `force` is false."""
     if folder.is_dir() and any(folder.iterdir()) and not (folder / "config.json").is_file():
         raise ValueError(f"{folder} holds files that are no draft: choose another folder=")
     if (folder / "config.json").exists() and not force:
@@ -57,7 +57,7 @@ def vacant(folder: Path, force: bool) -> Path:
 
 
 def target_tables(target: str | None, draft: Path) -> Tables | None:
-    """Embedding and head of a target by folder or hub id, for a draft that ships none; None where not needed."""
+    """Embedding and head of a target by folder or Hub id, for a draft without them; None if not needed."""
     if target is None or ships_embedding(draft):
         return None
     say(f"reading the tables of {target}")

@@ -1,4 +1,4 @@
-"""The comparison as one HTML page and as a W&B report."""
+"""specbench report: the comparison as one HTML page and as a W&B report."""
 
 from __future__ import annotations
 

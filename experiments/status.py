@@ -1,4 +1,4 @@
-"""specbench status: what exists below a root, how far it is, and the command that comes next."""
+"""specbench status: list what exists below a root, its status, and the next command."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def run(cfg: DictConfig) -> None:
 
 
 def show(root: Path, as_json: bool = False) -> None:
-    """The same for a root without a configuration. Errors: ValueError where it is a file."""
+    """The same for a root without a configuration. Errors: ValueError if it is a file."""
     found = inventory.items(root)
     if as_json:
         why, command = inventory.next_command(found)

@@ -1,4 +1,4 @@
-"""specbench sync: offline W&B runs to the server, and what arrived there."""
+"""specbench sync: upload offline W&B runs and check what arrived on the server."""
 
 from __future__ import annotations
 

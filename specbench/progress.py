@@ -1,7 +1,7 @@
-"""How far a long loop is: one live line on a terminal, plain lines now and then elsewhere.
+"""Progress of long loops: one live line on a terminal, plain lines from time to time elsewhere.
 
-Every loop of the project that may take long counts in a `Progress`: training, validation, decoding, caches, answers,
-measurements, comparisons. One that begins inside another shows a second line for as long as it runs.
+Every long loop counts in a `Progress`: training, validation, decoding, caches, answers, measurements, comparisons. One
+that begins inside another shows a second line while it runs.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ def duration(seconds: float | int) -> str:
 
 
 class RecentRate:
-    """Units a second of late, from times and counts; None until they tell anything.
+    """Recent rate in units per second, from times and counts; None until it is meaningful.
 
-    The first unit only starts the clock: it carries what is done once, such as loading and compiling. Nothing is said
-    before as much time (at most WINDOW) has passed after it as before it, because units that are worked on together
-    also end together.
+    The first unit only starts the clock, because it includes one-time work such as loading and compiling. There is no
+    rate before as much time (at most WINDOW) has passed after it as before it, because units that are processed
+    together also end together.
     """
 
     def __init__(self, began: float) -> None:
@@ -61,7 +61,7 @@ class RecentRate:
             self._marks.popleft()
 
     def at(self, now: float) -> float | None:
-        """Units a second, as known at the time `now`."""
+        """Units per second at the time `now`."""
         if self._first is None or self._times < 2:
             return None
         if now - self._first < min(WINDOW, max(1.0, self._first - self._began)):
@@ -81,8 +81,8 @@ class Progress:
                 ...
                 bar.advance(note="2 failed")
 
-    `total=None` shows count and rate alone. `start` is what an earlier attempt had done: it counts as done and not into
-    the rate. On stderr, from the first rank alone; `shown=False` shows nothing.
+    `total=None` shows only count and rate. `start`: units done by an earlier attempt, which do not count in the rate.
+    Output goes to stderr, from the first rank only; `shown=False` shows nothing.
     """
 
     _display: ClassVar[Any] = None  # rich's, of the outermost on a terminal

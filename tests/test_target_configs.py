@@ -76,7 +76,7 @@ def test_every_target_builds_with_every_method(method: str, target: str) -> None
         assert query.shape == (facts.heads * facts.head_dim, (2 if method == "eagle3" else 1) * width)
 
 
-# Parameters in millions as published: in model cards and names, Keras' presets for Gemma, the GGUF file of SmolLM2-135M.
+# Published parameters in millions: model cards and names, presets of Keras for Gemma, the GGUF file of SmolLM2-135M.
 PUBLISHED = {
     "gemma3_270m": 268,
     "gemma3_1b": 999.886,

@@ -1,8 +1,8 @@
-"""A published config.json, read key by key: what was read, what is known not to matter, and what nobody knows.
+"""Reading of a published config.json with a check of every key.
 
-A loader that passes over a key decodes with another draft than was trained. So every key, nested ones too, is read
-here, stands in IRRELEVANT with the reason, or has one of the values in NEUTRAL that mean "not used"; any other key is
-an error that names it. Values are held to their types.
+A loader that ignores a key can decode with another draft than was trained. So every key, nested ones too, is read here,
+or is listed in IRRELEVANT with the reason, or has one of the values in NEUTRAL that mean "not used"; any other key is
+an error that names it. The types of values are checked.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import math
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
-# What no computation of a draft reads, by the reason.
+# Keys that do not affect the computation of a draft, by reason.
 IRRELEVANT: dict[str, str] = {
     "bookkeeping": """_name_or_path name_or_path _commit_hash architectures auto_map model_type transformers_version
         speculators_version dtype torch_dtype _attn_implementation attn_implementation _attn_implementation_autoset
@@ -35,7 +35,7 @@ IRRELEVANT: dict[str, str] = {
         ttt_step_loss_decay gradient_checkpointing""",
 }
 REASONS = {key: reason for reason, keys in IRRELEVANT.items() for key in keys.split()}
-# Keys that change what is computed unless they have one of these values, and what they ask for otherwise.
+# Keys that change the computation unless they have one of these values, and what they mean otherwise.
 NEUTRAL: dict[str, tuple[tuple[Any, ...], str]] = {
     "quantization_config": ((None,), "quantised weights; give the checkpoint of full precision"),
     "compression_config": ((None,), "compressed weights; give the checkpoint of full precision"),
@@ -69,7 +69,7 @@ NEUTRAL: dict[str, tuple[tuple[Any, ...], str]] = {
     "projector_type": ((None, "dflash"), "a head on top of DFlash"),
     "attention_mode": ((None, "gqa"), "another attention than grouped queries"),
     "parallel_drafting": ((None, False), "a draft that proposes all tokens in one pass (P-EAGLE)"),
-    "parallel_draft_step": ((None, 1), "a draft that proposes several tokens a pass"),
+    "parallel_draft_step": ((None, 1), "a draft that proposes several tokens per pass"),
     "use_aux_hidden_state": ((None, True), "the last state alone as feature, as EAGLE-1 has it"),
     "use_input_layernorm_in_first_layer": ((None, True), "an embedding without a norm"),
     "use_last_layernorm": ((None, True), "logits without a norm before"),
@@ -102,7 +102,7 @@ class FormatError(ValueError):
 class Keys:
     """A mapping of config.json that remembers which of its keys were read. Errors: FormatError naming the key.
 
-    `get` and the typed readers give `default` for a key that is absent or null.
+    `get` and the typed readers return `default` for a key that is absent or null.
     """
 
     def __init__(self, values: Mapping[str, Any], path: str = ""):
@@ -164,7 +164,7 @@ class Keys:
         return key
 
     def settle(self) -> None:
-        """Hold every key that was not read against the tables. Errors: FormatError naming those that may matter."""
+        """Check every key that was not read. Errors: FormatError naming those that can affect the draft."""
         wrong = list(self._unsettled())
         if wrong:
             raise FormatError(
@@ -193,9 +193,9 @@ class Keys:
 
 
 def agreed(key: str, *sections: Keys) -> Any:
-    """The value of a key that may stand in any of `sections`; None where it stands in none.
+    """The value of a key that can be in any of `sections`; None if it is in none.
 
-    Errors: FormatError when two of them say different things.
+    Errors: FormatError if two of them have different values.
     """
     said = [(section.path + key, section.get(key)) for section in sections if key in section]
     if any(value != said[0][1] for _, value in said):
@@ -223,5 +223,5 @@ def agreed_number(key: str, *sections: Keys) -> float | None:
 
 
 def _equal(value: Any, neutral: Any) -> bool:
-    """Equality that does not take true for 1."""
+    """Equality in which true is not 1."""
     return isinstance(value, bool) == isinstance(neutral, bool) and value == neutral

@@ -1,8 +1,8 @@
-"""The decoder layers that a published draft's config.json describes, as facts of a Backbone.
+"""The decoder layers in a published draft's config.json, converted to a Backbone.
 
-What a file leaves out is the default of the configuration class that its model_type names, as the library that wrote
-it drops what equals a default; a test holds DEFAULTS against transformers. Where model_type names a class that is not
-in DEFAULTS, what matters must stand in the file.
+A missing key has the default of the configuration class that model_type names, because the library that wrote the file
+leaves out defaults; a test compares DEFAULTS with transformers. If model_type names a class that is not in DEFAULTS,
+the keys that matter must be in the file.
 """
 
 from __future__ import annotations
@@ -32,7 +32,8 @@ FULL, SLIDING = "full_attention", "sliding_attention"
 
 @dataclass(frozen=True)
 class LayerFacts:
-    """Number and facts of a draft's layers; those in `sliding`, counted from 0, look through the backbone's window."""
+    """Number and facts of a draft's layers; those in `sliding`, counted from 0, have the backbone's attention
+    window."""
 
     count: int
     backbone: Backbone
@@ -142,7 +143,7 @@ def gemma4_layers_of(config: Keys, own_values: bool) -> LayerFacts:
 
 
 def windows_of(config: Keys, layers: int) -> tuple[int | None, frozenset[int]]:
-    """The window in positions and the layers that look through it; None and no layers where none does.
+    """The attention window in positions and the layers that have it; None and no layers if there is none.
 
     `layer_types` decides, and without it Qwen3's rule: layers from `max_window_layers` on slide when
     `use_sliding_window`. Errors: FormatError for layers of other kinds and for a window that is not there.

@@ -1,4 +1,4 @@
-"""Draft folders onto the Hugging Face hub: what would go wrong is found before any work, and what is local stays."""
+"""Upload of draft folders to the Hugging Face Hub. Errors are detected before any work, and local files are kept."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from specbench.files.hub_datasets import answered
 
 
 def push(folder: str | Path, repository: str, private: bool = False, replace: bool = False) -> str:
-    """Upload a folder to the hub's model `repository` (made if need be); returns its address.
+    """Upload a folder to the model `repository` on the Hub (created if necessary); returns its address.
 
-    Errors: ValueError without a token, for a repository that holds a draft already unless `replace`, or with what the
-    hub answered. The folder is only read.
+    Errors: ValueError without a token, for a repository that has a draft already unless `replace`, or with the message
+    of the Hub. The folder is only read.
     """
     require_vacant(repository, replace)
     api = HfApi()

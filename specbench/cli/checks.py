@@ -1,8 +1,7 @@
-"""What is checked before any work: for every verb, whoever runs it.
+"""Checks of every verb before any work.
 
-`check_before(verb, cfg)` calls CHECKS, then `check(cfg)` of the verb's own module where it has one. A check reads
-settings, the environment and what lies on disk; it writes nothing, loads no weights and takes no time to speak of. Its
-errors are ValueErrors.
+`check_before(verb, cfg)` calls CHECKS, then `check(cfg)` of the verb's module if it has one. A check reads settings,
+the environment and files; it writes nothing, loads no weights and is fast. It raises ValueError.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ from specbench.runs.wandb_tracking import Tracking
 
 
 def names(verb: str, cfg: DictConfig) -> None:
-    """Everything that becomes the name of a folder can be one."""
+    """Check that every name of a folder is a valid name."""
     for key in ("name", "data.name", "target.name"):
         group, _, leaf = key.rpartition(".")
         holder = cfg.get(group) if group else cfg
@@ -31,7 +30,7 @@ def names(verb: str, cfg: DictConfig) -> None:
 
 
 def places(verb: str, cfg: DictConfig) -> None:
-    """The root is a folder, or can become one."""
+    """Check that the root is a folder, or can be created."""
     root = cfg.get("root")
     if root is None:
         return
@@ -43,7 +42,7 @@ def places(verb: str, cfg: DictConfig) -> None:
 
 
 def environment(verb: str, cfg: DictConfig) -> None:
-    """Tracking is a mode that this environment allows."""
+    """Check that the mode of tracking is possible in this environment."""
     if cfg.get("tracking") is None:
         return
     tracking = instantiate(cfg.tracking) if "_target_" in cfg.tracking else Tracking(**cfg.tracking)
@@ -54,7 +53,7 @@ CHECKS: list[Callable[[str, DictConfig], None]] = [names, places, environment]
 
 
 def check_before(verb: str, cfg: DictConfig, module: str | None = None) -> None:
-    """Refuse what can be known to be wrong before a run of `verb` begins. `module`: of a verb that is not in VERBS."""
+    """Raise the errors that can be detected before a run of `verb` begins. `module`: of a verb that is not in VERBS."""
     for one in CHECKS:
         one(verb, cfg)
     own = getattr(importlib.import_module(module or VERBS[verb].module), "check", None)
@@ -63,7 +62,7 @@ def check_before(verb: str, cfg: DictConfig, module: str | None = None) -> None:
 
 
 def ahead(verb: str, cfg: DictConfig, module: str | None = None) -> Stage | None:
-    """The check of a run that others come before; a folder that it would be refused is refused now."""
+    """Check a run that follows other stages; a folder that it could not use is refused now."""
     check_settings(verb, cfg)
     check_before(verb, cfg, module)
     stage_of = getattr(importlib.import_module(module or VERBS[verb].module), "stage_of", None)
@@ -75,7 +74,7 @@ def ahead(verb: str, cfg: DictConfig, module: str | None = None) -> Stage | None
 
 
 def sweep(verb: str, jobs: Sequence[DictConfig], module: str | None = None) -> None:
-    """The check of every job of a sweep; two that would write different things into one folder are refused."""
+    """Check every job of a sweep; two jobs that would write different results into one folder are refused."""
     seen: dict[Path, str] = {}
     for cfg in jobs:
         stage = ahead(verb, cfg, module)

@@ -1,4 +1,4 @@
-"""The comments of the YAML files: what stands beside or above each key says what the setting means."""
+"""The comments of the YAML files: a comment beside or above a key describes the setting."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def comments(config: str, overrides: Sequence[str]) -> dict[str, str]:
-    """For every dotted key of the composed configuration the comment that stands beside or above it in its file."""
+    """The comment beside or above every dotted key of the composed configuration."""
     from hydra.types import RunMode
 
     hydra_loader = GlobalHydra.instance().config_loader()
@@ -68,4 +68,4 @@ def _comment(lines: Sequence[str], at: int, indent: int) -> str:
     while at > 0 and lines[at - 1].startswith(" " * indent + "#"):
         at -= 1
         above.insert(0, lines[at].strip().lstrip("# "))
-    return " ".join(above) if at > 0 else ""  # what opens a file speaks of all of it
+    return " ".join(above) if at > 0 else ""  # a comment at the beginning of a file describes the whole file

@@ -1,9 +1,9 @@
-"""Shell completion: what can stand at the place of a word that is being typed.
+"""Shell completion: the possible continuations of the word that is being typed.
 
-Hydra completes one application with one root configuration, composes it at every key press and takes seconds for it;
-`specbench VERB` has a root a verb. Here the YAML files are read as they lie: a root names its groups in `defaults` and
-its settings by its keys, a group's folder names its options, and the file of the chosen option names what can be set
-below the group. Nothing is composed and neither Hydra nor torch is imported.
+Hydra completes one application with one root configuration and composes it at every key press, which takes seconds;
+`specbench` has one root configuration per verb. Here the YAML files are read directly: a root names its groups in
+`defaults` and its settings by its keys, the folder of a group contains its options, and the file of the chosen option
+names the settings of the group. Nothing is composed, and neither Hydra nor torch is imported.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ complete -c specbench -a '(__specbench_complete)'
 
 
 def answers(words: Sequence[str], verbs: Mapping[str, Verb], package: str = "configs") -> list[str]:
-    """What the last of `words` can become; none where the shell should offer files instead."""
+    """Possible continuations of the last of `words`; none if the shell should offer files instead."""
     *before, last = joined(words)
     given = [word for word in before if not word.startswith("-")]
     if not given:
@@ -102,7 +102,7 @@ def _starting(last: str, known: Sequence[str]) -> list[str]:
 
 
 def _read(root: Traversable, name: str) -> dict[str, Any]:
-    """One YAML file of the configuration as plain data; nothing where there is none."""
+    """One YAML file of the configuration as plain data; empty if there is no such file."""
     import yaml
 
     file = root.joinpath(f"{name}.yaml")

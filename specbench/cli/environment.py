@@ -1,4 +1,4 @@
-"""What a command finds around it: where its words go, the ranks of launchers, memory. Held to sense before any work."""
+"""The environment of a command: standard output, ranks set by launchers, memory. It is checked before any work."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ MOST = 1 << 20
 
 
 def check_environment(variables: Mapping[str, str] = os.environ) -> None:
-    """Raise ValueError naming a launcher's variable that holds no number, or a rank that is not below their number."""
+    """ValueError for a launcher's variable that is not a number, or a rank that is not below the number of ranks."""
     for rank, world in PLACES:
         place, count = _number(variables, rank, 0), _number(variables, world, 1)
         if place is not None and count is not None and place >= count:
@@ -38,7 +38,7 @@ def _number(variables: Mapping[str, str], name: str, least: int) -> int | None:
 
 
 def free_memory() -> float:
-    """Bytes that the system can give without taking them from somebody; infinite where it does not say."""
+    """Bytes of available memory; infinite if the system does not report it."""
     try:
         with open("/proc/meminfo", encoding="ascii") as lines:
             found = dict(line.split(":", 1) for line in lines)
@@ -48,9 +48,9 @@ def free_memory() -> float:
 
 
 class Outlet:
-    """stdout for the length of a command: a reader that has gone, or a full disk behind it, ends no work.
+    """stdout during a command: a closed pipe or a full disk does not stop the work.
 
-    What was written before stays; the rest goes nowhere, and `fault` keeps the reason.
+    Output up to this point is kept; later output is dropped, and `fault` keeps the reason.
     """
 
     def __init__(self, stream: Any) -> None:
@@ -74,7 +74,7 @@ class Outlet:
 
     def _gone(self, error: OSError) -> None:
         self.fault = self.fault or error
-        # What waits in the stream's buffer must go somewhere, or it is tried again when the process ends.
+        # The buffer of the stream must be emptied, otherwise Python writes it again when the process ends.
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, self._stream.fileno())
         os.close(nowhere)

@@ -1,4 +1,4 @@
-"""What went wrong, in one sentence: for errors that a user can set right. Anything else is a defect and stays one."""
+"""One-sentence messages for errors that a user can correct. Any other error is a defect and keeps its traceback."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 STOPPED = "stopped; what was finished is kept, and the same command continues from there"
-# What libraries raise over a file's content.
+# Errors of libraries about the content of a file.
 UNREADABLE = (ValueError, OSError, KeyError, TypeError, AttributeError, IndexError, RuntimeError, SafetensorError)
 FULL = ("No space left on device", "PytorchStreamWriter failed writing", "unexpected pos")
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
-    """`; did you mean 'x'?` or nothing, for the known word that is most like `word`.
+    """`; did you mean 'x'?` for the known word that is most similar to `word`, or an empty text.
 
-    A dotted key is also found by its last part, so that `block_sise` leads to `method.block_size`.
+    A dotted key is also found by its last part: `block_sise` gives `method.block_size`.
     """
     known = list(known)
     close = difflib.get_close_matches(word, known, 1, 0.6)
@@ -31,8 +31,8 @@ def nearest(word: str, known: Iterable[str]) -> str:
 
 @contextmanager
 def naming(setting: str, value: object) -> Iterator[None]:
-    """Around reading what a setting names: errors of libraries that say neither the setting nor the file are told with
-    both. What is no error of a content, or says its file, passes as it is."""
+    """Context for reading the file that a setting names: errors of libraries that name neither the setting nor the file
+    get both. Other errors are not changed."""
     try:
         yield
     except UNREADABLE as error:
@@ -44,7 +44,7 @@ def naming(setting: str, value: object) -> Iterator[None]:
 
 
 def sentence(error: BaseException) -> str | None:
-    """One line for `error`, or None when it is not of the kinds that tell a user what to change."""
+    """One line for `error`, or None if it is not an error that a user can correct."""
     if isinstance(error, (KeyboardInterrupt, SystemExit)):
         return STOPPED
     if full := _full(error):
@@ -62,7 +62,7 @@ def sentence(error: BaseException) -> str | None:
 
 
 def _full(error: BaseException) -> str | None:
-    """A full disk, however deep in the chain it lies and whichever library met it."""
+    """Whether a full disk is the cause, anywhere in the chain of exceptions."""
     link: BaseException | None = error
     while link is not None:
         number = getattr(link, "errno", None)
@@ -88,7 +88,7 @@ def _hydra(error: BaseException) -> str | None:
     if isinstance(error, HydraException):
         text = str(error)
         if "Ambiguous value" in text:
-            return f"{text.splitlines()[0].strip()}: put a list in brackets, or add -m to run one job a value"
+            return f"{text.splitlines()[0].strip()}: put a list in brackets, or add -m to run one job per value"
         if isinstance(error, MissingConfigException) and error.missing_cfg_file:
             group, _, name = str(error.missing_cfg_file).rpartition("/")
             if name.startswith("submitit") and not any(option.startswith("submitit") for option in error.options or ()):

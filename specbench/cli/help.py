@@ -1,5 +1,5 @@
-"""What `--help` prints: the verbs, and for each verb its groups and every key with its default, its comment and
-what it takes."""
+"""Output of `--help`: the verbs, and for each verb its groups and every key with its default, its comment and its
+type."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def _show(value: Any) -> str:
 
 
 def _columns(rows: Sequence[tuple[str, str]]) -> list[str]:
-    """Two columns; a comment that is too long goes on below itself."""
+    """Two columns; a long comment is continued on the next line."""
     left = min(max((len(row[0]) for row in rows), default=0), 44)
     room = max(shutil.get_terminal_size((110, 24)).columns - left - 4, 40)
     lines = []

@@ -1,8 +1,8 @@
-"""What makes a run the run that it is: its settings without those that leave the result alone
-(specbench/runs/settings_without_effect.py), its inputs by content.
+"""The identity of a run: its settings without those that do not affect the result
+(specbench/runs/settings_without_effect.py), and its inputs by content.
 
-Two commands mean the same run when their identities are equal, whatever the folder that they are given from, where
-their inputs lie now and on how many devices they run.
+Two commands describe the same run if their identities are equal, independent of the working folder, of the paths of
+their inputs and of the number of devices.
 """
 
 from __future__ import annotations
@@ -22,23 +22,23 @@ from specbench.cli.recording import recorded
 from specbench.files.atomic import changes, read_json
 from specbench.runs.settings_without_effect import without_effect
 
-# Settings that name files: what lies there counts, and not where.
+# Settings that name files: their content counts, not their path.
 INPUTS = (
     *("draft", "start", "cache", "answers", "rounds", "held_out", "calibration", "prompts", "suite.prompts"),
     *("path", "target.id", "data.source.paths", "profile.path", "policies.*.rounds", "policies.*.calibration"),
     "scheduler.calibration.path",
 )
-# Values of these settings that name no file, though one may lie there by chance.
+# Values of these settings that do not name a file, even if a file of this name exists.
 WORDS = ("target", "random", "plain", "ngram", "oracle")
 PREFIX = "small:"  # of a draft that is a small language model
 
-SAMPLED = 1 << 28  # bytes above which a file is known by its size and by a part of it
+SAMPLED = 1 << 28  # bytes above which only the size and a part of a file are hashed
 BLOCKS, BLOCK = 256, 1 << 16
 
 
 @dataclass(frozen=True)
 class Identity:
-    """`settings` that decide the result, as plain data; `inputs`: dotted key -> fingerprint of what lies there."""
+    """`settings` that affect the result, as plain data; `inputs`: dotted key -> fingerprint of the file or folder."""
 
     settings: dict[str, Any]
     inputs: dict[str, str] = field(default_factory=dict)
@@ -50,9 +50,9 @@ class Identity:
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:8]
 
     def against(self, verb: str, then: Mapping[str, Any]) -> list[str]:
-        """What differs from the identity that a stage wrote down, as `key: then -> now`.
+        """Differences from the identity that a stage recorded, as `key: then -> now`.
 
-        An input that one side has not seen is compared as it is written, unless that side left it to be found.
+        An input that one side does not have is compared by its path, unless that side searched for it.
         """
         before: dict[str, str] = then.get("inputs") or {}
         both = before.keys() & self.inputs.keys()
@@ -72,10 +72,10 @@ class Identity:
 
 
 def identity(verb: str, config: DictConfig | Mapping[str, Any], inputs: Mapping[str, str] | None = None) -> Identity:
-    """The identity of a run of `verb` under `config`; `inputs` are fingerprints that the verb knows beside."""
+    """The identity of a run of `verb` with `config`; `inputs`: further fingerprints that the verb knows."""
     settings = without(recorded(config), without_effect(verb))
     if not settings.get("callbacks", True):
-        del settings["callbacks"]  # of those that leave the result alone, a run is what it is without any
+        del settings["callbacks"]  # settings that do not affect the result
     found = {}
     for key in INPUTS:
         for path, value in matching(settings, key):
@@ -114,7 +114,7 @@ def _matches(path: str, pattern: str) -> bool:
 
 
 def fingerprint(value: Any, kind: str = "") -> str | None:
-    """Sixteen hex digits for what lies at a path, or at each of several; None where it names no file or folder."""
+    """Hash (16 hex digits) of the content at a path, or at each of several; None if there is no file or folder."""
     if isinstance(value, list):
         each = [fingerprint(one, kind) for one in value]
         return None if not each or None in each else xxhash.xxh3_64_hexdigest("\n".join(map(str, each)).encode())
@@ -125,15 +125,15 @@ def fingerprint(value: Any, kind: str = "") -> str | None:
         if path.is_file():
             return content([path])
         return _folder(path, kind) if path.is_dir() else None
-    except OSError:  # a name that no file can have; whatever is wrong with it is said where it is read
+    except OSError:  # a name that no file can have; reading it raises the error
         return None
 
 
 def _folder(path: Path, kind: str) -> str | None:
-    if (path / "manifest.json").is_file():  # a target cache says itself what it holds
+    if (path / "manifest.json").is_file():  # the manifest of a target cache has its fingerprint
         try:
             return str(read_json(path / "manifest.json", {})["fingerprint"])
-        except (ValueError, KeyError, TypeError):  # damaged: whoever opens it says so
+        except (ValueError, KeyError, TypeError):  # damaged: opening it raises the error
             return None
     if kind in ("rounds", "held_out"):
         return content([path / "rounds.jsonl"]) if (path / "rounds.jsonl").is_file() else None
@@ -149,9 +149,9 @@ def _folder(path: Path, kind: str) -> str | None:
 
 
 def content(files: Iterable[Path]) -> str:
-    """Sixteen hex digits for the names and the contents of files; a lone file counts by its content alone.
+    """Hash (16 hex digits) of the names and the contents of files; of a single file only the content.
 
-    Files above SAMPLED bytes are known by their size and by BLOCKS blocks at even distances.
+    Of files above SAMPLED bytes, the size and BLOCKS blocks at equal distances are hashed.
     """
     files = list(files)
     digest = xxhash.xxh3_64()

@@ -1,4 +1,4 @@
-"""What exists below a root, from manifests and summaries alone: stages and runs, their status, and what comes next."""
+"""Inventory of a root, from manifests and summaries only: stages and runs, their status, and the next command."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ HEADLINES: dict[str, dict[str, str]] = {
 class Item:
     """One thing below a root. `status` is complete, in progress, left unfinished, interrupted, failed or unreadable.
 
-    `bytes` are those of its folder; `when` is the time of its last change in seconds since 1970. `command` made it or
-    makes it whole, `next` uses it; both are None where nothing says so.
+    `bytes`: size of its folder. `when`: time of its last change in seconds since 1970. `command`: the command that made
+    or completes it. `next`: a command that uses it. Both are None if unknown.
     """
 
     kind: str
@@ -48,7 +48,7 @@ class Item:
 
 
 def items(root: Path) -> list[Item]:
-    """Everything below `root` in the order in which data flows, the newest of a kind last.
+    """Everything below `root` in the order of the data flow, the newest of a kind last.
 
     Errors: ValueError where `root` is a file.
     """
@@ -84,7 +84,7 @@ def _order(kind: Path) -> int:
 
 
 def _item(kind: str, folder: Path) -> Item | None:
-    """What a folder holds; None for one that is neither a stage's nor a run's."""
+    """The item in a folder; None if it belongs to no stage and no run."""
     if kind == "compare":
         report = folder / "report.html"
         if not report.is_file():
@@ -111,7 +111,7 @@ def _headline(kind: str, facts: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _object(path: Path) -> dict[str, Any]:
-    """A JSON object; an empty one where there is none. What cannot be read has the status `unreadable`."""
+    """A JSON object; an empty one if there is no file. One that cannot be read has the status `unreadable`."""
     try:
         found = read_json(path, {})
     except (ValueError, OSError):
@@ -124,7 +124,7 @@ def _bytes(folder: Path) -> int:
 
 
 def _is_locked(folder: Path) -> bool:
-    """Whether a process has the stage's lock; one that was killed has it no longer."""
+    """Whether a running process has the lock of the stage."""
     try:
         with open(folder / ".lock") as lock:
             fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
@@ -136,7 +136,7 @@ def _is_locked(folder: Path) -> bool:
 
 
 def next_command(found: Sequence[Item]) -> tuple[str, str]:
-    """Why, and the command to copy: what was left unfinished first, else what follows from the newest."""
+    """A reason and a command to copy: to complete unfinished work, otherwise to use the newest result."""
     broken = [item for item in found if item.status not in (COMPLETE, IN_PROGRESS) and item.command]
     if broken:
         last = max(broken, key=lambda item: item.when)

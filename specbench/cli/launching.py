@@ -1,4 +1,4 @@
-"""Ranks of a training on one node: Lightning starts those beside the first by repeating the command."""
+"""Ranks of a training on one node: Lightning starts all ranks after the first by repeating the command."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ MARKS = ("LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 def rank_and_world() -> tuple[int, int]:
-    """This process's place under torchrun, Slurm or Lightning's own launcher; (0, 1) outside."""
+    """Rank and number of ranks from torchrun, Slurm or Lightning's launcher; (0, 1) without a launcher."""
     for rank, world in (("RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_NTASKS")):
         if rank in os.environ and world in os.environ:
             return int(os.environ[rank]), int(os.environ[world])
@@ -26,7 +26,7 @@ def rank_and_world() -> tuple[int, int]:
 
 
 def repeats_the_command() -> bool:
-    """Whether Lightning started this process beside the first one, for one training."""
+    """Whether Lightning started this process as a further rank of one training."""
     return int(os.environ.get("LOCAL_RANK", 0)) > 0 and not {"RANK", "SLURM_PROCID"} & set(os.environ)
 
 
@@ -52,7 +52,7 @@ def ranks() -> Iterator[None]:
 
 @contextmanager
 def as_command(words: Sequence[str]) -> Iterator[None]:
-    """Within it, ranks that repeat the command run `specbench WORDS` and nothing else."""
+    """Context in which ranks that repeat the command run `specbench WORDS` and nothing else."""
     mine = sys.argv
     sys.argv = [mine[0], *words]
     try:
@@ -62,7 +62,8 @@ def as_command(words: Sequence[str]) -> Iterator[None]:
 
 
 def shards_of(lightning: DictConfig) -> int:
-    """Ranks that a draft is sharded over: 1 unless the strategy is ModelParallel. ValueError for other sizes."""
+    """Number of ranks over which a draft is sharded: 1 unless the strategy is ModelParallel. ValueError for other
+    sizes."""
     if isinstance(lightning.strategy, str):
         return 1
     size, devices, nodes = lightning.strategy.get("data_parallel_size", 1), lightning.devices, lightning.num_nodes

@@ -1,4 +1,4 @@
-"""The callbacks and loggers of Lightning that a configuration names beside those that every training has."""
+"""The callbacks and loggers of Lightning that a configuration adds to those of every training."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def callbacks_of(cfg: DictConfig, folder: Path) -> list[Callback]:
 
 
 def loggers_of(cfg: DictConfig, folder: Path) -> list[Logger]:
-    """The loggers of `cfg.logger` beside the run folder's own and W&B's."""
+    """The loggers of `cfg.logger`, in addition to those of the run folder and W&B."""
     return _built("logger", cfg.get("logger"), Logger, folder)
 
 
@@ -51,7 +51,8 @@ def _built(group: str, entries: DictConfig | None, kind: type[Part], folder: Pat
 
 
 def _require_inside(tree: Any, where: str) -> None:
-    """Refuse a text that leads out of the run folder: a record may be anybody's, and these settings name files."""
+    """Refuse a path outside of the run folder, because a record can come from someone else and these settings name
+    files."""
     for key, value in tree.items() if isinstance(tree, Mapping) else enumerate(tree):
         if isinstance(value, (Mapping, list)):
             _require_inside(value, f"{where}.{key}")

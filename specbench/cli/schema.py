@@ -1,8 +1,8 @@
-"""Settings held against their schema: types, ranges and rules, told in one sentence that names the setting.
+"""Validation of settings: types, ranges and rules; an error is one sentence that names the setting.
 
 The schema of a verb is a pydantic model of `specbench.cli.settings`. Arguments of a class that the configuration names
-(`_target_`) have theirs in that class's own signature, from which a model is made here. A model's annotation is also
-what `--help` prints.
+(`_target_`) have theirs in the signature of that class, from which a model is made here. `--help` prints the
+annotations of the models.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Settings(BaseModel):
 
 @dataclass(frozen=True)
 class Told:
-    """What a setting takes, where its type does not say it all."""
+    """A description of the values of a setting, if its type alone is not sufficient."""
 
     text: str
 
@@ -57,7 +57,8 @@ class Built:
 
 
 def check(model: type[BaseModel], settings: Mapping[str, Any], where: str = "") -> None:
-    """Raise ValueError naming the first setting of `settings` that is not as `model` says; `where` stands before it."""
+    """Raise ValueError for the first setting of `settings` that does not satisfy `model`; `where`: prefix of its
+    name."""
     try:
         model.model_validate(dict(settings))
     except ValidationError as error:
@@ -329,13 +330,13 @@ def _alternatives(annotation: Any) -> list[Any]:
 
 
 def takes_text(model: type[BaseModel], path: Sequence[str]) -> bool:
-    """Whether the setting at `path` is a text and nothing that a number or a truth value could be."""
+    """Whether the setting at `path` is a text, and numbers and booleans are not allowed."""
     kinds = set(_alternatives(annotation_at(model, path)[0]))
     return str in kinds and kinds <= {str, type(None)}
 
 
 def describe(annotation: Any, metadata: Sequence[Any] = ()) -> str:
-    """What a setting takes, in words: `a whole number from 1 to 512, or null`."""
+    """The values of a setting in words: `a whole number from 1 to 512, or null`."""
     metadata = _flat(metadata)
     if told := next((m.text for m in metadata if isinstance(m, (Told, Among))), None):
         return told
@@ -386,7 +387,7 @@ def _flat(metadata: Sequence[Any]) -> list[Any]:
 
 
 def show(value: Any, key: str = "") -> str:
-    """A value as it is typed, in at most about eighty characters; not what should not be on a screen."""
+    """A value as typed, in at most about eighty characters, without keys and passwords."""
     if key.rpartition(".")[2] in SECRET:
         return "..."
     if value is None or isinstance(value, bool):

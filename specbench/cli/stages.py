@@ -1,8 +1,8 @@
-"""What every stage shares: skip what is finished, replace nothing unasked, one writer a folder, last words.
+"""Common behaviour of stages: finished stages are skipped, nothing is replaced unless requested, one writer per folder.
 
-A stage leaves `stage.json` in its folder: its identity (identity.py), its status, what it found out, and the size and
-digest of every file that is its result. The marker is written when the stage begins, too, so that half-done work of
-another configuration is never continued.
+A stage writes `stage.json` into its folder: its identity (identity.py), its status, its results, and the size and
+digest of every result file. It is also written when the stage begins, so that unfinished work of another configuration
+is never continued.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ from specbench.progress import first_rank
 MARKER = "stage.json"
 SCHEMA = "specbench.stage/2"
 ROOM = 1 << 23  # bytes that must be free before any stage begins
-SHOWN = 8  # differences that a refusal names
-# Of these the presence alone is claimed: a later step may add to them.
+SHOWN = 8  # number of differences in an error message
+# Of these only the presence is recorded, because a later step can add to them.
 PRESENT = ("summary.json", "config.yaml")
 
 
@@ -43,26 +43,26 @@ def container(config: DictConfig | Mapping[str, Any]) -> dict[str, Any]:
 
 
 class Stage:
-    """One stage at work in one folder.
+    """One stage that works in one folder.
 
         with Stage("answers", folder, config, force=cfg.force, results=("answers.jsonl",)) as stage:
             if not stage.done:
-                ...                             # in stage.work; stage.resumes: half-done work of the same is there
+                ...                             # in stage.work; stage.resumes: unfinished work of this stage exists
                 stage.finish({"answers": 1200}, next="specbench cache")
 
     `state` is one of
 
-        new       nothing was there
-        resume    half done under this configuration, or finished and no longer whole
-        forced    force=true: the work is done in a folder beside `folder`, which takes its name in `finish`
-        done      finished, and every file is what the stage wrote
+        new       the folder did not exist
+            resume    unfinished with this configuration, or finished and damaged
+            forced    force=true: the work is done in a folder beside `folder`, which replaces it in `finish`
+            done      finished, and no file was changed
 
-    A folder of another configuration is a ValueError that names the differences, unless `force`. `work` is where to
-    write. `results` are patterns of the files that a finished stage consists of; one that was changed since is moved
-    aside (NAME.changed) before the stage mends its folder, except those in `mends`, which the stage itself completes.
-    `inputs` are fingerprints of what the stage reads, beside those that identity.py finds; `instead` says how the user
-    asks for another folder. `summary` is what a finished stage handed to `finish`. A second process on the same folder
-    gets a ValueError. Ranks beside the first neither lock nor write.
+    A folder of another configuration is a ValueError that names the differences, unless `force`. `work`: the folder to
+    write to. `results`: patterns of the result files; a changed one is renamed (NAME.changed) before the stage repairs
+    its folder, except those in `mends`, which the stage itself completes. `inputs`: fingerprints of what the stage
+    reads, in addition to those that identity.py finds. `instead`: how a user can choose another folder, for messages.
+    `summary`: what a finished stage passed to `finish`. A second process on the same folder gets a ValueError. Only the
+    first rank locks and writes.
     """
 
     def __init__(
@@ -97,11 +97,11 @@ class Stage:
         return self.state == "resume"
 
     def decide(self) -> str:
-        """The state that entering would have; sets `work` and touches nothing. Errors: ValueError as for entering."""
+        """The state that entering would give; sets `work` and changes no file. Errors: ValueError as for entering."""
         self.work = self.folder
         there, new = read_marker(self.folder), read_marker(beside(self.folder))
         if new is not None and new["status"] == "finished":
-            there, new = new, None  # a swap that was cut short, which entering finishes
+            there, new = new, None  # an interrupted swap, which entering completes
         if there is None:
             if (self.folder / "summary.json").is_file() and not self.force:
                 raise ValueError(
@@ -122,13 +122,13 @@ class Stage:
         return "resume"
 
     def _of_its_own(self, there: Mapping[str, Any]) -> str:
-        """What to do with work of this very configuration."""
+        """The state for existing work of the same configuration."""
         if there["status"] != "finished":
             return "resume"
         return "resume" if self._faults(there) else "done"
 
     def _faults(self, there: Mapping[str, Any]) -> dict[str, str]:
-        """Result files of a finished stage that are not what it wrote: name -> what is wrong."""
+        """Result files of a finished stage that were changed: name -> reason."""
         faults = {}
         claimed: Mapping[str, Any] = there.get("files") or {}
         for name, facts in claimed.items():
@@ -198,15 +198,15 @@ class Stage:
             say(f"{self.name}: continues what was left unfinished in {self.work}")
 
     def reopen(self) -> None:
-        """Take a finished stage up again, because more was asked of it than it claims."""
+        """Continue a finished stage, because more is requested than it has done."""
         self.state = "resume"
         self._mark("running")
 
     def finish(
         self, summary: Mapping[str, Any] | None = None, next: str | None = None, *, last_rank: bool = False
     ) -> None:
-        """Mark the stage finished, put its folder in place, and print what was made, where, how long it took and what
-        comes next. `last_rank`: the rank that is done last calls, and not the first one.
+        """Mark the stage as finished, rename its folder to its final name, and print the result, its path, the time and
+        the next command. `last_rank`: called by the rank that finishes last, not by the first one.
 
         Errors: ValueError when one of its result files is not there.
         """
@@ -233,7 +233,7 @@ class Stage:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
         try:
             if kind is not None and not self.done and not self._finished:
-                with suppress(OSError):  # a full disk: the marker still says running, which is resumed all the same
+                with suppress(OSError):  # a full disk: the marker keeps the status running
                     self._mark("failed" if issubclass(kind, Exception) else "interrupted")
         finally:
             self._release()
@@ -254,7 +254,7 @@ class Stage:
 
 
 def read_marker(folder: Path) -> dict[str, Any] | None:
-    """stage.json of a folder, None where there is none. Errors: ValueError for one that is not a stage's."""
+    """stage.json of a folder; None if there is none. Errors: ValueError if it was not written by a stage."""
     path = folder / MARKER
     try:
         found = read_json(path, None)
@@ -266,7 +266,7 @@ def read_marker(folder: Path) -> dict[str, Any] | None:
 
 
 def _require_room(folder: Path) -> None:
-    """Refuse a folder that cannot be made or written, or a disk that is full, before any work."""
+    """ValueError for a folder that cannot be created or written, or a full disk, before any work."""
     above = folder.absolute()
     while not above.exists():
         above = above.parent
@@ -280,7 +280,7 @@ def _require_room(folder: Path) -> None:
 
 
 def _locked(folder: Path, named: Path) -> Any:
-    """The open lock file of `folder`; the lock falls when it is closed or the process dies."""
+    """The open lock file of `folder`; the lock ends when it is closed or the process ends."""
     lock = open(folder / ".lock", "a+")  # noqa: SIM115 - it stays open for as long as the stage runs
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -1,4 +1,4 @@
-"""The last words of a verb: what was made, where it lies, headline numbers, the time, the command that comes next."""
+"""The summary at the end of a verb: result, path, main numbers, time, next command."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _within = 0  # verbs at work around the present one
 
 @contextmanager
 def within() -> Iterator[None]:
-    """Around a verb that is a part of another one: it ends with one line, for the next command is not the user's."""
+    """Context for a verb that is part of another one: it ends with one line and no next command."""
     global _within
     _within += 1
     try:
@@ -30,7 +30,7 @@ def report(
 ) -> None:
     """Print the summary on stdout, from the first rank: a box on a terminal, lines elsewhere.
 
-    `facts` that are no texts or numbers are left out. The next command stands below the box, in one piece to copy.
+    `facts` that are not texts or numbers are left out. The next command is printed below the box, on one line to copy.
     """
     if not first_rank():
         return

@@ -1,4 +1,5 @@
-"""target=FOLDER_OR_ID on the command line: any model of a folder or hub, beside those that configs/target names."""
+"""target=FOLDER_OR_ID on the command line: any model in a folder or on the Hub, in addition to those of
+configs/target."""
 
 from __future__ import annotations
 
@@ -12,7 +13,8 @@ KEY = "target="
 def expand(overrides: Sequence[str], known: Sequence[str]) -> list[str]:
     """`target=VALUE` becomes `target=folder target.id=VALUE` when VALUE is none of `known` and is a path or a hub id.
 
-    Swept values and names without a slash that are no path stay as they are, so that a misspelt name is still told.
+    Values of a sweep, and names without a slash that are not a path, are not changed, so a misspelt name gives an
+    error.
     """
     found: list[str] = []
     for word in overrides:

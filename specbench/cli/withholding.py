@@ -1,4 +1,4 @@
-"""Keys and passwords on their way in, from the command line, and on their way out, to the screen."""
+"""Keys and passwords in the command line and in screen output."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from specbench.files.redaction import VARIABLE, is_placeholder, is_secret_name, 
 
 
 def withhold(words: Sequence[str]) -> list[str]:
-    """The words of a command line with every key moved into the environment and referred to.
+    """The words of a command line with every key replaced by a reference to an environment variable.
 
     Hydra writes the words of a sweep into files and logs of its own, Lightning repeats them for its ranks, and W&B
     keeps them: a reference is safe with all of them, and the processes that they start inherit the environment.
@@ -46,7 +46,7 @@ def _moved(key: str) -> str:
 
 
 class _Screen:
-    """A text stream whose writes pass through `redact`; in everything else it is the stream that it wraps."""
+    """A text stream whose writes pass through `redact`; all other methods are those of the wrapped stream."""
 
     def __init__(self, stream: Any) -> None:
         self._stream = stream
@@ -65,7 +65,7 @@ class _Screen:
 
 @contextmanager
 def screen() -> Iterator[None]:
-    """While it is open, what this process prints passes through `redact`, whoever prints it."""
+    """Context in which all output of this process passes through `redact`."""
     before = sys.stdout, sys.stderr
     sys.stdout, sys.stderr = (
         stream if stream is None or isinstance(stream, _Screen) else _Screen(stream) for stream in before

@@ -1,4 +1,4 @@
-"""A draft from a folder, for a target in memory, and what is known of how it was trained."""
+"""Load a draft for a target in memory, and the record of its training."""
 
 from __future__ import annotations
 

@@ -1,7 +1,6 @@
-"""Decode prompts with a draft and say with intervals how much of it was accepted.
+"""Evaluate a draft: decode prompts and compute the metrics with intervals.
 
-An evaluation is a run folder, wherever it lies: what the command line writes, the library writes, so that either can be
-compared with the other.
+An evaluation is a run folder. The command line and the library write the same files, so their results can be compared.
 """
 
 from __future__ import annotations
@@ -310,7 +309,7 @@ def evaluate_into(
 
 
 def headline_of(done: Sequence[Answered], plain: bool = False) -> dict[str, Any]:
-    """The numbers of an evaluation with intervals; of plain decoding, which has no rounds, tokens a second alone."""
+    """The metrics of an evaluation with intervals; for plain decoding, which has no rounds, only tokens per second."""
     if not plain:
         return headline([item.record for item in done])
     seconds = sum(item.record["seconds"] for item in done)
@@ -320,7 +319,8 @@ def headline_of(done: Sequence[Answered], plain: bool = False) -> dict[str, Any]
 
 @contextmanager
 def _decoding(target: Target, draft: Draft | Baseline | None) -> Iterator[None]:
-    """The draft on the target's device and not in training, the target with the taps that it reads; as before after."""
+    """Context in which the draft is on the target's device and in evaluation mode, and the target has the draft's
+    taps."""
     if not isinstance(draft, Draft):
         yield
         return

@@ -1,4 +1,4 @@
-"""What an evaluation shows on W&B beside its record: headline numbers, the curves by slot, reliability diagrams."""
+"""What an evaluation logs to W&B in addition to its record: main metrics, curves by slot, reliability diagrams."""
 
 from __future__ import annotations
 

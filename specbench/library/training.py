@@ -1,4 +1,4 @@
-"""Train a draft into a run folder: the Trainer, the checkpoint that real decoding chooses, draft/ and the summary.
+"""Train a draft into a run folder: the Trainer, selection of the checkpoint by decoding, draft/ and the summary.
 
 `train` is what a script calls; the command line opens the run folder itself, with its configuration and its tracking,
 and calls `train_into`.
@@ -28,7 +28,7 @@ from specbench.training.callbacks import DecodeProbe, GracefulStop, KeepLast, Tr
 from specbench.training.draft_training import DraftTraining, digest, trainable_parameters
 
 ELSEWHERE = {
-    "gradient_clip_val": "set DraftTraining(..., gradient_clip=VALUE), which clips once a step, after the division",
+    "gradient_clip_val": "set DraftTraining(..., gradient_clip=VALUE), which clips once per step, after the division",
     "gradient_clip_algorithm": "DraftTraining clips by norm: set its gradient_clip",
     "accumulate_grad_batches": "set micro_batches_per_step of TargetCache or OnlineTarget: one batch is one step here",
 }

@@ -1,4 +1,4 @@
-"""Lightning's metrics into the run folder."""
+"""Lightning logger that writes metrics into the run folder."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from specbench.runs.run_folder import RunFolder
 
 
 class FolderLogger(Logger):
-    """Every log call of a Trainer becomes one line of metrics.jsonl. Ranks beside the first write nothing."""
+    """Every log call of a Trainer becomes one line of metrics.jsonl. Only the first rank writes."""
 
     def __init__(self, run: RunFolder) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Where a number comes from: code, versions, hardware, threads. Enough to repeat a run and to say what differs."""
+"""Provenance of a run: code, versions, hardware, threads. It is sufficient to repeat a run and to list differences."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def provenance(
 ) -> tuple[dict[str, Any], str]:
     """The facts of a run (for provenance.json) and the uncommitted changes of the code (for dirty.diff, maybe empty).
 
-    `command` is the command line, `seeds` one seed a purpose, `cache` the cache's fingerprint and folder,
+    `command` is the command line, `seeds` one seed per purpose, `cache` the cache's fingerprint and folder,
     `first_prompt` the first sample as the model reads it, special tokens included.
     """
     code, diff = source_state(SOURCE)
@@ -51,9 +51,9 @@ def provenance(
 
 
 def source_state(folder: Path) -> tuple[dict[str, Any], str]:
-    """The commit that `folder` stands at, and the difference of its files to it, new files included.
+    """The commit of `folder`, and the difference of its files to this commit, new files included.
 
-    Outside a git checkout (an installed wheel) the commit is None and the package version stands for it.
+    Outside a git checkout (an installed wheel) the commit is None; the package version is recorded.
     """
     if _git(folder, "rev-parse", "--show-toplevel").strip() != str(folder):
         return {"commit": None, "dirty": None, "untracked": {}, "diff_sha256": None}, ""
@@ -70,7 +70,7 @@ def source_state(folder: Path) -> tuple[dict[str, Any], str]:
 
 
 def versions() -> dict[str, str | None]:
-    """The installed version of every package that can change a number; None where one is not installed."""
+    """The installed version of every package that can change a number; None if it is not installed."""
     found: dict[str, str | None] = {}
     for name in PACKAGES:
         try:
@@ -96,7 +96,7 @@ def hardware() -> dict[str, Any]:
 
 
 def differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """What decides numbers and is not as it was: one line a fact, `versions.torch: 2.13.0 -> 2.14.0`.
+    """Facts that affect numbers and have changed, one line per fact: `versions.torch: 2.13.0 -> 2.14.0`.
 
     Compares code, versions, hardware and cache of two provenances; not the time, the command or the prompt.
     """
@@ -112,7 +112,7 @@ def _processor() -> str:
 
 
 def _git(folder: Path, *arguments: str) -> str:
-    """What git says, or nothing where git or the repository is missing."""
+    """Output of git; empty if git or the repository is missing."""
     try:
         done = subprocess.run(["git", *arguments], cwd=folder, capture_output=True, check=False)
     except FileNotFoundError:

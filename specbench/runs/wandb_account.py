@@ -1,4 +1,4 @@
-"""Which W&B server is meant and with which key, without asking anybody and without W&B's client."""
+"""The W&B server and key of this environment, without a request and without the W&B client."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def server() -> str:
 
 
 def key() -> str | None:
-    """The key for that server: WANDB_API_KEY, or what the netrc file (NETRC, ~/.netrc) holds; None without one."""
+    """The key for that server: WANDB_API_KEY, or that of the netrc file (NETRC, ~/.netrc); None without one."""
     if named := os.environ.get("WANDB_API_KEY"):
         return named
     with suppress(OSError, netrc.NetrcParseError):

@@ -1,7 +1,7 @@
-"""W&B runs that were made offline: uploaded later by W&B's own client, and then looked for on the server.
+"""Upload of offline W&B runs by the W&B client, with a check of what arrived.
 
-The client ends well, and marks a run as synced, even when the server refused its artifacts or files. So what arrived is
-asked for afterwards, and the mark is taken off a run of which something is missing.
+The client ends with success, and marks a run as synced, even if the server refused its artifacts or files. So the
+server is queried afterwards, and the mark is removed from a run of which something is missing.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from specbench.runs.wandb_tracking import reachable, uploaded
 
 
 def offline_runs(folder: str | Path) -> list[Path]:
-    """Run folders at or below `folder` that hold W&B runs which no sync has uploaded."""
+    """Run folders at or below `folder` with W&B runs that were not uploaded."""
     records = sorted(Path(folder).rglob("tracking.json"))
     # What has a dot in front is a run that is being made again, or what is left of one.
     shown = [r.parent for r in records if not any(p.startswith(".") for p in r.relative_to(folder).parts)]
@@ -31,13 +31,13 @@ def offline_runs(folder: str | Path) -> list[Path]:
 
 
 def unsynced(run: Path) -> list[Path]:
-    """The W&B directories of one run folder that were not uploaded: W&B leaves a mark beside those that were."""
+    """The W&B directories of one run folder that were not uploaded (W&B writes a mark beside uploaded ones)."""
     logs = sorted(run.glob("wandb/offline-run-*/run-*.wandb"))
     return [log.parent for log in logs if not log.with_name(f"{log.name}.synced").exists()]
 
 
 def sync(run: str | Path) -> list[str]:
-    """Upload one run folder's offline W&B runs and verify what arrived; returns what is wrong, one line each.
+    """Upload the offline W&B runs of a run folder and check what arrived; returns what is missing, one line each.
 
     Raises ValueError without a key, when artifact files have gone or when the upload fails.
     """
@@ -108,7 +108,7 @@ def _sync(run: Path, record: Mapping[str, Any]) -> list[str]:
 
 
 def _missing(run: Path, record: Mapping[str, Any]) -> list[str]:
-    """What the server does not hold of a run that was uploaded: artifacts by digest, files of the record by MD5."""
+    """What is missing on the server of an uploaded run: artifacts by digest, files of the record by MD5."""
     mirrored = sorted((run / "wandb" / MIRROR).glob("*"))
     names = [f"{MIRROR}/{file.name}" for file in mirrored]
     arrived, stored = uploaded(record["entity"], record["project"], record["id"], names)

@@ -1,4 +1,4 @@
-"""Callbacks of draft training: real decoding as the judge of checkpoints, progress, and a clean stop on signals."""
+"""Callbacks of draft training: selection of the checkpoint by real decoding, progress, and a clean stop on signals."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ class DecodeProbe(Callback):
             self.probe(trainer, module)
 
     def on_train_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        """Judge the last step of a training that something else ended, such as EarlyStopping, but a signal."""
+        """Probe the last step of a training that ended early, for example by EarlyStopping, but not by a signal."""
         if _by_a_signal(trainer) or (self.history and self.history[-1][0] == trainer.global_step):
             return
         found = self._judged(trainer, module)
@@ -168,7 +168,7 @@ def _by_a_signal(trainer: L.Trainer) -> bool:
 
 
 def save_checkpoint(trainer: L.Trainer, path: Path) -> None:
-    """Write a checkpoint whole or not at all; every rank must call it."""
+    """Write a checkpoint by an atomic rename; every rank must call it."""
     temporary = path.with_suffix(".tmp")
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
@@ -181,7 +181,7 @@ def save_checkpoint(trainer: L.Trainer, path: Path) -> None:
 
 
 class TrainingProgress(ProgressBar):
-    """Steps, rate and time left of a training as `specbench.progress` shows them, in the place of Lightning's own bar.
+    """Steps, rate and time left of a training, shown by `specbench.progress` instead of Lightning's progress bar.
 
     Beside them stand the metrics logged with `prog_bar=True`. They are read only when a line is shown, because reading
     waits for the device. `share` says how much of a budget is spent that is not counted in steps, for example seconds.
