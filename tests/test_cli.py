@@ -137,7 +137,7 @@ def test_a_run_gets_its_configuration(home: Path, tmp_path: Path) -> None:
         (["toy", "method.block_size=x"], "method.block_size takes a whole number, not 'x'"),
         (["toy", "-m", "method=fast,slwo"], "method has no option 'slwo'; did you mean 'slow'?"),
         (["toy", "-m", "steps=1,x"], "steps takes a whole number, not 'x'"),
-        (["toy", "steps=1,2"], "add -m to run one job a value"),
+        (["toy", "steps=1,2"], "add -m to run one job per value"),
         (["toy", "+experiment=grid"], "this is a sweep over method, rate: add -m, as in `specbench toy -m ...`"),
         (["toy", "+experiment=grid", "rate=1"], "this is a sweep over method: add -m"),
         (["toy", "-m", "hydra/launcher=basci"], "hydra/launcher has no option 'basci'; did you mean 'basic'?"),
