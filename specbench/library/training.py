@@ -103,19 +103,30 @@ def train(
     training_seed: int = 0,
     **settings: Any,
 ) -> Trained:
-    """Train `module` on `data` into a run folder, as `specbench train` does: `specbench evaluate draft=FOLDER` and
-    `load_draft(FOLDER, target)` take it.
+    """Train a draft into a run folder, as `specbench train` does.
 
-    folder: new or empty, or that of the same training, interrupted, which is continued from its last checkpoint.
-    max_steps: optimiser steps; None takes those of the module.
-    probe: decodes held-out prompts as it goes; the checkpoint of the longest accepted length becomes draft/. Without
-        one the last step does.
-    validate_every: optimiser steps between teacher-forced validations; None: none.
-    method: what tables call the draft; None: its class. training_seed: the seed that the record gives.
-    settings: of `lightning.Trainer`.
+    `specbench evaluate draft=FOLDER` and `load_draft(FOLDER, target)` read the result. SIGTERM and Ctrl-C end the
+    training at the next step with a checkpoint and raise KeyboardInterrupt.
 
-    Errors: ValueError for a folder with something else in it, and naming the setting otherwise. SIGTERM and Ctrl-C end
-    the training at the next step with a checkpoint and raise KeyboardInterrupt.
+    Args:
+        module: draft, loss and optimiser settings.
+        data: a `TargetCache` or `OnlineTarget`.
+        folder: new or empty, or that of the same training, interrupted, which continues from its last checkpoint.
+        max_steps: optimiser steps. None: those of the module.
+        probe: decodes held-out prompts during training; the checkpoint with the longest accepted length becomes draft/.
+            None: the last step becomes draft/.
+        validate_every: optimiser steps between teacher-forced validations. None: no validation.
+        callbacks: further Lightning callbacks.
+        loggers: further Lightning loggers.
+        method: name of the draft in tables. None: its class.
+        training_seed: the seed in the record.
+        **settings: arguments of `lightning.Trainer`.
+
+    Returns:
+        The finished training: the draft, the optimiser step of its checkpoint, the run folder and its summary.
+
+    Raises:
+        ValueError: the folder has other content, or a setting is not valid.
     """
     place, label = Path(folder), method or type(module.draft).__name__.lower()
     steps = max_steps or module.max_steps

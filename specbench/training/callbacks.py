@@ -29,14 +29,25 @@ log = logging.getLogger("specbench")
 
 
 class DecodeProbe(Callback):
-    """Decode held-out prompts every `every` optimiser steps; the accepted length chooses the checkpoint.
+    """Lightning callback: decode held-out prompts during training and log `probe/accepted_length`.
 
-    Training accuracy can rise while accepted length falls, so the judge is the number that users get; the last step is
-    judged, too, whatever ends the training. The prompts are split over ranks and the counts are summed. Decoding uses
-    seeds of its own, never the training generators.
-    `prompts` are token ids; None takes the first PROMPTS held-out conversations of the training data up to their
-    answers, or, with a warning, conversations that are trained on where none are held out (validation_fraction).
-    With `folder`, last.ckpt is written after every probe and best.ckpt after every one that beats all before it.
+    The accepted length selects the best checkpoint, because the training loss can improve while the accepted length
+    falls. The last step is probed too, however the training ends. The prompts are divided among ranks and the counts
+    are summed. Decoding has its own seeds.
+
+    Args:
+        target: the target, on the device of the training.
+        prompts: lists of token ids. None: the first held-out conversations of the training data up to their answers; if
+            none are held out, training conversations, with a warning.
+        every: optimiser steps between two probes.
+        sampling: temperature and filters. None: greedy.
+        max_new_tokens: maximum tokens of an answer.
+        batch_size: requests decoded at once.
+        folder: where last.ckpt is written after every probe, and best.ckpt after every probe that is the best so far.
+            None: nowhere.
+
+    Raises:
+        ValueError: there are no prompts, `every` is below 1, or target and draft are on different devices.
     """
 
     def __init__(
