@@ -1,11 +1,11 @@
-"""Drafts that need no training, for the same decoding loop, records and clock as trained ones.
+"""Baselines: drafts that need no training, with the same decoding loop, records and time measurement as trained ones.
 
     NGram        prompt lookup: what followed the longest recent suffix when it last occurred (Saxena 2023)
-    OracleDraft  the target's own greedy continuation: every slot is accepted at temperature 0, the upper row of a table
-    Small        a standalone language model of the same tokenizer (Leviathan et al. 2023; Chen et al. 2023)
+    OracleDraft  the target's own greedy continuation: every slot is accepted at temperature 0, the upper bound
+    Small        a complete language model with the same tokenizer (Leviathan et al. 2023; Chen et al. 2023)
 
-The first two propose without probabilities: a one-hot law, which verification takes as such, so the output keeps the
-target's law at every temperature. Their time is that of this implementation; the oracle's includes running the target.
+    The first two propose without probabilities, that is with a one-hot distribution, so decoding is lossless at every
+    temperature. Their time is that of this implementation; that of the oracle includes running the target.
 
 Axes: B requests, S tokens, K slots, R tokens not yet run, V vocabulary.
 """
@@ -31,10 +31,10 @@ SLOTS = 7
 
 
 class Baseline(nn.Module):
-    """What the decoding loop asks of a draft beside begin, propose and commit."""
+    """Attributes of a draft that the decoding loop needs, in addition to begin, propose and commit."""
 
     halts_on_stop = False
-    # Digest of the weights that propose, where they are not the target's.
+    # Digest of the proposing weights, if they are not the target's.
     weights_hash: str | None = None
 
     def __init__(self, block_size: int):
@@ -62,7 +62,7 @@ class Texts:
 def lookup(text: Sequence[int], count: int, longest: int) -> list[int]:
     """The `count` tokens that followed the latest earlier occurrence of the longest suffix (at most `longest` tokens).
 
-    A continuation that reaches the end of the text goes on with what it has itself proposed; without any earlier
+    A continuation that reaches the end of the text continues with its own proposed tokens; without any earlier
     occurrence the last token is repeated.
 
     >>> lookup([1, 2, 3, 9, 1, 2], 3, longest=3)
@@ -107,7 +107,8 @@ class NGram(Baseline):
 
 
 class OracleDraft(Baseline):
-    """The target as its own draft: a perfect one at temperature 0, the best deterministic one above."""
+    """The target as its own draft: all slots are accepted at temperature 0; above, it is the best deterministic
+    draft."""
 
     def __init__(self, target: Target, block_size: int = SLOTS):
         super().__init__(block_size)
@@ -138,8 +139,8 @@ class OracleDraft(Baseline):
 class SmallState:
     """A small model's requests: its keys and values, and the committed tokens that it has not run yet.
 
-    `waiting` (B, R) holds `counts` tokens a row, right-padded. `ahead` is how many tokens of the last proposal stand in
-    the cache behind the rows' lengths: those that verification keeps are not run again.
+    `waiting` (B, R): `counts` tokens per row, right-padded. `ahead`: number of tokens of the last proposal that are in
+    the cache after the rows' lengths; those that verification accepts are not run again.
     """
 
     model: TargetState
@@ -160,9 +161,9 @@ class SmallState:
 
 
 class Small(Baseline):
-    """A standalone causal language model as draft, one token after the other, on its own cache.
+    """A complete causal language model as draft, token by token, with its own key-value cache.
 
-    `vocabulary` is the target's: logits of a table padded to another size are cut or filled up to it.
+    `vocabulary` is that of the target: logits of a table with another padding are cut or filled to this size.
     """
 
     def __init__(self, model: Target, vocabulary: int, block_size: int = SLOTS):
@@ -214,7 +215,7 @@ class Small(Baseline):
         return F.pad(logits, (0, self.vocabulary - logits.shape[-1]), value=-torch.inf)
 
     def _known(self, tokens: Int[Tensor, "B S"]) -> Int[Tensor, "B S"]:
-        """Tokens beyond the small model's own table, which hold nothing but padding, are read as its last one."""
+        """Tokens beyond the small model's table, which are only padding, are replaced by its last one."""
         return tokens.clamp_max(len(self._model[0].tables.embedding) - 1)
 
 
@@ -255,7 +256,7 @@ def pinned(name: str) -> tuple[str, str | None]:
 
 
 def short_name(name: str) -> str:
-    """The last part of a folder or hub id, with its revision: what runs and tables call a draft by."""
+    """The last part of a folder or Hub id, with its revision: the name of a draft in runs and tables."""
     id, revision = pinned(name)
     return Path(id).name + ("" if revision is None else f"-{revision.replace('/', '-')}")
 

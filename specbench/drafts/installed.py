@@ -1,4 +1,4 @@
-"""The draft methods that a file may ask for by name, and what each of them takes; nothing is imported by name."""
+"""The draft methods that a file can name, and their settings; nothing is imported by name."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ from specbench.drafts.draft import OBJECTS, Draft
 def installed() -> dict[str, type[Draft]]:
     """Dotted name -> class, of every method in this package.
 
-    Methods do not extend one another, so a class that another module of the package extends is a base and no method.
+    Methods are not subclasses of one another, so a class with a subclass in another module is a base class and not a
+    method.
     """
     found: list[type[Draft]] = []
     for module in pkgutil.iter_modules(FOLDER):
@@ -30,18 +31,18 @@ def installed() -> dict[str, type[Draft]]:
 
 
 def full_name(kind: type[Draft]) -> str:
-    """What a draft's config.json calls a method."""
+    """The name of a method in a draft's config.json."""
     return f"{kind.__module__}.{kind.__qualname__}"
 
 
 def method_named(name: Any, others: Sequence[type[Draft]] = ()) -> type[Draft]:
     """The method of a dotted name, looked up among those of this package and `others`; nothing is imported by name.
 
-    Errors: ValueError that lists what is there.
+    Errors: ValueError that lists the known methods.
     """
     known = installed() | {full_name(kind): kind for kind in others}
     name = name if isinstance(name, str) else str(name)
-    if name not in known and name.startswith("specbench."):  # a folder from before the modules lay where they lie
+    if name not in known and name.startswith("specbench."):  # a folder with an earlier module path
         last = name.split(".")[-2:]
         name = next((full for full in installed() if full.split(".")[-2:] == last), name)
     if name not in known:
@@ -63,7 +64,7 @@ def takes(kind: type) -> dict[str, tuple[Any, bool]]:
             if parameter.kind not in (Parameter.VAR_POSITIONAL, Parameter.VAR_KEYWORD):
                 found.setdefault(name, (hints.get(name, Any), parameter.default is Parameter.empty))
         if not any(p.kind is Parameter.VAR_KEYWORD for p in signature(part.__init__).parameters.values()):
-            break  # it hands nothing on: what its bases take is its own affair
+            break  # it passes no arguments to its bases
     return found
 
 

@@ -1,6 +1,6 @@
 """Pretraining of a small causal language model on the embedded corpus, by Lightning.
 
-The network comes built (token ids -> logits, or an output that carries `.logits`); this module only trains it.
+The network is passed in (token ids -> logits, or an output with `.logits`); this module only trains it.
 Conversations are batched by length: every conversation starts at position 0 of its own row and no row sees another.
 
 Axes: B conversations of a batch, T tokens of the longest one, V vocabulary.
@@ -49,10 +49,10 @@ class _Passes(IterableDataset):
 class CorpusBatches(lightning.LightningDataModule):
     """Training and validation conversations of the corpus as token rows.
 
-    `repeats` says how often a domain occurs in one pass (0 leaves it out), `limit` caps the conversations of a domain,
-    `validation` is how many of each are held out for the loss, `length` is the longest conversation in tokens: longer
-    ones are left out and counted in `left_out`. The tokenizer's template marks what the assistant said; the prompt's
-    tokens count `prompt_weight` in the loss.
+    `repeats` says how often a domain occurs in one pass (0 leaves it out), `limit` limits the conversations of a
+    domain, `validation` is how many of each are held out for the loss, `length` is the longest conversation in tokens:
+    longer ones are left out and counted in `left_out`. The tokenizer's template marks the assistant's tokens; the
+    prompt's tokens have the weight `prompt_weight` in the loss.
     """
 
     def __init__(
@@ -106,8 +106,8 @@ class LanguageModeling(lightning.LightningModule):
     """Next-token training: Muon for the matrices of the layers, AdamW for embeddings, norms and head.
 
     The learning rate warms up linearly over `warmup` steps and follows a cosine down to a hundredth. Its progress is
-    the larger of steps / `steps` and seconds / `seconds`, so a budget may be steps, wall clock or both; training
-    stops when the budget is spent. `val/loss/DOMAIN` is nats a token over the assistant's tokens.
+    the larger of steps / `steps` and seconds / `seconds`, so a budget can be steps, elapsed time or both; training
+    stops when the budget is used. `val/loss/DOMAIN` is in nats per token, over the assistant's tokens.
     """
 
     def __init__(
@@ -219,7 +219,8 @@ def split_parameters(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Para
 
 
 def initialise(model: nn.Module) -> nn.Module:
-    """Small embeddings, matrices scaled by fan-in, and silent residual branches, so that high rates are stable."""
+    """Small embeddings, matrices scaled by fan-in, and residual branches that start at zero, so that high rates are
+    stable."""
     for name, parameter in model.named_parameters():
         if parameter.dim() == 2 and name.endswith(("o_proj.weight", "down_proj.weight")):
             nn.init.zeros_(parameter)

@@ -1,4 +1,4 @@
-"""Conversations as padded rows of tokens, batched by length: every one starts at position 0 and sees no other.
+"""Conversations as padded rows of tokens, batched by length: every one starts at position 0 and attends to no other.
 
 Axes: B conversations of a batch, T tokens of the longest one.
 """
@@ -63,7 +63,7 @@ def _pad(group: Sequence[CorpusText], prompt_weight: float) -> PaddedRows:
 
 
 def unigram_loss(examples: Iterable[CorpusText]) -> float:
-    """Nats a supervised token of the best model that ignores the context: the baseline a trained model must beat."""
+    """Nats per supervised token of the best model that ignores the context: a baseline for trained models."""
     counts: dict[int, int] = {}
     for e in examples:
         for token, supervised in zip(e.tokens, e.supervised, strict=True):

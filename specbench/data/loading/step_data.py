@@ -1,7 +1,7 @@
-"""StepData: conversations as optimiser steps for Lightning, wherever the target's states come from.
+"""StepData: conversations as optimiser steps for Lightning, for any source of the target's states.
 
-The position in the data is the trainer's global step and nothing else: the order of an epoch is a pure function of
-(seed, epoch), and the module's own state is an identity that a resumed run must match. Datasets have no length; ask
+The position in the data follows only from the trainer's global step: the order of an epoch is a pure function of (seed,
+epoch), and the state of the module is an identity that a resumed run must match. Data sets have no length; use
 `steps_per_epoch`.
 """
 
@@ -25,10 +25,10 @@ from specbench.ranges import Count, Seed, ShareBelowOne, Threads, Tokens
 
 
 class StepData(L.LightningDataModule):
-    """Conversations as Steps, wherever their states come from.
+    """Conversations as optimiser steps, for any source of their states.
 
     A step takes `samples_per_micro * micro_batches_per_step` conversations over all ranks. `row_length` packs several
-    conversations into a row of at most that many tokens (None: one a row, padded). Ranks come from the trainer unless
+    conversations into a row of at most that many tokens (None: one per row, padded). Ranks come from the trainer unless
     `rank` and `world` are given; `micro_batches_per_step` must be a multiple of the number of ranks.
     """
 
@@ -83,7 +83,7 @@ class StepData(L.LightningDataModule):
     @property
     @abstractmethod
     def content(self) -> str:
-        """Hash of what the rows are; two modules with the same one hold the same conversations in the same order."""
+        """Hash of the rows; two modules with the same hash have the same conversations in the same order."""
 
     @property
     @abstractmethod
@@ -93,7 +93,7 @@ class StepData(L.LightningDataModule):
     @property
     @abstractmethod
     def target_name(self) -> str:
-        """What the target is called."""
+        """Name of the target."""
 
     @property
     @abstractmethod
@@ -103,19 +103,19 @@ class StepData(L.LightningDataModule):
     @property
     @abstractmethod
     def lineage(self) -> dict[str, Any]:
-        """Where the states come from, as a run's record keeps it: fingerprint, folder and bytes on disk."""
+        """The source of the states for the record of a run: fingerprint, folder and bytes on disk."""
 
     @property
     def damage(self) -> Sequence[Any]:
-        """What could not be read and was left out."""
+        """Samples that could not be read and were left out."""
         return ()
 
     @abstractmethod
     def samples(self, rows: ROWS) -> list[Sample]:
-        """Conversations with their states, in memory of their own; called from any thread."""
+        """Conversations with their states, in new memory; called from any thread."""
 
     def borrowed(self, rows: ROWS) -> list[Sample]:
-        """The same, where they may share memory that this thread's next call uses again; called from reader threads."""
+        """The same, in memory that the next call of this thread can overwrite; called from reader threads."""
         return self.samples(rows)
 
     @abstractmethod
@@ -131,7 +131,7 @@ class StepData(L.LightningDataModule):
         return self._world if self._world is not None else self.trainer.world_size if self.trainer else 1
 
     def setup(self, stage: str | None = None) -> None:
-        """Check before step 0 what would only fail later."""
+        """Check before step 0 what would otherwise fail later."""
         if self.micro_batches_per_step % self.world:
             raise ValueError(
                 f"micro_batches_per_step={self.micro_batches_per_step} cannot be shared by {self.world} ranks: "
@@ -195,7 +195,7 @@ class StepData(L.LightningDataModule):
         return self.val_dataloader()
 
     def identity(self) -> dict[str, Any]:
-        """What must be the same for a run to be continued; the number of ranks may differ."""
+        """Values that must be equal for a run to be continued; the number of ranks can differ."""
         return {
             "content": self.content,
             "seed": self.seed,
@@ -206,7 +206,7 @@ class StepData(L.LightningDataModule):
             "limit_samples": self.limit_samples,
             "shuffle_window": self.shuffle_window,
             "balance": self.balance,
-            # Another numpy could shuffle otherwise under the same seed.
+            # Another version of numpy could give another order with the same seed.
             "order": permutation(8, self.seed).tolist(),
         }
 
@@ -214,7 +214,7 @@ class StepData(L.LightningDataModule):
         return self.identity()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Refuse a checkpoint of other data: its step would mean other conversations here."""
+        """Refuse a checkpoint of other data, because its step number would stand for other conversations."""
         lines = differences(state_dict, self.identity(), "the checkpoint")
         if lines:
             raise ValueError(f"this checkpoint was trained on other data or in another order ({'; '.join(lines)})")
