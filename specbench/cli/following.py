@@ -12,8 +12,8 @@ from omegaconf import DictConfig, OmegaConf
 from specbench.cli import target_argument as targeting
 from specbench.files.atomic import plain
 
-# What a suite is made of follows from its name.
-UNSPOKEN = {"defaults", "benchmarks"}
+# What a suite or a source of prompts is made of follows from its name.
+UNSPOKEN = {"defaults", "benchmarks", "source.benchmarks"}
 
 
 def command(verb: str, cfg: DictConfig, groups: Sequence[str] = (), **settings: Any) -> str:
@@ -58,7 +58,7 @@ def _same(key: str, value: Any, default: dict[str, Any]) -> bool:
 def _leaves(tree: Any, prefix: str = "") -> dict[str, Any]:
     found: dict[str, Any] = {}
     for key, value in tree.items():
-        if not prefix and key in UNSPOKEN:
+        if f"{prefix}{key}" in UNSPOKEN:
             continue
         found |= _leaves(value, f"{prefix}{key}.") if isinstance(value, dict) and value else {f"{prefix}{key}": value}
     return found

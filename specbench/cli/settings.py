@@ -310,6 +310,9 @@ class StudySettings(Settings):
     verb: Literal["train", "evaluate", "serve"] = "train"
     train: dict[str, Any] = Field({})
     calibrate: bool = False
+    target: TextList = Field([])
+    stages: dict[str, TextList] = Field({})
+    speed: TextList = Field([])
     caches: list[CodecName] = Field([])
     group_by: TextList = Field([])
     baseline: dict[str, Text] = Field({})

@@ -26,7 +26,10 @@ STUDIED = get_args(settings.StudySettings.model_fields["verb"].annotation)
 class Study:
     """An experiment: every list of runs as the overrides of each.
 
-    `evaluations` is empty where each training is evaluated as its own `temperatures` say.
+    `evaluations` is empty where each training is evaluated as its own `temperatures` say. `target`: overrides of
+    `specbench target`, which makes the target first; empty where it is there. `stages`: overrides of the stages before
+    training, by verb; empty for those of the data set. `speed`: overrides of `specbench speed`, which times every
+    draft; empty for none.
     """
 
     name: str
@@ -35,9 +38,17 @@ class Study:
     evaluations: list[list[str]] = field(default_factory=list)
     simulations: list[list[str]] = field(default_factory=list)
     calibrate: bool = False
+    target: list[str] = field(default_factory=list)
+    stages: Mapping[str, list[str]] = field(default_factory=dict)
+    speed: list[str] = field(default_factory=list)
     caches: list[str] = field(default_factory=list)
     group_by: list[str] = field(default_factory=list)
     baseline: Mapping[str, str] = field(default_factory=dict)
+
+    def common(self, groups: Sequence[str]) -> list[str]:
+        """The overrides of `groups` that all trainings have, for the stages before them."""
+        shared = [word for word in self.trainings[0] if all(word in job for job in self.trainings)]
+        return [word for word in shared if word.partition("=")[0].lstrip("+~").split(".")[0] in groups]
 
     def servings(self, methods: Sequence[str], decoded: Sequence[Path]) -> list[list[str]]:
         """Overrides of every simulation, given whose rounds lie where; the baseline replays its own draft's."""
@@ -83,6 +94,9 @@ def study_of(name: str, given: Sequence[str] = ()) -> Study:
         runs if verb == "evaluate" else [],
         runs if verb == "serve" else [],
         study.get("calibrate", False),
+        list(study.get("target", [])),
+        dict(study.get("stages", {})),
+        list(study.get("speed", [])),
         list(study.get("caches", [])),
         list(study.get("group_by", [])),
         study.get("baseline", {}),
@@ -90,9 +104,18 @@ def study_of(name: str, given: Sequence[str] = ()) -> Study:
 
 
 def jobs(axes: Mapping[str, Any], given: Sequence[str] = ()) -> list[list[str]]:
-    """Every combination of the axes' values as overrides, the last axis fastest, without axes that `given` sets."""
+    """Every combination of the axes' values as overrides, the last axis fastest, without axes that `given` sets.
+
+    Where `given` replaces a group that is an axis itself, the axes below that group belong to the replaced option and
+    go with it.
+    """
     taken = {override.key_or_group for override in parse(given)}
-    return [list(job) for job in product(*(values(k, v) for k, v in axes.items() if k.lstrip("+") not in taken))]
+
+    def replaced(axis: str) -> bool:
+        name, group = axis.lstrip("+"), axis.lstrip("+").partition(".")[0]
+        return name in taken or (group in taken and group in axes)
+
+    return [list(job) for job in product(*(values(k, v) for k, v in axes.items() if not replaced(k)))]
 
 
 def values(axis: str, text: Any) -> list[str]:

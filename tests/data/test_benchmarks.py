@@ -156,7 +156,9 @@ def test_seeds_belong_to_prompts(tmp_path):
 
 def test_a_single_file_is_taken_whole(tmp_path):
     benchmarks = folder(tmp_path)
-    known = Benchmarks("mine", benchmarks, prompts=tmp_path / "one.jsonl", limit=3).load()
+    known = Benchmarks("mine", benchmarks, prompts=tmp_path / "one.jsonl").load()
+    first = Benchmarks("mine", benchmarks, prompts=tmp_path / "one.jsonl", limit=3).load()
+    assert first == known[:3]
     assert len(known) == 30 and {p.domain for p in known} == {"math"}
     assert [p.id for p in known] == [f"one/{i}" for i in range(30)]
     write(tmp_path / "own.jsonl", [{"prompt_ids": [5, 6]}])

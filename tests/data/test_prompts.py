@@ -9,8 +9,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from specbench.data.prompts import preparation as prompts
+from specbench.data.prompts.benchmarks import Benchmark, Benchmarks
 from specbench.data.prompts.deduplication import Contamination, Signatures, words
-from specbench.data.prompts.sources import Columns, Embedded, Files
+from specbench.data.prompts.sources import Columns, Embedded, Files, HeldOut
 from specbench.files import json_lines as jsonl
 
 SHAREGPT = Columns(messages="conversations", role="from", content="value")
@@ -219,3 +220,26 @@ def test_settings_and_ids_that_cannot_work(tmp_path):
     with pytest.raises(ValueError, match="no conversation of 'x' is left"):
         prompts.build(Files("x", [path], Columns(prompt="absent")), tmp_path / "o", {})
     assert prompts.finished(tmp_path / "o") is None
+
+
+def test_benchmarks_are_divided_once_and_the_held_out_part_is_a_suite_of_its_own(tmp_path):
+    for name, count in (("gsm8k", 30), ("chat", 12)):
+        write(
+            tmp_path / f"{name}.jsonl", [{"turns": [text(100 * count + i), f"Now shorter, {i}."]} for i in range(count)]
+        )
+    benchmarks = {"gsm8k": Benchmark("gsm8k", "math", rows=5), "chat": Benchmark("chat", "chat")}
+    source = HeldOut("mine", benchmarks, str(tmp_path), held_out=4, limit=20)
+    report = prompts.build(source, tmp_path / "out", {}, near_duplicate=None)
+    assert report["kept"] == {"train": 20 + 8, "validation": 8}
+    train, held = (list(prompts.read(tmp_path / "out", split)) for split in ("train", "validation"))
+    assert not {row["id"] for row in train} & {row["id"] for row in held}
+    assert [row["source"] for row in train[:4]] == ["gsm8k", "chat", "gsm8k", "chat"]
+    again = HeldOut("mine", benchmarks, str(tmp_path), held_out=4, limit=3)
+    assert [c["id"] for split, c in again.conversations() if split == "validation"] == [row["id"] for row in held]
+    suite = Benchmarks("paper", [Benchmark("gsm8k", "math")], prompts=tmp_path / "out" / "validation.jsonl").load()
+    assert {(p.benchmark, p.domain) for p in suite} == {("gsm8k", "math"), ("chat", "chat")}
+    assert [p.turns for p in suite if p.benchmark == "chat"] == [
+        tuple(m["content"] for m in row["messages"]) for row in held if row["source"] == "chat"
+    ]
+    with pytest.raises(ValueError, match=r"data.source.held_out=12: benchmark chat has 12 prompts"):
+        list(HeldOut("mine", benchmarks, str(tmp_path), held_out=12).conversations())

@@ -124,7 +124,7 @@ class Benchmarks(L.LightningDataModule):
     """The prompts of a suite; a test batch is this rank's share of one benchmark, longest first.
 
     prompts: folder of JSONL files, or one file, read instead of the Hub and the corpus. A folder follows the suite
-        (benchmarks without a file are left out and named); a single file is used completely.
+        (benchmarks without a file are left out and named); a single file is used completely, in its order.
     limit: at most so many prompts of each benchmark. turns: "all", or "first" for the published protocol.
     seed: the seed of each prompt is a hash of it and the prompt's id.
     """
@@ -244,7 +244,7 @@ class Benchmarks(L.LightningDataModule):
 
     def _choose(self, benchmark: Benchmark, pool: Sequence[Prompt]) -> list[Prompt]:
         whole = self.folder is not None and self.folder.is_file()
-        rows = range(len(pool)) if whole else benchmark.sample(len(pool), self.limit)
+        rows = range(len(pool))[: self.limit] if whole else benchmark.sample(len(pool), self.limit)
         short = self.turns == "first"
         return [replace(p, turns=p.turns[:1]) if short and p.turns else p for p in (pool[row] for row in rows)]
 

@@ -1,4 +1,5 @@
-"""Sources of conversations: a data set of the Hugging Face Hub, local files, the embedded corpus; all in one format.
+"""Sources of conversations: a data set of the Hugging Face Hub, local files, the embedded corpus, benchmarks with a
+held-out part; all in one format.
 
 A source yields (split | None, conversation). Rows of other data sets are mapped: which column has the conversation,
 and what its roles are called; what is not named is recognised from the layout (turns.py). A row that cannot be used
@@ -10,12 +11,16 @@ from __future__ import annotations
 import glob
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
+import numpy as np
+
 from specbench.data.prompts import foreign_layouts as foreign
 from specbench.data.prompts import turns
+from specbench.data.prompts.benchmarks import Benchmark, Benchmarks, Prompt
 from specbench.data.prompts.deduplication import text_hash
 from specbench.data.prompts.embedded_corpus import DOMAINS
 from specbench.data.prompts.embedded_corpus import conversations as embedded_conversations
@@ -213,6 +218,54 @@ class Embedded(_Read):
                         yield split, dict(row)
                         alive.append(stream)
                 streams = alive
+
+
+@dataclass
+class HeldOut(_Read):
+    """Every prompt of some benchmarks: `held_out` of each, drawn once by `seed`, are for validation and the others for
+    training. Prompts are read from `folder` (NAME.jsonl), or from the hub where it is None.
+
+    limit: at most so many training prompts of each benchmark. Benchmarks take turns, so the beginning of the training
+    file holds all of them. Held-out prompts come first: a training prompt that nearly repeats one is dropped.
+    """
+
+    name: str
+    benchmarks: Mapping[str, Benchmark]
+    folder: str | None = None
+    held_out: Count = 24
+    limit: Count | None = None
+    seed: Seed = 0
+
+    def conversations(self) -> Iterator[tuple[str | None, Conversation]]:
+        """Questions without answers. A benchmark that would leave nothing to train on is an error that names it."""
+        whole = {key: replace(benchmark, rows=None) for key, benchmark in self.benchmarks.items()}
+        pools: dict[str, list[Prompt]] = {}
+        for prompt in Benchmarks(self.name, whole, prompts=self.folder).load():
+            pools.setdefault(prompt.benchmark, []).append(prompt)
+        parts: dict[str, list[list[Prompt]]] = {"validation": [], "train": []}
+        for name, pool in pools.items():
+            if len(pool) <= self.held_out:
+                raise ValueError(
+                    f"data.source.held_out={self.held_out}: benchmark {name} has {len(pool)} prompts, so none would be "
+                    "left to train on; lower it, or leave this benchmark out"
+                )
+            order = np.random.default_rng(self.seed).permutation(len(pool))
+            chosen = [pool[place] for place in order]
+            parts["validation"].append(chosen[: self.held_out])
+            parts["train"].append(chosen[self.held_out :][: self.limit])
+        for split, each in parts.items():
+            for turn in zip_longest(*each):
+                for prompt in turn:
+                    if prompt is not None:
+                        self.place = f"benchmark {prompt.benchmark}, {prompt.id}"
+                        yield split, self._conversation(prompt)
+
+    def _conversation(self, prompt: Prompt) -> Conversation:
+        if prompt.turns is None:
+            raise ValueError(f"{self.place} is given as token ids, and answers need its text: give `turns`")
+        messages = [{"role": "user", "content": text} for text in prompt.turns]
+        about = {"source": prompt.benchmark, "benchmark": prompt.benchmark, "domain": prompt.domain}
+        return {"id": prompt.id, "messages": messages, **about}
 
 
 def _through(
