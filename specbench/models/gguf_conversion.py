@@ -1,4 +1,4 @@
-"""From a GGUF file to a folder target: dequantised weights, configuration, tokenizer with its chat template.
+"""Conversion of a GGUF file to a target folder: dequantised weights, configuration, tokenizer with its chat template.
 
 transformers reads the file (it asks for the packages gguf and accelerate); its weights are copied into a plain model of
 the same configuration, because a model that was read from GGUF counts as quantised and cannot be saved.
@@ -23,7 +23,7 @@ from specbench.models.gguf_file import read_metadata, require_reader
 from specbench.models.target import save
 from specbench.models.target_files import location
 
-# The only values of a configuration that a GGUF file keeps in four bytes and that are read back as decimals.
+# The values of a configuration that a GGUF file stores as float32 and that are converted back to decimals.
 ROUNDED = ("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "norm_eps")
 
 
@@ -34,10 +34,10 @@ def convert(
     tokenizer: str | None = None,
     say: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Any]:
-    """Write the model of a GGUF file to `folder` in the model library's format; returns facts for its provenance.
+    """Write the model of a GGUF file to `folder` in the format of transformers; returns facts for its provenance.
 
-    dtype: of the written weights; float32 keeps the dequantised values as they are. tokenizer: folder or hub id of the
-    original tokenizer, in place of the one that the file describes. say: called with a line at each step.
+    dtype: of the written weights; float32 keeps the dequantised values. tokenizer: folder or Hub id of the original
+    tokenizer, instead of the one in the file. say: called with a line at each step.
     Errors: ValueError for a file that cannot be read, or whose tokenizer cannot be rebuilt.
     """
     require_reader()
@@ -76,7 +76,7 @@ def _tokenizer(file: Path, facts: dict[str, Any], given: str | None) -> tuple[Pr
             raise ValueError(f"tokenizer={given} cannot be loaded: {str(error).splitlines()[0]}") from error
     else:
         if facts.get("tokenizer.ggml.model") == "gpt2":
-            gguf_tokenizer.splits(facts)  # refused before the slow part
+            gguf_tokenizer.splits(facts)  # raised before the slow part
         try:
             coder = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name, local_files_only=True)
         except Exception as error:
@@ -94,7 +94,7 @@ def _tokenizer(file: Path, facts: dict[str, Any], given: str | None) -> tuple[Pr
 
 def _model(file: Path, dtype: torch.dtype) -> nn.Module:
     try:
-        with redirect_stderr(io.StringIO()):  # a progress bar that no setting turns off
+        with redirect_stderr(io.StringIO()):  # a progress bar that cannot be turned off
             read = AutoModelForCausalLM.from_pretrained(
                 file.parent, gguf_file=file.name, dtype=torch.float32, local_files_only=True
             )
@@ -114,13 +114,13 @@ def _model(file: Path, dtype: torch.dtype) -> nn.Module:
 
 
 def _decimal(value: float) -> float:
-    """The shortest decimal number that is the same in four bytes: 9.999999747378752e-06 is 1e-05."""
+    """The shortest decimal number with the same float32 value: 9.999999747378752e-06 is 1e-05."""
     packed = struct.pack("<f", value)
     return next(short for digits in range(1, 18) if struct.pack("<f", short := float(f"{value:.{digits}g}")) == packed)
 
 
 def _kinds(file: Path) -> dict[str, int]:
-    """How many tensors of each kind of number the file has."""
+    """Number of tensors of each number format in the file."""
     from gguf import GGUFReader
 
     kinds: dict[str, int] = {}

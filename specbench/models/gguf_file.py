@@ -1,4 +1,4 @@
-"""GGUF files on disk and in installed packages: where they lie and what their metadata say.
+"""GGUF files on disk and in installed packages: how they are found, and their metadata.
 
 A package is found by its record of files (importlib.metadata). None of its code is imported or run.
 """
@@ -22,14 +22,14 @@ CHUNK = 1 << 20  # bytes read at once
 
 @dataclass(frozen=True)
 class Found:
-    """A GGUF file, whole or in parts that are its bytes in order; `origin` says where it is from."""
+    """A GGUF file, in one piece or in parts that are concatenated in order. `origin`: its source."""
 
     name: str
     parts: tuple[Path, ...]
     origin: dict[str, Any]
 
     def whole(self, folder: Path) -> Path:
-        """The file in one piece; its parts are put together in `folder`."""
+        """The file in one piece; its parts are concatenated in `folder`."""
         if len(self.parts) == 1:
             return self.parts[0]
         target = folder / self.name
@@ -47,7 +47,7 @@ class Found:
 
 
 def require_reader() -> None:
-    """Refuse to go on where the packages that read GGUF are missing."""
+    """ValueError if the packages that read GGUF are missing."""
     missing = [name for name in NEEDED if not _installed(name)]
     if missing:
         raise ValueError(
@@ -57,7 +57,7 @@ def require_reader() -> None:
 
 
 def at(path: str | Path) -> Found:
-    """The GGUF file at `path`. Errors: ValueError where there is none."""
+    """The GGUF file at `path`. Errors: ValueError if there is none."""
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"path={path}: there is no such file; give a GGUF file")
@@ -68,9 +68,9 @@ def at(path: str | Path) -> Found:
 
 
 def in_package(name: str) -> Found:
-    """The one GGUF file of an installed package, or the one whose parts its direct requirements hold.
+    """The GGUF file of an installed package, or the one whose parts are in its direct requirements.
 
-    Errors: ValueError with the pip command where the package is missing, and where it holds no such file or several.
+    Errors: ValueError with the pip command if the package is missing, and if it has no such file or several.
     """
     own = _distribution(name)
     paths, packages = _files(own), {name: own.version}
@@ -139,7 +139,7 @@ def _licence(package: metadata.Distribution) -> str | None:
 
 
 def _hold_against_sums(package: metadata.Distribution, found: Found) -> None:
-    """Where a package brings SHA256SUMS, the file has to be the one that they name."""
+    """If a package has SHA256SUMS, check the file with them."""
     for file in package.files or []:
         if file.name != "SHA256SUMS":
             continue

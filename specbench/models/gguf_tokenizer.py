@@ -1,8 +1,8 @@
-"""The tokenizer of a GGUF file: its pre-tokenizer set right, and its ids held against the file's own tables.
+"""The tokenizer of a GGUF file: correction of its pre-tokenizer, and a check of its ids with the tables of the file.
 
 A GGUF file names its pre-tokenizer (`tokenizer.ggml.pre`) and does not describe it, and transformers gives every
 byte-level vocabulary the one of GPT-2. Two line breaks before a digit are then two tokens where SmolLM2 was trained on
-one. The expressions here are those of llama.cpp (src/llama-vocab.cpp, llm_tokenizer_bpe), which writes the names.
+one. The expressions here are those of llama.cpp (src/llama-vocab.cpp, llm_tokenizer_bpe), which defines the names.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ TEXTS = (
 
 
 def corrected(tokenizer: PreTrainedTokenizerBase, facts: Mapping[str, Any]) -> PreTrainedTokenizerBase:
-    """`tokenizer` with the pre-tokenizer that the file names. Errors: ValueError for one that is not known here."""
+    """`tokenizer` with the pre-tokenizer that the file names. Errors: ValueError for an unknown one."""
     if facts.get("tokenizer.ggml.model") == "gpt2":
         steps = [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in splits(facts)]
         tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -68,15 +68,16 @@ def splits(facts: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def check(tokenizer: PreTrainedTokenizerBase, facts: Mapping[str, Any], rebuilt: bool = True) -> list[str]:
-    """Hold vocabulary, ids of texts, chat template and stop token against the file; what was compared, in words.
+    """Compare vocabulary, ids of texts, chat template and stop token with the file; returns what was compared, in
+    words.
 
-    rebuilt: that the tokenizer was made from this file, and not given beside it: then its ids for TEXTS have to be
-    those of the plain algorithm on the file's own tables. Errors: ValueError naming what differs.
+    rebuilt: whether the tokenizer was made from this file; its ids for TEXTS must then equal those of the plain
+    algorithm with the tables of the file. Errors: ValueError naming the difference.
     """
     words = facts["tokenizer.ggml.tokens"]
     own = tokenizer.get_vocab()
     wrong = [(i, word, own.get(word)) for i, word in enumerate(words) if own.get(word) != i]
-    # Byte tokens and unused ones may be spelt in another way by a tokenizer that was given.
+    # A given tokenizer can write byte tokens and unused ones differently.
     if wrong and (rebuilt or len(wrong) > len(words) // 100):
         i, word, found = wrong[0]
         raise ValueError(
@@ -110,14 +111,15 @@ def check(tokenizer: PreTrainedTokenizerBase, facts: Mapping[str, Any], rebuilt:
 
 
 def stop_ids(facts: Mapping[str, Any]) -> list[int]:
-    """Every token by which the file says that an answer ends."""
+    """All stop tokens of the file."""
     keys = ("eos", "eot", "eom")
     found = (facts.get(f"tokenizer.ggml.{key}_token_id") for key in keys)
     return list(dict.fromkeys(int(stop) for stop in found if stop is not None))
 
 
 def reference_ids(text: str, facts: Mapping[str, Any]) -> list[int]:
-    """The ids of `text` by the plain algorithm of its kind of vocabulary, from the file's tables alone."""
+    """The ids of `text` by the plain algorithm of its kind of vocabulary, from the tables of the file: the
+    reference."""
     kind, words = facts.get("tokenizer.ggml.model"), facts["tokenizer.ggml.tokens"]
     if kind not in ("gpt2", "llama"):
         raise ValueError(
@@ -156,8 +158,8 @@ def _byte_level(text: str, facts: Mapping[str, Any], ids: Mapping[str, int]) -> 
 
 
 def _by_score(text: str, facts: Mapping[str, Any], ids: Mapping[str, int]) -> list[int]:
-    """SentencePiece BPE: the pair whose union is the token of the highest score is joined first, the left one of
-    equals; what is no token is spelt in bytes."""
+    """SentencePiece BPE: the pair whose union is the token with the highest score is joined first, the left one of
+    equals; text without a token is written in bytes."""
     scores = facts["tokenizer.ggml.scores"]
     symbols = list(text.replace(" ", SPACE))
     if facts.get("tokenizer.ggml.add_space_prefix", True):
@@ -200,7 +202,7 @@ def _joined(symbols: Sequence[str], pair: tuple[str, str]) -> list[str]:
 
 @cache
 def _letters() -> dict[int, str]:
-    """GPT-2's letter for each byte: printable bytes stand for themselves, the others for letters from 256 on."""
+    """GPT-2's letter for each byte: a printable byte is itself, the others are letters from 256 on."""
     printable = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printable]
     return {byte: chr(byte) for byte in printable} | {byte: chr(256 + i) for i, byte in enumerate(others)}
