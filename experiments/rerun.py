@@ -17,6 +17,7 @@ import configs
 from specbench.cli.checks import check_before
 from specbench.cli.stages import say
 from specbench.cli.verbs import VERBS
+from specbench.data.cache.remote_shards import is_command
 from specbench.files.atomic import changes, read_json, write_json
 from specbench.files.redaction import WITHHELD, redacted
 from specbench.runs.provenance import differences, provenance
@@ -114,7 +115,8 @@ def require_data(config: Mapping[str, Any], file: Path, allowed: Sequence[str]) 
     """Refuse a record that asks for more than the classes of the project's own configurations and those `allowed`.
 
     A record may be anybody's: a class that it names would be built with arguments that it names, a reference would be
-    resolved with the environment of this machine, and a key that was withheld from it cannot be used again.
+    resolved with the environment of this machine, a command would be run on it, and a key that was withheld from it
+    cannot be used again.
     """
     known = classes() | set(allowed)
     for where, name in _named(config).items():
@@ -131,6 +133,11 @@ def require_data(config: Mapping[str, Any], file: Path, allowed: Sequence[str]) 
             raise ValueError(
                 f"{file}: {where} is {text!r}, and neither references nor keys are in a record: run the command of "
                 f"{file.with_name('provenance.json')} again instead"
+            )
+        if is_command(text):
+            raise ValueError(
+                f"{file}: {where} is the command {text!r}, and commands of a record are not run: give it yourself, to "
+                f"the command of {file.with_name('provenance.json')}"
             )
 
 

@@ -232,7 +232,24 @@ def open_data(cfg: DictConfig, target: Target | None) -> StepData:
         on_damage=cfg.on_damage,
         local_folder=str(Path(cfg.root) / "mirror") if is_remote(folder) else None,
         **order,
+        **streaming_of(cfg),
     )
+
+
+def streaming_of(cfg: DictConfig) -> dict[str, Any]:
+    """Arguments of TargetCache for `stream=true`, the number of ranks included: every rank has its own shards, and the
+    number of steps of an epoch is needed before the trainer can tell the number of ranks."""
+    if not cfg.get("stream"):  # records lack it where it is false
+        return {}
+    lightning = cfg.trainer.lightning
+    if not isinstance(lightning.devices, int) or lightning.devices < 1:
+        raise ValueError(
+            f"stream=true with trainer.lightning.devices={lightning.devices}: give a number, since every rank "
+            "reads its own shards"
+        )
+    rank, _ = rank_and_world()
+    world = lightning.devices * lightning.num_nodes
+    return {"stream": True, "shuffle_buffer": cfg.shuffle_buffer, "rank": rank, "world": world}
 
 
 def answers_of(cfg: DictConfig) -> Path:

@@ -274,6 +274,7 @@ def again(run: Path, **settings: object):
         ({"note": "a ${oc.decode:${oc.env:HOME}}"}, "note"),
         ({"note": "${basename:x}"}, "note"),
         ({"cache": "https://***@host/x"}, "cache"),
+        ({"cache": "pipe:touch MARKER; cat {name}"}, "cache is the command"),
     ],
     ids=str,
 )

@@ -17,6 +17,10 @@ from specbench.files.redaction import learn, redacted
 # How a reference looks while the rest of the configuration is resolved: a word that every other resolver lets pass.
 MARK = re.compile(r"qqEnv((?:[0-9a-f]{2})+)Qq")
 
+# Settings that came later, at the value that means what runs without them did: they are not written down then, so that
+# names, records and comparisons of earlier runs stay those of the same settings.
+LATER = {"stream": False, "shuffle_buffer": 100}
+
 
 def recorded(config: DictConfig | Mapping[str, Any]) -> Any:
     """Plain dictionaries and lists, everything resolved but `${oc.env:NAME}`, without keys; to write and to compare.
@@ -28,7 +32,8 @@ def recorded(config: DictConfig | Mapping[str, Any]) -> Any:
     learn_from(config)
     with _references():
         resolved = OmegaConf.to_container(config, resolve=True)
-    return redacted(_with_references(plain(resolved)))
+    resolved = {key: value for key, value in plain(resolved).items() if key not in LATER or value != LATER[key]}
+    return redacted(_with_references(resolved))
 
 
 def learn_from(config: DictConfig) -> None:

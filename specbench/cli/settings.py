@@ -334,6 +334,8 @@ class TrainSettings(Settings):
     name: Name | None
     cache: Folder | None
     cache_codec: CodecName | None
+    stream: bool = False
+    shuffle_buffer: Count = 100
     online: bool
     plan: bool
     memory: AboveZero | None
@@ -350,9 +352,11 @@ class TrainSettings(Settings):
     evaluation_seed: Seed
 
     @model_validator(mode="after")
-    def _evaluation_has_temperatures(self) -> TrainSettings:
+    def _what_goes_together(self) -> TrainSettings:
         if self.evaluate and not self.temperatures:
             raise ValueError("temperatures=[]: give at least one, or evaluate=false")
+        if self.online and self.stream:
+            raise ValueError("online=true with stream=true: one computes states, the other reads a cache; choose one")
         return self
 
 

@@ -1,7 +1,8 @@
-"""Speed of reading a cache, compared with a memory-mapped reader with the same collation on the same data, in one run.
+"""How fast a cache is read by index and as a stream, against other readers of the same data, in one run.
 
-The memory-mapped reader is a simple version of what published toolkits do: raw bf16 states of all conversations in one
-file, mapped, sliced and collated, without checksums. Both produce packed batches.
+The memory-mapped reader is the plain form of what published toolkits do: raw bf16 states of every conversation in one
+file, mapped, sliced and collated; no checksums. Stock webdataset parses the tar members of the same shards, with
+checksums of nothing. All end in packed batches.
 
 Axes: T tokens, C taps, D hidden size.
 """
@@ -10,6 +11,7 @@ from __future__ import annotations
 
 import os
 import resource
+import shlex
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -18,10 +20,12 @@ from typing import Any
 
 import numpy as np
 import torch
+import webdataset as wds
 from torch import Tensor
 
 from specbench.blocks import Batch, Context, Sample, pack
 from specbench.data.cache.build import build
+from specbench.data.cache.shards import from_webdataset
 from specbench.data.cache.storage import storage
 from specbench.data.loading.order import ROWS
 from specbench.data.loading.target_cache import TargetCache
@@ -80,8 +84,11 @@ def compare(
     threads: int = 2,
     repeats: int = 3,
     codecs: tuple[str, ...] = ("bf16", "exact", "int8", "smallest"),
+    shard_bytes: int = 1 << 28,
 ) -> list[ReadingSpeed]:
-    """Write the same random conversations in both formats below `folder`, then read both in turns.
+    """Write the same random conversations in all forms below `folder`, then read all of them in turns.
+
+    A cache is read by index, as a stream of its files, as a stream of a command's output, and by stock webdataset.
 
     The files stay in the page cache of the operating system, as in a second epoch on a machine with enough memory.
     """
@@ -93,11 +100,21 @@ def compare(
     readers: dict[str, Callable[[], Iterator[Batch]]] = {}
     order: list[ROWS] = []
     for name in codecs:
-        build(target, talks, folder / name, storage(name), longest)
-        data = TargetCache(folder / name, samples_per_micro=samples_per_micro, threads=threads)
+        build(target, talks, folder / name, storage(name), longest, shard_bytes=shard_bytes)
+        order_of = {"samples_per_micro": samples_per_micro, "threads": threads}
+        data = TargetCache(folder / name, **order_of)
         data.setup()
-        readers[f"cache {name}"] = lambda data=data: (batch for step in data.steps() for batch in step)
         order = [rows for step in range(data.steps_per_epoch) for rows in data.plan(0).deal(step)]
+        command = f"pipe:cat {shlex.quote(str(folder / name))}/{{name}}"
+        ways = {
+            f"{name} by index": data,
+            f"{name} stream": TargetCache(folder / name, stream=True, shuffle_buffer=8, **order_of),
+            f"{name} stream of a command": TargetCache(command, stream=True, shuffle_buffer=8, **order_of),
+        }
+        for label, way in ways.items():
+            way.setup()
+            readers[label] = lambda way=way: (batch for step in way.steps() for batch in step)
+        readers[f"{name} stock webdataset"] = lambda data=data: _stock(data, samples_per_micro)
     readers["memory-mapped, collated"] = lambda: (pack([mapped(int(row)) for row in rows]) for rows in order)
     size = int(lengths.sum()) * (taps + 1) * hidden_size * 2 / 1e9
     best: dict[str, tuple[float, float]] = {}
@@ -112,8 +129,16 @@ def compare(
 
 
 def _processor_seconds() -> float:
-    used = resource.getrusage(resource.RUSAGE_SELF)
-    return used.ru_utime + used.ru_stime
+    """Of this process and of commands that it ran to their end."""
+    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(one.ru_utime + one.ru_stime for one in used)
+
+
+def _stock(data: TargetCache, samples_per_micro: int) -> Iterator[Batch]:
+    """The shards in their own order through webdataset's own stages."""
+    urls = [str(data.reader.files.folder / shard["name"]) for shard in data.manifest.shards]
+    stages = wds.WebDataset(urls, shardshuffle=False).map(lambda raw: from_webdataset(raw, data.reader.storage))
+    yield from (pack(group) for group in stages.batched(samples_per_micro, collation_fn=list))
 
 
 def _write_mapped(path: Path, target: _Lookup, talks: list[_Talk]) -> Callable[[int], Sample]:

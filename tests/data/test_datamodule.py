@@ -157,6 +157,12 @@ def train_until_killed(folder, log, world, threads):
             os.fsync(file.fileno())
 
 
+def write_epoch(folder, rank, world, file):
+    """The rows that a rank streams in an epoch, from a process whose environment names no rank."""
+    assert not {"RANK", "LOCAL_RANK", "WORLD_SIZE"} & set(os.environ)
+    file.write_text(json.dumps(epoch_rows(opened(folder, stream=True, rank=rank, world=world))))
+
+
 def kill_and_resume(folder, log, points, generator):
     for _ in range(points):
         arguments = (folder, log, int(generator.choice([1, 2, 3, 6])), int(generator.integers(0, 3)))

@@ -121,19 +121,22 @@ def _checksums(path: Path, rows: list[dict[str, Any]]) -> None:
                     )
 
 
-def read_into(descriptor: int, view: memoryview, offset: int) -> int:
-    """Fill `view` from a file at `offset`; returns the number of bytes read."""
+def read_and_close(descriptor: int, view: memoryview, offset: int) -> int:
+    """Fill `view` from an open file at `offset` and close it; returns the number of bytes read."""
     done = 0
-    while done < len(view):
-        if hasattr(os, "preadv"):
-            count = os.preadv(descriptor, [view[done:]], offset + done)
-        else:  # some builds for macOS: one more copy
-            part = os.pread(descriptor, len(view) - done, offset + done)
-            count = len(part)
-            view[done : done + count] = part
-        if count == 0:
-            break
-        done += count
+    try:
+        while done < len(view):
+            if hasattr(os, "preadv"):
+                count = os.preadv(descriptor, [view[done:]], offset + done)
+            else:  # some builds for macOS: one more copy
+                part = os.pread(descriptor, len(view) - done, offset + done)
+                count = len(part)
+                view[done : done + count] = part
+            if count == 0:
+                break
+            done += count
+    finally:
+        os.close(descriptor)
     return done
 
 

@@ -20,7 +20,7 @@ FREE = 2  # references to a store that only the list holds, the one of the quest
 
 
 class Recycler:
-    """Hands out zeroed tensors. `pinned` stores make asynchronous copies to a GPU possible."""
+    """Hands out tensors. `pinned` stores make asynchronous copies to a GPU possible."""
 
     def __init__(self, pinned: bool = False):
         self.pinned, self._stores, self._lock = pinned, [], threading.Lock()
@@ -30,11 +30,17 @@ class Recycler:
         size = math.prod(shape) * like.dtype.itemsize
         if size < SMALL or like.device.type != "cpu":
             return like.new_zeros(shape)
+        return self.room(size).view(like.dtype).view(tuple(shape)).zero_()
+
+    def room(self, size: int) -> Tensor:
+        """`size` bytes that hold anything."""
+        if size < SMALL:
+            return torch.empty(size, dtype=torch.uint8)
         with self._lock:
             store = self._stores[self._place(size)]
             memory = torch.frombuffer(store, dtype=torch.uint8, count=size)
             del store
-        return memory.view(like.dtype).view(tuple(shape)).zero_()
+        return memory
 
     def _place(self, size: int) -> int:
         """Index of a free store of at least `size` bytes; a new one, in the place of a free smaller one, if need be."""

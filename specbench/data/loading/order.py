@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import xxhash
@@ -64,6 +65,23 @@ def split(ids: Sequence[str], fraction: float, limit: int | None = None) -> tupl
             raise ValueError(f"limit_samples={limit}: there are {len(rest)} conversations to train on")
         rest = np.sort(rest[by_hash([ids[row] for row in rest], "limit")[:limit]])
     return rest, validation
+
+
+@runtime_checkable
+class StepPlan(Protocol):
+    """Which conversations every optimiser step of an epoch holds. `micro_batches`: of a step, over all ranks."""
+
+    micro_batches: int
+
+    @property
+    def steps(self) -> int:
+        """Optimiser steps of the epoch."""
+
+    def rows(self, step: int) -> ROWS:
+        """All rows of an optimiser step, over all ranks."""
+
+    def share(self, step: int, rank: int, world: int) -> list[ROWS]:
+        """The micro-batches of one rank in a step."""
 
 
 @dataclass(frozen=True)

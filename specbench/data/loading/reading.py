@@ -5,6 +5,7 @@ Axes: T tokens, C taps, D hidden size.
 
 from __future__ import annotations
 
+import io
 import os
 import threading
 import warnings
@@ -20,7 +21,7 @@ from torch import Tensor
 
 from specbench.blocks import Sample
 from specbench.data.cache.manifest import INDEX, Index, Manifest, read_tables, sha256
-from specbench.data.cache.shards import PARTS, DamagedShard, decode_sample, read_into, shard_name
+from specbench.data.cache.shards import PARTS, DamagedShard, decode_sample, read_and_close, shard_name
 from specbench.data.loading.order import ROWS
 
 ByteTensor = UInt8[Tensor, "_"]
@@ -28,19 +29,25 @@ ByteTensor = UInt8[Tensor, "_"]
 
 @runtime_checkable
 class ShardFiles(Protocol):
-    """Where a cache's files are: a folder of this machine, or a mirror of a remote one."""
+    """Where a cache's files are: a folder of this machine, a mirror of a remote one, or the remote one itself.
+
+    `folder` holds manifest, index and tables. `sized`: whether the size of a shard can be asked for.
+    """
 
     folder: Path
+    sized: bool
 
     def size(self, name: str) -> int | None:
-        """Bytes of a file; None if it is missing."""
+        """ByteTensor of a file; None if it is missing."""
 
-    def open(self, name: str) -> int:
-        """A file descriptor to read from; the caller closes it."""
+    def read_into(self, name: str, view: memoryview, offset: int) -> int:
+        """Fill `view` from a shard at `offset`; returns how many bytes there were."""
 
 
 class LocalFiles:
     """A cache on this machine."""
+
+    sized = True
 
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
@@ -49,8 +56,15 @@ class LocalFiles:
         path = self.folder / name
         return path.stat().st_size if path.exists() else None
 
-    def open(self, name: str) -> int:
-        return os.open(self.folder / name, os.O_RDONLY)
+    def read_into(self, name: str, view: memoryview, offset: int) -> int:
+        return read_and_close(os.open(self.folder / name, os.O_RDONLY), view, offset)
+
+    def stream(self, name: str) -> io.FileIO:
+        """A shard to read from its beginning."""
+        return io.FileIO(self.folder / name)
+
+    def require_ranges(self) -> None:
+        """Any part of a file on disk can be read."""
 
 
 @dataclass(frozen=True)
@@ -89,7 +103,7 @@ class CacheReader:
         self.files, self.on_damage = files, on_damage
         self.damage: list[Damage] = []
         self.manifest = Manifest.read(files.folder)
-        self._check_papers()
+        self._check_hashes()
         self.index = Index(files.folder / INDEX)
         self.manifest.require(self.index, files.folder)
         self.tables, self.norm, scales = read_tables(files.folder, self.manifest)
@@ -112,7 +126,7 @@ class CacheReader:
             )
         return tuple(taps), tuple(stored.index(tap) for tap in taps)
 
-    def _check_papers(self) -> None:
+    def _check_hashes(self) -> None:
         for name, wanted in ((INDEX, self.manifest.index_hash), ("tables.safetensors", self.manifest.tables_hash)):
             if self.files.size(name) is None or sha256(self.files.folder / name) != wanted:
                 raise DamagedShard(
@@ -122,6 +136,8 @@ class CacheReader:
 
     def _check_shards(self) -> None:
         """Byte sizes of all shards before the first step: a cut, empty or missing shard is found here."""
+        if not self.files.sized:
+            return
         for number, shard in enumerate(self.manifest.shards):
             size = self.files.size(shard["name"])
             if size == shard["bytes"]:
@@ -144,7 +160,7 @@ class CacheReader:
     def read(self, rows: Sequence[int] | ROWS) -> list[Stored]:
         """The bytes of some samples, checked. They lie in a buffer of this thread and live until its next read."""
         rows = [int(row) for row in rows]
-        spans = [self._spans(row) for row in rows]
+        spans = [self.spans(row) for row in rows]
         need = sum(self._room(size) for span in spans for _, size, _ in span)
         buffer, used, found = self._buffer(need), 0, []
         for row, span in zip(rows, spans, strict=True):
@@ -153,16 +169,16 @@ class CacheReader:
                 for offset, size, checksum in span:
                     blobs.append(self._fill(row, buffer[used : used + size], offset, checksum))
                     used += self._room(size)
-                found.append(Stored(row, self._split(row, blobs)))
+                found.append(Stored(row, self.parts_of(row, blobs)))
             except (DamagedShard, OSError) as error:
-                self._lost(row, error)
+                self.lost(row, error)
         return found
 
     def decode(self, stored: Sequence[Stored]) -> list[Sample]:
-        """Bytes -> samples; raw states stay views of the bytes."""
+        """ByteTensor -> samples; raw states stay views of the bytes."""
         return [decode_sample(one.parts, self.storage, one.row, self._places, self.dtype) for one in stored]
 
-    def _spans(self, row: int) -> list[tuple[int, int, int]]:
+    def spans(self, row: int) -> list[tuple[int, int, int]]:
         """What to read for a sample: all of it in one piece, or the wanted parts one by one."""
         if len(self._parts) == len(PARTS):
             columns = [("offset", "bytes", "checksum")]
@@ -170,7 +186,8 @@ class CacheReader:
             columns = [(f"{part}_offset", f"{part}_bytes", f"{part}_checksum") for part in self._parts]
         return [tuple(int(self.index[name][row]) for name in names) for names in columns]
 
-    def _split(self, row: int, blobs: list[ByteTensor]) -> dict[str, ByteTensor]:
+    def parts_of(self, row: int, blobs: list[ByteTensor]) -> dict[str, ByteTensor]:
+        """The bytes of what `spans` names, by part."""
         if len(self._parts) < len(PARTS):
             return dict(zip(self._parts, blobs, strict=True))
         starts = {part: int(self.index[f"{part}_offset"][row] - self.index["offset"][row]) for part in PARTS}
@@ -188,18 +205,12 @@ class CacheReader:
 
     def _fill(self, row: int, room: ByteTensor, offset: int, checksum: int) -> ByteTensor:
         view = memoryview(room.numpy())
-        descriptor = self.files.open(shard_name(int(self.index["shard"][row])))
-        try:
-            count = read_into(descriptor, view, offset)
-        finally:
-            os.close(descriptor)
-        if count < len(view):
-            raise DamagedShard(f"ends {len(view) - count} bytes early")
-        if xxhash.xxh3_64_intdigest(view) != checksum:
-            raise DamagedShard("does not match its checksum")
+        count = self.files.read_into(shard_name(int(self.index["shard"][row])), view, offset)
+        require_whole(view, count, checksum)
         return room
 
-    def _lost(self, row: int, error: Exception) -> None:
+    def lost(self, row: int, error: Exception) -> None:
+        """A sample that cannot be read: an error that names it, or a line in `damage`."""
         damage = Damage(shard_name(int(self.index["shard"][row])), self.index.ids[row], str(error))
         message = f"{damage.shard} of {self.files.folder}: sample {damage.id!r} (row {row}) {damage.reason}"
         if self.on_damage == "raise":
@@ -209,6 +220,14 @@ class CacheReader:
             if damage not in self.damage:
                 self.damage.append(damage)
                 warnings.warn(f"{message}; skipped, {len(self.damage)} so far", stacklevel=2)
+
+
+def require_whole(view: memoryview, count: int, checksum: int) -> None:
+    """DamagedShard unless all of `view` was read (`count` bytes) and is what its xxh3 checksum says."""
+    if count < len(view):
+        raise DamagedShard(f"ends {len(view) - count} bytes early")
+    if xxhash.xxh3_64_intdigest(view) != checksum:
+        raise DamagedShard("does not match its checksum")
 
 
 def verify(files: ShardFiles) -> list[Damage]:

@@ -14,7 +14,7 @@ import torch
 import webdataset as wds
 
 from specbench.blocks import PADDING, Batch
-from specbench.data.loading.order import ROWS, EpochPlan
+from specbench.data.loading.order import ROWS, StepPlan
 
 EMPTY_LENGTH = 2  # tokens of a micro-batch without any sample: enough for every shape, supervised nowhere
 
@@ -95,7 +95,7 @@ class EpochSteps:
 
     def __init__(
         self,
-        plan: EpochPlan,
+        plan: StepPlan,
         epoch: int,
         stages: Sequence[Callable[[Iterable[Any]], Iterator[Any]]],
         supervised: ROWS,
