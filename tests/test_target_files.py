@@ -35,9 +35,9 @@ def edited(whole: Path, tmp_path: Path, file: str, text: str) -> Path:
     [
         ("generation_config.json", "{", "no readable generation_config.json"),
         ("generation_config.json", "[1]", "no readable generation_config.json"),
-        ("generation_config.json", '{"eos_token_id": [1, "x"]}', "eos_token_id='x', which is no token id"),
-        ("generation_config.json", '{"eos_token_id": true}', "eos_token_id=True, which is no token id"),
-        ("generation_config.json", '{"eos_token_id": -3}', "eos_token_id=-3, which is no token id"),
+        ("generation_config.json", '{"eos_token_id": [1, "x"]}', "eos_token_id='x', which is not a token id"),
+        ("generation_config.json", '{"eos_token_id": true}', "eos_token_id=True, which is not a token id"),
+        ("generation_config.json", '{"eos_token_id": -3}', "eos_token_id=-3, which is not a token id"),
         ("adapter_config.json", '{"base_model_name_or_path": "/elsewhere"}', "merge it into its base model"),
     ],
 )

@@ -76,14 +76,14 @@ def layers_of(config: Keys, family: str, norm_before_residual: bool = False, unn
         facts["num_key_value_heads"] = heads
     if heads % facts["num_key_value_heads"]:
         raise FormatError(
-            f"config.json: {config.path}num_attention_heads={heads} is no multiple of num_key_value_heads="
+            f"config.json: {config.path}num_attention_heads={heads} is not a multiple of num_key_value_heads="
             f"{facts['num_key_value_heads']}"
         )
     if facts["head_dim"] is None:
         if facts["hidden_size"] % heads:
             raise FormatError(
-                f"config.json lacks '{config.path}head_dim', and hidden_size={facts['hidden_size']} is no multiple of "
-                f"num_attention_heads={heads}"
+                f"config.json lacks '{config.path}head_dim', and hidden_size={facts['hidden_size']} is not a multiple "
+                f"of num_attention_heads={heads}"
             )
         facts["head_dim"] = facts["hidden_size"] // heads
     facts |= {"rms_norm_eps": asked("rms_norm_eps", config.number), "hidden_act": asked("hidden_act", config.text)}

@@ -54,7 +54,7 @@ def _refused(repository: str, error: Exception) -> ValueError:
 
 
 def require_token(repository: str) -> None:
-    """Errors: ValueError when `repository` is no hub id or when there is no token to write to it."""
+    """Errors: ValueError when `repository` is not a hub id or when there is no token to write to it."""
     if not HUB_ID.fullmatch(repository):
         raise ValueError(f"push={repository}: give a hub id of the form OWNER/NAME")
     if get_token() is None:

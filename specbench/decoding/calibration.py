@@ -143,12 +143,12 @@ class Calibration:
             raise ValueError(f"there is no calibration at {path}; make one with `specbench calibrate`")
         content = read_object(path)
         if content.pop("schema", None) != SCHEMA:
-            raise ValueError(f"{path} is no calibration of schema {SCHEMA}; make it again with `specbench calibrate`")
+            raise ValueError(f"{path} is not a calibration of schema {SCHEMA}; run `specbench calibrate` again")
         try:
             lists = {name: tuple(content[name]) for name in ("temperatures", "observations", "at_edge")}
             return cls(prompts=frozenset(content["prompts"]), fingerprint=content["fingerprint"], **lists)
         except (TypeError, KeyError) as error:
-            raise ValueError(f"{path} is no whole calibration ({error}); make it again") from error
+            raise ValueError(f"{path} is not a complete calibration ({error}); make it again") from error
 
 
 def fit(

@@ -141,7 +141,7 @@ class CostProfile:
         try:
             return cls(**content)
         except (TypeError, KeyError) as error:
-            raise ValueError(f"{path} is no whole cost profile ({error}); write it with CostProfile.save") from error
+            raise ValueError(f"{path} is not a complete cost profile ({error}); use CostProfile.save") from error
 
     @classmethod
     def from_pairs(cls, pairs: Iterable[tuple[int, float]], label: str, source: str = "measured") -> CostProfile:

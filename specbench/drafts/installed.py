@@ -89,7 +89,7 @@ def _typed(value: Any, hint: Any, where: str) -> Any:
     try:
         kind = TypeAdapter(hint, config=ConfigDict(allow_inf_nan=False))
     except PydanticSchemaGenerationError as error:
-        raise ValueError(f"{where} is no setting that a file can give") from error
+        raise ValueError(f"{where} is not a setting that a file can give") from error
     try:
         return kind.validate_json(json.dumps(value), strict=True)
     except ValidationError as error:

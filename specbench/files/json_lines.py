@@ -86,7 +86,7 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _constant(name: str) -> NoReturn:
-    raise _Refused(f"{name} is no number that JSON has")
+    raise _Refused(f"{name} is not a number that JSON has")
 
 
 _DECODER = json.JSONDecoder(object_pairs_hook=_once, parse_constant=_constant)
@@ -129,7 +129,7 @@ def read_stream(
             require_text(path, line[:64])
         if not line.endswith(b"\n"):
             if len(line) == LONGEST:
-                raise BrokenLine(path, number, f"longer than {LONGEST >> 20} MiB, which is no single conversation")
+                raise BrokenLine(path, number, f"longer than {LONGEST >> 20} MiB, which is not a single conversation")
             if unfinished == "drop":
                 return
         line = line.strip()

@@ -26,7 +26,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     except (RuntimeError, EOFError, ValueError, KeyError, IndexError, AttributeError, TypeError) as error:
         raise ValueError(f"{path} is damaged or no checkpoint of torch ({_first(error)}): {remedy}") from error
     if not isinstance(found, dict) or "state_dict" not in found or "global_step" not in found:
-        raise ValueError(f"{path} is no checkpoint of a training: it lacks state_dict or global_step; {remedy}")
+        raise ValueError(f"{path} is not a checkpoint of a training: it lacks state_dict or global_step; {remedy}")
     return found
 
 

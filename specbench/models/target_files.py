@@ -130,7 +130,7 @@ def generation_stops(id: str | Path, revision: str | None) -> list[int]:
     stops = stops if isinstance(stops, list) else [] if stops is None else [stops]
     if wrong := [stop for stop in stops if not isinstance(stop, int) or isinstance(stop, bool) or stop < 0]:
         raise ValueError(
-            f"target {str(id)!r}: generation_config.json states eos_token_id={wrong[0]!r}, which is no token id"
+            f"target {str(id)!r}: generation_config.json states eos_token_id={wrong[0]!r}, which is not a token id"
         )
     return stops
 
@@ -190,7 +190,7 @@ def _cause(id: str | Path, revision: str | None, error: Exception) -> str:
 
 def _require_whole(id: str | Path, told: Mapping[str, Any], predicting: range) -> None:
     """Refuse a checkpoint whose weights are not exactly those of its model. `predicting`: numbers of layers behind the
-    last one, which predict further tokens and are no part of the target."""
+    last one, which predict further tokens and are not part of the target."""
     surplus = [key for key in sorted(told["unexpected_keys"]) if not BESIDE.search(key) and not _among(key, predicting)]
     mismatched = sorted(map(_shapes, told["mismatched_keys"]))
     for what, names, remedy in (

@@ -81,7 +81,7 @@ def _times(variants: dict[str, PrepareStep], repeats: int, warmup: int, threads:
 def _memory(build: PrepareStep, threads: int) -> tuple[int, int]:
     """(resident before, peak during) two steps, in bytes."""
     torch.set_num_threads(threads)
-    # The first call like this makes torch import 27 MB of Python, which is no part of a step.
+    # The first call like this makes torch import 27 MB of Python, which is not part of a step.
     x = torch.zeros(1, requires_grad=True)
     torch.autograd.grad(2 * x, x, torch.ones(1))
     step = build()

@@ -88,7 +88,7 @@ def test_a_header_that_is_none_is_named(tmp_path):
     policy = answers.AnswerPolicy("tiny")
     for content in ("[]", "{}", '{"schema": "specbench.answers/1", "policy": 3}'):
         (tmp_path / "header.json").write_text(content)
-        with pytest.raises(ValueError, match=r"header\.json is no header of answers"):
+        with pytest.raises(ValueError, match=r"header\.json is not a header of answers"):
             answers.check_header(tmp_path, policy)
 
 

@@ -127,7 +127,7 @@ BROKEN = [
     ({"prompt_ids": [2**31]}, "not a list of token ids"),
     ({"prompt_ids": [10**40]}, "not a list of token ids"),
     ({"prompt_ids": "12"}, "not a list of token ids"),
-    ({"turns": ["b"], "category": 3}, "`category` is no text"),
+    ({"turns": ["b"], "category": 3}, "`category` is not text"),
     (
         {"turns": ["b"], "category": "own", "domain": "maths"},
         "'own' into domain 'maths', and rows before it into 'own'",

@@ -90,7 +90,7 @@ def check_header(folder: Path | str, policy: AnswerPolicy) -> None:
     if there is None:
         return
     if not isinstance(there, dict) or there.get("schema") != SCHEMA or not isinstance(there.get("policy"), dict):
-        raise ValueError(f"{path} is no header of answers ({SCHEMA}): start over with force=true")
+        raise ValueError(f"{path} is not a header of answers ({SCHEMA}): start over with force=true")
     before, now = there["policy"], redacted(plain(asdict(policy)))
     if before.get("revision") == now["revision"] is not None:
         before = {**before, "model": now["model"]}  # the same weights from another place

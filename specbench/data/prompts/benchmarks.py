@@ -307,7 +307,7 @@ def _benchmark(row: Mapping[str, Any]) -> tuple[str, str] | None:
     """Benchmark and domain that a row names."""
     for key in ("benchmark", "category", "domain"):
         if not isinstance(row.get(key, ""), (str, type(None))) or (row.get(key) or "x").strip() == "":
-            raise ValueError(f"`{key}` is no text")
+            raise ValueError(f"`{key}` is not text")
     number = row.get("question_id")
     if (
         str(number).isdecimal()

@@ -114,7 +114,7 @@ class Columns:
             return None
         if isinstance(value, (str, int, float)) and is_unicode(str(value)):
             return str(value)
-        raise Unfit(f"column {column!r} is no text")
+        raise Unfit(f"column {column!r} is not text")
 
 
 def questions(messages: Sequence[Mapping[str, str]]) -> list[str]:
