@@ -68,7 +68,7 @@ ARRAYS = {
     '[{"a": 1},]': "element 2: not JSON",
     '[{"a": 1} {"a": 2}]': "element 2: '{' follows it",
     '[{"a": 1}, {"a": tru}]': "element 2: not JSON",
-    '[{"a": 1}, {"a": NaN}]': "element 2: NaN is no number",
+    '[{"a": 1}, {"a": NaN}]': "element 2: NaN is not a number",
     '[{"a": 1, "a": 1}]': "element 1: the key 'a' occurs twice",
     "[1, 2]": "element 1: holds a int",
     '["a"]': "element 1: holds a str",
