@@ -1,4 +1,4 @@
-"""The configuration as records hold it: references to the environment as references, keys and passwords withheld."""
+"""The configuration in records: references to environment variables are kept, keys and passwords are redacted."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ LATER = {"stream": False, "shuffle_buffer": 100}
 def recorded(config: DictConfig | Mapping[str, Any]) -> Any:
     """Plain dictionaries and lists, everything resolved but `${oc.env:NAME}`, without keys; to write and to compare.
 
-    What depends on the environment is recorded as depending on it, because the value may be a key.
+    References to environment variables are not resolved, because the value can be a key.
     """
     if not OmegaConf.is_config(config):
         return redacted(plain(config))

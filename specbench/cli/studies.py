@@ -1,4 +1,4 @@
-"""What an experiment asks for: its configuration read as lists of runs."""
+"""Experiments: their configuration as lists of runs."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
-"""Which conversation is read when: pure functions of (seed, epoch) and of the optimiser step, nothing else.
+"""The order of reading: pure functions of (seed, epoch) and of the optimiser step.
 
 An epoch is a permutation of rows from a counter-based generator. An optimiser step takes the next
-`samples_per_micro * micro_batches` rows and deals them into micro-batches; rank r of W takes micro-batches
-m*W + r for m = 0, 1, ... So the samples of a step depend neither on the number of ranks nor on what was read before,
-and a run resumes from the number of its step alone.
+`samples_per_micro * micro_batches` rows and divides them into micro-batches; rank r of W takes micro-batches
+m*W + r for m = 0, 1, ... So the samples of a step do not depend on the number of ranks or on what was read before,
+and a run can resume from the number of its step.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ def permutation(count: int, *key: int) -> ROWS:
 def epoch_order(rows: ROWS, shards: ROWS, seed: int, epoch: int, window: int | None = None) -> ROWS:
     """The rows in the order of an epoch. `shards` names the shard of each row.
 
-    Without a window every order is equally likely. With one, shards are drawn in random order and rows are shuffled
-    within `window` shards at a time, so that a reader needs no more than that many shards at hand.
+    Without a window every order is equally likely. With one, the order of shards is random and rows are shuffled within
+    `window` shards at a time, so that a reader needs only that many shards at a time.
     """
     if window is None:
         return rows[permutation(len(rows), seed, epoch)]
@@ -42,7 +42,7 @@ def epoch_order(rows: ROWS, shards: ROWS, seed: int, epoch: int, window: int | N
 
 
 def by_hash(ids: Sequence[str], salt: str) -> ROWS:
-    """Rows in ascending order of a hash of their id: a fixed shuffle that other conversations do not disturb."""
+    """Rows in ascending order of a hash of their id: a fixed order that does not depend on other conversations."""
     digests = [xxhash.xxh3_64_intdigest(f"{salt}\n{one}".encode()) for one in ids]
     return np.argsort(np.array(digests, np.uint64), kind="stable")
 
@@ -96,7 +96,7 @@ class EpochPlan:
 
     @property
     def steps(self) -> int:
-        """Optimiser steps of the epoch; the last may hold fewer samples, and micro-batches without any."""
+        """Optimiser steps of the epoch; the last can have fewer samples, and micro-batches without samples."""
         return -(-len(self.order) // (self.samples_per_micro * self.micro_batches))
 
     def rows(self, step: int) -> ROWS:
@@ -105,10 +105,10 @@ class EpochPlan:
         return self.order[step * size : (step + 1) * size]
 
     def deal(self, step: int) -> list[ROWS]:
-        """The rows of a step dealt into its micro-batches; some are empty at the end of an epoch.
+        """The rows of a step, divided into its micro-batches; some are empty at the end of an epoch.
 
-        Balanced, the longest conversation goes first and each to the micro-batch with the fewest tokens so far, so the
-        ranks of a step have nearly the same work.
+        Balanced: conversations are assigned longest first, each to the micro-batch with the fewest tokens so far, so
+        the ranks of a step have nearly equal work.
         """
         rows = self.rows(step)
         if not self.balance:

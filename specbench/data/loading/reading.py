@@ -1,4 +1,4 @@
-"""Random access to a cache: index, one read a sample into a buffer that is used again, checksum, decode without copies.
+"""Random access to a cache: index, one read per sample into a reused buffer, checksum, decoding without copies.
 
 Axes: T tokens, C taps, D hidden size.
 """
@@ -69,7 +69,7 @@ class LocalFiles:
 
 @dataclass(frozen=True)
 class Stored:
-    """One sample's bytes in memory: the parts that were asked for, not yet decoded."""
+    """The bytes of one sample in memory: the requested parts, not yet decoded."""
 
     row: int
     parts: dict[str, ByteTensor]
@@ -85,9 +85,9 @@ class Damage:
 
 
 class CacheReader:
-    """Reads samples of one cache by their row in the index; safe to use from several threads.
+    """Reads samples of one cache by their row in the index; it can be used from several threads.
 
-    taps: layer ids to read, ascending among those stored (None: all; none at all: the taps' bytes are not touched).
+    taps: layer ids to read, ascending, of those stored (None: all; empty: no bytes of taps are read).
     on_damage: "raise" names shard and sample; "skip" leaves the sample out and records it in `damage`.
     """
 
@@ -135,7 +135,7 @@ class CacheReader:
                 )
 
     def _check_shards(self) -> None:
-        """Byte sizes of all shards before the first step: a cut, empty or missing shard is found here."""
+        """Check the sizes of all shards before the first step: finds truncated, empty and missing shards."""
         if not self.files.sized:
             return
         for number, shard in enumerate(self.manifest.shards):
@@ -158,7 +158,7 @@ class CacheReader:
         return len(self.index)
 
     def read(self, rows: Sequence[int] | ROWS) -> list[Stored]:
-        """The bytes of some samples, checked. They lie in a buffer of this thread and live until its next read."""
+        """The bytes of some samples, checked. They are in a buffer of this thread and valid until its next read."""
         rows = [int(row) for row in rows]
         spans = [self.spans(row) for row in rows]
         need = sum(self._room(size) for span in spans for _, size, _ in span)
@@ -179,7 +179,7 @@ class CacheReader:
         return [decode_sample(one.parts, self.storage, one.row, self._places, self.dtype) for one in stored]
 
     def spans(self, row: int) -> list[tuple[int, int, int]]:
-        """What to read for a sample: all of it in one piece, or the wanted parts one by one."""
+        """Byte ranges to read for a sample: all of it at once, or the requested parts one by one."""
         if len(self._parts) == len(PARTS):
             columns = [("offset", "bytes", "checksum")]
         else:

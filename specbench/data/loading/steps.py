@@ -20,7 +20,7 @@ EMPTY_LENGTH = 2  # tokens of a micro-batch without any sample: enough for every
 
 
 def empty_batch(taps: int, hidden_size: int, dtype: torch.dtype) -> Batch:
-    """A micro-batch that weighs nothing: one row of padding."""
+    """A micro-batch with weight zero: one row of padding."""
     shape = (1, EMPTY_LENGTH)
     return Batch(
         tokens=torch.zeros(shape, dtype=torch.long),
@@ -35,8 +35,8 @@ def empty_batch(taps: int, hidden_size: int, dtype: torch.dtype) -> Batch:
 class ReadAhead:
     """A pipeline stage that applies `load` in threads, some items ahead, and keeps the order.
 
-    Reads and decoders release the interpreter lock, so threads do what worker processes would, without handing
-    batches over between processes. The threads, and with them the buffers that they read into, outlive an epoch.
+    Reading and decoding release the interpreter lock, so threads are as fast as worker processes, without transfer of
+    batches between processes. The threads and their buffers are kept after an epoch.
     """
 
     def __init__(self, load: Callable[[Any], Any], threads: int, ahead: int):
@@ -75,7 +75,7 @@ class TrainingStep:
 
     @property
     def micro(self) -> Iterator[Batch]:
-        """The micro-batches, read as they are asked for."""
+        """The micro-batches, read when they are requested."""
         return iter(self)
 
     def __iter__(self) -> Iterator[Batch]:

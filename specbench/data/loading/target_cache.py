@@ -106,26 +106,25 @@ class TargetCache(StepData):
         thinking: bool | None = None,
         **order: Any,
     ) -> TargetCache:
-        """Compute the states of answers into a cache, and open it for training.
-
-        A complete cache in `folder` is opened; one that was interrupted is completed.
+        """Compute the states of answers into a folder and open it. An interrupted build is completed.
 
         Args:
-            target: the loaded target.
-            answers: an answers.jsonl, or its folder.
-            folder: where the cache is written.
-            codec: how the states are stored (`specbench.data.cache.storage.PRESETS`).
+            target: the target, loaded with the taps to be stored.
+            answers: an answers.jsonl (docs/data.md) or its folder.
+            folder: folder of the cache. If it has a complete cache with the same identity, this is opened.
+            codec: number format of the stored states, a preset of docs/data.md: "bf16", "exact", "int8", "fp8",
+                "smallest", ...
             max_length: maximum tokens of a conversation, which is cut there.
             thinking: passed to the chat template. None: not passed.
-            **order: the other arguments of TargetCache.
+            **order: arguments of `TargetCache`.
 
         Returns:
-            The data module of the cache.
+            The opened cache.
 
         Raises:
-            ValueError: answers that cannot be used.
-            CacheMismatch: a folder with a cache of another target, other answers or another codec.
-            NoRoom: a full disk.
+            ValueError: the answers cannot be used.
+            CacheMismatch: the folder has a cache of another target, other answers or another codec.
+            NoRoom: the disk is full.
         """
         CacheSource.read(target, answers, storage(codec), max_length, thinking).build(folder)
         return cls(folder, **order)
