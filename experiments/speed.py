@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,11 +39,16 @@ from specbench.profiling.decoding_speed import (
     target_cost,
     wall_clock,
 )
+from specbench.profiling.kept_parts import KeptParts
 from specbench.progress import Progress
 from specbench.runs.provenance import hardware, provenance
 from specbench.runs.run_folder import RunFolder, folder_name, read_lines
 from specbench.serving.simulation_check import check as simulated
 
+# What is measured so far, for a run that is stopped.
+PARTS = "parts.json"
+# Parts of a round as they are told, and the metrics that hold them.
+SPLIT = (("propose", "draft"), ("verify", "verify"), ("commit", "commit"), ("overhead", "overhead"))
 RESULTS = ("costs.csv", "profile.json", "simulation_check.csv", "summary.json", "config.yaml")
 
 
@@ -65,10 +71,11 @@ def run(cfg: DictConfig) -> Path:
             target, draft = load_pair(cfg, place)
             record.write_provenance(*provenance(sys.argv, {"decoding": 0}, None, first_prompt(prompts)))
             tokens = [_tokens(target, p, cfg.thinking) for p in prompts]
-            rows, clock, profile = measure(cfg, target, draft, tokens)
+            parts = KeptParts(folder / PARTS, stage.resumes)
+            rows, clock, profile = measure(cfg, target, draft, tokens, parts)
             pd.DataFrame(rows).to_csv(folder / "costs.csv", index=False)
             profile.save(folder / "profile.json")
-            held = _held(cfg, target, draft, tokens)
+            held = parts.take("simulation check", lambda: _held(cfg, target, draft, tokens), _held_line)
             pd.DataFrame(held).to_csv(folder / "simulation_check.csv", index=False)
             metrics = _predicted(rows, clock, draft.block_size, cfg.batch_size) | clock
             metrics["simulation_ratio"] = {str(row["requests"]): row["ratio"] for row in held}
@@ -88,10 +95,8 @@ def run(cfg: DictConfig) -> Path:
                 protocol=_protocol(cfg, target).facts(str(target.dtype), draft.block_size),
                 training_seed=about.seed,
             )
-        print(pd.DataFrame(rows).drop(columns="tokens").to_string(index=False, float_format="%.6f"))
-        if held:
-            print(pd.DataFrame(held).to_string(index=False, float_format="%.3f"))
-        shown = ("speedup", "speedup_low", "speedup_high", "predicted_speedup", "accepted_length", "tokens_per_second")
+        shown = ("speedup", "speedup_low", "speedup_high", "speedup_processor", "predicted_speedup", "accepted_length")
+        shown = (*shown, "break_even_length", "tokens_per_second")
         shown = (*shown, PER_REQUEST)
         stage.finish(
             {key: metrics[key] for key in (*shown, "loop_plain", "loop_speculative") if key in metrics},
@@ -135,10 +140,27 @@ def check(cfg: DictConfig) -> None:
     instantiate(cfg.suite, _convert_="all")
 
 
+def round_line(clock: Mapping[str, Any]) -> str:
+    """Where the time of a round goes, and which accepted length pays for it."""
+    split = ", ".join(f"{part} {1e3 * clock[f'{key}_seconds']:.1f}" for part, key in SPLIT)
+    return (
+        f"speedup {clock['speedup']:.2f} ({clock['speedup_low']:.2f} to {clock['speedup_high']:.2f}; by processor time "
+        f"{clock['speedup_processor']:.2f}) at accepted length {clock['accepted_length']:.2f}, which breaks even at "
+        f"{clock['break_even_length']:.2f}; a round in ms: {split}; a plain token "
+        f"{1e3 / clock['plain_tokens_per_second']:.1f}"
+    )
+
+
+def costs_line(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Milliseconds of each measured point."""
+    return ", ".join(f"{row['part']} {row['length']}: {1e3 * row['seconds']:.1f} ms" for row in rows)
+
+
 def measure(
-    cfg: DictConfig, target: Target, draft: Draft, prompts: list[list[int]]
+    cfg: DictConfig, target: Target, draft: Draft, prompts: list[list[int]], parts: KeptParts
 ) -> tuple[list[dict], dict[str, Any], CostProfile]:
-    """Cost rows, the wall clock against plain decoding, and the profile of whole engine steps."""
+    """Cost rows, the wall clock against plain decoding, and the profile of whole engine steps; each of `parts` is kept
+    and printed as soon as it is measured."""
     sizes, K = list(cfg.batch_sizes), draft.block_size
     lengths = sorted({k for k in cfg.lengths if k <= K} | {K})
     repeats = {"context": cfg.context, "repeats": cfg.repeats, "warmup": cfg.warmup}
@@ -146,18 +168,33 @@ def measure(
         raise ValueError(f"the suite holds {len(prompts)} prompts and {max(sizes)} are needed; lower batch_sizes")
     if len(prompts) < cfg.clock_prompts:
         say(f"speed: the suite holds {len(prompts)} prompts: all are decoded against the clock")
+    how, asked = _protocol(cfg, target), _spread(prompts, min(len(prompts), cfg.clock_prompts))
     rows: list[dict] = []
     with Progress("speed", 3 * len(sizes) + 1, "measurements") as bar:
+
+        def part(name: str, measured: Callable[[], Any], line: Callable[[Any], str]) -> Any:
+            found = parts.take(name, measured, line)
+            bar.advance()
+            return found
+
+        # What the clock shows comes first: it is what is asked for, and a run may be stopped before its end.
+        clock = part(
+            f"{len(asked)} prompts against the clock",
+            lambda: wall_clock(
+                target, draft, asked, how.sampling, how.limits, cfg.clock_repeats, library=cfg.clock_library
+            ),
+            round_line,
+        )
         for size in sizes:
-            rows += target_cost(target, [size], [1, *(k + 1 for k in lengths)], **repeats)
-            bar.advance()
-            rows += draft_cost(target, draft, [size], lengths, **repeats)
-            bar.advance()
-            rows += step_cost(target, draft, prompts, [size], [0, *lengths], cfg.step_tokens)
-            bar.advance()
-        how, asked = _protocol(cfg, target), _spread(prompts, min(len(prompts), cfg.clock_prompts))
-        clock = wall_clock(target, draft, asked, how.sampling, how.limits, cfg.clock_repeats, library=cfg.clock_library)
-        bar.advance()
+            one, steps = [size], [1, *(k + 1 for k in lengths)]
+            of = f"{size} request{'s' if size > 1 else ''}"
+            rows += part(f"target, {of}", lambda o=one, s=steps: target_cost(target, o, s, **repeats), costs_line)
+            rows += part(f"draft, {of}", lambda o=one: draft_cost(target, draft, o, lengths, **repeats), costs_line)
+            rows += part(
+                f"engine, {of}",
+                lambda o=one: step_cost(target, draft, prompts, o, [0, *lengths], cfg.step_tokens),
+                costs_line,
+            )
     facts = hardware()
     machine = facts["gpus"][0] if target.device.type == "cuda" else f"{facts['processor']}, {facts['threads']} threads"
     label = f"{target.name} with {type(draft).__name__}, {K} slots, {machine}"
@@ -195,6 +232,11 @@ def _held(cfg: DictConfig, target: Target, draft: Draft, prompts: list[list[int]
         rows = simulated(target, draft, prompts, list(cfg.check), draft.block_size, cfg.step_tokens, cfg.clock_repeats)
         bar.advance()
     return rows
+
+
+def _held_line(rows: Sequence[Mapping[str, Any]]) -> str:
+    found = ", ".join(f"{row['requests']} requests {row['ratio']:.2f}" for row in rows)
+    return f"simulated / measured tokens per second: {found}" if found else "left out (check=[])"
 
 
 def _spread(prompts: list[list[int]], count: int) -> list[list[int]]:

@@ -31,19 +31,23 @@ from specbench.models import target as targets
 from specbench.models.gguf_conversion import convert
 from specbench.models.gguf_file import Found, at, in_package, require_reader
 from specbench.models.selfcheck import settle
+from specbench.models.suggestion import suggest
 from specbench.runs.provenance import provenance
 from specbench.training.callbacks import TrainingProgress
 from specbench.training.pretraining import CorpusBatches, LanguageModeling, initialise
 
 RESULTS = ("config.json", "*.safetensors", "tokenizer.json", "provenance.json")
 # Where the target goes is no part of how it is made.
-ELSEWHERE = ("root", "folder", "name", "force", "check", "check_dtype")
+ELSEWHERE = ("root", "folder", "name", "force", "check", "check_dtype", "suggest")
 
 
 def run(cfg: DictConfig) -> None:
     """Make the target that `cfg` describes and write it, with its provenance, to `cfg.folder`; or `check` one."""
     if cfg.check is not None:
         print_check(cfg.check, cfg.check_dtype)
+        return
+    if cfg.suggest is not None:
+        print(suggest(cfg.suggest).yaml(), end="")
         return
     check_before("target", cfg)
     if cfg.path is not None or cfg.package is not None:

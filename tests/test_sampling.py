@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from specbench.decoding import sampling
 from specbench.decoding.sampling import Sampler, Sampling, draw, warp
 
 HALVES = torch.tensor([0.5, 0.25, 0.125, 0.125])
@@ -77,6 +78,17 @@ def test_every_combination_equals_the_plain_implementation():
         logits = generator.normal(0, 2, 12).astype(np.float32)
         found = warp(torch.from_numpy(logits), sampling).tolist()
         assert found == pytest.approx(plain(logits.tolist(), sampling), abs=1e-5), sampling
+
+
+@pytest.mark.parametrize("top_p", [0.05, 0.5, 0.8, 0.999])
+def test_top_p_after_top_k_is_exactly_the_sort_of_the_whole_vocabulary(top_p):
+    """Many equal logits, so that the order of equal tokens counts."""
+    logits = (torch.randn(6, 4096, generator=torch.Generator().manual_seed(3)) * 2).round() / 2
+    left = (logits / 0.7).topk(50, -1).indices
+    masked = torch.full_like(logits, -torch.inf).scatter_(-1, left, (logits / 0.7).gather(-1, left)).softmax(-1)
+    whole = sampling._nucleus(masked, top_p, None)
+    assert torch.equal(sampling._nucleus(masked, top_p, left), whole)
+    assert torch.equal(warp(logits, Sampling(0.7, 50, top_p)), whole / whole.sum(-1, keepdim=True))
 
 
 def test_equal_logits_leave_exactly_k_tokens():

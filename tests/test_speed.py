@@ -83,7 +83,7 @@ def test_step_cost_counts_only_rounds_with_every_request_in_flight():
         step_cost(owner, draft, [[5], [6]], [3], [4])
 
 
-def test_the_stage_measures_and_leaves_a_profile_to_serve_from(tmp_path):
+def test_the_stage_measures_and_leaves_a_profile_to_serve_from(tmp_path, monkeypatch, capsys):
     """As the command line runs it, on the embedded target with an untrained draft."""
     with initialize_config_dir(str(tiny.CONFIGS), version_base="1.3"):
         sizes = ["draft.layers=1", "draft.block_size=3", "draft.markov_rank=4"]
@@ -106,7 +106,15 @@ def test_the_stage_measures_and_leaves_a_profile_to_serve_from(tmp_path):
     save_draft(draft, tmp_path / "draft", owner.config, draft_settings(method, cfg.target))
     with pytest.raises(ValueError, match=r"slots=2 is for baselines; lengths="):
         speed.run(OmegaConf.merge(cfg, {"slots": 2}))
-    folder = speed.run(cfg)
+    # Stopped after the clock and the first costs: both are printed and kept, and the same command does not repeat them.
+    with monkeypatch.context() as stopped, pytest.raises(RuntimeError, match="stopped"):
+        stopped.setattr(speed, "step_cost", lambda *_, **__: (_ for _ in ()).throw(RuntimeError("stopped")))
+        speed.run(cfg)
+    said = capsys.readouterr().out
+    assert "2 prompts against the clock: speedup" in said and "breaks even at" in said and "target 1:" in said
+    with monkeypatch.context() as resumed:
+        resumed.setattr(speed, "wall_clock", lambda *_, **__: pytest.fail("measured again"))
+        folder = speed.run(cfg)
     costs = pd.read_csv(folder / "costs.csv")
     assert set(costs.part) == {"target", "propose", "commit", "step"} and (costs.seconds > 0).all()
     profile = CostProfile.load(folder / "profile.json")
@@ -134,7 +142,9 @@ def test_wall_clock_interleaves_and_splits_a_round():
     )
     assert result["speedup_low"] <= result["speedup"] <= result["speedup_high"]
     assert 1 <= result["accepted_length"] <= 5 and result["repeats"] == 2
-    assert min(result["draft_seconds"], result["verify_seconds"], result["overhead_seconds"]) > 0
+    assert min(result[f"{part}_seconds"] for part in ("draft", "verify", "commit", "overhead")) > 0
+    assert result["break_even_length"] * result["speedup"] == pytest.approx(result["accepted_length"])
+    assert result["speedup_processor"] > 0
 
 
 def test_the_librarys_generation_takes_its_turn_with_the_same_texts(monkeypatch):

@@ -746,6 +746,7 @@ class PretrainSettings(Settings):
     path: Folder | None
     package: Text | None
     tokenizer: Folder | None
+    suggest: Text | None
     check: Text | None
     check_dtype: DType
     root: Folder

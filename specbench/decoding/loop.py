@@ -42,6 +42,7 @@ class Round:
     verify_seconds: float
     seconds: float
     stop: bool
+    commit_seconds: float = 0.0
 
     @property
     def committed(self) -> int:
@@ -251,15 +252,17 @@ def _round(target: Target, draft: Proposer | None, lanes: _Lanes, limits: Limits
         warped = warp(logits, lanes.sampler.sampling)
         accepted, following = verify(proposed, probabilities, warped, counts, uniforms)
     host = torch.cat([accepted[:, None], following[:, None], proposed], 1).tolist()
-    verified = time.perf_counter()
+    verified = committed_at = time.perf_counter()
     lanes.target.advance(accepted + 1)
     if draft is not None:
         keep = int(max(row[0] for row in host)) + 1
         committed = Context(context.taps[:, :keep], context.last[:, :keep], accepted + 1)
+        verified = time.perf_counter()
         lanes.draft = draft.commit(lanes.draft, committed, block[:, :keep])
+        committed_at = clock(device)
     lanes.anchor = following
     ended = clock(device)
-    times = (drafted - started, verified - drafted, ended - started)
+    times = (drafted - started, verified - drafted, ended - started, committed_at - verified)
     confidence = None if proposal.confidence is None else proposal.confidence.tolist()
     for b, (request, row) in enumerate(zip(lanes.requests, host, strict=True)):
         request.seconds += times[2]
@@ -288,7 +291,8 @@ def _book(request: Decoded, row: list[int], length: int, confidence, times, limi
         kept, accepted, length = kept[: stop_at + 1], stop_at + 1, stop_at + 1
     if speculative:
         stop = kept[-1] in limits.stop_token_ids
-        request.rounds.append(Round(length, accepted, tuple(kept), confidence, *times, stop))
+        *whole, commit = times
+        request.rounds.append(Round(length, accepted, tuple(kept), confidence, *whole, stop, commit))
     request.output_ids.extend(kept)
 
 

@@ -8,6 +8,7 @@ Axes: B requests, S tokens per request in one forward pass, K slots.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -223,15 +224,19 @@ def wall_clock(
     Before, `warmup` batches are decoded every way untimed. Each repeat decodes all prompts every way, in turns the one
     and the other first. Returns plain and speculative tokens per second (all requests' tokens / seconds of the clock)
     and tokens_per_second_per_request (tokens / seconds that their requests spent in flight), medians of the repeats,
-    speedup with its smallest and largest repeat, accepted_length, and the mean draft, verify and overhead seconds a
-    round. With `library` (batch 1 and temperature 0 only) the library's own generation of the same prompts takes its
-    turn: library_tokens_per_second, and what either loop reaches of it as loop_plain and loop_speculative.
+    speedup with its smallest and largest repeat, accepted_length, break_even_length (the accepted length at which the
+    speedup would be 1 at this cost of a round), and the mean draft, verify, commit and overhead seconds of a round.
+    speedup_processor and the tokens per processor second are the same by the processor time of this process, which
+    other work on the machine does not lengthen. With `library` (batch 1 and temperature 0 only) the library's own
+    generation of the same prompts takes its turn: library_tokens_per_second, and what either loop reaches of it as
+    loop_plain and loop_speculative.
     """
     if library and (limits.batch_size != 1 or not sampling.greedy):
         raise ValueError("the library's generation is timed at batch_size=1 and temperature=0 only")
     first = list(prompts[: limits.batch_size])
     ways = ["plain", "speculative", *(["library"] if library else [])]
     speeds: dict[str, list[float]] = {way: [] for way in ways}
+    processor: dict[str, list[float]] = {way: [] for way in ways}
     rounds: list = []
     each: list[float] = []
 
@@ -248,17 +253,20 @@ def wall_clock(
             once(way, first)
     for repeat in range(repeats):
         for way in ways if repeat % 2 else reversed(ways):
-            started = clock(target.device)
+            started, worked = clock(target.device), time.process_time()
             done = once(way)
-            seconds = clock(target.device) - started
-            speeds[way].append(sum(len(d.output_ids) for d in done) / seconds)
+            seconds, work = clock(target.device) - started, time.process_time() - worked
+            tokens = sum(len(d.output_ids) for d in done)
+            speeds[way].append(tokens / seconds)
+            processor[way].append(tokens / max(work, 1e-9))
             if way == "speculative":
                 each.append(sum(len(d.output_ids) for d in done) / sum(d.seconds for d in done))
             rounds += [r for d in done for r in d.rounds]
     if not rounds:
         raise ValueError("no round was decoded; give prompts whose answers hold more than one token")
     ratios = np.divide(speeds["speculative"], speeds["plain"])
-    split = np.array([(r.draft_seconds, r.verify_seconds, r.seconds) for r in rounds]).mean(0)
+    split = np.array([(r.draft_seconds, r.verify_seconds, r.commit_seconds, r.seconds) for r in rounds]).mean(0)
+    accepted_length, speedup = sum(r.committed for r in rounds) / len(rounds), float(np.median(ratios))
     against = {
         f"loop_{way}": float(np.median(np.divide(speeds[way], speeds["library"]))) for way in ways[:2] if library
     }
@@ -268,13 +276,18 @@ def wall_clock(
         "plain_tokens_per_second": float(np.median(speeds["plain"])),
         "tokens_per_second": float(np.median(speeds["speculative"])),
         "tokens_per_second_per_request": float(np.median(each)),
-        "speedup": float(np.median(ratios)),
+        "speedup": speedup,
         "speedup_low": float(ratios.min()),
         "speedup_high": float(ratios.max()),
-        "accepted_length": sum(r.committed for r in rounds) / len(rounds),
+        "accepted_length": accepted_length,
+        "break_even_length": accepted_length / speedup,
+        "plain_tokens_per_processor_second": float(np.median(processor["plain"])),
+        "tokens_per_processor_second": float(np.median(processor["speculative"])),
+        "speedup_processor": float(np.median(np.divide(processor["speculative"], processor["plain"]))),
         "draft_seconds": float(split[0]),
         "verify_seconds": float(split[1]),
-        "overhead_seconds": float(split[2] - split[0] - split[1]),
+        "commit_seconds": float(split[2]),
+        "overhead_seconds": float(split[3] - split[:3].sum()),
         "repeats": repeats,
     }
 

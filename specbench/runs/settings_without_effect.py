@@ -18,7 +18,21 @@ from functools import cache
 
 # Where something goes, how it is shown and by how many hands it is done.
 ANYWHERE = (
-    *("root", "force", "name", "folder", "plan", "memory", "yes", "study", "docs", "methods", "check", "check_dtype"),
+    *(
+        "root",
+        "force",
+        "name",
+        "folder",
+        "plan",
+        "memory",
+        "yes",
+        "study",
+        "docs",
+        "methods",
+        "check",
+        "check_dtype",
+        "suggest",
+    ),
     *("tracking", "progress", "logging", "verbose", "logger"),
     *(f"callbacks.{name}" for name in ("progress", "learning_rate_monitor", "model_checkpoint", "model_summary")),
     *("device", "devices", "target.device", "target.threads", "threads"),
