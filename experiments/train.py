@@ -14,6 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
 from experiments.evaluate import run as evaluate
+from specbench.checkpoints.exports import require_names
 from specbench.cli.assembly import (
     build_draft,
     build_objective,
@@ -40,10 +41,11 @@ from specbench.data.loading.target_cache import TargetCache
 from specbench.data.prompts import preparation as prompts
 from specbench.decoding.sampling import Sampling
 from specbench.drafts.draft import Draft
-from specbench.drafts.initialisation import AUTO, STARTS, from_target, randomise, resolved
+from specbench.drafts.initialisation import AUTO, STARTS, Begun, first_weights
 from specbench.drafts.installed import installed
 from specbench.library.training import train_into
 from specbench.models.backbone import chosen
+from specbench.models.embedding_head import Tables
 from specbench.models.target import Target
 from specbench.progress import first_rank
 from specbench.runs.provenance import provenance
@@ -121,6 +123,7 @@ def check(cfg: DictConfig) -> None:
     except (OSError, ValueError):  # a target that an earlier stage has still to make, or that loading will refuse
         return
     draft = draft_without_weights(cfg.method, cfg.target, config)
+    require_names(draft)
     recipe = OmegaConf.to_container(cfg.trainer.recipe, resolve=True) | {"compile": False}
     DraftTraining(draft, objective, target_tables=draft.tables, max_steps=cfg.trainer.max_steps or 1, **recipe)
 
@@ -158,10 +161,7 @@ def _train(cfg: DictConfig, stage: Stage, name: str) -> None:
         with torch.random.fork_rng():
             torch.manual_seed(cfg.seed.init)
             draft = build_draft(cfg.method, cfg.target, config, data.tables, _vocabulary(cfg, data, target))
-            start, why = resolved(cfg.start, target)
-            if why is not None:
-                say(f"train: the draft starts from random weights: {why}")
-            copied = initialise(draft, start, target, data.tables)
+            begun = initialise(draft, cfg.start, target, data.tables)
         choice = chosen(config, cfg.method.backbone)
         say(f"train: {choice.reason}")
         steps = cfg.trainer.max_steps or cfg.trainer.epochs * data.steps_per_epoch
@@ -198,7 +198,7 @@ def _train(cfg: DictConfig, stage: Stage, name: str) -> None:
             facts={
                 **facts,
                 "backbone": {"family": choice.family, "own": choice.own, "reason": choice.reason},
-                "lineage": {"cache": data.lineage, "start": start, "copied": len(copied)},
+                "lineage": {"cache": data.lineage, "start": begun.start, "copied": len(begun.copied)},
             },
             **lightning,
         )
@@ -298,17 +298,18 @@ def tables_from(cfg: DictConfig, data: StepData) -> dict[str, str | None] | None
     return None if id is None else {"target": id, "revision": cfg.target.get("revision")}
 
 
-def initialise(draft: Draft, start: str, target: Any, tables: Tables) -> list[str]:
-    """Give the draft its first weights as `start` says; returns what was copied. `tables` are the target's."""
-    randomise(draft)
-    if start == "target":
-        return from_target(draft, target)
+def initialise(draft: Draft, start: str, target: Any, tables: Tables) -> Begun:
+    """Give the draft its first weights as `start` says. `tables` are the target's."""
     if start in STARTS:
-        return []
+        begun = first_weights(draft, start, target)
+        if begun.why is not None:
+            say(f"train: the draft starts from random weights: {begun.why}")
+        return begun
+    draft.randomise()
     copied, left = from_draft(draft, start, tables)
     said = f"; not from there: {', '.join(left)}" if left else ""
     say(f"train: {len(copied)} of {len(copied) + len(left)} tensors start from {start}{said}")
-    return copied
+    return Begun(start, None, copied)
 
 
 def evaluation_of(cfg: DictConfig, folder: Path, overrides: Sequence[str]) -> DictConfig:

@@ -1,15 +1,29 @@
-"""A method in two files: a class in a package of the user's own and its YAML in a folder of the user's own."""
+"""A method in two files: a class in a package of the user's own and its YAML in a folder of the user's own.
+
+Once a block-parallel draft, once a class of the contract itself, of which the project knows nothing beforehand.
+"""
 
 from __future__ import annotations
 
+import importlib
 import sys
 from pathlib import Path
 
 import pandas as pd
 import pytest
+import torch
+from torch import nn
 
 from experiments.cli import main
+from specbench.checkpoints.config_keys import FormatError
+from specbench.checkpoints.draft_folder import export_draft, load_draft, save_draft
+from specbench.checkpoints.exports import require_names
+from specbench.drafts.draft import Draft
+from specbench.drafts.initialisation import first_weights
 from specbench.files.atomic import read_json
+from specbench.losses.objective import Objective
+from specbench.training.module import DraftTraining
+from tests import independent_heads, test_contract, test_work, tiny
 from tests.pipeline import prepare
 
 CLASS = '''
@@ -76,6 +90,126 @@ def test_a_method_of_the_users_own_trains_decodes_and_stands_in_the_table(own: P
     assert (table["accepted_length"] >= 1).all()
     slots = pd.read_csv(root / "compare" / "both" / "conditional_acceptance.csv")
     assert slots[slots.method == "slot_offset"]["slot"].max() == 4
+
+
+@pytest.fixture
+def heads(own: Path, monkeypatch: pytest.MonkeyPatch) -> type[Draft]:
+    """The class of independent heads, as `tiny.draft("independent_heads", FAMILY)` builds it."""
+    file = independent_heads.write(own.parent / "python" / "fifthmethod", "fifthmethod", own / "method")
+    monkeypatch.setitem(tiny.FILES, "independent_heads", file)
+    return importlib.import_module("fifthmethod.independent_heads").IndependentHeads
+
+
+LAWS = {
+    "test_proposing_the_true_tokens_gives_the_training_logits": ({},),
+    "test_commits_in_pieces_equal_one_begin": ({},),
+    "test_states_at_or_after_an_anchor_do_not_reach_its_block": (),
+    "test_greedy_output_is_the_targets_own_and_the_batch_changes_nothing": (),
+    "test_packed_rows_give_the_blocks_of_padded_ones": (),
+    "test_every_parameter_gets_a_gradient_and_the_tables_none": (),
+    "test_the_mask_is_a_prefix_that_ends_with_the_supervised_text": (),
+}
+
+
+@pytest.mark.parametrize("law", LAWS)
+def test_a_class_of_the_contract_itself_keeps_its_laws(law: str, heads: type[Draft]) -> None:
+    getattr(test_contract, law)("independent_heads", "qwen3", *LAWS[law])
+
+
+def test_it_starts_at_random_or_as_its_class_says(heads: type[Draft]) -> None:
+    target = tiny.target("qwen3")
+    made = heads.for_target(target, mask_token_id=tiny.MASK, width=8, block_size=3)
+    assert "start=random, 0 tensors" in made.origin and "IndependentHeads has no weights" in made.origin
+    assert 0.01 < float(made.enter[0].weight.std()) < 0.03 and not made.enter[0].bias.any()
+    assert torch.equal(made.scale, torch.ones(3))  # of no kind that is known: the constructor's
+    with pytest.raises(ValueError, match="start=target: IndependentHeads has no weights"):
+        first_weights(tiny.draft("independent_heads", "qwen3"), "target", target)
+
+    class FromTarget(heads):
+        def start_from(self, target):
+            for leave in self.leave:
+                nn.init.zeros_(leave.weight)  # every slot begins with the target's own state
+            return ["leave"]
+
+    made = FromTarget.for_target(target, mask_token_id=tiny.MASK, width=8)
+    assert "start=target, 1 tensors" in made.origin and not made.leave[0].weight.any()
+
+
+def test_its_plan_is_near_what_it_takes(heads: type[Draft], own: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    draft = tiny.draft("independent_heads", "qwen3").train()
+    kept, flops, anchors = test_work.measured(draft)
+    work = draft.work(test_work.LENGTH, anchors)
+    assert (work.kept, work.flops) == (kept, flops)  # the forward pass itself, on shapes
+
+    class AsksForValues(heads):
+        def forward(self, batch):
+            assert batch.anchors.max() < batch.tokens.shape[1]
+            return super().forward(batch)
+
+    settings = {"mask_token_id": tiny.MASK, "confident": True, "width": 64}
+    bound = AsksForValues.for_target(tiny.target("qwen3"), **settings).work(test_work.LENGTH, anchors)
+    assert bound.kept > kept and bound.flops == 4 * flops  # every map counted for each of the 4 slots
+    words = [f"hydra.searchpath=[file://{own}]", "method=independent_heads", "target=tiny_qwen3", "plan=true"]
+    assert main(["train", *words, "memory=80"]) == 0
+    said = capsys.readouterr().err
+    assert "conversations in 80 GiB" in said and "TFLOP" in said
+
+
+def test_its_learning_rate_decays_by_the_layers_that_it_names(heads: type[Draft]) -> None:
+    class Deep(heads):
+        def layers_in_order(self):
+            return [self.enter, self.leave]
+
+    def rates(draft: Draft) -> dict[str, float]:
+        module = DraftTraining(draft, Objective(ce=1.0), max_steps=4, lr=1.0, layer_decay=0.5)
+        module.steps_in_all, module.warmup = 4, 1
+        names = {id(parameter): name for name, parameter in draft.named_parameters()}
+        groups = module.configure_optimizers()["optimizer"].param_groups
+        return {names[id(p)].split(".")[0]: group["initial_lr"] for group in groups for p in group["params"]}
+
+    settings = {"mask_token_id": tiny.MASK, "width": 8, "confident": True}
+    plain = rates(heads.for_target(tiny.target("qwen3"), **settings))
+    assert plain == dict.fromkeys(("enter", "leave", "scale", "sure"), 1.0)
+    deep = rates(Deep.for_target(tiny.target("qwen3"), **settings))
+    assert deep == {"enter": 0.5, "leave": 1.0, "scale": 1.0, "sure": 1.0}
+
+
+def test_its_folder_holds_it_exactly_and_no_engine_is_given_it(heads: type[Draft], tmp_path: Path) -> None:
+    target = tiny.target("qwen3")
+    draft = heads.for_target(target, mask_token_id=tiny.MASK, width=8, confident=True)
+    draft.slots += 7  # whole numbers are part of it, too
+    save_draft(draft, tmp_path / "draft", target.config, draft.settings)
+    export_draft(tmp_path / "draft", tmp_path / "again", "specbench", methods=[heads])
+    for folder in ("draft", "again"):
+        loaded = load_draft(tmp_path / folder, methods=[heads])
+        assert type(loaded) is heads and loaded.settings == draft.settings
+        torch.testing.assert_close(loaded.state_dict(), draft.state_dict(), rtol=0, atol=0)
+    for form in ("deepspec", "vllm", "sglang"):
+        with pytest.raises(FormatError, match="IndependentHeads has no published format.*format=specbench"):
+            export_draft(tmp_path / "draft", tmp_path / form, form, methods=[heads])
+    with pytest.raises(FormatError, match="is not one of"):
+        load_draft(tmp_path / "draft")
+
+
+def test_tied_weights_are_written_and_a_tables_name_is_refused(heads: type[Draft], tmp_path: Path) -> None:
+    class Tied(heads):
+        def __init__(self, *args, **settings):
+            super().__init__(*args, **settings)
+            self.leave[1].weight = self.leave[0].weight
+
+    class Taken(heads):
+        def __init__(self, *args, **settings):
+            super().__init__(*args, **settings)
+            self.lm_head = nn.Linear(2, 2)
+
+    target = tiny.target("qwen3")
+    draft = Tied.for_target(target, mask_token_id=tiny.MASK, width=8)
+    save_draft(draft, tmp_path, target.config, draft.settings)
+    loaded = load_draft(tmp_path, methods=[Tied])
+    assert loaded.leave[0].weight is loaded.leave[1].weight
+    assert torch.equal(loaded.leave[0].weight, draft.leave[0].weight)
+    with pytest.raises(FormatError, match=r"Taken has tensors named lm_head\.bias, lm_head\.weight"):
+        require_names(Taken.for_target(target, mask_token_id=tiny.MASK))
 
 
 def test_an_unknown_method_is_named_with_those_that_are_there(own: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from specbench.drafts.initialisation import from_target, layer_weights, resolved
+from specbench.drafts.initialisation import layer_weights, resolved
 from specbench.models.backbone import FAMILIES
 from specbench.models.target import Target
 from tests import tiny
@@ -19,12 +19,12 @@ def away_from_neutral(config: dict) -> Target:
     return target
 
 
-@pytest.mark.parametrize(("method", "family"), [(m, f) for m in tiny.METHODS for f in tiny.FAMILIES])
+@pytest.mark.parametrize(("method", "family"), [(m, f) for m in tiny.LAYERED for f in tiny.FAMILIES])
 def test_every_weight_of_a_layer_is_the_targets(method, family):
     # Of the tiny Gemma 4's layers the last alone has the geometry of its drafts.
     layers = 1 if family == "gemma4" else 2
     target, draft = away_from_neutral(tiny.FAMILIES[family]), tiny.draft(method, family, layers=layers)
-    copied = from_target(draft, target)
+    copied = draft.start_from(target)
     for i, layer in enumerate(draft.layers):
         theirs = layer_weights(target.layers[len(target.layers) - layers + i].state_dict())
         for name, found in layer.state_dict().items():
@@ -40,7 +40,7 @@ def test_norms_keep_their_effect_in_another_family(own, other):
     target = away_from_neutral(tiny.FAMILIES[own])
     x = torch.randn(5, 32, generator=torch.Generator().manual_seed(1))
     draft = tiny.draft("dflash", own, backbone=other, layers=1)
-    from_target(draft, target)
+    draft.start_from(target)
     for ours, theirs in (
         (draft.layers[0].input_layernorm, target.layers[-1].input_layernorm),
         (draft.layers[0].post_attention_layernorm, target.layers[-1].post_attention_layernorm),
@@ -54,7 +54,7 @@ def test_experts_leave_a_dense_feed_forward_at_random():
     target = away_from_neutral({**tiny.QWEN3, **moe, "model_type": "qwen3_moe"})
     draft = tiny.draft("dflash", "qwen3", layers=1)
     before = {name: tensor.clone() for name, tensor in draft.state_dict().items()}
-    copied = from_target(draft, target)
+    copied = draft.start_from(target)
     assert "layers.0.self_attn.q_proj.weight" in copied and not [name for name in copied if ".mlp." in name]
     kept = [name for name in before if ".mlp." in name]
     assert kept and all(torch.equal(before[name], draft.state_dict()[name]) for name in kept)
@@ -64,18 +64,18 @@ def test_gemma4_layers_of_full_attention_alone_are_copied():
     kinds = ["full_attention", "sliding_attention", "sliding_attention", "full_attention"]
     target = away_from_neutral({**tiny.GEMMA4, "layer_types": kinds})
     draft = tiny.draft("dflash", "gemma4", layers=2)
-    from_target(draft, target)
+    draft.start_from(target)
     for layer, at in zip(draft.layers, (0, 3), strict=True):
         theirs = target.layers[at].state_dict()
         torch.testing.assert_close(layer.state_dict(), {name: theirs[name] for name in layer.state_dict()})
     with pytest.raises(ValueError, match=r"layers=3: .* has 2 layers to copy"):
-        from_target(tiny.draft("dflash", "gemma4", layers=3), target)
+        tiny.draft("dflash", "gemma4", layers=3).start_from(target)
 
 
 def test_a_target_whose_layer_is_not_ours_has_nothing_to_copy():
     target = Target.from_config({**tiny.QWEN3, "model_type": "olmo2", "pad_token_id": 0}, tiny.TAPS, stop_token_ids=[])
     with pytest.raises(ValueError, match=r"start=target: target model_type olmo2 .* use start=random"):
-        from_target(tiny.draft("dflash", "qwen3"), target)
+        tiny.draft("dflash", "qwen3").start_from(target)
 
 
 def test_an_automatic_start_copies_where_it_can_and_says_why_it_cannot():

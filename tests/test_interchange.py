@@ -28,7 +28,6 @@ from specbench.checkpoints.exports import obstacle
 from specbench.cli.assembly import build_draft as compose_draft
 from specbench.decoding.loop import Limits, decode, speculative_decode
 from specbench.decoding.sampling import Sampling
-from specbench.drafts.initialisation import randomise
 from tests import tiny
 
 GOLDEN = Path(__file__).parent / "fixtures" / "golden"
@@ -50,7 +49,7 @@ def made(method: str, family: str = "qwen3", ids: torch.Tensor | None = None, **
     with torch.random.fork_rng():
         torch.manual_seed(1)
         draft = compose_draft(cfg, about, owner.config, owner.tables.derive(ids=ids))
-        randomise(draft, std=0.2)
+        draft.randomise(std=0.2)
         for name, parameter in draft.named_parameters():
             if "norm" in name:
                 parameter.data.uniform_(0.5, 1.5)

@@ -17,7 +17,6 @@ from specbench.data.cache.storage import storage
 from specbench.data.loading.target_cache import TargetCache
 from specbench.decoding.loop import Limits, decode, speculative_decode
 from specbench.decoding.sampling import Sampling
-from specbench.drafts.initialisation import randomise
 from specbench.models.backbone import backbone_of
 from specbench.models.target import Target
 from specbench.training.draft_training import DraftTraining
@@ -118,7 +117,7 @@ def test_deepseek_goes_through_cache_training_and_lossless_decoding(method, sett
     torch.manual_seed(0)
     draft = build_draft(cfg, option(name), owner.config, owner.tables)
     assert draft.backbone == backbone_of(owner.config, "qwen3") and draft.backbone.hidden_size == 32
-    randomise(draft)
+    draft.randomise()
     before = {key: value.clone() for key, value in draft.state_dict().items()}
     module = DraftTraining(draft, build_objective(cfg), target_tables=owner.tables, max_steps=4, lr=1e-3)
     trainer = L.Trainer(

@@ -125,9 +125,9 @@ def test_the_verb_writes_one_row_a_variant(monkeypatch, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["method=eagle3", "head=rnn"], "see each other"),
-        (["method=mtp", "head=vanilla"], "see each other"),
-        (["method=dflash", "head=gated"], "are independent"),
+        (["method=eagle3", "head=rnn"], "has no Markov or confidence head"),
+        (["method=mtp", "head=vanilla"], "has no Markov or confidence head"),
+        (["method=dflash", "head=gated"], "has no Markov or confidence head"),
         (["method=dflash", "+method.draft.depth=3"], "no setting draft.depth"),
         (["method=dspark", "head=none"], None),
     ],

@@ -10,11 +10,13 @@ from omegaconf import OmegaConf
 
 from specbench.blocks import Batch, Sample, pack
 from specbench.cli.assembly import build_draft
-from specbench.drafts.initialisation import randomise
 from specbench.models.target import Target
 
 CONFIGS = Path(__file__).parents[1] / "configs"
-METHODS = sorted(p.stem for p in (CONFIGS / "method").glob("*.yaml"))
+FILES = {p.stem: p for p in sorted((CONFIGS / "method").glob("*.yaml"))}
+METHODS = list(FILES)
+# Those of the two families, whose layers are the target's.
+LAYERED = [method for method in METHODS if "layers" in OmegaConf.load(FILES[method]).draft]
 VOCABULARY, MASK = 96, 95
 SIZES = {"vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4}
 QWEN3 = {
@@ -112,6 +114,7 @@ FAMILIES = {
     "gemma4": GEMMA4,
 }
 TAPS = (0, 2, 3)
+SMALL = {"layers": 2, "block_size": 4, "markov_rank": 6}
 
 
 @cache
@@ -121,11 +124,9 @@ def target(family: str) -> Target:
 
 
 def draft(method: str, family: str, seed: int = 0, **settings):
-    """A random draft of the committed configuration `method`, shrunk to two layers and K = 4."""
-    cfg = OmegaConf.load(CONFIGS / "method" / f"{method}.yaml")
-    small = {"layers": 2, "block_size": 4}
-    if "markov_rank" in cfg.draft:
-        small["markov_rank"] = 6
+    """A random draft of the configuration of `method`, shrunk to two layers and K = 4."""
+    cfg = OmegaConf.load(FILES[method])
+    small = {key: size for key, size in SMALL.items() if key in cfg.draft}
     for key in ("backbone", "window", "objective"):
         if key in settings:
             cfg[key] = settings.pop(key)
@@ -135,7 +136,7 @@ def draft(method: str, family: str, seed: int = 0, **settings):
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         built = build_draft(cfg, about, owner.config, owner.tables)
-        randomise(built, std=0.2)
+        built.randomise(std=0.2)
         for name, parameter in built.named_parameters():
             if "norm" in name:
                 parameter.data.uniform_(0.5, 1.5)

@@ -13,7 +13,6 @@ from specbench.drafts.dflash import DFlash
 from specbench.drafts.draft import Draft
 from specbench.drafts.dspark import DSpark
 from specbench.drafts.eagle3 import Eagle3
-from specbench.drafts.initialisation import from_target, randomise
 from specbench.drafts.mtp import MTP
 from specbench.models.backbone import backbone_of
 from specbench.models.target import Target
@@ -60,8 +59,8 @@ def draft(method: str, slots: int = 3, **settings) -> Draft | Small:
             block_size=slots,
             **settings,
         )
-        randomise(made, std=0.1)
-        from_target(made, owner)
+        made.randomise(std=0.1)
+        made.start_from(owner)
         for name, parameter in made.named_parameters():
             if "markov_w2" in name:
                 parameter.data.normal_(std=0.7)

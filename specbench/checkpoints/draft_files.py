@@ -22,6 +22,7 @@ from specbench.checkpoints.config_keys import FormatError
 
 INDEX = "model.safetensors.index.json"
 WEIGHT_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+WHOLE_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool)
 SHARD = re.compile(r".*-(\d+)-of-(\d+)\.safetensors")
 
 
@@ -68,9 +69,12 @@ def read_tensors(folder: str | Path) -> dict[str, Tensor]:
     return tensors
 
 
-def sound(tensors: Mapping[str, Tensor], dtype: torch.dtype | None = None) -> tuple[dict[str, Tensor], torch.dtype]:
+def sound(
+    tensors: Mapping[str, Tensor], dtype: torch.dtype | None = None, own: bool = False
+) -> tuple[dict[str, Tensor], torch.dtype]:
     """Tensors of a checkpoint as finite floating-point numbers of one dtype, and that dtype: `dtype`, or the widest
-    that the checkpoint holds, fp32 at most. The vocabulary map (d2t, t2d) stays whole numbers and marks.
+    that the checkpoint holds, fp32 at most. The vocabulary map (d2t, t2d) stays whole numbers and marks, and so do the
+    counts and marks that a folder of our `own` may hold for any method.
 
     A conversion between floating-point dtypes that nobody asked for is said in a warning. Errors: FormatError naming
     each tensor of integers, truth values, complex or scaled 8-bit numbers, and each that holds NaN or infinity or does
@@ -82,6 +86,8 @@ def sound(tensors: Mapping[str, Tensor], dtype: torch.dtype | None = None) -> tu
         for name, found in maps.items()
         if found.is_floating_point() or found.is_complex() or (name == "d2t" and found.dtype == torch.bool)
     ]
+    if own:
+        maps |= {name: found for name, found in tensors.items() if found.dtype in WHOLE_DTYPES}
     weights = {name: found for name, found in tensors.items() if name not in maps}
     wrong += [
         f"{name} is {kind_of(found)}, not weights"

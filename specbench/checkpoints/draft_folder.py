@@ -22,9 +22,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from specbench.checkpoints.config_keys import FormatError
-from specbench.checkpoints.draft_files import read_config, read_tensors, sound, tensor_names
+from specbench.checkpoints.draft_files import kind_of, read_config, read_tensors, sound, tensor_names
 from specbench.checkpoints.exports import (
     FORMATS,
+    OWN,
     deepspec_fields,
     obstacle,
     sglang,
@@ -116,7 +117,7 @@ def assemble_draft(reading: Reading, target_tables: Tables | None, dtype: torch.
 
     Errors: FormatError naming each tensor that is missing, unknown, of another shape, or not of finite weights.
     """
-    tensors, dtype = sound(reading.tensors, dtype)
+    tensors, dtype = sound(reading.tensors, dtype, reading.own)
     tables = _tables(reading, tensors, target_tables)
     draft = reading.kind(reading.backbone, tables, **reading.settings)
     expected = draft.state_dict()
@@ -126,6 +127,10 @@ def assemble_draft(reading: Reading, target_tables: Tables | None, dtype: torch.
         raise FormatError(
             f"draft checkpoint does not fit {reading.kind.__name__}: missing {missing}, unknown {unknown}"
         )
+    whole = [k for k, v in tensors.items() if v.is_floating_point() != expected[k].is_floating_point()]
+    if whole:
+        found = ", ".join(f"{k} is {kind_of(tensors[k])}, not {kind_of(expected[k])}" for k in whole)
+        raise FormatError(f"the draft's checkpoint cannot be used: {found}")
     wrong = [
         f"{k} {tuple(tensors[k].shape)}, not {tuple(expected[k].shape)}"
         for k in tensors
@@ -245,6 +250,8 @@ def export_draft(
     reason = obstacle(draft, form)
     if reason is not None:
         raise FormatError(f"draft={source} cannot be written as format={form}: {reason}")
+    if form == OWN:
+        return save_draft(draft, folder, reading.text, reading.settings)
     positions = (reading.text.get("text_config") or reading.text).get("max_position_embeddings")
     if form == "vllm":
         return _write(Path(folder), *speculators(draft, verifier, positions))

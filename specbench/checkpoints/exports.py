@@ -26,7 +26,10 @@ from specbench.drafts.eagle3 import Eagle3
 from specbench.drafts.parallel import ParallelDraft
 from specbench.models.backbone import Backbone
 
-FORMATS = ("deepspec", "vllm", "sglang")
+OWN = "specbench"  # every method; only SpecBench reads it
+FORMATS = ("deepspec", "vllm", "sglang", OWN)
+# Names that a draft's tables and vocabulary have in every format, so that no module of its own may have them.
+TAKEN = ("embed_tokens.weight", "lm_head.weight", "lm_head.bias", "d2t", "t2d")
 # Facts of a backbone that a Llama or Qwen3 configuration has keys for, or that are looked at before.
 PLAIN = [
     "family",
@@ -53,8 +56,10 @@ ENGINE_TAPS = 3  # what the fusing projection of vLLM's and SGLang's Eagle3 take
 
 def obstacle(draft: Draft, form: str) -> str | None:
     """Why `draft` cannot be written as `form`; None when it can."""
-    if not isinstance(draft, (DFlash, DSpark, Eagle3)):
-        return f"{type(draft).__name__} has no published format: only SpecBench loads it"
+    if form == OWN:
+        return None
+    if published(draft) is None:
+        return f"{type(draft).__name__} has no published format: only SpecBench loads it; use format={OWN}"
     if draft.backbone.window is not None:
         return "a sliding window over the context has no common meaning there; train with method.window=null"
     if isinstance(draft, ParallelDraft) and draft.causal_block:
@@ -65,6 +70,11 @@ def obstacle(draft: Draft, form: str) -> str | None:
         return "the bias of the target's head has no key there"
     checks = {"deepspec": _deepspec_obstacle, "vllm": _vllm_obstacle, "sglang": _sglang_obstacle}
     return checks[form](draft)
+
+
+def published(draft: Draft) -> str | None:
+    """The published architecture that the draft's very class is; what a base class is does not count."""
+    return vars(type(draft)).get("published_format")
 
 
 def _deepspec_obstacle(draft: Draft) -> str | None:
@@ -165,12 +175,12 @@ def deepspec_fields(draft: Draft, text: Mapping[str, Any]) -> dict[str, Any]:
     gemma = draft.backbone.sandwich
     fields: dict[str, Any] = {
         "num_target_layers": text.get("num_target_layers", text["num_hidden_layers"]),
-        "num_hidden_layers": len(draft.layers),
-        "layer_types": ["full_attention"] * len(draft.layers),
         "target_layer_ids": list(draft.target_layer_ids),
         "tie_word_embeddings": False,
         "model_type": "gemma4_text" if gemma else "qwen3",
     }
+    if layers := len(draft.layers_in_order()):
+        fields |= {"num_hidden_layers": layers, "layer_types": ["full_attention"] * layers}
     if gemma and not draft.backbone.values_from_keys:
         fields["attention_k_eq_v"] = False
     if obstacle(draft, "deepspec") is not None:
@@ -308,12 +318,28 @@ def sglang(draft: Draft, positions: int | None = None) -> tuple[dict[str, Any], 
 
 def tensors_of(draft: Draft) -> dict[str, Tensor]:
     """Every tensor of a draft under the published names, its tables included."""
-    found = {k: v.detach().cpu().contiguous() for k, v in draft.state_dict().items() if not k.startswith("tables.")}
+    require_names(draft)
+    found, seen = {}, set()
+    for name, value in draft.state_dict().items():
+        if not name.startswith("tables."):
+            value = value.detach().cpu().contiguous()
+            # The file format holds no tensor twice: tied weights are written as the copies that they look like.
+            found[name] = value.clone() if value.untyped_storage().data_ptr() in seen else value
+            seen.add(value.untyped_storage().data_ptr())
     found["embed_tokens.weight"] = draft.tables.embedding.detach().cpu().clone()
     found["lm_head.weight"] = draft.tables.head.detach().cpu().clone()
     if draft.tables.bias is not None:
         found["lm_head.bias"] = draft.tables.bias.detach().cpu().clone()
     return found
+
+
+def require_names(draft: Draft) -> None:
+    """Errors: FormatError for a module or buffer whose name in a folder is that of a table."""
+    if taken := sorted(set(TAKEN) & set(draft.state_dict())):
+        raise FormatError(
+            f"{type(draft).__name__} has tensors named {', '.join(taken)}, which are the tables' names in a draft "
+            "folder; give its modules other names"
+        )
 
 
 def vocabulary_map(draft: Draft) -> dict[str, Tensor]:

@@ -60,7 +60,8 @@ class Reading:
 
     `text` is the configuration that the layers' facts came from, `tensors` still holds the tables, d2t and t2d. `head`
     says where a head that the checkpoint lacks is taken from: "missing" (an error), "embedding" or "target"; `scales`
-    what is put around the target's tables (None: the format does not say); `draft_vocabulary` the rows of the head.
+    what is put around the target's tables (None: the format does not say); `draft_vocabulary` the rows of the head;
+    `own` that it is a folder of our own, which holds any method.
     """
 
     kind: type[Draft]
@@ -73,6 +74,7 @@ class Reading:
     head: str = "missing"
     scales: Scales | None = None
     draft_vocabulary: int | None = None
+    own: bool = False
 
 
 @dataclass(frozen=True)
@@ -182,7 +184,8 @@ def read(
             facts = checked(Backbone, own.get("backbone"), "specbench.backbone", objects=())
         except ValueError as error:
             raise FormatError(f"config.json: {error}") from error
-        return Reading(kind, settings, Backbone(**facts), dict(_section(own, "target_config")), dict(tensors))
+        text = dict(_section(own, "target_config"))
+        return Reading(kind, settings, Backbone(**facts), text, dict(tensors), own=True)
     renamed: dict[str, Tensor] = {}
     for key, value in tensors.items():
         if _ours(key) in renamed:

@@ -12,6 +12,7 @@ import yaml
 
 UNKNOWN = "not recorded"
 HOW_TO = {
+    "specbench": "`specbench evaluate draft={repository} target={target}`.",
     "deepspec": "`specbench evaluate draft={repository} target={target}`, or the DeepSpec toolkit.",
     "vllm": '`vllm serve {target} --speculative-config \'{{"model": "{repository}"}}\'`',
     "sglang": "SGLang with `--speculative-algorithm EAGLE3 --speculative-draft-model-path {repository}`.",

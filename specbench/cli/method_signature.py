@@ -8,7 +8,6 @@ from typing import Any
 
 from hydra.utils import get_class
 
-from specbench.drafts.parallel import ParallelDraft
 
 
 def fits(method: Mapping[str, Any]) -> None:
@@ -19,9 +18,8 @@ def fits(method: Mapping[str, Any]) -> None:
     for name in draft.keys() - takes - {"_target_"}:
         if name.startswith(("markov", "confidence")):
             raise ValueError(
-                f"method={method['name']} has no {name}: these heads tie the slots of DSpark's blocks, while "
-                f"{kind.__name__}'s slots {'are independent' if issubclass(kind, ParallelDraft) else 'see each other'} "
-                "by definition; use method=dspark, or leave head= out"
+                f"method={method['name']} has no {name}: {kind.__name__} has no Markov or confidence head; use "
+                "method=dspark, or leave head= out"
             )
         known = ", ".join(sorted(takes - {"self", "args", "kwargs", "backbone", "tables", "draft_vocabulary"}))
         raise ValueError(f"method={method['name']} has no setting draft.{name}; it takes {known}")

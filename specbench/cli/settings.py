@@ -644,7 +644,7 @@ class ExportSettings(Settings):
     root: Folder
     draft: Folder
     methods: TextList = Field(default_factory=list)
-    format: Literal["deepspec", "vllm", "sglang"]
+    format: Literal["deepspec", "vllm", "sglang", "specbench"]
     folder: Folder | None
     target_id: Folder | None
     evaluations: list[Folder] | None

@@ -21,5 +21,7 @@ from specbench.drafts.parallel import ParallelDraft
 class DFlash(ParallelDraft):
     """No Markov head, no confidence head."""
 
+    published_format = "dflash"
+
     def draw(self, hidden: Float[Tensor, "B K D"], anchor: Int[Tensor, " B"], sample: SampleFunction) -> Proposal:
         return self.draw_at_once(hidden, anchor, sample)

@@ -10,7 +10,7 @@ Axes: B batch, T tokens, N blocks, K slots, C taps, D hidden, F features, V voca
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from inspect import Parameter, signature
 from typing import Any, Protocol, runtime_checkable
@@ -20,13 +20,15 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from specbench.blocks import Batch, Blocks, Context
-from specbench.drafts.initialisation import AUTO, STARTS, from_target, randomise, resolved
+from specbench.drafts.initialisation import AUTO, STARTS, first_weights, randomise
+from specbench.drafts.work import Work, of_forward, of_parameters
 from specbench.models.backbone import Backbone, backbone_of, chosen
 from specbench.models.embedding_head import Tables
 from specbench.models.fast.folded_layers import Stack
 from specbench.models.kv_cache import KVCache
 from specbench.models.target import Target
 from specbench.models.target_files import mask_token_of
+from specbench.ranges import Count, Slots
 
 # What a constructor takes beside its settings: objects, which no file can hold.
 OBJECTS = ("backbone", "tables", "draft_vocabulary")
@@ -77,7 +79,11 @@ class Proposer(Protocol):
 class Draft(nn.Module):
     """Base of all drafts: sizes, tables, and the shared readout `hidden -> features -> logits`.
 
-    `anchors_per_sample` is the number of anchors that training draws from a conversation (None: every valid one).
+    A method writes `forward`, `propose` and `commit`. What else the project asks of a draft (first weights, groups of
+    parameters, the cost of training, what of it is published) has a default that holds for any module, and a method of
+    which more is known overrides it.
+
+    `anchors` is the number of anchors that training draws from a conversation (None: every valid one).
     """
 
     # Which target states feed the draft: a cache reads no taps for a method that does not, and must hold every final
@@ -88,6 +94,13 @@ class Draft(nn.Module):
     halts_on_stop = False
     # Which slots training supervises: one of blocks.SUPERVISIONS.
     supervision = "predicted"
+    # Modules whose first weights are those that the constructor gave them, at a random start too.
+    keeps_first_weights: tuple[str, ...] = ()
+    # Modules that read the taps, whose weights mean nothing for other taps. None: not said, so any may.
+    tap_modules: tuple[str, ...] | None = None
+    # The published architecture that this class is, of specbench.checkpoints.exports: "dflash", "dspark" or "eagle3".
+    # A subclass computes something else, so what it inherits does not count. None: only SpecBench reads its folders.
+    published_format: str | None = None
     # The layers as decoding runs them, if the draft has layers; renewed as requests begin.
     stack: Stack | None = None
     # Constructor settings by name, defaults included and `OBJECTS` not: what a folder or checkpoint keeps of a draft.
@@ -144,7 +157,6 @@ class Draft(nn.Module):
         tables = target.tables
         scales = {name: getattr(tables, name) for name in ("embedding_scale", "soft_cap", "logit_scale")}
         facts = replace(backbone_of(target.config, backbone, window, max_length), **scales)
-        begun, why = resolved(start, target)
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             draft = cls(
@@ -155,13 +167,12 @@ class Draft(nn.Module):
                 draft_vocabulary=draft_vocabulary,
                 **settings,
             )
-            randomise(draft)
-            copied = from_target(draft, target) if begun == "target" else []
+            begun = first_weights(draft, start, target)
         draft.target_tables, draft.target_source = (tables,), target.source
-        reason = f" ({why})" if why else ""
+        reason = f" ({begun.why})" if begun.why else ""
         draft.origin = (
-            f"{chosen(target.config, backbone).reason}; start={begun}, {len(copied)} tensors of {target.name}{reason}; "
-            f"seed={seed}; mask_token_id={mask} ({named})"
+            f"{chosen(target.config, backbone).reason}; start={begun.start}, {len(begun.copied)} tensors of "
+            f"{target.name}{reason}; seed={seed}; mask_token_id={mask} ({named})"
         )
         return draft.to(target.device)
 
@@ -173,8 +184,10 @@ class Draft(nn.Module):
         backbone: Backbone,
         tables: Tables,
         target_layer_ids: tuple[int, ...] | list[int],
-        block_size: int,
-        anchors_per_sample: int | None = None,
+        mask_token_id: int | None = None,
+        *,
+        block_size: Slots = 7,
+        anchors: Count | None = None,
         train_tables: bool = False,
         draft_vocabulary: Int[Tensor, " W"] | None = None,
     ):
@@ -187,8 +200,8 @@ class Draft(nn.Module):
         # What stands around the tables is theirs; the facts say the same, so that a draft is written as it decodes.
         scales = {name: getattr(tables, name) for name in ("embedding_scale", "soft_cap", "logit_scale")}
         self.backbone = replace(backbone, **scales)
-        self.block_size, self.anchors_per_sample = block_size, anchors_per_sample
-        self.target_layer_ids = tuple(target_layer_ids)
+        self.block_size, self.anchors_per_sample = block_size, anchors
+        self.target_layer_ids, self.mask_token_id = tuple(target_layer_ids), mask_token_id
         self.tables = tables.derive(train_tables, draft_vocabulary)
 
     @property
@@ -235,6 +248,72 @@ class Draft(nn.Module):
     def confidence(self, hidden: Float[Tensor, "*b K D"], previous: Int[Tensor, "*b K"]) -> Tensor | None:
         """Logit of the acceptance of each slot given that all before it are accepted; None without such a head."""
         return None
+
+    def draw_each(
+        self,
+        hidden: Float[Tensor, "B K D"],
+        anchor: Int[Tensor, " B"],
+        sample: SampleFunction,
+        logits: Callable[[int, list[Tensor]], Float[Tensor, "B 1 V"]],
+    ) -> Proposal:
+        """Sample slot k (from 0) from `logits(k, previous)`, `previous` being the anchor and the k tokens before it."""
+        previous, probabilities = [anchor], []
+        for k in range(hidden.shape[1]):
+            tokens, drawn = sample(logits(k, previous))
+            previous.append(self.to_target(tokens[:, 0]))
+            probabilities.append(drawn)
+        tokens = torch.stack(previous, 1)
+        drawn = None if probabilities[0] is None else self.widen(torch.cat(probabilities, 1))
+        return Proposal(tokens[:, 1:], drawn, self.confidence(hidden, tokens[:, :-1]))
+
+    def draw_at_once(
+        self, hidden: Float[Tensor, "B K D"], anchor: Int[Tensor, " B"], sample: SampleFunction
+    ) -> Proposal:
+        """Sample all slots from one projection, for drafts whose logits do not depend on `previous`."""
+        tokens, drawn = sample(self.project(hidden))
+        proposal = Proposal(self.to_target(tokens), self.widen(drawn), None)
+        previous = torch.cat([anchor[:, None], proposal.tokens[:, :-1]], 1)
+        return replace(proposal, confidence=self.confidence(hidden, previous))
+
+    def randomise(self, std: float = 0.02) -> None:
+        """Give every linear map and embedding random first weights; what else there is keeps the constructor's."""
+        randomise(self, std, self.keeps_first_weights)
+
+    def start_from(self, target: Target) -> list[str]:
+        """Copy from the target what may serve as first weights; returns the names of what was copied.
+
+        By default nothing: a module of unknown kind has nothing that means the same in the target.
+        """
+        return []
+
+    def layers_in_order(self) -> Sequence[nn.Module]:
+        """The layers that a feature passes one after the other; none where a draft has no such order."""
+        return ()
+
+    def parameter_groups(self) -> list[list[nn.Parameter]]:
+        """Trainable parameters by how many layers lie between them and the head, the nearest first.
+
+        What stands in none of `layers_in_order()` belongs to the nearest.
+        """
+        layers = self.layers_in_order()
+        away = {id(p): len(layers) - 1 - i for i, layer in enumerate(layers) for p in layer.parameters()}
+        groups: list[list[nn.Parameter]] = [[] for _ in range(max(1, len(layers)))]
+        for parameter in self.parameters():
+            if parameter.requires_grad:
+                groups[away.get(id(parameter), 0)].append(parameter)
+        return groups
+
+    def work(self, length: int, anchors: int) -> Work:
+        """What the training view takes for `anchors` blocks of one conversation of `length` tokens.
+
+        By default the forward pass is run on shapes (`work.of_forward`). Where it depends on values, every parameter is
+        taken to serve every slot once (`work.of_parameters`), an upper bound without attention to a context.
+        """
+        tokens = torch.zeros(1, length, dtype=torch.long)
+        states = torch.empty(1, length, len(self.target_layer_ids) + 1, self.backbone.hidden_size, device="meta")
+        batch = Batch(tokens, tokens.bool(), tokens, tokens, states[:, :, :-1], states[:, :, -1], tokens[:, :anchors])
+        apart = [*self.tables.parameters(), *self.projection_parameters()]
+        return of_forward(self, batch) or anchors * self.block_size * of_parameters(self, apart)
 
     def to_target(self, tokens: Int[Tensor, "*b"]) -> Int[Tensor, "*b"]:
         """Rows of the draft's vocabulary -> token ids of the target."""

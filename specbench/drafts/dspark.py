@@ -90,6 +90,10 @@ class ConfidenceHead(nn.Module):
 class DSpark(ParallelDraft):
     """`markov_rank: 0` removes the Markov head (then this is DFlash with a confidence head)."""
 
+    published_format = "dspark"
+    # Zero, so that training starts from the unbiased draft.
+    keeps_first_weights = ("markov_head.markov_w2",)
+
     def __init__(
         self,
         backbone: Backbone,

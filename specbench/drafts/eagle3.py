@@ -23,9 +23,11 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from specbench.blocks import SUPERVISIONS
+from specbench.drafts.initialisation import as_mean
 from specbench.drafts.recurrent import RecurrentDraft
 from specbench.models.backbone import Backbone
 from specbench.models.embedding_head import Tables
+from specbench.models.target import Target
 from specbench.ranges import Among, Count, Layers, Slots
 
 
@@ -37,6 +39,8 @@ class Eagle3(RecurrentDraft):
     before the fusion at once, which no format has.
     """
 
+    published_format = "eagle3"
+    tap_modules = ("fc", "fc_norm", "input_norm")
     paired = True
     halts_on_stop = True
 
@@ -76,6 +80,9 @@ class Eagle3(RecurrentDraft):
         self.fc = nn.Linear(taps * D, D, bias=False)
         self.fc_norm = nn.ModuleList(nn.RMSNorm(D, eps=eps) for _ in range(taps)) if fc_norm else None
         self.input_norm = nn.RMSNorm(taps * D, eps=eps) if norm_before_fc else None
+
+    def start_from(self, target: Target) -> list[str]:
+        return [*super().start_from(target), *as_mean({"fc.weight": self.fc})]
 
     def source(self, taps: Float[Tensor, "B T C D"], last: Float[Tensor, "B T D"]) -> Float[Tensor, "B T D"]:
         if self.fc_norm is not None:

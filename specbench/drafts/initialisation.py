@@ -5,7 +5,9 @@ Starting every method from the target's layers in the same way keeps a compariso
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -17,15 +19,55 @@ AUTO = "auto"
 STARTS = ("target", "random", AUTO)
 
 
-def randomise(draft: nn.Module, std: float = 0.02) -> None:
-    """Normal(0, std) for every linear map, Normal(0, 1) for Markov embeddings; the Markov output stays at zero."""
-    for name, module in draft.named_modules():
-        if isinstance(module, nn.Linear) and "markov_w2" not in name:
-            nn.init.normal_(module.weight, std=std)
-            if module.bias is not None:
-                nn.init.zeros_(module.bias)
-        elif isinstance(module, nn.Embedding):
-            nn.init.normal_(module.weight)
+@runtime_checkable
+class Startable(Protocol):
+    """What gets first weights: a draft."""
+
+    def randomise(self) -> None: ...
+
+    def start_from(self, target: Target) -> list[str]: ...
+
+
+@dataclass(frozen=True)
+class Begun:
+    """How a draft got its first weights: `start` is "target" or "random", `why` says so where that was a choice (None:
+    it was asked for), `copied` names the tensors that are the target's."""
+
+    start: str
+    why: str | None
+    copied: list[str]
+
+
+def first_weights(draft: Startable, start: str, target: Target | None) -> Begun:
+    """Give `draft` random weights and, where `start` says so, what it takes from `target`.
+
+    Errors: ValueError for start="target" where nothing can be copied.
+    """
+    begun, why = resolved(start, target)
+    draft.randomise()
+    if begun != "target":
+        return Begun(begun, why, [])
+    copied = draft.start_from(target)
+    if not copied:
+        none = f"{type(draft).__name__} has no weights that can start as the target's"
+        if start == "target":
+            raise ValueError(f"start=target: {none}; use start=random")
+        return Begun("random", none, [])
+    return Begun(begun, why, copied)
+
+
+def randomise(module: nn.Module, std: float = 0.02, kept: Collection[str] = ()) -> None:
+    """Normal(0, std) for every linear map, zero for its bias, Normal(0, 1) for embeddings; the modules named in `kept`
+    and parameters of other kinds stay as their constructor made them."""
+    for name, part in module.named_modules():
+        if name in kept:
+            continue
+        if isinstance(part, nn.Linear):
+            nn.init.normal_(part.weight, std=std)
+            if part.bias is not None:
+                nn.init.zeros_(part.bias)
+        elif isinstance(part, nn.Embedding):
+            nn.init.normal_(part.weight)
 
 
 def layer_weights(theirs: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -56,21 +98,21 @@ def resolved(start: str, target: Target | None) -> tuple[str, str | None]:
 
 
 @torch.no_grad()
-def from_target(draft: nn.Module, target: Target) -> list[str]:
-    """Copy the target's last layers and final norm into the draft; returns the names of what was copied.
+def last_layers(draft: nn.Module, target: Target) -> list[str]:
+    """Copy the target's last layers into `draft.layers` and its final norm into `draft.norm`; returns the names of what
+    was copied.
 
     Draft layer i of L takes target layer i - L from the end, of Gemma 4 among the layers of full attention, whose
-    geometry a draft has. Where a draft's map has more input than the target's
-    (a paired layer reads [embedding ; feature], a projection reads both), the feature's half takes the target's
-    weights or the identity and the embedding's half starts small. Tap fusion starts as the mean of the taps. What the
-    target's layers do not have (a dense feed-forward in place of experts, norms of another family) keeps its random
-    start. Norms keep their effect where one family stores 1 + w and the other w. Errors: ValueError when the target's
-    layers are of no family known here, or the widths or heads differ, because then no such start exists.
+    geometry a draft has. Where a layer's map has more input than the target's (a paired layer reads [embedding ;
+    feature]), the feature's half takes the target's weights and the embedding's half starts small. What the target's
+    layers do not have (a dense feed-forward in place of experts, norms of another family) keeps its random start. Norms
+    keep their effect where one family stores 1 + w and the other w. Errors: ValueError when the target's layers are of
+    no family known here, or the widths or heads differ, because then no such start exists.
     """
     own = chosen(target.config)
     if not own.own:
         raise ValueError(f"start=target: {own.reason}, so there is nothing to copy; use start=random")
-    D, copied = draft.backbone.hidden_size, []
+    copied = []
     sources = list(target.layers)
     if own.family == "gemma4":
         kinds = target.text.get("layer_types") or []
@@ -95,13 +137,16 @@ def from_target(draft: nn.Module, target: Target) -> list[str]:
         raise ValueError(f"{target.name} has no final norm of the draft's width to copy; use start=random")
     draft.norm.weight.copy_(norm + shift)
     copied.append("norm.weight")
-    for name in ("fc", "proj"):
-        module = getattr(draft, name, None)
-        if isinstance(module, nn.Linear) and module.in_features % D == 0:
-            parts = module.in_features // D
-            module.weight.copy_(torch.eye(D).repeat(1, parts) / parts)
-            copied.append(f"{name}.weight")
     return copied
+
+
+@torch.no_grad()
+def as_mean(maps: Mapping[str, nn.Linear]) -> list[str]:
+    """Let each map that reads several features side by side start as their mean; returns the given names."""
+    for linear in maps.values():
+        parts = linear.in_features // linear.out_features
+        linear.weight.copy_(torch.eye(linear.out_features).repeat(1, parts) / parts)
+    return list(maps)
 
 
 def _fill(name: str, parameter: torch.Tensor, given: torch.Tensor, layer: Layer) -> None:

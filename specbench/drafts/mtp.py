@@ -17,15 +17,19 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from specbench.blocks import SUPERVISIONS
+from specbench.drafts.initialisation import as_mean
 from specbench.drafts.recurrent import RecurrentDraft
+from specbench.drafts.work import Work, of_parameters
 from specbench.models.backbone import Backbone
 from specbench.models.embedding_head import Tables
+from specbench.models.target import Target
 from specbench.ranges import Among, Count, Layers, Slots
 
 
 class MTP(RecurrentDraft):
     """Projection of [feature ; embedding] into a standard layer."""
 
+    tap_modules = ()
     reads_taps = False
     reads_last = True
 
@@ -58,6 +62,13 @@ class MTP(RecurrentDraft):
         D = self.backbone.hidden_size
         self.feature_norm, self.embedding_norm = self.backbone.norm(D), self.backbone.norm(D)
         self.proj = nn.Linear(2 * D, D, bias=False)
+
+    def start_from(self, target: Target) -> list[str]:
+        return [*super().start_from(target), *as_mean({"proj.weight": self.proj})]
+
+    def work(self, length: int, anchors: int) -> Work:
+        """The projection serves every step, too."""
+        return super().work(length, anchors) + anchors * self.block_size * of_parameters(self.proj)
 
     def source(self, taps: Float[Tensor, "B T C D"], last: Float[Tensor, "B T D"]) -> Float[Tensor, "B T D"]:
         return last

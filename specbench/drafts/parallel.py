@@ -9,7 +9,7 @@ Axes: B batch, T tokens, N blocks, K slots, I inputs of a block, C taps, D hidde
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -18,10 +18,13 @@ from torch import Tensor, nn
 
 from specbench.blocks import PADDING, Batch, Blocks, Context, assemble, take
 from specbench.drafts.draft import Draft, Proposal, SampleFunction, State
+from specbench.drafts.initialisation import as_mean, last_layers
+from specbench.drafts.work import Work, keys_seen, of_context, of_layer
 from specbench.models.attention import Span, Visibility, attend, attend_flex, attend_spans, block_mask, spans
 from specbench.models.backbone import Backbone, Layer, RotaryEmbedding
 from specbench.models.embedding_head import Tables
 from specbench.models.fast.folded_layers import Stack
+from specbench.models.target import Target
 from specbench.ranges import Count, LayerId, Layers, Slots
 
 # What a block costs in a layer beside its context, counted in context keys; many small pieces cost more than one large
@@ -46,6 +49,7 @@ class ParallelDraft(Draft):
     """
 
     by_span: bool | None = None
+    tap_modules = ("fc", "hidden_norm")
 
     def __init__(
         self,
@@ -64,20 +68,45 @@ class ParallelDraft(Draft):
         train_tables: bool = False,
         draft_vocabulary: Int[Tensor, " W"] | None = None,
     ):
-        super().__init__(backbone, tables, target_layer_ids, block_size, anchors, train_tables, draft_vocabulary)
+        super().__init__(
+            backbone,
+            tables,
+            target_layer_ids,
+            mask_token_id,
+            block_size=block_size,
+            anchors=anchors,
+            train_tables=train_tables,
+            draft_vocabulary=draft_vocabulary,
+        )
         if not 0 <= mask_token_id < backbone.vocab_size:
             raise ValueError(f"mask_token_id={mask_token_id} is outside the vocabulary of {backbone.vocab_size}")
         if not set(full_layers) <= set(range(layers)):
             raise ValueError(f"full_layers={list(full_layers)}: this draft has layers 0 to {layers - 1}")
         D = backbone.hidden_size
         self.full_layers = frozenset(full_layers)
-        self.mask_token_id, self.sample_from_anchor = mask_token_id, sample_from_anchor
-        self.causal_block, self.checkpointing = causal_block, checkpointing
+        self.sample_from_anchor, self.causal_block = sample_from_anchor, causal_block
+        self.checkpointing = checkpointing
         self.fc = nn.Linear(len(self.target_layer_ids) * D, D, bias=False)
         self.hidden_norm, self.norm = backbone.norm(D), backbone.norm(D)
         self.layers = nn.ModuleList(Layer(backbone) for _ in range(layers))
         self.rope = RotaryEmbedding(backbone)
         self.stack = Stack(self.layers, backbone, reads_context=True)
+
+    def layers_in_order(self) -> Sequence[nn.Module]:
+        return list(self.layers)
+
+    def start_from(self, target: Target) -> list[str]:
+        return [*last_layers(self, target), *as_mean({"fc.weight": self.fc})]
+
+    def work(self, length: int, anchors: int) -> Work:
+        """Queries of the blocks in every layer; the context's keys and values in every layer, from one fusion."""
+        facts, layers = self.backbone, len(self.layers)
+        one = of_layer(self.layers[0], facts, keys_seen(facts, length, self.inputs))
+        query = layers * one
+        if self.checkpointing:
+            query = Work(layers * facts.hidden_size + one.kept, query.flops)
+        fused = Work(0, 2 * self.fc.weight.numel())
+        return anchors * self.inputs * query + length * (of_context(self.layers, facts) + fused)
 
     @property
     def inputs(self) -> int:
@@ -178,29 +207,3 @@ class ParallelDraft(Draft):
             return self.project(self.features(hidden[:, : k + 1], seen)[:, k : k + 1])
 
         return self.draw_each(hidden, anchor, sample, logits)
-
-    def draw_each(
-        self,
-        hidden: Float[Tensor, "B K D"],
-        anchor: Int[Tensor, " B"],
-        sample: SampleFunction,
-        logits: Callable[[int, list[Tensor]], Float[Tensor, "B 1 V"]],
-    ) -> Proposal:
-        """Sample slot k (from 0) from `logits(k, previous)`, `previous` being the anchor and the k tokens before it."""
-        previous, probabilities = [anchor], []
-        for k in range(hidden.shape[1]):
-            tokens, drawn = sample(logits(k, previous))
-            previous.append(self.to_target(tokens[:, 0]))
-            probabilities.append(drawn)
-        tokens = torch.stack(previous, 1)
-        drawn = None if probabilities[0] is None else self.widen(torch.cat(probabilities, 1))
-        return Proposal(tokens[:, 1:], drawn, self.confidence(hidden, tokens[:, :-1]))
-
-    def draw_at_once(
-        self, hidden: Float[Tensor, "B K D"], anchor: Int[Tensor, " B"], sample: SampleFunction
-    ) -> Proposal:
-        """Sample all slots from one projection, for drafts whose logits do not depend on `previous`."""
-        tokens, drawn = sample(self.project(hidden))
-        proposal = Proposal(self.to_target(tokens), self.widen(drawn), None)
-        previous = torch.cat([anchor[:, None], proposal.tokens[:, :-1]], 1)
-        return replace(proposal, confidence=self.confidence(hidden, previous))

@@ -10,6 +10,7 @@ Axes: B batch, T tokens, N chains, K steps, C taps, D hidden.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated
 
 import torch
@@ -18,11 +19,14 @@ from torch import Tensor, nn
 
 from specbench.blocks import PADDING, SUPERVISIONS, Batch, Blocks, Context, assemble, slot_positions, take
 from specbench.drafts.draft import Draft, Proposal, SampleFunction, State
+from specbench.drafts.initialisation import last_layers
+from specbench.drafts.work import Work, keys_seen, of_context, of_keys_values, of_layer, of_parameters
 from specbench.models.attention import Visibility, attend, attend_flex, block_mask
 from specbench.models.backbone import Backbone, Layer, Rope, RotaryEmbedding
 from specbench.models.embedding_head import Tables
 from specbench.models.fast.folded_layers import Stack
 from specbench.models.kv_cache import KVCache
+from specbench.models.target import Target
 from specbench.ranges import Among, Count, Layers, Slots
 
 Pairs = list[tuple[Tensor, Tensor]]
@@ -52,7 +56,16 @@ class RecurrentDraft(Draft):
         train_tables: bool = False,
         draft_vocabulary: Int[Tensor, " W"] | None = None,
     ):
-        super().__init__(backbone, tables, target_layer_ids, block_size, anchors, train_tables, draft_vocabulary)
+        super().__init__(
+            backbone,
+            tables,
+            target_layer_ids,
+            mask_token_id,
+            block_size=block_size,
+            anchors=anchors,
+            train_tables=train_tables,
+            draft_vocabulary=draft_vocabulary,
+        )
         if supervision not in SUPERVISIONS:
             raise ValueError(f"supervision={supervision!r}: choose one of {', '.join(SUPERVISIONS)}")
         self.supervision = supervision
@@ -60,6 +73,25 @@ class RecurrentDraft(Draft):
         self.norm = backbone.norm(backbone.hidden_size)
         self.rope = RotaryEmbedding(backbone)
         self.stack = Stack(self.layers, backbone)
+
+    def layers_in_order(self) -> Sequence[nn.Module]:
+        return list(self.layers)
+
+    def start_from(self, target: Target) -> list[str]:
+        return last_layers(self, target)
+
+    def work(self, length: int, anchors: int) -> Work:
+        """Every step of a chain in every layer; the context's pass, of whose last layer keys and values are enough.
+
+        Maps outside of the layers (the fusion of taps) serve every context position once.
+        """
+        facts, layers = self.backbone, len(self.layers)
+        step = layers * of_layer(self.layers[0], facts, keys_seen(facts, length, self.block_size))
+        apart = [*self.tables.parameters(), *self.projection_parameters(), *self.layers.parameters()]
+        before = (layers - 1) * of_layer(self.layers[0], facts, keys_seen(facts, length, 0)).flops
+        flops = of_parameters(self, apart).flops + before + of_keys_values(self.layers[-1])
+        context = Work(of_context(self.layers, facts).kept, flops)
+        return anchors * self.block_size * step + length * context
 
     def source(self, taps: Float[Tensor, "B T C D"], last: Float[Tensor, "B T D"]) -> Float[Tensor, "B T D"]:
         """The feature that a chain starts from, at every position."""

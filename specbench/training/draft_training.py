@@ -256,21 +256,15 @@ class DraftTraining(L.LightningModule):
         )
 
     def configure_optimizers(self) -> Any:
-        groups = self._groups() if self.layer_decay != 1.0 else [p for p in self.draft.parameters() if p.requires_grad]
+        rate, layers = self.recipe["lr"], self.draft.parameter_groups()
+        groups = [{"params": ps, "lr": rate * self.layer_decay**away} for away, ps in enumerate(layers) if ps]
+        if self.layer_decay == 1.0:
+            groups = [p for p in self.draft.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(groups, **self.recipe)
         schedule = torch.optim.lr_scheduler.LambdaLR(
             optimizer, lambda step: warmup_cosine(step, self.steps_in_all, self.warmup)
         )
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
-
-    def _groups(self) -> list[dict[str, Any]]:
-        depth = len(self.draft.layers)
-        by_layer: dict[int, list[Tensor]] = {}
-        for name, parameter in self.draft.named_parameters():
-            layer = int(name.split(".")[1]) if name.startswith("layers.") else depth - 1
-            by_layer.setdefault(depth - 1 - layer, []).append(parameter)
-        lr = self.recipe["lr"]
-        return [{"params": ps, "lr": lr * self.layer_decay**away} for away, ps in sorted(by_layer.items())]
 
     def loss(self, draft: Draft, batch: Batch, epoch: int) -> Loss:
         """Loss sums of one micro-batch; its anchors depend on the anchor seed, the epoch and each conversation."""

@@ -1,12 +1,14 @@
 """What training a draft takes on a GPU, from shapes alone: an estimate, computed without weights.
 
 Counted: fp32 master weights, gradients and Adam moments of the trained parameters, the frozen tables in bf16 (or fp32),
-saved activations of the block queries and the context, the batch's target states, and one vocabulary-sized chunk.
+what the method's forward pass keeps (`Draft.work`), the batch's target states, and one vocabulary-sized chunk.
 Sharded over n ranks (FSDP2), master weights, gradients and moments are divided by n; the whole weights and gradients of
 a micro-batch's backward pass come on top.
+Operations: the forward pass, the backward pass at twice of it, and the projections of draft and target on the
+vocabulary.
 Not counted: allocator fragmentation, compiler workspaces, communication buffers. FlexAttention saves no score matrix.
 
-Axes: T tokens, N anchors, K slots, D hidden, M feed-forward, C taps.
+Axes: T tokens, N anchors, K slots, D hidden, C taps.
 """
 
 from __future__ import annotations
@@ -14,20 +16,23 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from specbench.drafts.draft import Draft
-from specbench.drafts.parallel import ParallelDraft
 
 CHUNK_ROWS = 512  # rows of vocabulary size that the objective holds on a GPU, in fp32, three at once
 GIB = 2**30
+# Settings of a draft that its memory grows with, where it has them.
+SIZES = ("block_size", "anchors", "layers")
 
 
 @dataclass(frozen=True)
 class Footprint:
-    """Bytes. `fixed` does not depend on the micro-batch, `per_sample` is one conversation of the longest length."""
+    """Bytes; `fixed` does not depend on the micro-batch, `per_sample` is one conversation of the longest length.
+    `flops`: floating-point operations of such a conversation in one step."""
 
     parameters: int
     trainable: int
     fixed: float
     per_sample: float
+    flops: float
     memory: float | None
 
     @property
@@ -43,6 +48,7 @@ class Footprint:
             f"parameters        {self.parameters:,} ({self.trainable:,} trained)",
             f"fixed memory      {self.fixed / GIB:.2f} GiB (weights, gradients, Adam moments, tables, one chunk)",
             f"a conversation    {self.per_sample / GIB:.3f} GiB (estimate)",
+            f"its step          {self.flops / 1e12:.3g} TFLOP (estimate; forward, backward, vocabulary)",
         ]
         if self.memory is None:
             lines.append("micro-batch       name a GPU with memory=GIB to see what fits")
@@ -58,21 +64,17 @@ def footprint(draft: Draft, length: int, precision: str, memory: float | None = 
     trainable = sum(p.numel() for p in draft.parameters() if p.requires_grad)
     tables = draft.tables.embedding.numel() + draft.tables.head.numel()
     frozen = 0 if draft.tables.trainable else tables
-    facts, layers = draft.backbone, len(draft.layers)
+    facts = draft.backbone
     states_of_weights = 16 if shards == 1 else 8 + 16 / shards
     fixed = states_of_weights * trainable + size * frozen + 3 * 4 * CHUNK_ROWS * facts.vocab_size
     anchors = min(length, draft.anchors_per_sample or length)
-    queries = anchors * draft.block_size
-    attention = (2 * facts.heads + 2 * facts.kv_heads) * facts.head_dim
-    per_query = layers * (6 * facts.hidden_size + 4 * facts.intermediate_size + 2 * attention)
-    checkpointed = isinstance(draft, ParallelDraft) and draft.checkpointing
-    if checkpointed:
-        per_query = layers * facts.hidden_size + per_query / layers
-    context = length * (3 * facts.hidden_size + layers * 2 * 2 * facts.kv_heads * facts.head_dim)
+    slots, work = anchors * draft.block_size, draft.work(length, anchors)
     states = length * (len(draft.target_layer_ids) + 1) * facts.hidden_size
-    per_sample = size * (queries * (per_query + 2 * facts.hidden_size) + context + states)
+    per_sample = size * (work.kept + 2 * slots * facts.hidden_size + states)
+    columns = 3 * len(draft.tables.head) + facts.vocab_size
+    flops = 3 * work.flops + 2 * slots * facts.hidden_size * columns
     parameters = tables + sum(p.numel() for p in draft.parameters())
-    return Footprint(parameters, trainable, float(fixed), float(per_sample), memory)
+    return Footprint(parameters, trainable, float(fixed), float(per_sample), float(flops), memory)
 
 
 def require_memory(
@@ -83,8 +85,8 @@ def require_memory(
     found = footprint(draft, longest, precision, None, shards)
     needed = found.fixed + conversations * found.per_sample
     if needed > 2 * free:
+        sizes = [f"method.draft.{key}={draft.settings[key]}" for key in SIZES if key in draft.settings]
         raise ValueError(
-            f"method.draft.block_size={draft.block_size}, anchors={draft.anchors_per_sample} and layers="
-            f"{len(draft.layers)} with trainer.data.samples_per_micro={conversations}: about {needed / GIB:.0f} GiB "
+            f"{', '.join(sizes)} with trainer.data.samples_per_micro={conversations}: about {needed / GIB:.0f} GiB "
             f"for conversations of {longest} tokens, and {free / GIB:.0f} GiB are free; lower one of them"
         )

@@ -10,28 +10,28 @@ from specbench.checkpoints.draft_folder import fetch, load_draft
 from specbench.drafts.draft import Draft
 from specbench.models.embedding_head import Tables
 
-FUSION = ("fc.", "fc_norm.", "input_norm.", "hidden_norm.")
-
 
 @torch.no_grad()
 def from_draft(draft: Draft, folder: str | Path, tables: Tables | None) -> tuple[list[str], list[str]]:
     """Start from the draft of a folder in any format that loads; returns the names that were copied and those that
     were not, because that draft has no such tensor, or one of another shape.
 
-    `tables` are the target's, for formats that ship none. What fuses the taps is taken over only from a draft of the
-    same taps. Errors: ValueError when nothing fits; FormatError for a folder that does not load.
+    `tables` are the target's, for formats that ship none. What reads the taps (`Draft.tap_modules`; of a method that
+    does not say it, everything) is taken over only from a draft of the same taps. Errors: ValueError when nothing fits; FormatError for a folder that does not load.
     """
     path = fetch(folder)
     path = path / "draft" if (path / "draft").is_dir() else path
     found = load_draft(path, tables, taps=list(draft.target_layer_ids), methods=[type(draft)])
     given, own = found.state_dict(), draft.state_dict()
     if found.target_layer_ids != draft.target_layer_ids:
-        given = {name: value for name, value in given.items() if not name.startswith(FUSION)}
+        unknown = ("",) if draft.reads_taps else ()
+        tapped = unknown if draft.tap_modules is None else tuple(f"{name}." for name in draft.tap_modules)
+        given = {name: value for name, value in given.items() if not name.startswith(tapped)}
     if draft.tables.trainable and _same_rows(found.tables.ids, draft.tables.ids):
         given |= {"tables.embedding": found.tables.embedding, "tables.head": found.tables.head}
     fitting = {name: value for name, value in given.items() if name in own and own[name].shape == value.shape}
     if not fitting:
-        raise ValueError(f"start={folder}: no tensor there fits this draft; choose a draft of the same widths")
+        raise ValueError(f"start={folder}: no tensor there fits this draft; choose a draft of the same taps and widths")
     draft.load_state_dict(fitting, strict=False)
     return sorted(fitting), sorted(own.keys() - fitting)
 
