@@ -30,6 +30,7 @@ from specbench.cli.identity import content, fingerprint, identity
 from specbench.cli.launching import rank_and_world, ranks, repeats_the_command, shards_of
 from specbench.cli.lightning_parts import callbacks_of, loggers_of
 from specbench.cli.recording import recorded
+from specbench.cli.sizes import smaller
 from specbench.cli.stages import Stage, say
 from specbench.data.answers.chat import prompt_ids
 from specbench.data.cache.lookup import find_cache
@@ -139,6 +140,8 @@ def print_plan(cfg: DictConfig) -> Footprint:
     found = footprint(draft, cfg.target.max_length, lightning.precision, memory, shards_of(lightning))
     say(found.text())
     say(f"backbone          {chosen(config, cfg.method.backbone).reason}")
+    if (small := smaller(cfg.method)) is not None:
+        say(f"sizes             {small}")
     return found
 
 
@@ -164,6 +167,8 @@ def _train(cfg: DictConfig, stage: Stage, name: str) -> None:
             begun = initialise(draft, cfg.start, target, data.tables)
         choice = chosen(config, cfg.method.backbone)
         say(f"train: {choice.reason}")
+        if (small := smaller(cfg.method)) is not None:
+            say(f"train: {small}")
         steps = cfg.trainer.max_steps or cfg.trainer.epochs * data.steps_per_epoch
         module = DraftTraining(
             draft,

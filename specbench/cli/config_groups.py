@@ -10,11 +10,14 @@ import hydra
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.object_type import ObjectType
 
+from specbench.cli.sizes import offer_sizes
+
 
 @contextmanager
 def configs(package: str) -> Iterator[None]:
     """Hydra, looking for configurations in the importable package `package`."""
     with hydra.initialize_config_module(package, version_base="1.3"):
+        offer_sizes(loader())
         yield
 
 
@@ -25,6 +28,8 @@ def loader() -> Any:
 
 def options(group: str, search: Sequence[str] = ()) -> list[str]:
     """The options of a group, or nothing when there is no such group; `search` are overrides of hydra.searchpath."""
+    if search:
+        offer_sizes(loader(), search)
     return loader().get_group_options(group, ObjectType.CONFIG, None, list(search))
 
 

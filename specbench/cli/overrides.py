@@ -22,6 +22,7 @@ from specbench.cli.errors import nearest
 from specbench.cli.recording import recorded
 from specbench.cli.schema import takes_text
 from specbench.cli.settings import SCHEMAS, check_settings, takes
+from specbench.cli.sizes import offer_sizes
 from specbench.files.redaction import redacted
 
 MANY_JOBS = 256
@@ -46,6 +47,8 @@ QUOTES = re.compile(r"(\\*)('|\Z)")
 
 def compose(config: str, overrides: Sequence[str]) -> DictConfig:
     """The configuration with Hydra's own settings under `hydra`; `${hydra:...}` resolves as it does in a sweep."""
+    if search := [text for text in overrides if text.startswith("hydra.searchpath=")]:
+        offer_sizes(loader(), search)
     cfg = hydra.compose(config, texts(config, overrides), return_hydra_config=True)
     HydraConfig.instance().set_config(cfg)
     return cfg

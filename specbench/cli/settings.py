@@ -231,6 +231,17 @@ class MethodSettings(Settings):
     objective: ObjectiveArguments
     head: Text | None = None
     loss: Text | None = None
+    sizes: dict[Text, dict[str, Any]] = Field({})
+
+    @model_validator(mode="after")
+    def _sizes_are_settings_of_the_draft(self) -> Method:
+        for trainer, size in self.sizes.items():
+            if unknown := sorted(set(size) - set(self.draft)):
+                raise ValueError(
+                    f"method.sizes.{trainer} sets {', '.join(unknown)}, which method.draft does not have: give it "
+                    "there, with the published size"
+                )
+        return self
 
     @model_validator(mode="after")
     def _a_label_says_what_is_built(self) -> MethodSettings:
