@@ -10,13 +10,14 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
-from specbench.cli.assembly import composed
+from specbench.cli.assembly import composed, search_path
 from specbench.cli.checks import ahead, check_before
 from specbench.cli.settings import check_settings
 from specbench.cli.stages import say
 from specbench.cli.summary import report, within
 from specbench.cli.verbs import VERBS
 from specbench.data.prompts.embedded_corpus import DOMAINS
+from specbench.drafts.installed import installed
 
 SHOWN = ("conditional_acceptance_t0.png", "survival_t0.png")
 
@@ -83,18 +84,27 @@ def drafts(cfg: DictConfig, cache: Path | None) -> list[tuple[str, list[str]]]:
     for method in cfg.methods:
         name = f"{method}-s{cfg.seed}"
         draft = f"draft={Path(cfg.root) / 'runs' / 'train' / name}"
+        own = own_class(method)
         training = [f"method={method}", f"name={name}", f"seed.init={cfg.seed}", f"trainer.max_steps={cfg.steps}"]
         training += ["evaluate=false", *([] if cache is None else [f"cache={cache}"])]
         stages.append(("train", [*common, *tracking, *training]))
         for temperature in cfg.temperatures:
-            decoding = [draft, f"name={name}-t{temperature:g}", f"temperature={temperature}"]
+            decoding = [draft, *own, f"name={name}-t{temperature:g}", f"temperature={temperature}"]
             decoding += [f"max_new_tokens={cfg.max_new_tokens}", f"suite.limit={cfg.benchmark_prompts}"]
             stages.append(("evaluate", [*common, *tracking, *decoding]))
         if cfg.clock.prompts:
-            timing = [draft, f"name={name}", f"clock_prompts={cfg.clock.prompts}", f"clock_repeats={cfg.clock.repeats}"]
+            timing = [draft, *own, f"name={name}", f"clock_prompts={cfg.clock.prompts}", f"clock_repeats={cfg.clock.repeats}"]
             timing += [f"max_new_tokens={cfg.clock.max_new_tokens}", "batch_sizes=[1]", "lengths=[]", "step_tokens=16"]
             stages.append(("speed", [*common, *timing, "repeats=60", "check=[]"]))
     return stages
+
+
+def own_class(method: str) -> list[str]:
+    """What allows a draft folder to ask for a method of the user's own; nothing for the methods of this package."""
+    if not search_path():
+        return []
+    kind = composed("train", [f"method={method}"]).method.draft._target_
+    return [] if kind in installed() else [f"methods=[{kind}]"]
 
 
 def everywhere(cfg: DictConfig) -> list[str]:

@@ -6,6 +6,10 @@ Once a block-parallel draft, once a class of the contract itself, of which the p
 from __future__ import annotations
 
 import importlib
+import os
+import re
+import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -22,10 +26,11 @@ from specbench.drafts.draft import Draft
 from specbench.drafts.initialisation import first_weights
 from specbench.files.atomic import read_json
 from specbench.losses.objective import Objective
-from specbench.training.module import DraftTraining
+from specbench.training.draft_training import DraftTraining
 from tests import independent_heads, test_contract, test_work, tiny
 from tests.pipeline import prepare
 
+ROOT = Path(__file__).resolve().parents[1]
 CLASS = '''
 """A block-parallel draft whose slots learn an offset each."""
 
@@ -215,3 +220,89 @@ def test_tied_weights_are_written_and_a_tables_name_is_refused(heads: type[Draft
 def test_an_unknown_method_is_named_with_those_that_are_there(own: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["train", f"hydra.searchpath=[file://{own}]", "method=slot_ofset"]) == 2
     assert "did you mean 'slot_offset'?" in capsys.readouterr().err
+
+
+@pytest.fixture
+def pipeline(heads: type[Draft], own: Path, tmp_path: Path) -> tuple[Path, list[str], str, str]:
+    root = tmp_path / "outputs"
+    root.mkdir()
+    kind = "methods=[fifthmethod.independent_heads.IndependentHeads]"
+    return root, prepare(root), f"hydra.searchpath=[file://{own}]", kind
+
+
+@pytest.mark.long
+def test_it_goes_through_every_verb(heads, pipeline, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root, settings, search, kind = pipeline
+    recipe = ["trainer.recipe.layer_decay=0.9", "trainer.recipe.ema=0.9", "trainer.max_steps=4"]
+    assert main(["train", "-m", search, *settings, *recipe, "method=independent_heads,dflash"]) == 0
+    said = capsys.readouterr().err
+    assert "train: method.draft.anchors=8 (published: 512), width=16 (published: 64): a small draft" in said
+    (run,) = (root / "runs" / "train").glob("independent_heads-*")
+    (evaluated,) = (root / "runs" / "evaluate").glob("independent_heads-*")
+    written = load_draft(run / "draft", methods=[heads])
+    module = DraftTraining.load_from_checkpoint(run / "checkpoints" / "best.ckpt", methods=[heads])
+    torch.testing.assert_close(module.published.state_dict(), written.state_dict(), rtol=0, atol=0)
+
+    common = [f"root={root}", "tracking=disabled"]
+    suite = settings[-1]
+    assert suite.startswith("suite.prompts=")
+    warm = [suite, "temperature=1.0", "max_new_tokens=8", "name=warm", "scheduler=threshold", "teacher_forced=true"]
+    assert main(["evaluate", *common, *warm, f"draft={run}", kind]) == 0
+    timing = ["batch_sizes=[1]", "lengths=[]", "check=[]", "clock_prompts=2", "clock_repeats=1", "repeats=3"]
+    timing += ["max_new_tokens=8", "step_tokens=4", "context=16"]
+    assert main(["speed", f"root={root}", suite, *timing, f"draft={run}", kind]) == 0
+    assert main(["calibrate", f"root={root}", f"rounds={evaluated}"]) == 0
+
+    exported, imported = tmp_path / "exported", tmp_path / "imported"
+    words = [f"root={root}", f"draft={run}", kind]
+    assert main(["export", *words, "format=specbench", f"folder={exported}"]) == 0
+    assert "specbench format" in (exported / "README.md").read_text()
+    assert main(["import", f"root={root}", f"draft={exported}", f"folder={imported}", kind]) == 0
+    again = load_draft(imported, methods=[heads])
+    torch.testing.assert_close(again.state_dict(), written.state_dict(), rtol=0, atol=0)
+    capsys.readouterr()
+    assert main(["export", *words, "format=vllm", f"folder={tmp_path / 'vllm'}"]) == 2
+    assert "IndependentHeads has no published format" in capsys.readouterr().err
+    brought = ["name=brought", "max_new_tokens=8", f"draft={imported}", kind]
+    assert main(["evaluate", *common, suite, *brought]) == 0
+
+    filters = ["temperature=0.0", "resamples=50", "name=both"]
+    runs = ",".join(map(str, (root / "runs" / "evaluate").glob("*-embedded-*")))
+    assert main(["compare", f"root={root}", f"runs=[{runs}]", *filters]) == 0
+    table = pd.read_csv(root / "compare" / "both" / "accepted_length.csv").set_index("method")
+    assert set(table.index) == {"independent_heads", "dflash"}
+    assert list((root / "compare" / "both" / "figures").glob("conditional_acceptance*.png"))
+
+
+@pytest.mark.long
+def test_the_quickstart_takes_it_beside_the_others(heads, own: Path, tmp_path: Path) -> None:
+    sizes = ["steps=4", "prompts=6", "held_out=4", "benchmark_prompts=2", "max_new_tokens=12", "temperatures=[0.0]"]
+    clock = ["clock.prompts=2", "clock.repeats=1", "clock.max_new_tokens=8", "tracking=disabled", f"root={tmp_path}/out"]
+    search = f"hydra.searchpath=[file://{own}]"
+    assert main(["quickstart", search, "methods=[independent_heads,dflash]", *sizes, *clock]) == 0
+    table = pd.read_csv(tmp_path / "out" / "compare" / "quickstart" / "accepted_length.csv")
+    assert set(table["method"]) == {"independent_heads", "dflash"}
+
+
+@pytest.mark.long
+def test_inside_the_package_two_files_are_enough_for_the_library_and_the_tests(tmp_path: Path) -> None:
+    """A copy of the repository with the class in specbench/drafts and its YAML in configs/method, nothing else."""
+    for folder in ("specbench", "experiments", "configs", "analysis", "tests"):
+        shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__", "golden"))
+    shutil.copy(ROOT / "pyproject.toml", tmp_path)
+    independent_heads.write(tmp_path / "specbench" / "drafts", "specbench.drafts", tmp_path / "configs" / "method")
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+
+    def python(*words: str) -> str:
+        done = subprocess.run([sys.executable, *words], cwd=tmp_path, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+        return done.stdout
+
+    code = (
+        "import specbench as sb; target = sb.Target.load('package:data/embedded', taps=[1, 3])\n"
+        "print(sb.IndependentHeads.for_target(target, width=8).origin)"
+    )
+    assert "start=random" in python("-c", code)
+    files = [f"tests/{name}.py" for name in ("test_contract", "test_configs", "test_work", "test_layers")]
+    said = python("-m", "pytest", "-n", "0", *files, "-k", "independent_heads", "-p", "no:cacheprovider")
+    assert int(re.search(r"(\d+) passed", said)[1]) > 20

@@ -43,10 +43,10 @@ ANYWHERE = (
 )
 # What else leaves the result of one verb alone.
 OF_VERB = {
-    # Settings of the evaluation that follows a training.
+    # Settings of the evaluation that follows a training, and what sizes there were to choose from.
     "train": (
         *("evaluate", "temperatures", "max_new_tokens", "limit", "evaluation_seed", "suite"),
-        "trainer.evaluation",
+        *("trainer.evaluation", "method.sizes"),
     ),
     # Answers are added to those that are there; whose they are is said by their header.
     "answers": ("count", "policy.model"),
