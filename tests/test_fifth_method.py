@@ -153,7 +153,8 @@ def test_its_plan_is_near_what_it_takes(heads: type[Draft], own: Path, capsys: p
 
     settings = {"mask_token_id": tiny.MASK, "confident": True, "width": 64}
     bound = AsksForValues.for_target(tiny.target("qwen3"), **settings).work(test_work.LENGTH, anchors)
-    assert bound.kept > kept and bound.flops == 4 * flops  # every map counted for each of the 4 slots
+    # Every map is counted for each of the 4 slots, and the confidence head beside them.
+    assert bound.kept > kept and bound.flops == 4 * flops + 2 * 4 * anchors * 32
     words = [f"hydra.searchpath=[file://{own}]", "method=independent_heads", "target=tiny_qwen3", "plan=true"]
     assert main(["train", *words, "memory=80"]) == 0
     said = capsys.readouterr().err
