@@ -93,7 +93,13 @@ def drafts(cfg: DictConfig, cache: Path | None) -> list[tuple[str, list[str]]]:
             decoding += [f"max_new_tokens={cfg.max_new_tokens}", f"suite.limit={cfg.benchmark_prompts}"]
             stages.append(("evaluate", [*common, *tracking, *decoding]))
         if cfg.clock.prompts:
-            timing = [draft, *own, f"name={name}", f"clock_prompts={cfg.clock.prompts}", f"clock_repeats={cfg.clock.repeats}"]
+            timing = [
+                draft,
+                *own,
+                f"name={name}",
+                f"clock_prompts={cfg.clock.prompts}",
+                f"clock_repeats={cfg.clock.repeats}",
+            ]
             timing += [f"max_new_tokens={cfg.clock.max_new_tokens}", "batch_sizes=[1]", "lengths=[]", "step_tokens=16"]
             stages.append(("speed", [*common, *timing, "repeats=60", "check=[]"]))
     return stages

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-CLASS = '''"""K independent heads on the target's final state: h_k = f + s_k W_k SiLU(V_k [f ; e(anchor)]). Deviations: none."""
+CLASS = '''"""K independent heads: h_k = f + s_k W_k SiLU(V_k [f ; e(anchor)]). Deviations: none."""
 
 from __future__ import annotations
 

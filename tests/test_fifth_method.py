@@ -191,7 +191,7 @@ def test_its_folder_holds_it_exactly_and_no_engine_is_given_it(heads: type[Draft
         assert type(loaded) is heads and loaded.settings == draft.settings
         torch.testing.assert_close(loaded.state_dict(), draft.state_dict(), rtol=0, atol=0)
     for form in ("deepspec", "vllm", "sglang"):
-        with pytest.raises(FormatError, match="IndependentHeads has no published format.*format=specbench"):
+        with pytest.raises(FormatError, match=r"IndependentHeads has no published format.*format=specbench"):
             export_draft(tmp_path / "draft", tmp_path / form, form, methods=[heads])
     with pytest.raises(FormatError, match="is not one of"):
         load_draft(tmp_path / "draft")
@@ -278,7 +278,13 @@ def test_it_goes_through_every_verb(heads, pipeline, tmp_path: Path, capsys: pyt
 @pytest.mark.long
 def test_the_quickstart_takes_it_beside_the_others(heads, own: Path, tmp_path: Path) -> None:
     sizes = ["steps=4", "prompts=6", "held_out=4", "benchmark_prompts=2", "max_new_tokens=12", "temperatures=[0.0]"]
-    clock = ["clock.prompts=2", "clock.repeats=1", "clock.max_new_tokens=8", "tracking=disabled", f"root={tmp_path}/out"]
+    clock = [
+        "clock.prompts=2",
+        "clock.repeats=1",
+        "clock.max_new_tokens=8",
+        "tracking=disabled",
+        f"root={tmp_path}/out",
+    ]
     search = f"hydra.searchpath=[file://{own}]"
     assert main(["quickstart", search, "methods=[independent_heads,dflash]", *sizes, *clock]) == 0
     table = pd.read_csv(tmp_path / "out" / "compare" / "quickstart" / "accepted_length.csv")

@@ -26,9 +26,9 @@ def measured(draft: torch.nn.Module) -> tuple[int, int, int]:
         return tensor
 
     alive = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: alive.append(pack(t)) or t, lambda t: t):
-        with FlopCounterMode(display=False) as counter:
-            alive.append(draft(batch))
+    hooks = torch.autograd.graph.saved_tensors_hooks(lambda t: alive.append(pack(t)) or t, lambda t: t)
+    with hooks, FlopCounterMode(display=False) as counter:
+        alive.append(draft(batch))
     return sum(kept.values()), counter.get_total_flops(), int((batch.anchors >= 0).sum())
 
 

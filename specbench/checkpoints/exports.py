@@ -19,7 +19,6 @@ from torch import Tensor
 
 from specbench.checkpoints.config_keys import FormatError
 from specbench.checkpoints.formats import EAGLE_FLAGS
-from specbench.drafts.dflash import DFlash
 from specbench.drafts.draft import Draft
 from specbench.drafts.dspark import DSpark
 from specbench.drafts.eagle3 import Eagle3

@@ -9,7 +9,6 @@ from typing import Any
 from hydra.utils import get_class
 
 
-
 def fits(method: Mapping[str, Any]) -> None:
     """Refuse settings that the method's class does not take, with the reason where it is known."""
     draft = method["draft"]

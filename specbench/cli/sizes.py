@@ -46,8 +46,11 @@ def smaller(method: DictConfig | Mapping[str, Any]) -> str | None:
     """One line on the sizes that a trainer chose and that are not the published ones; None where there are none."""
     published = (method.get("sizes") or {}).get(PUBLISHED) or {}
     draft = method["draft"]
-    changed = [f"{key}={_said(draft[key])} (published: {_said(value)})" for key, value in published.items()
-               if draft.get(key) != value]
+    changed = [
+        f"{key}={_said(draft[key])} (published: {_said(value)})"
+        for key, value in published.items()
+        if draft.get(key) != value
+    ]
     if not changed:
         return None
     return f"method.draft.{', '.join(changed)}: a small draft; size={PUBLISHED} trains the published one"

@@ -17,7 +17,8 @@ def from_draft(draft: Draft, folder: str | Path, tables: Tables | None) -> tuple
     were not, because that draft has no such tensor, or one of another shape.
 
     `tables` are the target's, for formats that ship none. What reads the taps (`Draft.tap_modules`; of a method that
-    does not say it, everything) is taken over only from a draft of the same taps. Errors: ValueError when nothing fits; FormatError for a folder that does not load.
+    does not say it, everything) is taken over only from a draft of the same taps. Errors: ValueError when nothing fits;
+    FormatError for a folder that does not load.
     """
     path = fetch(folder)
     path = path / "draft" if (path / "draft").is_dir() else path
