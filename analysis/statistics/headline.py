@@ -11,10 +11,10 @@ import numpy as np
 from analysis.statistics.acceptance_gap import TeacherForcedSums, paired
 from analysis.statistics.histograms import Counts, count
 from analysis.statistics.intervals import by_slot, interval
+from specbench.metrics.functional import QUANTITIES
 
 # Tokens / seconds that their requests spent in flight: of one request inside its batch, not of the batch.
 PER_REQUEST = "tokens_per_second_per_request"
-QUANTITIES = ("accepted_length", "accepted_length_per_prompt", "acceptance_rate", "verified_per_round", "suffix_decay")
 
 
 def counts_of(records: Sequence[Mapping[str, Any]]) -> Counts:
@@ -54,7 +54,7 @@ def _numbers(records: Sequence[Mapping[str, Any]], resamples: int, seed: int) ->
     if not rounds:
         return found
     for name in QUANTITIES:
-        value, low, high = interval(counts, lambda sums, name=name: getattr(sums, name), resamples, seed)
+        value, low, high = interval(counts, lambda sums, name=name: sums.quantity(name), resamples, seed)
         found[name] = {"value": _number(value), "low": _number(low), "high": _number(high), "count": rounds}
     conditional = by_slot(counts, True, resamples, seed)
     survival, _, _ = by_slot(counts, False, resamples, seed)

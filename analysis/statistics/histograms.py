@@ -16,7 +16,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from specbench.metrics import functional
-from specbench.metrics.functional import SlotCounts
+from specbench.metrics.functional import QUANTITIES, RoundSums, SlotCounts
 
 
 @dataclass(frozen=True)
@@ -85,25 +85,29 @@ class Sums:
         """Sums of all three, as the formulas take them."""
         return SlotCounts(self.offered, self.reached, self.passed)
 
+    def quantity(self, name: str) -> Float[np.ndarray, "*axes"]:
+        """A quantity of functional.QUANTITIES."""
+        return QUANTITIES[name](RoundSums(*(self.values[..., column] for column in range(6)), self.slot_counts))
+
     @property
     def accepted_length(self) -> Float[np.ndarray, "*axes"]:
         """Tokens committed / rounds, pooled over rounds (the published definition)."""
-        return functional.accepted_length(self.values[..., 0], self.values[..., 1])
+        return self.quantity("accepted_length")
 
     @property
     def accepted_length_per_prompt(self) -> Float[np.ndarray, "*axes"]:
         """Mean over prompts of each prompt's own committed / rounds; prompts without rounds have no ratio."""
-        return functional.ratio(self.values[..., 4], self.values[..., 5])
+        return self.quantity("accepted_length_per_prompt")
 
     @property
     def acceptance_rate(self) -> Float[np.ndarray, "*axes"]:
         """Tokens accepted / tokens proposed."""
-        return functional.acceptance_rate(self.values[..., 3], self.values[..., 2])
+        return self.quantity("acceptance_rate")
 
     @property
     def verified_per_round(self) -> Float[np.ndarray, "*axes"]:
         """Tokens that the target reads in a round: the proposal and the anchor."""
-        return functional.verified_per_round(self.values[..., 2], self.values[..., 1])
+        return self.quantity("verified_per_round")
 
     @property
     def survival(self) -> Float[np.ndarray, "*axes K"]:
@@ -118,7 +122,7 @@ class Sums:
     @property
     def suffix_decay(self) -> Float[np.ndarray, "*axes"]:
         """Least-squares slope of log conditional@k over k, weighted by n_k."""
-        return functional.suffix_decay(self.conditional, self.reached)
+        return self.quantity("suffix_decay")
 
 
 def count(

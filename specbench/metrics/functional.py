@@ -14,7 +14,7 @@ or bootstrap samples.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -206,6 +206,29 @@ def suffix_decay(conditional: Float[Any, "*axes K"], n: Num[Any, "*axes K"]) -> 
     spread = xp.nansum(weight * centred**2, -1)
     slope = xp.nansum(weight * centred * level, -1)
     return ratio(slope, xp.where(usable.sum(-1) >= 2, spread, 0.0))
+
+
+class RoundSums(NamedTuple):
+    """What a quantity of rounds is computed from, summed over rounds and prompts: tokens committed, proposed and
+    accepted, rounds, the two terms of accepted_length_per_prompt (`own`, `some`), and the counts of each slot."""
+
+    committed: Num[Any, "*axes"]
+    rounds: Num[Any, "*axes"]
+    proposed: Num[Any, "*axes"]
+    accepted: Num[Any, "*axes"]
+    own: Num[Any, "*axes"]
+    some: Num[Any, "*axes"]
+    slots: SlotCounts
+
+
+# Every quantity with one value a group of rounds: an evaluation logs it and reports it with its interval.
+QUANTITIES: dict[str, Callable[[RoundSums], Float[Any, "*axes"]]] = {
+    "accepted_length": lambda sums: accepted_length(sums.committed, sums.rounds),
+    "accepted_length_per_prompt": lambda sums: ratio(sums.own, sums.some),
+    "acceptance_rate": lambda sums: acceptance_rate(sums.accepted, sums.proposed),
+    "verified_per_round": lambda sums: verified_per_round(sums.proposed, sums.rounds),
+    "suffix_decay": lambda sums: suffix_decay(conditional_acceptance(sums.slots), sums.slots.reached),
+}
 
 
 def expected_lengths(alpha: Float[Any, "*axes K"], mask: Bool[Any, "*axes K"]) -> Float[Any, "*axes"]:

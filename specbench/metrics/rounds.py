@@ -17,19 +17,16 @@ from torch import Tensor
 from torchmetrics import Metric, MetricCollection
 
 from specbench.metrics.functional import (
+    QUANTITIES,
+    RoundSums,
     SlotCounts,
     Triples,
-    acceptance_rate,
-    accepted_length,
     conditional_acceptance,
     histogram,
     histogram_of,
-    ratio,
     round_totals,
     slot_counts,
-    suffix_decay,
     survival,
-    verified_per_round,
 )
 
 
@@ -103,12 +100,39 @@ class RoundMetric(Metric):
         """Rounds that offered, reached and passed every slot."""
         return slot_counts(self.histogram)
 
+    @property
+    def sums(self) -> RoundSums:
+        """What the quantities of functional.py are computed from."""
+        committed, with_rounds, _ = self.counts
+        return RoundSums(committed, *round_totals(self.histogram), self.ratios, with_rounds, self.slot_counts)
+
     def plot(self, val: Any = None, ax: Any = None) -> Any:
         """Figure and axes of the value, or of the values of several steps."""
         return self._plot(val, ax)
 
 
-class AcceptedLength(RoundMetric):
+class Quantity(RoundMetric):
+    """The quantity `name` of functional.QUANTITIES.
+
+    >>> metric = Quantity(slots=4, name="verified_per_round")
+    >>> metric.update([(4, 3, 1), (1, 0, 1)], committed=5)
+    >>> float(metric.compute())
+    3.5
+    """
+
+    higher_is_better = None
+
+    def __init__(self, slots: int, name: str, **kwargs: Any):
+        super().__init__(slots, **kwargs)
+        if name not in QUANTITIES:
+            raise ValueError(f"name={name!r}: choose one of {', '.join(QUANTITIES)}")
+        self.name = name
+
+    def compute(self) -> Tensor:
+        return torch.as_tensor(QUANTITIES[self.name](self.sums))
+
+
+class AcceptedLength(Quantity):
     """Tokens committed per round: pooled over all rounds (the published definition), or `per_prompt`, the mean over
     prompts of each prompt's own ratio (prompts without a round have none).
 
@@ -120,12 +144,11 @@ class AcceptedLength(RoundMetric):
     (2.5, 2.0)
     """
 
-    def __init__(self, slots: int, per_prompt: bool = False, **kwargs: Any):
-        super().__init__(slots, **kwargs)
-        self.per_prompt = per_prompt
+    higher_is_better = True
 
-    def compute(self) -> Tensor:
-        return ratio(self.ratios, self.counts[1]) if self.per_prompt else accepted_length(self.counts[0], self.rounds)
+    def __init__(self, slots: int, per_prompt: bool = False, **kwargs: Any):
+        super().__init__(slots, "accepted_length_per_prompt" if per_prompt else "accepted_length", **kwargs)
+        self.per_prompt = per_prompt
 
 
 class Survival(Curve, RoundMetric):
@@ -154,7 +177,7 @@ class ConditionalAcceptance(Curve, RoundMetric):
         return conditional_acceptance(self.slot_counts)
 
 
-class SuffixDecay(RoundMetric):
+class SuffixDecay(Quantity):
     """Weighted slope of log conditional@k per slot (`functional.suffix_decay`).
 
     >>> metric = SuffixDecay(slots=2)
@@ -163,13 +186,14 @@ class SuffixDecay(RoundMetric):
     -1.3863
     """
 
+    higher_is_better = True
     plot_lower_bound = None
 
-    def compute(self) -> Tensor:
-        return suffix_decay(conditional_acceptance(self.slot_counts), self.slot_counts.reached)
+    def __init__(self, slots: int, **kwargs: Any):
+        super().__init__(slots, "suffix_decay", **kwargs)
 
 
-class AcceptanceRate(RoundMetric):
+class AcceptanceRate(Quantity):
     """Accepted / proposed tokens.
 
     >>> metric = AcceptanceRate(slots=4)
@@ -178,14 +202,14 @@ class AcceptanceRate(RoundMetric):
     0.375
     """
 
+    higher_is_better = True
     plot_upper_bound = 1.0
 
-    def compute(self) -> Tensor:
-        totals = round_totals(self.histogram)
-        return acceptance_rate(totals.accepted, totals.proposed)
+    def __init__(self, slots: int, **kwargs: Any):
+        super().__init__(slots, "acceptance_rate", **kwargs)
 
 
-class VerifiedPerRound(RoundMetric):
+class VerifiedPerRound(Quantity):
     """Tokens that the target verifies a round: proposed + 1. It is a cost: at the same accepted length, fewer are
     better.
 
@@ -197,9 +221,8 @@ class VerifiedPerRound(RoundMetric):
 
     higher_is_better = False
 
-    def compute(self) -> Tensor:
-        totals = round_totals(self.histogram)
-        return verified_per_round(totals.proposed, totals.rounds)
+    def __init__(self, slots: int, **kwargs: Any):
+        super().__init__(slots, "verified_per_round", **kwargs)
 
 
 class RoundCounts(RoundMetric):
@@ -238,6 +261,7 @@ class DecodingMetrics(MetricCollection):
 
     def __init__(self, slots: int, **kwargs: Any):
         metrics = {
+            **{name: Quantity(slots, name, **kwargs) for name in QUANTITIES},
             "accepted_length": AcceptedLength(slots, **kwargs),
             "accepted_length_per_prompt": AcceptedLength(slots, per_prompt=True, **kwargs),
             "acceptance_rate": AcceptanceRate(slots, **kwargs),
