@@ -13,7 +13,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 # What each heading of the page promises, checked in one process on the changed copy.
-CHECKS = '''
+CHECKS = """
 import sys
 from pathlib import Path
 
@@ -117,7 +117,7 @@ def experiment():
 for check in (method, target, family, metric, scheduler, data, benchmark, experiment):
     check()
     print("checked", check.__name__)
-'''
+"""
 
 
 @pytest.mark.long
