@@ -80,3 +80,10 @@ def test_a_command_gives_back_the_groups_that_it_was_written_from(words: tuple[s
         again = without_hydra(compose("evaluate", printed))
     for group in ("target", "suite"):
         assert OmegaConf.to_container(again[group], resolve=True) == OmegaConf.to_container(cfg[group], resolve=True)
+
+
+def test_an_option_that_is_built_on_another_needs_only_its_name() -> None:
+    with configs("configs"):
+        cfg = without_hydra(compose("evaluate", ["draft=plain", "target=qwen3_1_7b"]))
+    printed = shlex.split(command("evaluate", cfg, ("target",), draft="plain"))
+    assert [word for word in printed if "target" in word] == ["target=qwen3_1_7b"]

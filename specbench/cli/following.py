@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 from collections.abc import Sequence
 from importlib import resources
+from importlib.resources.abc import Traversable
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
@@ -32,10 +33,11 @@ def _option(group: str, chosen: DictConfig) -> list[str]:
     """The option of configs/GROUP of this name, or else the one that leaves the fewest keys to set, and those keys."""
     have = _leaves(OmegaConf.to_container(chosen, resolve=True))
     best: list[str] = []
-    for file in sorted((resources.files("configs") / group).iterdir(), key=lambda file: file.name):
+    folder = resources.files("configs") / group
+    for file in sorted(folder.iterdir(), key=lambda file: file.name):
         if not file.name.endswith(".yaml"):
             continue
-        default = _leaves(OmegaConf.to_container(OmegaConf.create(file.read_text(encoding="utf-8")), resolve=False))
+        default = _leaves(OmegaConf.to_container(_written(folder, file.name), resolve=False))
         own = {key: value for key, value in have.items() if not _same(key, value, default)}
         words = [f"{group}={file.name.removesuffix('.yaml')}"]
         # A key that the option does not have is appended.
@@ -45,6 +47,13 @@ def _option(group: str, chosen: DictConfig) -> list[str]:
         if not best or len(words) < len(best):
             best = words
     return best
+
+
+def _written(folder: Traversable, name: str) -> DictConfig:
+    """An option as its file has it, over the options of the same group that the file is built on."""
+    own = OmegaConf.create((folder / name).read_text(encoding="utf-8"))
+    below = [part for part in own.get("defaults") or () if isinstance(part, str) and part != "_self_"]
+    return OmegaConf.merge(*(_written(folder, f"{part}.yaml") for part in below), own)
 
 
 def _same(key: str, value: Any, default: dict[str, Any]) -> bool:
