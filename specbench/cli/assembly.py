@@ -21,7 +21,6 @@ from specbench.checkpoints.draft_folder import taps_of
 from specbench.cli.config_groups import configs
 from specbench.cli.errors import naming
 from specbench.cli.following import text
-from specbench.cli.method_signature import fits
 from specbench.cli.overrides import compose, without_hydra
 from specbench.drafts.baselines import SLOTS, Baseline, baseline
 from specbench.drafts.draft import Draft
@@ -108,7 +107,6 @@ def build_draft(
         soft_cap=tables.soft_cap,
         logit_scale=tables.logit_scale,
     )
-    fits(method)
     # Partial, because Hydra would turn the backbone's dataclass into a mapping and wrap the class's own errors.
     build = instantiate(method.draft, _partial_=True, _convert_="all")
     return build(

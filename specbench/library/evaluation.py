@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import lightning as L
 import pandas as pd
 from lightning.pytorch.loggers import Logger
 
@@ -24,6 +25,7 @@ from analysis.read.runs import load
 from analysis.statistics.headline import PER_REQUEST, headline
 from analysis.tables import frames as tables
 from analysis.tables import groups as grouping
+from specbench.data.answers.templates import template_facts
 from specbench.data.prompts.benchmarks import Benchmarks, first_prompt
 from specbench.data.prompts.suites import suite_of
 from specbench.decoding.loop import Limits
@@ -32,8 +34,7 @@ from specbench.decoding.scheduling import FixedLength, Scheduler
 from specbench.drafts.baselines import Baseline, Small
 from specbench.drafts.draft import Draft
 from specbench.evaluation.audit import verdict
-from specbench.evaluation.decoding import decode_suite, facts_of
-from specbench.evaluation.draft_evaluation import Answered, Protocol
+from specbench.evaluation.draft_evaluation import Answered, DraftEvaluation, Protocol, merged, write_rounds
 from specbench.files.atomic import json_line
 from specbench.library.drafts import PLAIN, DraftRecord, weights_of
 from specbench.models.target import Target
@@ -280,7 +281,8 @@ def evaluate_into(
     progress: Callable[[Answered], None] | None = None,
     audit_spacings: float = 2.0,
 ) -> dict[str, Any] | None:
-    """Decode every prompt of the suite into a run folder that is open, and finish it with the headline numbers.
+    """Decode every prompt of the suite into a run folder that is open, and finish it: records.parquet, rounds.jsonl and
+    summary.json with the headline numbers. Prompts that it has already are not decoded again.
 
     Returns what summary.json says; None on the ranks beside the first. audit_spacings: distances of neighbouring
     numbers within which a token that an audit finds (`protocol.audit`) counts as a tie.
@@ -289,14 +291,29 @@ def evaluate_into(
     seeds = {"decoding": protocol.seed, "init": about.seed}
     run.write_provenance(*provenance(sys.argv, seeds, None, first))
     labels = {"run": run.name, "method": about.method, "target": target.name, "suite": suite.name, "seed": about.seed}
-    done = decode_suite(
-        run, target, draft, suite, protocol, labels, loggers=loggers, devices=devices, progress=progress
+    trainer = L.Trainer(
+        accelerator="cpu" if target.device.type == "cpu" else "gpu",
+        devices=devices,
+        logger=list(loggers) or False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        enable_checkpointing=False,
+        use_distributed_sampler=False,
     )
-    if not done:
+    module = DraftEvaluation(target, draft, protocol, run.path, labels, progress)
+    trainer.test(module, datamodule=suite, verbose=False)
+    if trainer.global_rank:
         return None
+    done = merged(run.path)
+    run.write_records([item.record for item in done])
+    write_rounds(run.path / "rounds.jsonl", done)
     costs = {"draft_parameters": draft.parameters_count} if isinstance(draft, Small) else about.costs
     summary = {
-        **facts_of(target, draft, suite, protocol, labels),
+        **labels,
+        "temperature": protocol.sampling.temperature,
+        "accounting": protocol.limits.accounting,
+        "prompts": suite.facts() | template_facts(target.tokenizer),
+        "protocol": protocol.facts(str(target.dtype), draft and draft.block_size),
         "metrics": headline_of(done, draft is None),
         "lineage": {"draft": weights_of(draft), "target": target.weights_hash, "parents": about.parents},
         "training_seed": about.seed,

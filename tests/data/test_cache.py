@@ -19,8 +19,8 @@ from specbench.data.cache.manifest import CacheMismatch, Index, Manifest, finger
 from specbench.data.cache.plan import in_units, plan
 from specbench.data.cache.shard_plan import lay_out
 from specbench.data.cache.storage import storage
+from specbench.data.cache.target_states import states_of
 from specbench.data.cache.writing import NoRoom
-from specbench.data.loading.online import states_of
 from specbench.data.loading.reading import CacheReader, LocalFiles
 from tests.data.killing import in_child
 from tests.data.tiny_target import Talk, TinyTarget, talks

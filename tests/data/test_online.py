@@ -7,7 +7,8 @@ import torch
 
 from specbench.data.cache.build import build
 from specbench.data.cache.storage import storage
-from specbench.data.loading.online import OnlineTarget, states_of
+from specbench.data.cache.target_states import states_of
+from specbench.data.loading.online import OnlineTarget
 from specbench.data.loading.reading import LocalFiles
 from specbench.data.loading.target_cache import TargetCache
 from tests.data.tiny_target import TinyTarget, talks

@@ -15,7 +15,7 @@ from specbench.data.cache.build import build
 from specbench.data.cache.manifest import Manifest
 from specbench.data.cache.shards import DamagedShard, from_webdataset
 from specbench.data.cache.storage import storage
-from specbench.data.loading.online import states_of
+from specbench.data.cache.target_states import states_of
 from specbench.data.loading.reading import CacheReader, LocalFiles, verify
 from specbench.data.loading.target_cache import TargetCache
 from tests.data.tiny_target import TinyTarget, talks

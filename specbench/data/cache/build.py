@@ -36,8 +36,8 @@ from specbench.data.cache.manifest import (
 from specbench.data.cache.shard_plan import lay_out
 from specbench.data.cache.shards import EncodedConversation, members, shard_name
 from specbench.data.cache.storage import Storage
+from specbench.data.cache.target_states import states_of
 from specbench.data.cache.writing import create_once, room_for, written
-from specbench.data.loading.online import states_of
 from specbench.data.loading.order import permutation
 from specbench.files.atomic import plain
 

@@ -18,8 +18,8 @@ import torch
 from specbench.data.cache.shard_plan import lay_out
 from specbench.data.cache.shards import BLOCK, EncodedConversation, members
 from specbench.data.cache.storage import PRESETS, Storage, kept_rows, storage
+from specbench.data.cache.target_states import states_of
 from specbench.data.cache.writing import NoRoom
-from specbench.data.loading.online import states_of
 
 HEADERS = 2 * 4 * BLOCK  # of a sample: tar header and padding of four members, and their own headers
 SAMPLE_TOKENS = 8192

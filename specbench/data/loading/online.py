@@ -13,10 +13,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from specbench.blocks import Batch, Context, Sample
+from specbench.blocks import Batch, Sample
 from specbench.data.answers.generation import all_encoded
 from specbench.data.cache.manifest import conversations_hash
 from specbench.data.cache.shards import EncodedConversation
+from specbench.data.cache.target_states import states_of
 from specbench.data.loading.order import ROWS
 from specbench.data.loading.step_data import StepData
 from specbench.data.loading.steps import empty_batch
@@ -122,12 +123,3 @@ class OnlineTarget(StepData):
     def empty(self) -> Batch:
         embedding = self.target.tables.embedding
         return empty_batch(len(self.target.target_layer_ids), embedding.shape[-1], self._dtype or embedding.dtype)
-
-
-def states_of(target: Any, conversations: Sequence[EncodedConversation]) -> Context:
-    """Target states of some conversations in one right-padded batch."""
-    lengths = torch.tensor([len(one.tokens) for one in conversations])
-    tokens = torch.zeros(len(conversations), int(lengths.max()), dtype=torch.long)
-    for row, one in zip(tokens, conversations, strict=True):
-        row[: len(one.tokens)] = torch.as_tensor(one.tokens, dtype=torch.long)
-    return target.states(tokens, lengths)
