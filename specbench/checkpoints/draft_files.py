@@ -1,7 +1,7 @@
-"""The files of a draft folder: config.json and safetensors, in one file or in shards with an index; whole, or refused.
+"""The files of a draft folder: config.json and safetensors, in one file or in shards with an index, read completely.
 
-An index that names what is not there, shards that no index names and tensors that stand in two files are errors by
-name: a draft with a part missing decodes, only worse. Pickled weights are never opened.
+Missing files of an index, shards that no index names and tensors in two files are errors, because a draft with a
+missing part still decodes, with a lower acceptance. Pickled weights are never opened.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ def sound(
     that the checkpoint holds, fp32 at most. The vocabulary map (d2t, t2d) stays whole numbers and marks, and so do the
     counts and marks that a folder of our `own` may hold for any method.
 
-    A conversion between floating-point dtypes that nobody asked for is said in a warning. Errors: FormatError naming
+    A conversion between floating-point dtypes that was not requested gives a warning. Errors: FormatError naming
     each tensor of integers, truth values, complex or scaled 8-bit numbers, and each that holds NaN or infinity or does
     not fit the dtype.
     """

@@ -1,8 +1,8 @@
-"""Draft folders in and out: config.json + *.safetensors, in a folder or (to read) on the Hugging Face hub.
+"""Reading and writing of draft folders: config.json + *.safetensors, in a folder or (to read) on the Hugging Face Hub.
 
-`load_draft` reads every format of formats.py, `save_draft` writes ours (DeepSpec's fields and names, and a `specbench`
-section that can build any method again), `export_draft` writes the formats of exports.py. Missing and unknown tensors
-are errors that list them.
+`load_draft` reads every format of formats.py, `save_draft` that of SpecBench (DeepSpec's fields and names, and a
+`specbench` section that can build any method again), `export_draft` writes the formats of exports.py. Missing and
+unknown tensors are errors that list them.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ def taps_of(folder: str | Path, methods: Sequence[type[Draft]] = ()) -> list[int
 
 
 def ships_embedding(folder: str | Path) -> bool:
-    """Whether the checkpoint holds an embedding of its own, from the names of its tensors alone."""
+    """Whether the checkpoint has an embedding, from the names of its tensors."""
     return any(key.removeprefix("model.") == "embed_tokens.weight" for key in tensor_names(folder))
 
 
@@ -91,7 +91,7 @@ def load_draft(
     taps: list[int] | None = None,
     methods: Sequence[type[Draft]] = (),
 ) -> Draft:
-    """Build the draft of a folder and load every tensor; `target_tables` serve formats that ship none.
+    """Build the draft of a folder and load every tensor; `target_tables` are used for formats without tables.
 
     `methods` are classes of methods outside of this package that the folder may ask for. Errors: FormatError listing
     missing and unexpected keys, or naming a method, a setting or a shape that is not right.
@@ -113,7 +113,7 @@ def build_draft(
 
 
 def assemble_draft(reading: Reading, target_tables: Tables | None, dtype: torch.dtype | None = None) -> Draft:
-    """The draft of a checkpoint that is understood.
+    """The draft of a checkpoint whose format was recognised.
 
     Errors: FormatError naming each tensor that is missing, unknown, of another shape, or not of finite weights.
     """

@@ -1,7 +1,7 @@
-"""Drafts written in published formats: the fields and names of each, and why a draft may not fit.
+"""Writing of drafts in published formats: the fields and names of each, and the reasons for which a draft is refused.
 
-An engine that ignores what it does not know decodes with a wrong draft, so everything that a format or its engine
-cannot express is refused with the reason. Sources as in formats.py; vLLM's speculators updates map DSpark to a Qwen3
+An engine that ignores unknown fields would decode with a wrong draft, so a draft that a format or its engine cannot
+represent is refused with the reason. Sources as in formats.py; vLLM's speculators updates map DSpark to a Qwen3
 draft with the vanilla Markov head alone and Eagle3 to Eagle3LlamaForCausalLM; SGLang's LlamaForCausalLMEagle3 skips
 tensors that it does not know, shares the target's embedding and fuses three taps.
 

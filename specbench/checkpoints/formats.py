@@ -1,4 +1,4 @@
-"""Published draft checkpoints, read: what each format's config.json and tensor names mean in our layout.
+"""Reading of published draft checkpoints: the meaning of each format's config.json and tensor names.
 
     DeepSpec      architectures [Qwen3 or Gemma4, then DSparkModel or Eagle3Model]; tensor names are ours
     z-lab DFlash  architectures [DFlashDraftModel], dflash_config; block_size counts the anchor; no embedding, no head
@@ -47,7 +47,7 @@ EAGLE_FLAGS = ("fc_norm", "norm_before_fc", "norm_output")
 
 @dataclass(frozen=True)
 class Scales:
-    """What stands around the target's tables where a draft shares them, as the draft's configuration says."""
+    """Scales around the target's tables if a draft shares them, from the draft's configuration."""
 
     embedding: float = 1.0
     logits: float = 1.0
@@ -79,7 +79,7 @@ class Reading:
 
 @dataclass(frozen=True)
 class Form:
-    """What a configuration says, before the tensors are looked at."""
+    """Content of a configuration, before the tensors are read."""
 
     kind: type[Draft]
     settings: dict[str, Any]

@@ -1,4 +1,4 @@
-"""The model card of a published draft, written from the records of its runs: nothing in it is typed by hand."""
+"""The model card of a published draft, generated from the records of its runs."""
 
 from __future__ import annotations
 

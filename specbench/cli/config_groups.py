@@ -1,4 +1,4 @@
-"""The groups of the configuration and the options that each has, as Hydra sees them."""
+"""The groups of the configuration and their options, as known to Hydra."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The command that comes next, written so that it works as it is printed: root, target and data included."""
+"""The next command, printed so that it can be copied: with root, target and data."""
 
 from __future__ import annotations
 

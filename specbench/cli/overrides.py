@@ -1,4 +1,4 @@
-"""From overrides to a configuration: composed by Hydra, with every override held against what there is to set."""
+"""Composition of a configuration from overrides by Hydra, with a check of every override."""
 
 from __future__ import annotations
 
@@ -233,7 +233,7 @@ def _check_key(verb: str, config: str, base: DictConfig, override: Override) -> 
     if not exists and not (added and parent and OmegaConf.is_dict(OmegaConf.select(base, parent))):
         suggestion = nearest(key, [*known, *groups()])
         raise ValueError(f"{verb} has no setting '{key}'{suggestion}; `specbench {verb} --help` lists them")
-    # The schema says more, and says it when the configuration is whole.
+    # The schema checks more, when the configuration is complete.
     if exists and not takes(config, key, OmegaConf.to_container(base, resolve=False)):
         default = OmegaConf.select(base, key, throw_on_missing=False)
         for value in values(override):
@@ -320,7 +320,7 @@ def sweep_defaults(verb: str, cfg: DictConfig, overrides: Sequence[str]) -> list
     defaults = {
         "hydra.sweep.dir": f"{root}/sweeps/{verb}/${{now:%Y-%m-%d_%H-%M-%S}}",
         "hydra/job_logging": "none",
-        # Every run folder has its own record, from which keys are withheld; Hydra's would repeat them.
+        # Every run folder has its own record, in which keys are redacted; that of Hydra would contain them.
         "hydra.output_subdir": "null",
         "+hydra.callbacks.withholding": "{_target_: specbench.cli.recording.Withholding}",
     }

@@ -1,8 +1,8 @@
-"""Sizes of a draft that go with a trainer: `sizes` in a method's YAML, as options of the group `size`.
+"""Draft sizes for a trainer: `sizes` in a method's YAML, as options of the group `size`.
 
-`sizes: {laptop: {layers: 2}}` in configs/method/dspark.yaml makes the option size=laptop_dspark, which the trainer
-laptop chooses for dspark by itself; a trainer that a method does not name leaves its sizes as its YAML has them, which
-are the published ones, and so does size=published.
+`sizes: {laptop: {layers: 2}}` in configs/method/dspark.yaml defines the option size=laptop_dspark, which is the default
+with trainer=laptop and method=dspark. With a trainer that `sizes` does not name, and with size=published, the sizes are
+those of the YAML file, which are the published ones.
 """
 
 from __future__ import annotations

@@ -19,7 +19,9 @@ from specbench.drafts.parallel import ParallelDraft
 
 
 class DFlash(ParallelDraft):
-    """No Markov head, no confidence head."""
+    """Block-parallel draft with independent slots, without Markov and confidence head. Arguments: see
+    `ParallelDraft`.
+    """
 
     published_format = "dflash"
 

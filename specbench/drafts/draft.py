@@ -1,9 +1,9 @@
-"""The contract that every draft method keeps.
+"""The contract of every draft method.
 
-Two views of one object. Training: `forward(batch)` gives all blocks at once, teacher-forced. Decoding: `begin` after
-the target's prefill, then rounds of `propose` and `commit`. The contract tests hold the views equal for every method.
+A draft has two views. Training: `forward(batch)` computes all blocks at once, teacher-forced. Decoding: `begin` after
+the target's prefill, then rounds of `propose` and `commit`. The contract tests check for every method that both agree.
 
-A method knows no Lightning, no temperature, no library cache and no verification rule.
+A method contains no code about Lightning, temperature, transformers' cache or verification.
 
 Axes: B batch, T tokens, N blocks, K slots, C taps, D hidden, F features, V vocabulary (of the draft).
 """
@@ -30,7 +30,7 @@ from specbench.models.target import Target
 from specbench.models.target_files import mask_token_of
 from specbench.ranges import Count, Slots
 
-# What a constructor takes beside its settings: objects, which no file can hold.
+# Constructor arguments that are objects, which a file cannot store.
 OBJECTS = ("backbone", "tables", "draft_vocabulary")
 # logits (B, S, V) of S consecutive slots -> tokens (B, S) and, when drawn, the probabilities (B, S, V) they came from
 SampleFunction = Callable[[Tensor], tuple[Tensor, Tensor | None]]
@@ -38,7 +38,8 @@ SampleFunction = Callable[[Tensor], tuple[Tensor, Tensor | None]]
 
 @dataclass(frozen=True)
 class Proposal:
-    """K proposed tokens a row, the probabilities they were drawn from (None: greedy) and confidence logits if any."""
+    """K proposed tokens per row, the probabilities from which they were drawn (None: greedy), confidence logits if
+    any."""
 
     tokens: Int[Tensor, "B K"]
     probabilities: Float[Tensor, "B K V"] | None
@@ -47,24 +48,24 @@ class Proposal:
 
 @dataclass
 class State:
-    """What a draft remembers between rounds: its keys and values, and the target state not yet paired with a token."""
+    """State of a draft between rounds: its keys and values, and the target state that has no next token yet."""
 
     cache: KVCache
     feature: Float[Tensor, "B D"] | None = None
 
     def select(self, rows: Int[Tensor, " R"]) -> State:
-        """The state of the chosen rows, as requests leave."""
+        """The state of the chosen rows (when requests leave)."""
         return State(self.cache.select(rows), None if self.feature is None else self.feature[rows])
 
     def merge(self, other: State) -> State:
-        """Both states' rows, as requests join."""
+        """The rows of both states (when requests join)."""
         feature = None if self.feature is None else torch.cat([self.feature, other.feature])
         return State(self.cache.merge(other.cache), feature)
 
 
 @runtime_checkable
 class Proposer(Protocol):
-    """What decoding asks of a draft; its state may be any object with `select(rows)` and `merge(other)`."""
+    """The interface of a draft in decoding; its state can be any object with `select(rows)` and `merge(other)`."""
 
     block_size: int
     halts_on_stop: bool
@@ -77,16 +78,27 @@ class Proposer(Protocol):
 
 
 class Draft(nn.Module):
-    """Base of all drafts: sizes, tables, and the shared readout `hidden -> features -> logits`.
+    """Base class of all drafts: sizes, tables, and the function `hidden -> features -> logits` of both views.
 
-    A method writes `forward`, `propose` and `commit`. What else the project asks of a draft (first weights, groups of
-    parameters, the cost of training, what of it is published) has a default that holds for any module, and a method of
-    which more is known overrides it.
+    A method defines `forward`, `propose` and `commit`. Everything else that the project needs from a draft (initial
+    weights, parameter groups, cost of training, published format) has a default for any module, which a method can
+    override.
 
-    `anchors` is the number of anchors that training draws from a conversation (None: every valid one).
+    Args:
+        backbone: sizes and facts of the decoder layers.
+        tables: embedding and head of the target.
+        target_layer_ids: the taps, ascending.
+        mask_token_id: input token of slots to be predicted, if the method needs one.
+        block_size: slots K of a block.
+        anchors: anchors that training draws from a conversation. None: every valid one.
+        train_tables: train a copy of embedding and head instead of sharing the target's frozen ones.
+        draft_vocabulary: token ids (W,) of a reduced draft vocabulary. None: the target's vocabulary.
+
+    Raises:
+        ValueError: `block_size` is below 1, or `target_layer_ids` is empty or not ascending.
     """
 
-    # Which target states feed the draft: a cache reads no taps for a method that does not, and must hold every final
+    # Which target states the draft reads: a cache reads no taps for a method that does not, and must have every final
     # state for one that reads them at all positions.
     reads_taps = True
     reads_last = False
@@ -94,28 +106,28 @@ class Draft(nn.Module):
     halts_on_stop = False
     # Which slots training supervises: one of blocks.SUPERVISIONS.
     supervision = "predicted"
-    # Modules whose first weights are those that the constructor gave them, at a random start too.
+    # Modules that keep the initial weights of their constructor, also with start=random.
     keeps_first_weights: tuple[str, ...] = ()
-    # Modules that read the taps, whose weights mean nothing for other taps. None: not said, so any may.
+    # Modules that read the taps; their weights are useless for other taps. None: unknown, so any module can be one.
     tap_modules: tuple[str, ...] | None = None
     # The published architecture that this class is, of specbench.checkpoints.exports: "dflash", "dspark" or "eagle3".
-    # A subclass computes something else, so what it inherits does not count. None: only SpecBench reads its folders.
+    # It is not inherited, because a subclass computes something else. None: only SpecBench reads its folders.
     published_format: str | None = None
     # The layers as decoding runs them, if the draft has layers; renewed as requests begin.
     stack: Stack | None = None
-    # Constructor settings by name, defaults included and `OBJECTS` not: what a folder or checkpoint keeps of a draft.
+    # Constructor settings by name, with defaults and without `OBJECTS`; draft folders and checkpoints store them.
     settings: dict[str, Any]
-    # How `for_target` made it, in words; empty for a draft that was made otherwise.
+    # A description of how `for_target` made it; empty for a draft that was made differently.
     origin: str = ""
-    # The target's whole tables, in a tuple so that they are no part of the draft; empty where only `tables` is known.
+    # The target's whole tables, in a tuple so that they are not a submodule; empty if only `tables` is known.
     target_tables: tuple[Tables, ...] = ()
-    # Where those tables can be read again: the target's id and revision.
+    # The source of these tables: the target's id and revision.
     target_source: tuple[str, str | None] | None = None
 
     def __new__(cls, *args: Any, **settings: Any) -> Draft:
-        """Remember the settings that the constructor is called with, of whatever class it is."""
+        """Record the settings of the constructor call."""
         draft = super().__new__(cls)
-        # Not yet a module: nn.Module.__init__ comes later, and leaves what is there.
+        # nn.Module.__init__ is called later and keeps this attribute.
         object.__setattr__(draft, "settings", _settings(cls, args, settings))
         return draft
 
@@ -133,17 +145,26 @@ class Draft(nn.Module):
         draft_vocabulary: Int[Tensor, " W"] | None = None,
         **settings: Any,
     ) -> Draft:
-        """A draft of this method for `target`: its taps, tables and layer facts, and first weights.
+        """A draft of this method for `target`, with the target's taps, tables and layer sizes, and initial weights.
 
-        start: "target" copies the target's last layers and final norm, "random" does not, "auto" copies where the
-            layers can be copied. `print(draft)` says what was chosen.
-        seed: of the random part of the first weights; torch's own generator is left as it is.
-        mask_token_id: the token that stands for a slot to be filled; None chooses it (`mask_token_of`).
-        backbone: a family of specbench.models.backbone; None: the target's own, else qwen3.
-        window: positions that a slot sees; None: all. max_length: longest text, for rope that depends on it.
-        settings: of the method's constructor (`help(METHOD)`).
+        Args:
+            target: a target loaded with taps.
+            start: initial weights: "target" copies the target's last layers and final norm, "random" does not, "auto"
+                copies them if the layers can be copied. `print(draft)` shows what was chosen.
+            seed: of the random part of the initial weights; the global generator of torch is not changed.
+            mask_token_id: input token of slots to be predicted. None: the tokenizer's mask token, else the first row of
+                the embedding that no token uses, else a padding token that is not a stop token.
+            backbone: family of the layers (specbench.models.backbone). None: that of the target, else "qwen3".
+            window: attention window in positions. None: no limit.
+            max_length: longest text in tokens, for rope scalings that depend on it.
+            draft_vocabulary: token ids of a reduced draft vocabulary. None: the target's vocabulary.
+            **settings: arguments of the method's constructor, for example `layers` and `block_size`.
 
-        Errors: ValueError for a target without taps, a start that is not possible, or a setting that is not right.
+        Returns:
+            The draft, on the target's device.
+
+        Raises:
+            ValueError: the target has no taps, `start` is not possible, or a setting is not valid.
         """
         if not target.target_layer_ids:
             raise ValueError(f"target {target.name} was loaded without taps: give Target.load(..., taps=[...])")
@@ -197,7 +218,7 @@ class Draft(nn.Module):
         ids = list(target_layer_ids)
         if not ids or ids != sorted(set(ids)):
             raise ValueError(f"target_layer_ids={ids}: give at least one target layer, in ascending order")
-        # What stands around the tables is theirs; the facts say the same, so that a draft is written as it decodes.
+        # Scales belong to the tables; the backbone has the same values, so that a draft is written as it decodes.
         scales = {name: getattr(tables, name) for name in ("embedding_scale", "soft_cap", "logit_scale")}
         self.backbone = replace(backbone, **scales)
         self.block_size, self.anchors_per_sample = block_size, anchors
@@ -222,19 +243,19 @@ class Draft(nn.Module):
     def propose(
         self, state: State, anchor: Int[Tensor, " B"], sample: SampleFunction, slots: int | None = None
     ) -> Proposal:
-        """Propose `slots` (default: block_size) tokens after `anchor`; the state stays as it is."""
+        """Propose `slots` (default: block_size) tokens after `anchor`; the state is not changed."""
         raise NotImplementedError
 
     def commit(self, state: State, context: Context, tokens: Int[Tensor, "B S"]) -> State:
-        """Take in the target's true states of the tokens that verification committed (the old anchor first)."""
+        """Read the target's true states of the committed tokens, the old anchor first."""
         raise NotImplementedError
 
     def features(self, hidden: Float[Tensor, "*b K D"], previous: Int[Tensor, "*b K"]) -> Float[Tensor, "*b K F"]:
-        """What the vocabulary projection reads, from whole blocks; small next to the vocabulary."""
+        """Input of the vocabulary projection, from whole blocks; much smaller than the vocabulary."""
         return hidden
 
     def project(self, features: Float[Tensor, "*r F"]) -> Float[Tensor, "*r W"]:
-        """Logits of each row of features; the only place where a draft touches its vocabulary."""
+        """Logits of each row of features; the only operation of a draft with an axis of vocabulary size."""
         return self.tables.logits(features)
 
     def logits(self, hidden: Float[Tensor, "*b K D"], previous: Int[Tensor, "*b K"]) -> Float[Tensor, "*b K W"]:
@@ -246,7 +267,7 @@ class Draft(nn.Module):
         return [p for p in (self.tables.head,) if isinstance(p, nn.Parameter)]
 
     def confidence(self, hidden: Float[Tensor, "*b K D"], previous: Int[Tensor, "*b K"]) -> Tensor | None:
-        """Logit of the acceptance of each slot given that all before it are accepted; None without such a head."""
+        """Logit of the probability that a slot is accepted if all before it are; None without a confidence head."""
         return None
 
     def draw_each(
@@ -256,7 +277,8 @@ class Draft(nn.Module):
         sample: SampleFunction,
         logits: Callable[[int, list[Tensor]], Float[Tensor, "B 1 V"]],
     ) -> Proposal:
-        """Sample slot k (from 0) from `logits(k, previous)`, `previous` being the anchor and the k tokens before it."""
+        """Sample slot k (from 0) from `logits(k, previous)`; `previous`: the anchor and the k tokens before the
+        slot."""
         previous, probabilities = [anchor], []
         for k in range(hidden.shape[1]):
             tokens, drawn = sample(logits(k, previous))
@@ -276,24 +298,25 @@ class Draft(nn.Module):
         return replace(proposal, confidence=self.confidence(hidden, previous))
 
     def randomise(self, std: float = 0.02) -> None:
-        """Give every linear map and embedding random first weights; what else there is keeps the constructor's."""
+        """Set random initial weights of all linear maps and embeddings; other parameters keep those of the
+        constructor."""
         randomise(self, std, self.keeps_first_weights)
 
     def start_from(self, target: Target) -> list[str]:
-        """Copy from the target what may serve as first weights; returns the names of what was copied.
+        """Copy initial weights from the target; returns the names of the copied parameters.
 
-        By default nothing: a module of unknown kind has nothing that means the same in the target.
+        By default nothing is copied, because the target has no parameters that correspond to an unknown module.
         """
         return []
 
     def layers_in_order(self) -> Sequence[nn.Module]:
-        """The layers that a feature passes one after the other; none where a draft has no such order."""
+        """The layers of the draft in order; empty if a draft has no such order."""
         return ()
 
     def parameter_groups(self) -> list[list[nn.Parameter]]:
-        """Trainable parameters by how many layers lie between them and the head, the nearest first.
+        """Trainable parameters, grouped by the number of layers between them and the head, the nearest first.
 
-        What stands in none of `layers_in_order()` belongs to the nearest.
+        Parameters outside of `layers_in_order()` belong to the nearest group.
         """
         layers = self.layers_in_order()
         away = {id(p): len(layers) - 1 - i for i, layer in enumerate(layers) for p in layer.parameters()}
@@ -304,10 +327,10 @@ class Draft(nn.Module):
         return groups
 
     def work(self, length: int, anchors: int) -> Work:
-        """What the training view takes for `anchors` blocks of one conversation of `length` tokens.
+        """Memory and operations of the training view for `anchors` blocks of one conversation of `length` tokens.
 
-        By default the forward pass is run on shapes (`work.of_forward`). Where it depends on values, every parameter is
-        taken to serve every slot once (`work.of_parameters`), an upper bound without attention to a context.
+        By default the forward pass is run on shapes (`work.of_forward`). If it depends on values, every parameter
+        counts once per slot (`work.of_parameters`), without attention to a context.
         """
         tokens = torch.zeros(1, length, dtype=torch.long)
         states = torch.empty(1, length, len(self.target_layer_ids) + 1, self.backbone.hidden_size, device="meta")
@@ -330,7 +353,7 @@ class Draft(nn.Module):
 def _settings(kind: type, args: tuple[Any, ...], given: dict[str, Any]) -> dict[str, Any]:
     """Constructor settings by name: those given, by position or by name, over the defaults of the class and its bases.
 
-    A class that hands `*args` or `**settings` on takes what its base takes.
+    A class that passes `*args` or `**settings` on has also the settings of its base.
     """
     found, names, settled = {}, [], False
     for part in kind.__mro__:

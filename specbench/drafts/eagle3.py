@@ -32,11 +32,17 @@ from specbench.ranges import Among, Count, Layers, Slots
 
 
 class Eagle3(RecurrentDraft):
-    """Feature fusion over C taps, then one paired layer.
+    """Recurrent draft on fused target features.
 
-    `fc_norm`: a norm of each tap before the fusion. `norm_before_fc`: one norm of all taps together. `norm_output`: a
-    step passes its normed output on, where plain EAGLE-3 passes the output itself. Errors: ValueError for both norms
-    before the fusion at once, which no format has.
+    Args:
+        fc_norm: a norm of each tap before the fusion (EAGLE-3.1).
+        norm_before_fc: one norm over all taps before the fusion (drafts of gpt-oss).
+        norm_output: a step passes its normed output to the next step (EAGLE-3.1); False: its output before the norm.
+        layers: number of layers, each of which reads the token embedding; published drafts have one.
+        supervision: see `RecurrentDraft`, like all other arguments.
+
+    Raises:
+        ValueError: `fc_norm` and `norm_before_fc` are both set.
     """
 
     published_format = "eagle3"

@@ -1,6 +1,6 @@
-"""Where a draft's weights start: from nothing or from the target's own layers.
+"""Initial weights of a draft: random, or copied from the target's layers.
 
-Starting every method from the target's layers in the same way keeps a comparison of methods a comparison of methods.
+Every method copies the target's layers in the same way, so that a comparison of methods compares only the methods.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def randomise(module: nn.Module, std: float = 0.02, kept: Collection[str] = ()) 
 
 
 def layer_weights(theirs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A target layer's weights under the names of our `Layer`: Phi-3's joined projections are cut into their parts.
+    """A target layer's weights under the names of our `Layer`: Phi-3's joined projections are split.
 
     Heads of queries come first, then those of keys, then of values, the last two of equal number; gate before up.
     """

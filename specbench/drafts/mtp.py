@@ -27,7 +27,9 @@ from specbench.ranges import Among, Count, Layers, Slots
 
 
 class MTP(RecurrentDraft):
-    """Projection of [feature ; embedding] into a standard layer."""
+    """Recurrent draft with a projection of [feature ; embedding] into a standard layer. Arguments: see
+    `RecurrentDraft`.
+    """
 
     tap_modules = ()
     reads_taps = False

@@ -1,9 +1,9 @@
 """RecurrentDraft: one module unrolled K steps from every anchor (EAGLE-3, MTP).
 
-A chain starts at position t = a-1 with the target's feature there and the anchor's embedding; step k reads step k-1's
-output and the embedding of token a+k-1, at rope position a-1 + (k-1), and predicts a+k. It sees the step-1 keys of
-its conversation at every position <= t and its own keys of steps 2..k, never another chain's. Step-1 keys are true
-context: they pair each target feature with the token after it.
+A chain starts at position t = a-1 with the target's feature there and the anchor's embedding. Step k reads the output
+of step k-1 and the embedding of token a+k-1, at rope position a-1 + (k-1), and predicts a+k. It attends to the step-1
+keys of its conversation at every position <= t and to its own keys of steps 2..k, never to those of another chain.
+Step-1 keys are true context: each combines a target feature with the token after it.
 
 Axes: B batch, T tokens, N chains, K steps, C taps, D hidden.
 """
@@ -33,13 +33,24 @@ Pairs = list[tuple[Tensor, Tensor]]
 
 
 class RecurrentDraft(Draft):
-    """Subclasses say which target state is the feature (`source`) and what enters the layers (`enter`).
+    """Base class of recurrent drafts: one module is run K times from every anchor.
 
-    `supervision`: "predicted" looks at the loss mask of the predicted tokens, "unshifted" is the released Eagle3's way.
+    A subclass defines which target state is the feature (`source`) and the input of the layers (`enter`).
+
+    Args:
+        layers: number of decoder layers.
+        block_size: steps K.
+        anchors: anchors that training draws from a conversation. None: every valid one.
+        supervision: "predicted" uses the loss mask of the predicted token; "unshifted" that of the released EAGLE-3
+            code.
+        train_tables: see `Draft`, like all other arguments.
+
+    Raises:
+        ValueError: `supervision` has another value.
     """
 
     paired = False
-    # Whether a step reads the normed output of the one before it, or its output as it is.
+    # Whether a step reads the normed output of the step before it, or its output before the norm.
     feeds_normed_output = False
 
     def __init__(
@@ -98,7 +109,7 @@ class RecurrentDraft(Draft):
         raise NotImplementedError
 
     def enter(self, feature: Float[Tensor, "*b D"], embedding: Float[Tensor, "*b D"]) -> Float[Tensor, "*b D"]:
-        """What enters the first layer."""
+        """Input of the first layer."""
         raise NotImplementedError
 
     def forward(self, batch: Batch) -> Blocks:
@@ -106,8 +117,8 @@ class RecurrentDraft(Draft):
         limit = torch.where(batch.anchors == PADDING, 0, batch.anchors)
         owner, start = take(batch.document, anchors), (take(batch.position, anchors) - 1).clamp_min(0)
         source = self.source(batch.taps.to(self.norm.weight.dtype), batch.last.to(self.norm.weight.dtype))
-        # Pair the feature at t with the token at t+1; the last position of a conversation pairs with nothing real,
-        # and no chain may see it because a chain's anchor lies inside its conversation.
+        # Combine the feature at t with the token at t+1. The last position of a conversation has no such token, and no
+        # chain attends to it, because the anchor of a chain is inside its conversation.
         after = torch.cat([batch.tokens[:, 1:], batch.tokens[:, :1]], 1)
         context = self.context(source, after, batch)
         before = (anchors - 1).clamp_min(0)
@@ -220,7 +231,7 @@ class RecurrentDraft(Draft):
     def step_stored(
         self, feature: Float[Tensor, "B 1 D"], token: Int[Tensor, "B 1"], rope: Rope, cache: KVCache, k: int
     ) -> Float[Tensor, "B 1 D"]:
-        """`step` while decoding: the keys of step k stand behind the context without counting."""
+        """`step` in decoding: the keys of step k are stored after the context and not counted."""
         embedding, mask = self.tables.embed(token), cache.visible(1, behind=k, window=self.backbone.window)
         x = self.enter(feature, embedding)
         for i in range(len(self.layers)):

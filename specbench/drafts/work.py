@@ -1,4 +1,4 @@
-"""What the training view of a draft takes, from shapes alone: memory for the backward pass and operations.
+"""Memory and operations of a draft's training view, computed from shapes only.
 
 The vocabulary projection is left out: it is chunked and the same for every method. Operations are those of matrix
 products, two for each multiply-add, of the forward pass; the backward pass takes twice as many.
@@ -37,8 +37,8 @@ class Work:
 
 
 def of_forward(draft: nn.Module, batch: Batch) -> Work | None:
-    """What `draft(batch)` keeps and computes, run on shapes without memory or arithmetic; None for a forward pass that
-    asks for values, which shapes do not have. `batch` and `draft` may hold values: they are left alone."""
+    """Memory and operations of `draft(batch)`, run on shapes without data; None for a forward pass that depends on
+    values. `batch` and `draft` are not changed."""
     tensors = [*draft.parameters(), *draft.buffers(), *(t for one in draft.target_tables for t in one.buffers())]
     shapes: dict[int, Any] = {id(t): torch.empty_like(t, device="meta", requires_grad=t.requires_grad) for t in tensors}
     shapes |= {id(t): nn.Parameter(shapes[id(t)]) for t in tensors if isinstance(t, nn.Parameter) and t.requires_grad}
@@ -65,8 +65,8 @@ def _storage(tensor: Tensor) -> int:
 
 
 def of_parameters(module: nn.Module, apart: Iterable[nn.Parameter] = ()) -> Work:
-    """One use of every parameter but those `apart`: a matrix keeps what enters and what leaves it, a vector what it
-    multiplies and what comes out, an embedding the row that was looked up."""
+    """One use of every parameter except those in `apart`: a matrix keeps its input and output, a vector its factor and
+    product, an embedding the row that was looked up."""
     skipped, kept, flops = {id(p) for p in apart}, 0, 0
     for part in module.modules():
         for parameter in part.parameters(recurse=False):

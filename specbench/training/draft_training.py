@@ -53,7 +53,7 @@ TABLES = ("embedding", "head", "embedding_scale", "soft_cap", "logit_scale", "bi
 
 
 def require_precision(precision: str | int) -> None:
-    """Refuse float16: its gradients need a scale that follows them, which these optimiser steps do not keep."""
+    """Refuse float16, because it needs loss scaling, which these optimiser steps do not have."""
     if str(precision).startswith("16"):
         raise ValueError(
             f"trainer.lightning.precision={precision}: training in float16 needs a loss scale, which is not kept here; "
@@ -63,8 +63,8 @@ def require_precision(precision: str | int) -> None:
 
 @contextmanager
 def ordinary() -> Iterator[None]:
-    """Without gradients, and out of the inference mode in which a Trainer validates: what is kept from there, metrics
-    and lookups, is used and written in training too, which tensors of that mode refuse."""
+    """Context without gradients, but outside of inference mode, in which a Trainer validates: metrics and lookups from
+    validation are also used and changed in training, which is not allowed for inference tensors."""
     with torch.inference_mode(False), torch.no_grad():
         yield
 
@@ -77,21 +77,33 @@ def warmup_cosine(step: int, total: int, warmup: int) -> float:
 
 
 class DraftTraining(L.LightningModule):
-    """Wraps a draft, an objective and an optimiser recipe.
+    """A LightningModule that trains a draft with an objective. Defaults are the published recipe.
 
-    `anchor_seed` and the epoch seed the anchors; `max_steps` is the length of the learning-rate schedule in optimiser
-    steps. Defaults are the published recipe: AdamW, lr 6e-4, no weight decay, warm-up 4%, cosine to 0, clip 1.0.
-    `layer_decay` multiplies the learning rate a layer away from the head (1: off); `ema` is the decay of an exponential
-    moving average of the weights (None: off), which then is what gets validated, probed and written.
-    `max_steps=None` takes the trainer's. `target_tables` are the target's embedding and head, by which the loss knows
-    the target's distribution (None: those of the target that the draft was made for). `tables_from` says where they can
-    be read again, as {"target": ID, "revision": R} or {"cache": FOLDER}; without it a checkpoint holds them. A
-    password in an address is not kept: such a checkpoint is loaded with `target=`.
+    One batch is one optimiser step: the losses of its micro-batches are summed and divided once by the sum of their
+    weights. So the optimiser step is manual: use `gradient_clip` and the data's `micro_batches_per_step` instead of the
+    Trainer's `gradient_clip_val` and `accumulate_grad_batches`, which are refused. A checkpoint stores the draft and
+    the loss as plain settings with the weights; `DraftTraining.load_from_checkpoint(PATH)` reads it.
 
-    A checkpoint holds the draft as plain settings beside its weights: `DraftTraining.load_from_checkpoint(PATH)`.
-    A step sums over its micro-batches and divides once, so it is optimised by hand: `gradient_clip` and the data's
-    `micro_batches_per_step` take the place of the Trainer's gradient_clip_val and accumulate_grad_batches, which are
-    refused.
+    Args:
+        draft: the draft.
+        objective: the loss.
+        target_tables: embedding and head of the target, from which the loss computes the target's distribution. None:
+            those of the target for which the draft was made.
+        max_steps: length of the learning-rate schedule in optimiser steps. None: that of the Trainer.
+        lr: peak learning rate of AdamW.
+        betas: of AdamW.
+        weight_decay: of AdamW.
+        warmup: share of the steps with a linear warm-up; a cosine to 0 follows.
+        gradient_clip: maximum norm of the gradient. None: no clipping.
+        layer_decay: factor of the learning rate per layer away from the head; 1: off.
+        anchor_seed: with the epoch, the seed of the anchors.
+        log_every: optimiser steps between logged metrics.
+        compile: compile the draft with torch.compile.
+        ema: decay of an exponential moving average of the weights, which is then validated, probed and written. None:
+            off.
+        tables_from: where the target's tables can be read again, {"target": ID, "revision": R} or {"cache": FOLDER}.
+            None: a checkpoint contains the tables. A password in an address is not stored; load such a checkpoint with
+            `target=`.
     """
 
     def __init__(
@@ -167,14 +179,14 @@ class DraftTraining(L.LightningModule):
 
     @property
     def published(self) -> Draft:
-        """The weights that are validated, probed and written: the moving average where there is one."""
+        """The weights that are validated, probed and written: the moving average if there is one."""
         return self.draft if self.average is None else self.average
 
     def configure_model(self) -> None:
-        """Shard weights, gradients and optimiser state over the ranks where the strategy is ModelParallel (FSDP2).
+        """Shard weights, gradients and optimiser state over the ranks if the strategy is ModelParallel (FSDP2).
 
-        A draft is one unit: the objective reads its parameters beside its forward pass, so they are whole from the
-        forward pass to the end of the backward pass of a micro-batch, and shards of 1/ranks in between.
+        A draft is one unit, because the objective reads its parameters outside of its forward pass: they are whole from
+        the forward pass to the end of the backward pass of a micro-batch, and shards of 1/ranks otherwise.
         """
         mesh = self.device_mesh
         if mesh is None or self.sharded:
@@ -192,7 +204,7 @@ class DraftTraining(L.LightningModule):
             raise ValueError(f"torch {torch.__version__} is too old to shard a draft: use 2.13, or strategy=ddp")
         for module in [m for m in (self.draft, self.average) if m is not None]:
             fully_shard(module, mesh=mesh["data_parallel"], reshard_after_forward=False)
-            # Sums, as everywhere here; and ranks without a supervised slot take part in them.
+            # Sums over ranks; ranks without a supervised slot take part in them.
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
             module.set_reduce_scatter_unused_params(True)
@@ -200,11 +212,12 @@ class DraftTraining(L.LightningModule):
 
     @contextmanager
     def whole(self) -> Iterator[Draft]:
-        """The published draft with all of its weights on every rank, to decode with. Every rank must enter."""
+        """Context with the published draft and all of its weights on every rank, for decoding. Every rank must
+        enter."""
         draft = self.published
         if self.sharded:
             draft.unshard()
-            # Gathered weights lie where the last ones lay, so nothing else tells that they changed.
+            # Gathered weights are in the same memory as the last ones, so a change cannot be detected otherwise.
             if draft.stack is not None:
                 draft.stack.forget()
         try:
@@ -330,7 +343,7 @@ class DraftTraining(L.LightningModule):
             return
         for parameter in self.draft.parameters():
             if parameter.requires_grad and parameter.grad is None:
-                # A rank whose share holds no supervised slot still takes part in the sum.
+                # A rank without a supervised slot also takes part in the sum.
                 parameter.grad = torch.zeros_like(parameter)
         gradients = [p.grad for p in self.draft.parameters() if p.requires_grad]
         flat = torch._utils._flatten_dense_tensors(gradients)
@@ -349,7 +362,7 @@ class DraftTraining(L.LightningModule):
         self._log_slots("val")
 
     def test_step(self, step: TrainingStep, index: int) -> None:
-        """What validation does, under names of its own: teacher-forced, on the conversations that were held out."""
+        """Same as validation, with other names: teacher-forced, on the held-out conversations."""
         self.validation_step(step, index)
 
     def on_test_epoch_end(self) -> None:
@@ -385,13 +398,20 @@ class DraftTraining(L.LightningModule):
         target_tables: Tables | None = None,
         methods: Sequence[type[Draft]] = (),
     ) -> DraftTraining:
-        """The module of a checkpoint, on the CPU, with its draft and loss built anew from plain settings.
+        """Load the module of a checkpoint, on the CPU. Only tensors and plain containers are unpickled.
 
-        The target's tables are those of `target` or `target_tables` if given, else those in the checkpoint, else they
-        are read from where the checkpoint says that they came from (a target's id, a cache's folder). `methods` are
-        classes of methods outside of this package. Nothing is unpickled but tensors and plain containers.
+        Args:
+            checkpoint_path: a checkpoint of a script or of the command line.
+            target: the target whose tables are used. None: `target_tables`, else the tables in the checkpoint, else
+                those at the place that it names.
+            target_tables: embedding and head of the target.
+            methods: classes of methods outside of this package that the checkpoint can name.
 
-        Errors: ValueError for a file that is no such checkpoint, or tables that are not there or do not fit.
+        Returns:
+            The module, with its draft and loss built from the stored settings.
+
+        Raises:
+            ValueError: the file is not such a checkpoint, or the tables are missing or do not fit.
         """
         found = read_checkpoint(checkpoint_path)
         try:
@@ -425,7 +445,7 @@ class DraftTraining(L.LightningModule):
 
 
 def _tables_of(draft: Draft) -> Tables:
-    """The target's whole tables, from a draft that holds them."""
+    """The target's whole tables, from a draft that has them."""
     if draft.target_tables:
         return draft.target_tables[0]
     if draft.tables.trainable or draft.tables.ids is not None:
@@ -437,7 +457,7 @@ def _tables_of(draft: Draft) -> Tables:
 
 
 def _tables_again(checkpoint: Mapping[str, Any], place: Mapping[str, Any] | None, name: str) -> Tables:
-    """The tables that a checkpoint holds, or those of the place that it names."""
+    """The tables in a checkpoint, or those at the place that it names."""
     if "target_tables" in checkpoint:
         return Tables(**checkpoint["target_tables"])
     place = place or {}
@@ -464,7 +484,7 @@ def trainable_parameters(draft: Draft) -> int:
 
 
 def digest(tensors: Iterable[tuple[str, Tensor]]) -> str:
-    """A digest of named tensors: the identity of a checkpoint in every record that uses it."""
+    """A digest of named tensors, with which records identify a checkpoint."""
     import xxhash
 
     state = xxhash.xxh3_128()

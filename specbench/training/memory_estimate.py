@@ -1,4 +1,4 @@
-"""What training a draft takes on a GPU, from shapes alone: an estimate, computed without weights.
+"""Estimate of the GPU memory and operations of training a draft, from shapes only.
 
 Counted: fp32 master weights, gradients and Adam moments of the trained parameters, the frozen tables in bf16 (or fp32),
 what the method's forward pass keeps (`Draft.work`), the batch's target states, and one vocabulary-sized chunk.
@@ -19,7 +19,7 @@ from specbench.drafts.draft import Draft
 
 CHUNK_ROWS = 512  # rows of vocabulary size that the objective holds on a GPU, in fp32, three at once
 GIB = 2**30
-# Settings of a draft that its memory grows with, where it has them.
+# Settings of a draft on which its memory depends, if it has them.
 SIZES = ("block_size", "anchors", "layers")
 
 
@@ -80,8 +80,8 @@ def footprint(draft: Draft, length: int, precision: str, memory: float | None = 
 def require_memory(
     draft: Draft, longest: int, conversations: int, precision: str, free: float, shards: int = 1
 ) -> None:
-    """Raise ValueError where a micro-batch of so many `conversations` of `longest` tokens would take more than twice
-    the `free` bytes: what then follows is the system's kill, without a word."""
+    """Raise ValueError if a micro-batch of so many `conversations` of `longest` tokens would need more than twice the
+    `free` bytes, because the operating system would then kill the process without a message."""
     found = footprint(draft, longest, precision, None, shards)
     needed = found.fixed + conversations * found.per_sample
     if needed > 2 * free:

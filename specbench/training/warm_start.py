@@ -13,12 +13,12 @@ from specbench.models.embedding_head import Tables
 
 @torch.no_grad()
 def from_draft(draft: Draft, folder: str | Path, tables: Tables | None) -> tuple[list[str], list[str]]:
-    """Start from the draft of a folder in any format that loads; returns the names that were copied and those that
-    were not, because that draft has no such tensor, or one of another shape.
+    """Copy the weights of the draft in a folder, in any supported format; returns the names that were copied, and those
+    that were not, because that draft has no such tensor, or one of another shape.
 
-    `tables` are the target's, for formats that ship none. What reads the taps (`Draft.tap_modules`; of a method that
-    does not say it, everything) is taken over only from a draft of the same taps. Errors: ValueError when nothing fits;
-    FormatError for a folder that does not load.
+    `tables` are the target's, for formats without tables. Modules that read the taps (`Draft.tap_modules`; if unknown,
+    all) are copied only from a draft with the same taps. Errors: ValueError if nothing fits; FormatError for a folder
+    that cannot be read.
     """
     path = fetch(folder)
     path = path / "draft" if (path / "draft").is_dir() else path
