@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -235,10 +236,15 @@ def open_data(cfg: DictConfig, target: Target | None) -> StepData:
         expect={"target": cfg.target.name},
         dtype=cfg.cache_dtype,
         on_damage=cfg.on_damage,
-        local_folder=str(Path(cfg.root) / "mirror") if is_remote(folder) else None,
+        local_folder=_copy_of(cfg.root, str(folder)) if is_remote(folder) else None,
         **order,
         **streaming_of(cfg),
     )
+
+
+def _copy_of(root: str, place: str) -> Path:
+    """The folder for local files of a remote cache; caches of several runs at once do not share one."""
+    return Path(root) / "mirror" / hashlib.sha256(place.encode()).hexdigest()[:16]
 
 
 def streaming_of(cfg: DictConfig) -> dict[str, Any]:
@@ -246,14 +252,8 @@ def streaming_of(cfg: DictConfig) -> dict[str, Any]:
     number of steps of an epoch is needed before the trainer can tell the number of ranks."""
     if not cfg.get("stream"):  # records lack it where it is false
         return {}
-    lightning = cfg.trainer.lightning
-    if not isinstance(lightning.devices, int) or lightning.devices < 1:
-        raise ValueError(
-            f"stream=true with trainer.lightning.devices={lightning.devices}: give a number, since every rank "
-            "reads its own shards"
-        )
     rank, _ = rank_and_world()
-    world = lightning.devices * lightning.num_nodes
+    world = cfg.trainer.lightning.devices * cfg.trainer.lightning.num_nodes
     return {"stream": True, "shuffle_buffer": cfg.shuffle_buffer, "rank": rank, "world": world}
 
 

@@ -259,6 +259,9 @@ trainer.data.validation_fraction=1 | below 1
 +trainer.lightning.acelerator=cpu | did you mean 'accelerator'
 cache_dtype=float31 | one of float32
 on_damage=ignore | one of raise, skip
+online=true stream=true | choose one
+stream=true trainer.lightning.devices=auto | every rank reads its own shards
+shuffle_buffer=0 | from 1
 seed.init=-1 | from 0 to 4294967295
 temperatures=[] | temperatures=[]
 temperatures=[0,0] | without repetitions

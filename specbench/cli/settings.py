@@ -368,6 +368,12 @@ class TrainSettings(Settings):
             raise ValueError("temperatures=[]: give at least one, or evaluate=false")
         if self.online and self.stream:
             raise ValueError("online=true with stream=true: one computes states, the other reads a cache; choose one")
+        devices = self.trainer.lightning.devices
+        if self.stream and not isinstance(devices, int):
+            raise ValueError(
+                f"stream=true with trainer.lightning.devices={devices}: give a number, because every rank reads its "
+                "own shards"
+            )
         return self
 
 

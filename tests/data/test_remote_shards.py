@@ -95,3 +95,15 @@ def test_missing_papers_and_shards_are_named(source, tmp_path):
             CacheReader(RemoteFiles(url, tmp_path / "b", 1 << 20))
     finally:
         (folder / "away").rename(hidden)
+
+
+def test_shards_of_another_cache_in_the_folder_are_not_taken_for_this_ones(source, tmp_path):
+    folder, url = source
+    build(TinyTarget(seed=1), talks(30), tmp_path / "other", storage("fp32"), 24, shard_bytes=10_000, batch_tokens=48)
+    assert sizes(tmp_path / "other") == sizes(folder)
+    room = sum(sizes(folder).values())
+    for place, where in ((url, folder), ((tmp_path / "other").as_uri(), tmp_path / "other")):
+        files = RemoteFiles(place, tmp_path / "copy", room)
+        for name in sizes(where):
+            with open(files.open(name), "rb") as file:
+                assert file.read() == (where / name).read_bytes()

@@ -85,11 +85,15 @@ class RemoteFiles:
         self._files, self._root = filesystem(self.url)
         self._locks: dict[str, threading.Lock] = {}
         self._guard = threading.Lock()
+        index = self.folder / INDEX
+        copied_before = sha256(index) if index.exists() else None
         manifest = copy_metadata(self._fetch, self.folder)
         self._sizes = {shard["name"]: int(shard["bytes"]) for shard in manifest.shards}
-        stale = [p for p in self.folder.glob("shard-*.tar") if p.stat().st_size != self._sizes.get(p.name)]
-        for path in stale:
-            path.unlink()
+        # Shards of another cache have the same names and may have the same sizes.
+        same = copied_before == manifest.index_hash
+        for path in self.folder.glob("shard-*.tar"):
+            if not same or path.stat().st_size != self._sizes.get(path.name):
+                path.unlink()
         present = sorted(self.folder.glob("shard-*.tar"), key=lambda path: path.stat().st_mtime)
         self._used: dict[str, int] = {path.name: path.stat().st_size for path in present}  # least recently used first
 
