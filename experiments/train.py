@@ -35,7 +35,7 @@ from specbench.cli.sizes import smaller
 from specbench.cli.stages import Stage, say
 from specbench.data.answers.chat import prompt_ids
 from specbench.data.cache.lookup import find_cache
-from specbench.data.cache.remote_shards import is_remote
+from specbench.data.cache.remote_shards import is_command, is_remote
 from specbench.data.loading.frequent_tokens import frequent_tokens
 from specbench.data.loading.online import OnlineTarget
 from specbench.data.loading.step_data import StepData
@@ -297,7 +297,7 @@ def needs_target(cfg: DictConfig) -> bool:
 
 def tables_from(cfg: DictConfig, data: StepData) -> dict[str, str | None] | None:
     """Where a checkpoint's reader finds the target's tables; None: nowhere, so that the checkpoint holds them."""
-    if not cfg.online:
+    if not cfg.online and not is_command(data.folder):  # a command that a checkpoint names is not run
         return {"cache": str(data.folder) if is_remote(data.folder) else str(Path(data.folder).resolve())}
     id = cfg.target.get("id")
     return None if id is None else {"target": id, "revision": cfg.target.get("revision")}
