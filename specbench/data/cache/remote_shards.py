@@ -17,6 +17,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
+import aiohttp
 import fsspec
 
 from specbench.data.cache.manifest import INDEX, MANIFEST, TABLES, Manifest, sha256
@@ -24,6 +25,7 @@ from specbench.data.cache.shards import read_and_close
 from specbench.files.redaction import redact
 
 CHUNK = 1 << 22  # bytes copied at a time
+PARTIAL_CONTENT = 206  # HTTP status of an answer with the requested part only
 PIPE, NAME = "pipe:", "{name}"
 ATTEMPTS, PAUSE = 3, 1.0  # attempts to read on in a shard before it counts as unreadable; seconds before the second
 
@@ -38,10 +40,17 @@ def is_command(folder: str | Path) -> bool:
     return str(folder).startswith(PIPE)
 
 
+def is_http(url: str) -> bool:
+    """True for http:// and https://."""
+    return url.startswith(("http://", "https://"))
+
+
 def filesystem(url: str) -> tuple[Any, str]:
     """fsspec's filesystem of a URL, and the path in it. ValueError where a package is missing."""
+    # A shard may take longer to arrive than the five minutes after which aiohttp ends a request.
+    patient = {"client_kwargs": {"timeout": aiohttp.ClientTimeout(total=None, sock_connect=30, sock_read=300)}}
     try:
-        return fsspec.core.url_to_fs(url)
+        return fsspec.core.url_to_fs(url, **(patient if is_http(url) else {}))
     except ImportError as error:
         raise ValueError(f"{redact(url)} needs a package that is missing ({error}): install it with pip") from error
 
@@ -199,7 +208,7 @@ class StreamedFiles:
 
     def stream(self, name: str) -> io.IOBase:
         """A shard to read from its beginning; a transfer that breaks off is taken up again."""
-        return _Resumed(lambda: self._source.open(name), self._sizes[name])
+        return _Resumed(lambda offset: self._source.open(name, offset), self._sizes[name])
 
     def require_ranges(self) -> None:
         """ValueError where nothing but whole files can be had."""
@@ -207,7 +216,7 @@ class StreamedFiles:
 
     def _fetch(self, name: str) -> None:
         try:
-            copied(lambda: self._source.open(name), self.folder / name)
+            copied(lambda: self._source.open(name, 0)[0], self.folder / name)
         except FileNotFoundError as error:
             raise _no_cache(f"{self.place}/{name}") from error
         except Exception as error:  # each transport has exceptions of its own
@@ -227,9 +236,10 @@ def _whole_files_only(place: str, why: str) -> ValueError:
 
 @runtime_checkable
 class _Source(Protocol):
-    """Files of one cache by their names."""
+    """Files of one cache by their names. `open` gives a stream and where it begins: at `offset` if the place can do
+    that, else at 0."""
 
-    def open(self, name: str) -> io.IOBase: ...
+    def open(self, name: str, offset: int) -> tuple[io.IOBase, int]: ...
     def size(self, name: str) -> int | None: ...
     def part(self, name: str, offset: int, count: int) -> bytes: ...
     def require_ranges(self, name: str) -> None: ...
@@ -242,10 +252,16 @@ class _Address:
         self.url = url
         self._files, self._root = filesystem(url)
 
-    def open(self, name: str) -> io.IOBase:
-        # Block size 0 asks fsspec's HTTP for one answer read as it arrives, whether or not the server knows ranges.
-        http = {"block_size": 0} if self.url.startswith(("http://", "https://")) else {}
-        return self._files.open(f"{self._root}/{name}", "rb", **http)
+    def open(self, name: str, offset: int) -> tuple[io.IOBase, int]:
+        path = f"{self._root}/{name}"
+        if is_http(self.url):
+            # Block size 0 asks for one answer that is read as it arrives, whether or not the server supports ranges.
+            part = {"headers": {"Range": f"bytes={offset}-"}} if offset else {}
+            stream = self._files.open(path, "rb", block_size=0, **part)
+            return stream, offset if stream.r.status == PARTIAL_CONTENT else 0
+        stream = self._files.open(path, "rb")
+        stream.seek(offset)
+        return stream, offset
 
     def size(self, name: str) -> int | None:
         try:
@@ -282,8 +298,8 @@ class _Command:
             )
         self.place = place
 
-    def open(self, name: str) -> io.IOBase:
-        return _Output(self.place.removeprefix(PIPE).replace(NAME, name))
+    def open(self, name: str, offset: int) -> tuple[io.IOBase, int]:
+        return _Output(self.place.removeprefix(PIPE).replace(NAME, name)), 0
 
     def size(self, name: str) -> int | None:
         raise ValueError(f"{redact(self.place)}: a command does not tell the size of {name}")
@@ -321,10 +337,10 @@ class _Output(io.RawIOBase):
 
 
 class _Resumed(io.RawIOBase):
-    """`size` bytes of a stream that `start` opens. If it breaks off or ends early, it is opened again and what was read
-    before is skipped. OSError after ATTEMPTS attempts without a further byte."""
+    """`size` bytes of a stream that `start` opens at an offset. If it breaks off or ends early, it is opened again
+    where it ended. OSError after ATTEMPTS attempts without a further byte."""
 
-    def __init__(self, start: Callable[[], io.IOBase], size: int):
+    def __init__(self, start: Callable[[int], tuple[io.IOBase, int]], size: int):
         self._start, self._size = start, size
         self._stream: io.IOBase | None = None
         self._done = self._failed = 0
@@ -352,7 +368,8 @@ class _Resumed(io.RawIOBase):
 
     def _opened(self) -> io.IOBase:
         if self._stream is None:
-            self._stream, left = self._start(), self._done
+            self._stream, begins = self._start(self._done)
+            left = self._done - begins
             scratch = memoryview(bytearray(min(CHUNK, left)))
             while left:
                 count = self._stream.readinto(scratch[:left])
