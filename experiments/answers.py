@@ -17,6 +17,7 @@ from specbench.cli.assembly import load_target
 from specbench.cli.checks import check_before
 from specbench.cli.following import command
 from specbench.cli.stages import Stage, say
+from specbench.cli.tracked_stages import tracked_output
 from specbench.data.answers import generation as answers
 from specbench.data.answers.chat import render
 from specbench.data.answers.engines import AnswerPolicy, Engine, InProcessEngine, ServerEngine
@@ -65,15 +66,19 @@ def run(cfg: DictConfig) -> None:
         if stage.done and cfg.preview is None and not _covers(stage, total):
             stage.reopen()  # more prompts are asked for than were
         if not stage.done:
-            with Progress("answers", total, "prompts") as bar:
-                counts = answers.collect(
-                    prompts.read(source, cfg.split, limit),
-                    engine,
-                    stage.work,
-                    policy,
-                    progress=lambda kind: bar.advance(),
-                )
-            missing = total - counts["answered"] - counts["kept"]
+            name = "-".join(["answers", cfg.data.name, cfg.target.name, *([] if cfg.split == "train" else [cfg.split])])
+            about = {"target": cfg.target.name, "data": cfg.data.name}
+            with tracked_output("answers", name, stage, cfg, {"decoding": cfg.seed}, **about) as (run, _):
+                with Progress("answers", total, "prompts") as bar:
+                    counts = answers.collect(
+                        prompts.read(source, cfg.split, limit),
+                        engine,
+                        stage.work,
+                        policy,
+                        progress=lambda kind: bar.advance(),
+                    )
+                missing = total - counts["answered"] - counts["kept"]
+                run.finish(**counts, missing=missing)
             if missing:  # not finished: the next run tries them again
                 say(
                     f"answers: {missing} of {total} prompts have no answer ({counts}) in {stage.work}; failed.jsonl "

@@ -12,6 +12,7 @@ from specbench.cli.checks import check_before
 from specbench.cli.following import command
 from specbench.cli.launching import rank_and_world
 from specbench.cli.stages import Stage, say
+from specbench.cli.tracked_stages import tracked_output
 from specbench.data.cache.cache_source import CacheSource
 from specbench.data.cache.manifest import Manifest, require_same
 from specbench.data.cache.storage import storage
@@ -58,7 +59,11 @@ def run(cfg: DictConfig) -> Path | None:
             stage.reopen()
         if stage.resumes and first_rank():  # whatever of it is missing: it is written from the shards, last
             (stage.work / "manifest.json").unlink(missing_ok=True)
-        with Progress("cache", sum(len(c.tokens) for c in source.conversations), "tokens") as bar:
+        about = {"target": cfg.target.name, "data": cfg.data.name, "fingerprint": seen["cache"], "ranks": world}
+        with (
+            tracked_output("cache", f"cache-{seen['cache']}", stage, cfg, {}, **about) as (run, _),
+            Progress("cache", sum(len(c.tokens) for c in source.conversations), "tokens") as bar,
+        ):
             before = 0
 
             def progress(done: int, total: int) -> None:
@@ -68,6 +73,8 @@ def run(cfg: DictConfig) -> Path | None:
 
             sizes = {"shard_bytes": cfg.shard_bytes, "batch_tokens": cfg.batch_tokens}
             manifest = source.build(stage.work, rank, world, progress, **sizes)
+            # Of several ranks the last one knows the whole; the W&B run is the first one's.
+            run.finish(**({} if manifest is None else facts(manifest)), **source.counts)
         if manifest is None:
             say(f"cache: rank {rank} is done; the last rank writes the manifest")
             return place

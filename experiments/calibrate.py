@@ -14,6 +14,7 @@ from specbench.cli.errors import naming
 from specbench.cli.following import command
 from specbench.cli.recording import recorded
 from specbench.cli.stages import Stage
+from specbench.cli.tracked_stages import tracked_output
 from specbench.decoding.calibration import Calibration, fit
 from specbench.evaluation.recorded_rounds import Rounds, conversations, flatten, recorded_rounds, rounds_file, split
 from specbench.files.atomic import json_line, write_json, write_text
@@ -43,28 +44,32 @@ def run(cfg: DictConfig) -> Path:
     inputs = {"contents": [rounds_digest(path) for path in (cfg.rounds, cfg.held_out) if path is not None]}
     with Stage("calibrate", folder, {**recorded(cfg), **inputs}, force=cfg.force, results=RESULTS) as stage:
         if not stage.done:
-            work = stage.work
-            calibration = fit(learn.logits, learn.accepted, learn.proposed, learn.prompts, bins=cfg.bins)
-            rows = calibration.judge(test.logits, test.accepted, test.proposed, test.prompts, cfg.bins)
-            calibration.save(work / "calibration.json")
-            write_json(work / "reliability.json", rows)
-            table = pd.DataFrame(rows).drop(columns="reliability")
-            table.to_csv(work / "slots.csv", index=False)
-            judged = cfg.held_out
-            if judged is None:  # no schedule may be judged on the other rounds, so these stand alone
-                judged = folder / "held_out.jsonl"
-                kept, lines = {p.prompt for p in held_out}, read_lines(rounds_file(cfg.rounds))
-                named = zip(lines, conversations(lines), strict=True)
-                write_text(work / judged.name, "".join(json_line(line) for line, prompt in named if prompt in kept))
-            print(table.to_string(index=False, float_format="%.4f", na_rep="-"))
-            before, after = _errors(rows)
-            facts = {
-                "prompts_fitted": len({p.prompt for p in fitted}),
-                "prompts_judged": len({p.prompt for p in held_out}),
-                "ece_before": before,
-                "ece_after": after,
-                "temperatures_at_the_edge_of_the_grid": len(calibration.at_edge),
-            }
+            name = f"calibrate-{cfg.name}"
+            with tracked_output("calibrate", name, stage, cfg, {"split": cfg.seed}) as (run, wandb):
+                calibration = fit(learn.logits, learn.accepted, learn.proposed, learn.prompts, bins=cfg.bins)
+                rows = calibration.judge(test.logits, test.accepted, test.proposed, test.prompts, cfg.bins)
+                calibration.save(stage.work / "calibration.json")
+                write_json(stage.work / "reliability.json", rows)
+                table = pd.DataFrame(rows).drop(columns="reliability")
+                table.to_csv(stage.work / "slots.csv", index=False)
+                judged = cfg.held_out
+                if judged is None:  # no schedule may be judged on the other rounds, so these stand alone
+                    judged = folder / "held_out.jsonl"
+                    kept, lines = {p.prompt for p in held_out}, read_lines(rounds_file(cfg.rounds))
+                    named = zip(lines, conversations(lines), strict=True)
+                    lines = [json_line(line) for line, prompt in named if prompt in kept]
+                    write_text(stage.work / judged.name, "".join(lines))
+                print(table.to_string(index=False, float_format="%.4f", na_rep="-"))
+                before, after = _errors(rows)
+                facts = {
+                    "prompts_fitted": len({p.prompt for p in fitted}),
+                    "prompts_judged": len({p.prompt for p in held_out}),
+                    "ece_before": before,
+                    "ece_after": after,
+                    "temperatures_at_the_edge_of_the_grid": len(calibration.at_edge),
+                }
+                wandb.rows("slots", table.to_dict("records"))
+                run.finish(**facts)
             made = str(folder / "calibration.json")
             stage.finish(facts, next=command("serve", cfg, name=cfg.name, rounds=str(judged), calibration=made))
     if cfg.draft is not None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import importlib
 import os
-import signal
 import sys
 import traceback
 from collections.abc import Mapping, Sequence
@@ -26,6 +25,7 @@ from specbench.cli import completion
 from specbench.cli.environment import check_environment, outlet
 from specbench.cli.verbs import VERBS, Verb
 from specbench.cli.withholding import screen, withhold
+from specbench.runs.termination import sigterm_interrupts
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -45,9 +45,8 @@ def main(argv: Sequence[str] | None = None, verbs: Mapping[str, Verb] = VERBS, p
 
 def _guarded(words: list[str], verbs: Mapping[str, Verb], package: str) -> int:
     """`_main`, with every error turned into its exit code."""
-    before = signal.signal(signal.SIGTERM, _terminate)
     try:
-        with outlet() as stdout:
+        with sigterm_interrupts(), outlet() as stdout:
             code = _main(words, verbs, package)
         # A reader that has seen enough, `head` for example, is no fault.
         if stdout.fault is not None and not isinstance(stdout.fault, BrokenPipeError):
@@ -59,8 +58,6 @@ def _guarded(words: list[str], verbs: Mapping[str, Verb], package: str) -> int:
         return code
     except BaseException as error:
         return _fail(error)
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def _main(words: list[str], verbs: Mapping[str, Verb], package: str) -> int:
@@ -217,11 +214,6 @@ def quiet() -> None:
     ):
         warnings.filterwarnings("ignore", message=message)
     warnings.filterwarnings("ignore", category=UserWarning, message=r".*Hydra 1\.4.*")
-
-
-def _terminate(*_: object) -> None:
-    """SIGTERM, as a batch system sends it, ends a stage like Ctrl-C: what is done is kept."""
-    raise KeyboardInterrupt
 
 
 def _fail(error: BaseException) -> int:

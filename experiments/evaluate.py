@@ -16,6 +16,7 @@ from specbench.cli.identity import identity
 from specbench.cli.launching import rank_and_world
 from specbench.cli.recording import recorded
 from specbench.cli.stages import Stage, say
+from specbench.cli.tracked_stages import tracking_of
 from specbench.data.prompts.benchmarks import Benchmarks
 from specbench.decoding.loop import Limits
 from specbench.decoding.sampling import Sampling
@@ -27,6 +28,7 @@ from specbench.library.evaluation import evaluate_into
 from specbench.library.tracked_evaluation import log_evaluation
 from specbench.progress import Progress
 from specbench.runs.run_folder import RunFolder, folder_name
+from specbench.runs.tracked_run import tracked
 
 RESULTS = ("records.parquet", "rounds.jsonl", "summary.json", "config.yaml")
 
@@ -87,12 +89,12 @@ def protocol_of(cfg: DictConfig, stop_token_ids: Sequence[int]) -> Protocol:
 def _evaluate(cfg: DictConfig, stage: Stage, folder: Path | None, about: DraftRecord) -> None:
     rank, _ = rank_and_world()
     record = RunFolder(cfg.root, "evaluate", stage.folder.name, recorded(cfg), writes=rank == 0, folder=stage.work)
-    with instantiate(cfg.tracking) as tracking, record as run:
+    headline = {"method": about.method, "target": cfg.target.name, "suite": cfg.suite.name}
+    with tracked(tracking_of(cfg), record, **headline) as (run, tracking):
         suite: Benchmarks = instantiate(cfg.suite, _convert_="all")
         prompts = suite.load()
         target, draft = load_pair(cfg, folder)
         protocol = protocol_of(cfg, target.stop_token_ids)
-        tracking.start(run, {"method": about.method, "target": cfg.target.name, "suite": suite.name})
         turns = sum(len(p.turns or (0,)) if suite.turns == "all" else 1 for p in prompts)
         with Progress(f"evaluate {about.method} at T={cfg.temperature:g}", turns, "prompts") as bar:
             summary = evaluate_into(

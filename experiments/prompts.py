@@ -15,6 +15,7 @@ from specbench.cli.config_groups import configs
 from specbench.cli.following import command
 from specbench.cli.identity import content
 from specbench.cli.stages import Stage
+from specbench.cli.tracked_stages import tracked_output
 from specbench.data.prompts import preparation as prompts
 from specbench.data.prompts.benchmarks import Benchmarks
 from specbench.data.prompts.sources import Files
@@ -31,21 +32,24 @@ def run(cfg: DictConfig) -> None:
     with stage_of(cfg) as stage:
         if stage.done:
             return
-        evaluation = evaluation_texts(cfg.decontaminate, cfg.prompts)
-        with Progress("prompts", None, "conversations") as bar:
-            report = prompts.build(
-                source,
-                stage.work,
-                evaluation,
-                validation=cfg.validation,
-                near_duplicate=cfg.near_duplicate,
-                ngram=cfg.ngram,
-                seed=cfg.seed,
-                progress=lambda read: bar.advance(),
-            )
-        counted = ("read", "contaminated", "equal_questions", "near_duplicates")
-        unfit = sum(report["unfit"].values())
-        found = {k: report[k] for k in counted} | {"unfit": unfit} | report["kept"]
+        name = f"prompts-{cfg.data.name}"
+        with tracked_output("prompts", name, stage, cfg, {"split": cfg.seed}, data=cfg.data.name) as (run, _):
+            evaluation = evaluation_texts(cfg.decontaminate, cfg.prompts)
+            with Progress("prompts", None, "conversations") as bar:
+                report = prompts.build(
+                    source,
+                    stage.work,
+                    evaluation,
+                    validation=cfg.validation,
+                    near_duplicate=cfg.near_duplicate,
+                    ngram=cfg.ngram,
+                    seed=cfg.seed,
+                    progress=lambda read: bar.advance(),
+                )
+            counted = ("read", "contaminated", "equal_questions", "near_duplicates")
+            unfit = sum(report["unfit"].values())
+            found = {k: report[k] for k in counted} | {"unfit": unfit} | report["kept"]
+            run.finish(**found)
         stage.finish(found, next=command("answers", cfg, ("data",)))
 
 

@@ -78,8 +78,6 @@ def before_training(cfg: DictConfig) -> list[tuple[str, list[str]]]:
 def drafts(cfg: DictConfig, cache: Path | None) -> list[tuple[str, list[str]]]:
     """The training, the evaluations and the timing of every method, in order, from a `cache` once it is made."""
     common = [*everywhere(cfg), *target_of(cfg)]
-    tracking = [f"tracking.{key}={cfg.tracking[key] or 'null'}" for key in ("mode", "project", "entity")]
-    tracking.append(f"tracking.group={cfg.tracking.group or 'quickstart'}")
     stages = []
     for method in cfg.methods:
         name = f"{method}-s{cfg.seed}"
@@ -87,11 +85,11 @@ def drafts(cfg: DictConfig, cache: Path | None) -> list[tuple[str, list[str]]]:
         own = own_class(method)
         training = [f"method={method}", f"name={name}", f"seed.init={cfg.seed}", f"trainer.max_steps={cfg.steps}"]
         training += ["evaluate=false", *([] if cache is None else [f"cache={cache}"])]
-        stages.append(("train", [*common, *tracking, *training]))
+        stages.append(("train", [*common, *training]))
         for temperature in cfg.temperatures:
             decoding = [draft, *own, f"name={name}-t{temperature:g}", f"temperature={temperature}"]
             decoding += [f"max_new_tokens={cfg.max_new_tokens}", f"suite.limit={cfg.benchmark_prompts}"]
-            stages.append(("evaluate", [*common, *tracking, *decoding]))
+            stages.append(("evaluate", [*common, *decoding]))
         if cfg.clock.prompts:
             timing = [
                 draft,
@@ -114,8 +112,10 @@ def own_class(method: str) -> list[str]:
 
 
 def everywhere(cfg: DictConfig) -> list[str]:
-    """Where every stage writes, and whether it redoes what is finished."""
-    return [f"root={cfg.root}", f"force={str(cfg.force).lower()}"]
+    """Where every stage writes, whether it redoes what is finished, and how it is mirrored to W&B."""
+    tracking = [f"tracking.{key}={cfg.tracking[key] or 'null'}" for key in ("mode", "project", "entity")]
+    tracking.append(f"tracking.group={cfg.tracking.group or 'quickstart'}")
+    return [f"root={cfg.root}", f"force={str(cfg.force).lower()}", *tracking]
 
 
 def target_of(cfg: DictConfig) -> list[str]:

@@ -46,10 +46,11 @@ def run(cfg: DictConfig, given: Sequence[str] | None = None) -> Path:
     began, given = time.monotonic(), command_line() if given is None else list(given)
     everywhere = [f"root={cfg.root}", f"force={str(cfg.force).lower()}"]
     for_runs = [text for text in given if key(text).split(".")[0] not in OWN]
+    beside = [*everywhere, *(text for text in for_runs if key(text).split(".")[0] == "tracking")]
     study = study_of(cfg.name, for_runs)
     jobs = [composed("train", [*everywhere, *job]) for job in study.trainings]
-    before = before_training(cfg, study, everywhere, for_runs)
-    check_all(study, jobs, before, everywhere)
+    before = before_training(cfg, study, beside, for_runs)
+    check_all(study, jobs, before, beside)
     plan(cfg, study, jobs)
     with summary.within():
         for verb, overrides in before:
@@ -67,10 +68,10 @@ def run(cfg: DictConfig, given: Sequence[str] | None = None) -> Path:
                 timed.append(speed.run(speed_of(job, folder, study.speed)))
             if study.calibrate:
                 for rounds in own:
-                    asked = [*everywhere, f"rounds={rounds}", f"name={rounds.name}"]
+                    asked = [*beside, f"rounds={rounds}", f"name={rounds.name}"]
                     calibrated.append(calibrate.run(composed("calibrate", asked)))
         servings = study.servings([job.method.name for job in jobs], decoded)
-        served = [serve.run(composed("serve", [*everywhere, *job])) for job in servings]
+        served = [serve.run(composed("serve", [*beside, *job])) for job in servings]
         asked = composed("report", [f"root={cfg.root}", f"name={cfg.name}", f"project={cfg.project}"])
         asked.entity, asked.title = cfg.entity, study.question
         asked.runs = [str(path) for path in (*decoded, *trained, *timed, *served)]

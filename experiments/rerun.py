@@ -57,6 +57,8 @@ def run(cfg: DictConfig) -> Path:
     config["name"] = cfg.name or f"{old.name}-rerun"
     config["force"] = bool(cfg.force)
     new = Path(config["root"]) / "runs" / summary["kind"] / config["name"]
+    if "folder" in config:  # of a target, which may lie anywhere
+        config["folder"] = str(new)
     if new.resolve() == old.resolve():
         raise ValueError(f"the rerun would overwrite {old}: give it another name=... or root=...")
     importlib.import_module(VERBS[summary["kind"]].module).run(OmegaConf.create(config))

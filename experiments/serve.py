@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,14 @@ from specbench.cli.checks import check_before
 from specbench.cli.errors import naming
 from specbench.cli.recording import recorded
 from specbench.cli.stages import Stage, say
+from specbench.cli.tracked_stages import tracking_of
 from specbench.decoding.calibration import Calibration
 from specbench.evaluation.recorded_rounds import recorded_rounds
 from specbench.files.atomic import write_json
 from specbench.progress import Progress
+from specbench.runs.provenance import provenance
 from specbench.runs.run_folder import RunFolder, folder_name
+from specbench.runs.tracked_run import tracked
 from specbench.serving.load import NOTICE, ServedPolicy, closed_loop, poisson, service_levels, workload
 
 RESULTS = ("points.csv", "points.json", "service_levels.csv", "profile.json", "summary.json", "config.yaml")
@@ -35,21 +39,25 @@ def run(cfg: DictConfig) -> Path:
     with stage_of(cfg) as stage:
         if stage.done:
             return stage.folder
-        folder = RunFolder(cfg.root, "serve", stage.folder.name, described(cfg), folder=stage.work)
+        record = RunFolder(cfg.root, "serve", stage.folder.name, described(cfg), folder=stage.work)
         say(NOTICE)
-        with folder:
+        with tracked(tracking_of(cfg), record, profile=profile.label, seed=cfg.seed) as (folder, wandb):
+            folder.write_provenance(*provenance(sys.argv, {"load": cfg.seed}))
             rows = _sweep(policies, profile, cfg)
             levels = service_levels(rows, list(cfg.floors), cfg.baseline)
             profile.save(folder.path / "profile.json")
             write_json(folder.path / "points.json", {"notice": NOTICE, "points": rows, "service_levels": levels})
             pd.DataFrame(rows).to_csv(folder.path / "points.csv", index=False)
             pd.DataFrame(levels).to_csv(folder.path / "service_levels.csv", index=False)
-            best = max(rows, key=lambda row: row["throughput"])
+            most = max(rows, key=lambda row: row["throughput"])
             facts = {"notice": NOTICE, "profile": f"{profile.label} ({profile.source})", "points": len(rows)}
-            folder.update(simulation=True, profile_source=profile.source, **facts)
+            best = {"best_throughput": most["throughput"], "best_throughput_policy": most["policy"]}
+            wandb.rows("points", rows)
+            wandb.rows("service_levels", levels)
+            folder.finish(simulation=True, profile_source=profile.source, **facts, **best)
         _print(rows, levels)
         stage.finish(
-            {**facts, "best_throughput": best["throughput"], "best_throughput_policy": best["policy"]},
+            {**facts, **best},
             next="the frontier is points.csv: throughput against interactivity, a line a policy",
         )
     return stage.folder

@@ -18,6 +18,7 @@ from specbench.cli.checks import check_before
 from specbench.cli.following import command
 from specbench.cli.recording import recorded
 from specbench.cli.stages import Stage, say
+from specbench.cli.tracked_stages import tracking_of
 from specbench.data.answers.chat import prompt_ids
 from specbench.data.prompts.benchmarks import first_prompt
 from specbench.decoding.cost_profile import CostProfile
@@ -43,6 +44,7 @@ from specbench.profiling.kept_parts import KeptParts
 from specbench.progress import Progress
 from specbench.runs.provenance import hardware, provenance
 from specbench.runs.run_folder import RunFolder, folder_name, read_lines
+from specbench.runs.tracked_run import tracked
 from specbench.serving.simulation_check import check as simulated
 
 # What is measured so far, for a run that is stopped.
@@ -66,7 +68,9 @@ def run(cfg: DictConfig) -> Path:
         if stage.done:
             return stage.folder
         folder = stage.work
-        with RunFolder(cfg.root, "speed", stage.folder.name, config, folder=folder) as record:
+        run = RunFolder(cfg.root, "speed", stage.folder.name, config, folder=folder)
+        headline = {"method": about["method"], "target": cfg.target.name, "suite": cfg.suite.name}
+        with tracked(tracking_of(cfg), run, **headline) as (record, wandb):
             prompts = instantiate(cfg.suite, _convert_="all").load()
             target, draft = load_pair(cfg, place)
             record.write_provenance(*provenance(sys.argv, {"decoding": 0}, None, first_prompt(prompts)))
@@ -80,6 +84,8 @@ def run(cfg: DictConfig) -> Path:
             metrics = _predicted(rows, clock, draft.block_size, cfg.batch_size) | clock
             metrics["simulation_ratio"] = {str(row["requests"]): row["ratio"] for row in held}
             metrics["scheduler_seconds"] = _schedule(profile, max(cfg.batch_sizes), draft.block_size)
+            wandb.rows("costs", rows)
+            wandb.rows("simulation_check", held)
             record.finish(
                 method=about.method,
                 target=cfg.target.name,

@@ -14,18 +14,19 @@ import lightning
 import torch
 from hydra.utils import instantiate
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import Logger
 from omegaconf import DictConfig
 
 from specbench.cli.assembly import composed, load_target
 from specbench.cli.checks import check_before
 from specbench.cli.config_groups import known_options
+from specbench.cli.identity import without
 from specbench.cli.recording import recorded
 from specbench.cli.stages import Stage, container, say
 from specbench.cli.target_argument import expand
+from specbench.cli.tracked_stages import tracking_of
 from specbench.data.answers.embedded_tokenizer import rendered, train_tokenizer
 from specbench.data.prompts.embedded_corpus import DOMAINS, census, conversations
-from specbench.files.atomic import write_json
-from specbench.files.redaction import redacted
 from specbench.files.torch_checkpoints import read_checkpoint
 from specbench.models import target as targets
 from specbench.models.gguf_conversion import convert
@@ -33,12 +34,13 @@ from specbench.models.gguf_file import Found, at, in_package, require_reader
 from specbench.models.selfcheck import settle
 from specbench.models.suggestion import suggest
 from specbench.runs.provenance import provenance
+from specbench.runs.run_folder import RunFolder
+from specbench.runs.settings_without_effect import without_effect
+from specbench.runs.tracked_run import tracked
 from specbench.training.callbacks import TrainingProgress
 from specbench.training.pretraining import CorpusBatches, LanguageModeling, initialise
 
 RESULTS = ("config.json", "*.safetensors", "tokenizer.json", "provenance.json")
-# Where the target goes is no part of how it is made.
-ELSEWHERE = ("root", "folder", "name", "force", "check", "check_dtype", "suggest")
 
 
 def run(cfg: DictConfig) -> None:
@@ -57,20 +59,28 @@ def run(cfg: DictConfig) -> None:
         if stage.done:
             return
         folder = stage.work
-        lightning.seed_everything(cfg.seed, verbose=False)
-        tokenizer = _tokenizer(cfg)
-        data: CorpusBatches = instantiate(cfg.data, _convert_="all", tokenizer=tokenizer)
-        model = initialise(targets.new_causal_lm(container(cfg.model))).train()
-        module: LanguageModeling = instantiate(cfg.training, _convert_="all", model=model)
-        if cfg.compile:
-            module.model.compile(dynamic=True)
-        last = folder / "checkpoints" / "last.ckpt"
-        trainer = _trainer(cfg, folder, module)
-        resumed = last if stage.resumes and last.exists() else None
-        if resumed is not None:
-            read_checkpoint(resumed)  # what cannot be read is refused by name, before any work
-        trainer.fit(module, data, ckpt_path=resumed, weights_only=True)
-        facts = publish(cfg, module, data, trainer.global_step, folder)
+        record = RunFolder(cfg.root, "target", stage.folder.name, recorded(cfg), folder=folder)
+        with tracked(tracking_of(cfg), record, target=stage.folder.name, seed=cfg.seed) as (run, wandb):
+            lightning.seed_everything(cfg.seed, verbose=False)
+            tokenizer = _tokenizer(cfg)
+            data: CorpusBatches = instantiate(cfg.data, _convert_="all", tokenizer=tokenizer)
+            model = initialise(targets.new_causal_lm(container(cfg.model))).train()
+            module: LanguageModeling = instantiate(cfg.training, _convert_="all", model=model)
+            if cfg.compile:
+                module.model.compile(dynamic=True)
+            last = folder / "checkpoints" / "last.ckpt"
+            trainer = _trainer(cfg, folder, module, wandb.loggers)
+            resumed = last if stage.resumes and last.exists() else None
+            if resumed is not None:
+                read_checkpoint(resumed)  # what cannot be read is refused by name, before any work
+            trainer.fit(module, data, ckpt_path=resumed, weights_only=True)
+            facts = publish(cfg, module, data, trainer.global_step, run)
+            run.finish(
+                target=stage.folder.name,
+                metrics={"loss": facts["loss"]},
+                **{key: facts[key] for key in ("steps", "tokens_seen", "left_out_for_length")},
+                lineage={"weights": facts["sha256"]},
+            )
         stage.finish(facts["loss"] | {"tokens_seen": facts["tokens_seen"], "seconds": facts["seconds"]})
 
 
@@ -79,15 +89,18 @@ def from_gguf(cfg: DictConfig) -> Path:
     with stage_of(cfg) as stage:
         if stage.done:
             return stage.folder
-        began, found = time.monotonic(), located(cfg)
-        with tempfile.TemporaryDirectory(dir=stage.work, prefix=".parts-") as parts:
-            file = found.whole(Path(parts))
-            facts = convert(file, stage.work, cfg.dtype, cfg.tokenizer, lambda line: say(f"target: {line}"))
-        run_facts, _ = provenance([Path(sys.argv[0]).name, *sys.argv[1:]], {})
-        facts["licence"] = facts["licence"] or found.origin.get("licence")
-        own = {"source": "gguf", **found.origin, **facts, "gguf_sha256": found.sha256()}
-        own["seconds"] = round(time.monotonic() - began, 1)
-        write_json(stage.work / "provenance.json", redacted(run_facts | own))
+        record = RunFolder(cfg.root, "target", stage.folder.name, recorded(cfg), folder=stage.work)
+        with tracked(tracking_of(cfg), record, target=stage.folder.name) as (run, _):
+            began, found = time.monotonic(), located(cfg)
+            with tempfile.TemporaryDirectory(dir=stage.work, prefix=".parts-") as parts:
+                file = found.whole(Path(parts))
+                facts = convert(file, stage.work, cfg.dtype, cfg.tokenizer, lambda line: say(f"target: {line}"))
+            run_facts, diff = provenance([Path(sys.argv[0]).name, *sys.argv[1:]], {})
+            facts["licence"] = facts["licence"] or found.origin.get("licence")
+            own = {"source": "gguf", **found.origin, **facts, "gguf_sha256": found.sha256()}
+            own["seconds"] = round(time.monotonic() - began, 1)
+            run.write_provenance(run_facts | own, diff)
+            run.finish(target=stage.folder.name, parameters=facts["parameters"], lineage={"gguf": own["gguf_sha256"]})
         told = {"parameters": facts["parameters"], "licence": str(facts["licence"]), "seconds": own["seconds"]}
         told["tokenizer"] = "; ".join(facts["compared"])
         stage.finish(told, next=f"specbench target check={stage.folder}")
@@ -128,8 +141,9 @@ def stage_of(cfg: DictConfig) -> Stage:
     return Stage("target", Path(cfg.folder), cfg, force=cfg.force, results=RESULTS, inputs=inputs, instead=instead)
 
 
-def publish(cfg: DictConfig, module: LanguageModeling, data: CorpusBatches, steps: int, folder: Path) -> dict:
+def publish(cfg: DictConfig, module: LanguageModeling, data: CorpusBatches, steps: int, run: RunFolder) -> dict:
     """Write the target in `cfg.dtype` with tokenizer and provenance; the losses are those of the written weights."""
+    folder = run.path
     shipped = targets.new_causal_lm(container(cfg.model))
     shipped.load_state_dict(module.model.state_dict())
     shipped.to(getattr(torch, cfg.dtype))
@@ -143,9 +157,9 @@ def publish(cfg: DictConfig, module: LanguageModeling, data: CorpusBatches, step
     losses = quiet.validate(rounded, data, verbose=False)[0]
     first = next(conversations(DOMAINS[0], "train", 1, cfg.data.seed))["messages"]
     command = [Path(sys.argv[0]).name, *sys.argv[1:]]
-    facts, _ = provenance(command, {"weights": cfg.seed, "data": cfg.data.seed}, first_prompt=rendered(first))
+    facts, diff = provenance(command, {"weights": cfg.seed, "data": cfg.data.seed}, first_prompt=rendered(first))
     facts |= {
-        "recipe": {k: v for k, v in recorded(cfg).items() if k not in ELSEWHERE},
+        "recipe": without(recorded(cfg), without_effect("target")),
         "corpus": census(),
         "left_out_for_length": data.left_out,
         "steps": steps,
@@ -155,7 +169,7 @@ def publish(cfg: DictConfig, module: LanguageModeling, data: CorpusBatches, step
         "dtype": cfg.dtype,
         "sha256": hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest(),
     }
-    write_json(folder / "provenance.json", redacted(facts))
+    run.write_provenance(facts, diff)
     return facts
 
 
@@ -166,7 +180,7 @@ def _tokenizer(cfg: DictConfig):
     return train_tokenizer(texts, cfg.vocabulary, cfg.data.length)
 
 
-def _trainer(cfg: DictConfig, folder: Path, module: LanguageModeling) -> lightning.Trainer:
+def _trainer(cfg: DictConfig, folder: Path, module: LanguageModeling, loggers: list[Logger]) -> lightning.Trainer:
     # The weights after a step are the ones wanted here; the warning asks whether those before it were meant.
     warnings.filterwarnings("ignore", message="Using ModelCheckpoint with manual optimization")
     keeper = ModelCheckpoint(folder / "checkpoints", filename="last", every_n_train_steps=cfg.every, save_top_k=1,
@@ -174,7 +188,7 @@ def _trainer(cfg: DictConfig, folder: Path, module: LanguageModeling) -> lightni
     bars = [TrainingProgress("target", module.progress)] if cfg.trainer.enable_progress_bar else []
     return lightning.Trainer(
         **container(cfg.trainer),
-        logger=False,
+        logger=loggers,
         callbacks=[keeper, *bars],
         val_check_interval=cfg.every,
         check_val_every_n_epoch=None,

@@ -33,6 +33,7 @@ from specbench.cli.lightning_parts import callbacks_of, loggers_of
 from specbench.cli.recording import recorded
 from specbench.cli.sizes import smaller
 from specbench.cli.stages import Stage, say
+from specbench.cli.tracked_stages import tracking_of
 from specbench.data.answers.chat import prompt_ids
 from specbench.data.cache.lookup import find_cache
 from specbench.data.cache.remote_shards import is_command, is_remote
@@ -52,6 +53,7 @@ from specbench.models.target import Target
 from specbench.progress import first_rank
 from specbench.runs.provenance import provenance
 from specbench.runs.run_folder import RunFolder, folder_name
+from specbench.runs.tracked_run import tracked
 from specbench.training.callbacks import DecodeProbe
 from specbench.training.draft_training import DraftTraining, require_precision
 from specbench.training.memory_estimate import Footprint, footprint, require_memory
@@ -149,7 +151,8 @@ def print_plan(cfg: DictConfig) -> Footprint:
 def _train(cfg: DictConfig, stage: Stage, name: str) -> None:
     rank, _ = rank_and_world()
     record = RunFolder(cfg.root, "train", name, recorded(cfg), writes=rank == 0, folder=stage.work)
-    with instantiate(cfg.tracking) as tracking, record as run:
+    headline = {"method": cfg.method.name, "target": cfg.target.name, "seed": cfg.seed.init}
+    with tracked(tracking_of(cfg), record, **headline) as (run, tracking):
         target = load_target(cfg.target) if needs_target(cfg) else None
         data = open_data(cfg, target)
         config = data.target_config
@@ -186,7 +189,7 @@ def _train(cfg: DictConfig, stage: Stage, name: str) -> None:
             rendered = target.tokenizer.decode(probe.prompts[0])
         run.write_provenance(*provenance(sys.argv, dict(cfg.seed), data.lineage, rendered))
         facts = {"method": cfg.method.name, "target": cfg.target.name}
-        tracking.start(run, {**facts, "seed": cfg.seed.init, **data.lineage})
+        tracking.describe(**data.lineage)
         tracking.uses(f"cache-{data.lineage['fingerprint']}", "cache", **data.lineage)
         watching, lightning = callbacks_of(cfg, run.path), instantiate(cfg.trainer.lightning, _convert_="all")
         if not any(isinstance(one, ProgressBar) for one in watching):
@@ -210,7 +213,6 @@ def _train(cfg: DictConfig, stage: Stage, name: str) -> None:
         )
         summary = trained.summary
         tracking.artifact(f"draft-{name}", "draft", run.path / "draft", **summary["lineage"])
-        tracking.summary({k: v for k, v in summary.items() if isinstance(v, (int, float))})
         tracking.finish()
         shown = {k: summary[k] for k in ("probe_accepted_length", "best_step", "steps", "parameters")}
         stage.finish(shown, next=command("evaluate", cfg, ("target", "suite"), draft=str(stage.folder)))

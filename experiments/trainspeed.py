@@ -15,6 +15,7 @@ from omegaconf import DictConfig
 
 from specbench.cli.assembly import device_of
 from specbench.cli.stages import Stage, container
+from specbench.cli.tracked_stages import tracked_output
 from specbench.files.atomic import write_json, write_text
 from specbench.profiling.step_measurement import PrepareStep, StepCost, fresh, measure
 from specbench.profiling.training_speed import (
@@ -46,20 +47,24 @@ def run(cfg: DictConfig) -> Path:
         folder = stage.work
         sizes = container(asked.sizes or {})
         shapes = {name: sized(shape, sizes, device) for name, shape in SHAPES[scale].items()}
-        rows, checks = [], {}
-        with Progress("speed", len(asked.parts), "parts") as bar:
-            for part in asked.parts:
-                found, said = PART[part](shapes, asked)
-                rows += [{"part": part, **row} for row in found]
-                checks |= {f"{part}.{key}": value for key, value in said.items()}
-                bar.advance()
-        table = pd.DataFrame(rows)
-        table.to_csv(folder / "steps.csv", index=False)
-        facts = hardware() | {"platform": platform.platform(), "torch": torch.__version__, "threads": asked.threads}
-        used = {name: asdict(shape) for name, shape in shapes.items()}
-        write_json(folder / "steps.json", {"rows": rows, "checks": checks, "shapes": used, "machine": facts})
-        text = markdown(table)
-        write_text(folder / "steps.md", text)
+        name = f"speed-{stage.folder.name}"
+        with tracked_output("speed-train", name, stage, cfg, {}, shape=scale, device=device) as (run, wandb):
+            rows, checks = [], {}
+            with Progress("speed", len(asked.parts), "parts") as bar:
+                for part in asked.parts:
+                    found, said = PART[part](shapes, asked)
+                    rows += [{"part": part, **row} for row in found]
+                    checks |= {f"{part}.{key}": value for key, value in said.items()}
+                    bar.advance()
+            table = pd.DataFrame(rows)
+            table.to_csv(folder / "steps.csv", index=False)
+            facts = hardware() | {"platform": platform.platform(), "torch": torch.__version__, "threads": asked.threads}
+            used = {name: asdict(shape) for name, shape in shapes.items()}
+            write_json(folder / "steps.json", {"rows": rows, "checks": checks, "shapes": used, "machine": facts})
+            text = markdown(table)
+            write_text(folder / "steps.md", text)
+            wandb.rows("steps", rows)
+            run.finish(**checks)
         print(text)
         stage.finish(checks)
     return stage.folder

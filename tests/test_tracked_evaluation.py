@@ -12,9 +12,11 @@ from matplotlib import image
 from analysis.statistics.headline import headline
 from specbench.library.tracked_evaluation import log_evaluation, reliability
 from specbench.runs.run_folder import RunFolder
+from specbench.runs.tracked_run import tracked
 from specbench.runs.wandb_tracking import Tracking
 from tests.analysis.synthetic import simulate
 from tests.test_syncing import clean
+from tests.wandblog import offline_run
 
 
 def rounds(run: RunFolder, confident: bool) -> None:
@@ -41,16 +43,13 @@ def test_a_tracked_evaluation_shows_its_numbers_and_figures(
 ) -> None:
     clean(monkeypatch)
     numbers = headline(simulate("dspark", 6))
-    with RunFolder(tmp_path, "evaluate", "one", {}) as run:
-        tracking = Tracking("offline").start(run)
+    with tracked(Tracking("offline"), RunFolder(tmp_path, "evaluate", "one", {})) as (run, tracking):
         rounds(run, confident)
         log_evaluation(tracking, run, "dspark", numbers)
-        assert tracking.wandb is not None
-        shown = {key: tracking.wandb.experiment.summary[key] for key in ("accepted_length", "accepted_length/low")}
-        run.finish()
-        tracking.finish()
-    value = numbers["accepted_length"]
-    assert shown == {"accepted_length": value["value"], "accepted_length/low": value["low"]}
+        run.finish(metrics=numbers)
+    value, shown = numbers["accepted_length"], offline_run(run.path)
+    assert shown.summary["accepted_length"] == value["value"] and shown.summary["accepted_length/low"] == value["low"]
+    assert shown.tables == ["slots"]
     drawn = {"conditional_acceptance", *(["reliability"] if confident else [])}
     assert {file.stem for file in (run.path / "figures").iterdir()} == drawn
     for name in drawn:

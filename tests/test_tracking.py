@@ -5,20 +5,18 @@ from __future__ import annotations
 import json
 import os
 import socket
-import subprocess
-import sys
 from contextlib import suppress
 from pathlib import Path
 
 import lightning
 import pytest
 import torch
-import wandb
 
 from specbench.runs import wandb_account as account
 from specbench.runs.run_folder import RunFolder, read_lines
 from specbench.runs.wandb_sync import offline_runs, sync
 from specbench.runs.wandb_tracking import Tracking
+from tests.wandblog import inspect, offline_run
 
 
 @pytest.fixture(autouse=True)
@@ -49,22 +47,6 @@ class Line(lightning.LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.1)
 
 
-def inspect(run: Path) -> str:
-    """The records of a W&B log as JSON text, by W&B's own reader."""
-    wandb.teardown()  # finish() may return before the file is whole
-    (log,) = run.glob("wandb/offline-run-*/run-*.wandb")
-    command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(log)]
-    return subprocess.run(command, capture_output=True, text=True, check=True, timeout=300).stdout
-
-
-def exit_codes(log: str) -> list[int]:
-    """The exit codes in the records of a W&B log; its writer leaves out a zero."""
-    found = [json.loads(line) for line in log.splitlines() if line.strip()]
-    return [
-        int(record["exit"].get("exitCode", record["exit"].get("exit_code", 0))) for record in found if "exit" in record
-    ]
-
-
 def test_offline_run_mirrors_the_folder(tmp_path: Path) -> None:
     draft = tmp_path / "draft"
     draft.mkdir()
@@ -79,10 +61,9 @@ def test_offline_run_mirrors_the_folder(tmp_path: Path) -> None:
         )  # fmt: skip
         trainer.fit(Line(), torch.utils.data.DataLoader(torch.ones(8, 1)))
         tracking.table("slots", ["slot", "conditional"], [[1, 0.5], [2, torch.tensor(0.25)]])
-        tracking.summary({"accepted_length": {"value": 2.5, "low": 2.25, "high": 2.75}})
         tracking.uses("cache-feed", "cache", fingerprint="feed")
         digest = tracking.artifact("draft-dspark", "draft", draft, steps=4)
-        run.finish(method="dspark")
+        run.finish(method="dspark", metrics={"accepted_length": {"value": 2.5, "low": 2.25, "high": 2.75}})
         tracking.finish()
         tracking.finish()
 
@@ -200,7 +181,6 @@ def test_what_failed_here_failed_there_whatever_runs_next(tmp_path: Path, error:
             tracking.start(run)
             if raised is not None:
                 raise raised
-    logs = [inspect(folder) for folder in folders]
-    assert [exit_codes(log) for log in logs] == [[1], [0]]
+    assert [offline_run(folder).exit_code for folder in folders] == [1, 0]
     mirrored = json.loads((folders[0] / "wandb" / "record" / "summary.json").read_text())
     assert mirrored["status"] in ("failed", "interrupted")

@@ -23,7 +23,7 @@ from typing import Any
 import yaml
 
 from specbench.runs import wandb_account as account
-from specbench.runs.run_schema import MIRROR, MIRRORED, SCHEMA
+from specbench.runs.run_schema import KINDS, MIRROR, MIRRORED, OUTPUTS, SCHEMA
 
 PREFIX = "wandb:"
 PAGE = 500
@@ -53,9 +53,10 @@ def fetch(source: str, cache: Path) -> list[Path]:
         raise ValueError(f"{source!r} does not name a W&B project; write wandb:entity/project or .../project/run")
     entity, project, *run = parts
     server = account.server()
-    nodes = list(_runs(server, entity, project, run[0] if run else None))
+    # Runs of prompts, answers, caches and calibrations have no run folder and nothing to compare.
+    nodes = [node for node in _runs(server, entity, project, run[0] if run else None) if _kind(node) not in OUTPUTS]
     if not nodes:
-        raise ValueError(f"{source} holds no run on {server}")
+        raise ValueError(f"{source} holds no run on {server} that has a run folder (of {', '.join(KINDS)})")
     with ThreadPoolExecutor(8) as pool:
         return list(pool.map(lambda node: _mirror(server, node, cache / entity / project / _safe(node["name"])), nodes))
 
@@ -101,6 +102,11 @@ def _mirror(server: str, node: dict[str, Any], folder: Path) -> Path:
         facts = {"schema": SCHEMA, "kind": node["jobType"], "name": node["displayName"], "status": node["state"]}
         _write(folder / "summary.json", json.dumps({**facts, **summary}).encode())
     return folder
+
+
+def _kind(node: dict[str, Any]) -> str | None:
+    """The kind that a run's settings state; None for one that was not made by SpecBench."""
+    return _mapping(node["config"]).get("kind", {}).get("value")
 
 
 def _mapping(text: str | dict[str, Any] | None) -> dict[str, Any]:

@@ -456,6 +456,7 @@ class StepTimesSettings(Settings):
 
 
 class SpeedSettings(Settings):
+    tracking: TrackingArguments
     target: TargetSettings
     suite: SuiteArguments
     root: Folder
@@ -496,6 +497,7 @@ class SpeedSettings(Settings):
 
 
 class PromptsSettings(Settings):
+    tracking: TrackingArguments
     data: DataSettings
     root: Folder
     force: bool
@@ -508,6 +510,7 @@ class PromptsSettings(Settings):
 
 
 class AnswersSettings(Settings):
+    tracking: TrackingArguments
     target: TargetSettings
     data: DataSettings
     root: Folder
@@ -538,6 +541,7 @@ class AnswersSettings(Settings):
 
 
 class CacheSettings(Settings):
+    tracking: TrackingArguments
     target: TargetSettings
     data: DataSettings
     root: Folder
@@ -556,6 +560,7 @@ class CacheSettings(Settings):
 
 
 class CalibrateSettings(Settings):
+    tracking: TrackingArguments
     root: Folder
     name: Name
     force: bool
@@ -574,6 +579,7 @@ class ServedPolicySettings(Settings):
 
 
 class ServeSettings(Settings):
+    tracking: TrackingArguments
     profile: ProfileArguments
     study: StudySettings | None = None
     root: Folder
@@ -764,6 +770,7 @@ class PretrainSettings(Settings):
     package: Text | None
     tokenizer: Folder | None
     suggest: Text | None
+    tracking: TrackingArguments
     check: Text | None
     check_dtype: DType
     root: Folder

@@ -1,4 +1,4 @@
-"""What an evaluation logs to W&B in addition to its record: main metrics, curves by slot, reliability diagrams."""
+"""What an evaluation logs to W&B in addition to its record: the table and the curves by slot, reliability diagrams."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ COLUMNS = ("slot", "conditional", "low", "high", "n", "survival")
 
 
 def log_evaluation(tracking: Tracking, run: RunFolder, method: str, numbers: Mapping[str, Any]) -> None:
-    """Log `numbers` (analysis.statistics.headline) of an evaluation whose rounds.jsonl is written.
+    """Log the slots of `numbers` (analysis.statistics.headline) of an evaluation whose rounds.jsonl is written.
 
     Figures go to RUN/figures too.
 
@@ -24,7 +24,6 @@ def log_evaluation(tracking: Tracking, run: RunFolder, method: str, numbers: Map
     """
     if tracking.wandb is None:
         return
-    tracking.summary({key: value for key, value in numbers.items() if isinstance(value, Mapping) and "value" in value})
     slots = numbers.get("slots", [])
     tracking.table("slots", COLUMNS, [[row.get(name) for name in COLUMNS] for row in slots])
     from analysis.figures import acceptance as figures

@@ -31,7 +31,7 @@ from specbench.files import json_lines as jsonl
 from specbench.files import plain_yaml
 from specbench.files.atomic import json_line, plain, read_json, read_object, replacing, write_json, write_text
 from specbench.files.redaction import redact, redacted
-from specbench.runs.run_schema import COLUMNS, FINISHED, KINDS, OPTIONAL, RECORDS_SCHEMA, SCHEMA, WRITTEN
+from specbench.runs.run_schema import COLUMNS, FINISHED, KINDS, MIRRORED, OPTIONAL, RECORDS_SCHEMA, SCHEMA, WRITTEN
 
 LONGEST = 200  # bytes of a name; file systems take 255, and there are endings to come
 
@@ -93,10 +93,25 @@ class RunFolder:
         if kind is None:
             if not self._finished:  # once is enough: what was mirrored since must stay what lies here
                 self.finish()
-        elif issubclass(kind, (KeyboardInterrupt, SystemExit, GeneratorExit)):
-            self._settle("interrupted")
         else:
-            self._settle("failed", error=f"{kind.__name__}: {error}")
+            self._settle(**status_after(kind, error))
+
+    @property
+    def summary(self) -> dict[str, Any]:
+        """What summary.json holds beside the status: everything that `update` and `finish` were given."""
+        return self._summary
+
+    @property
+    def provenance(self) -> dict[str, Any]:
+        """What provenance.json holds; nothing where it is not written yet."""
+        return read_json(self.path / "provenance.json", {})
+
+    def mirror(self, folder: Path) -> None:
+        """Copy what W&B is to hold of the run (run_schema.MIRRORED) into `folder`."""
+        for file in MIRRORED:
+            if (self.path / file).exists():
+                with replacing(folder / file) as copy:
+                    shutil.copyfile(self.path / file, copy)
 
     def log(self, values: Mapping[str, Any], step: int) -> None:
         """Append one line to metrics.jsonl. A number that is not finite is written as null and counted."""
@@ -165,6 +180,13 @@ class RunFolder:
             text = json_line(line)
             with open(self.path / file, "a", encoding="utf-8") as lines:
                 lines.write(text)
+
+
+def status_after(kind: type[BaseException], error: BaseException | None) -> dict[str, str]:
+    """How an exception ended a run: `interrupted` by Ctrl-C, SIGTERM or exit, else `failed` with the error."""
+    if issubclass(kind, (KeyboardInterrupt, SystemExit, GeneratorExit)):
+        return {"status": "interrupted"}
+    return {"status": "failed", "error": f"{kind.__name__}: {error}"}
 
 
 def folder_name(name: object, what: str) -> str:

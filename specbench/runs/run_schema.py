@@ -9,6 +9,9 @@ import pyarrow as pa
 
 SCHEMA = "specbench.run/1"  # of summary.json
 KINDS = ("target", "train", "evaluate", "speed", "serve")  # the verbs that write a run folder: root/runs/KIND/NAME
+# Stages whose output is something else (prompts, answers, a cache, ...): a run on W&B, and no run folder.
+OUTPUTS = ("prompts", "answers", "cache", "calibrate", "speed-train")
+TIMED = ("speed", "speed-train")  # what measures seconds
 FINISHED = "finished"  # the status of a run that came to its end; the others are running, failed and interrupted
 
 # Any one of these in a folder makes it a run folder.

@@ -16,6 +16,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from functools import cache
 
+from specbench.runs.run_schema import TIMED
+
 # Where something goes, how it is shown and by how many hands it is done.
 ANYWHERE = (
     *(
@@ -55,7 +57,6 @@ OF_VERB = {
 }
 # A measurement of time is another one on another device, and with other numbers of threads and requests.
 OF_TIMING = ("root", "force", "name", "folder", "yes", "study", "tracking", "progress", "logging", "verbose")
-TIMING = ("speed",)
 
 # What a comparison leaves out beside these.
 SEEDS = ("seed", "evaluation_seed")
@@ -78,7 +79,7 @@ COMPARED = ("suite.turns", "target.target_layer_ids", "target.mask_token_id")
 
 def without_effect(verb: str) -> tuple[str, ...]:
     """The settings that leave the result of a run of `verb` alone: whatever they are, it is the same run."""
-    return OF_TIMING if verb in TIMING else (*ANYWHERE, *OF_VERB.get(verb, ()))
+    return OF_TIMING if verb in TIMED else (*ANYWHERE, *OF_VERB.get(verb, ()))
 
 
 @cache

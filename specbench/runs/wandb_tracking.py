@@ -7,9 +7,9 @@ written into the config and the record as well, because W&B keeps none of it off
 
 from __future__ import annotations
 
+import math
 import os
 import secrets
-import shutil
 import socket
 import sys
 from collections.abc import Mapping, Sequence
@@ -21,13 +21,14 @@ from urllib.parse import urlparse
 
 from lightning.pytorch.loggers import Logger, WandbLogger
 
-from specbench.files.atomic import plain, read_json, replacing, write_json
+from specbench.files.atomic import plain, read_json, write_json
 from specbench.files.redaction import redact, redacted
 from specbench.ranges import Among
 from specbench.runs import wandb_account as account
 from specbench.runs.folder_logger import FolderLogger
 from specbench.runs.run_folder import RunFolder
-from specbench.runs.run_schema import MIRROR, MIRRORED, STEP
+from specbench.runs.run_schema import MIRROR, STEP, TIMED
+from specbench.runs.stage_output import StageOutput
 
 MODES = ("auto", "online", "offline", "disabled")
 _notices: set[str] = set()
@@ -38,8 +39,8 @@ class Tracking:
 
     `mode`: `online` needs a key; `offline` writes beside the run folder for a later `sync`; `disabled` imports nothing;
     `auto` is online with a key and a server in reach, else offline; WANDB_MODE in the environment overrules it.
-    Use: `start(run)`, give `loggers` to the Trainer, then `table`, `image`, `artifact`, `summary`, and `finish`. As a
-    context manager around the run folder's own it closes the W&B run of whatever ends in an error as failed.
+    `tracked_run.tracked` begins and ends it together with a run; in between `loggers` are for the Trainer, and `table`,
+    `image`, `artifact` and `uses` add to what is mirrored by itself: settings, provenance, every number of the summary.
     """
 
     def __init__(
@@ -55,11 +56,11 @@ class Tracking:
             raise ValueError(f"tracking.mode is one of {', '.join(MODES)}, not '{mode}'")
         self.mode, self.project, self.entity, self.group, self.job_type = mode, project, entity, group, job_type
         self.tags = [redact(str(tag)) for tag in tags]
-        self.run: RunFolder | None = None
+        self.run: RunFolder | StageOutput | None = None
         self.wandb: WandbLogger | None = None
         self._record: dict[str, Any] = {}
 
-    def start(self, run: RunFolder, headline: Mapping[str, Any] | None = None) -> Tracking:
+    def start(self, run: RunFolder | StageOutput, headline: Mapping[str, Any] | None = None) -> Tracking:
         """Begin to mirror `run`; opening the same run again continues the same W&B run.
 
         `headline` are the top-level config keys that filters and groupings use: method, target, suite, seed, cache, ...
@@ -86,12 +87,15 @@ class Tracking:
         os.environ["WANDB_DATA_DIR"] = str(run.path.resolve() / "wandb" / "data")
         self.wandb = self._logger(mode)
         config = {"run": run.name, "kind": run.kind, **(headline or {}), "settings": run.config}
+        if run.provenance:
+            config["provenance"] = run.provenance
         self.wandb.experiment.config.update(redacted(plain(config)), allow_val_change=True)
         self._record["url"] = self.wandb.experiment.url if mode == "online" else None
         self._save()
         if mode == "offline":
-            root = run.path.parents[2]
-            _say(f"W&B is offline: `specbench sync root={root}` uploads these runs once there is a key and a network")
+            _say(
+                "W&B is offline: `specbench sync` with this root= uploads these runs once there is a key and a network"
+            )
         return self
 
     def resolved_mode(self) -> str:
@@ -141,7 +145,8 @@ class Tracking:
                 job_type=self.job_type or self.run.kind,
                 tags=self.tags,
                 reinit="finish_previous",  # a job of a sweep that failed may have left one open
-                settings=wandb.Settings(silent=True, console="off"),
+                # Reading the machine's load every few seconds would be load of its own.
+                settings=wandb.Settings(silent=True, console="off", x_disable_stats=self.run.kind in TIMED),
             )
         except wandb.errors.CommError as error:
             raise ValueError(f"W&B cannot be reached ({error}): use tracking=offline and sync later") from error
@@ -152,7 +157,7 @@ class Tracking:
     @property
     def loggers(self) -> list[Logger]:
         """For the Trainer: the run folder first, then W&B where it is on."""
-        assert self.run is not None, "start() comes first"
+        assert isinstance(self.run, RunFolder), "start(RunFolder) comes first"
         return [FolderLogger(self.run), *([self.wandb] if self.wandb is not None else [])]
 
     def table(self, key: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], step: int | None = None) -> None:
@@ -160,16 +165,19 @@ class Tracking:
         if self.wandb is not None:
             self.wandb.log_table(key, columns=list(columns), data=redacted(plain(rows)), step=step)
 
+    def rows(self, key: str, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Rows as a W&B table: a column for every key under which some row holds a number or a text.
+
+        What is no finite number is left empty.
+        """
+        columns = list(dict.fromkeys(key for row in rows for key, value in row.items() if _is_cell(value)))
+        if columns:
+            self.table(key, columns, [[_cell(row.get(name)) for name in columns] for row in rows])
+
     def image(self, key: str, path: str | Path, step: int | None = None) -> None:
         """A figure that lies in a file."""
         if self.wandb is not None:
             self.wandb.log_image(key, [str(path)], step=step)
-
-    def summary(self, values: Mapping[str, Any]) -> None:
-        """Headline numbers of the run; a metric with an interval becomes KEY, KEY/low and KEY/high."""
-        if self.wandb is not None:
-            for key, value in _leaves(redacted(plain(values))).items():
-                self.wandb.experiment.summary[key] = value
 
     def artifact(self, name: str, kind: str, path: str | Path, **metadata: Any) -> str | None:
         """Log the file or folder at `path` as an artifact of type `kind` (cache, draft, figures); returns its digest.
@@ -195,6 +203,11 @@ class Tracking:
         self._save()
         return artifact.digest
 
+    def describe(self, **headline: Any) -> None:
+        """Further top-level settings of the run, known once it has begun."""
+        if self.wandb is not None:
+            self.wandb.experiment.config.update(redacted(plain(headline)), allow_val_change=True)
+
     def uses(self, name: str, kind: str, **facts: Any) -> None:
         """Record that this run read the artifact `name` of type `kind`: cache -> draft -> evaluation.
 
@@ -211,18 +224,18 @@ class Tracking:
                 self.wandb.experiment.use_artifact(f"{name}:latest", type=kind)
 
     def finish(self, succeeded: bool = True) -> None:
-        """Mirror the record's files below MIRROR and close the W&B run; safe to call twice and after an error.
+        """Mirror the record's files and the numbers of the summary, and close the W&B run.
 
-        Call it after `RunFolder.finish`, so that the mirrored summary.json is the final one.
+        It is safe to call twice and after an error. Call it after the run's own `finish`, so that the mirrored summary
+        is the final one.
         """
         if self.wandb is not None and self.run is not None:
-            for file in MIRRORED:
-                if (self.run.path / file).exists():
-                    with replacing(self.run.path / "wandb" / MIRROR / file) as copy:
-                        shutil.copyfile(self.run.path / file, copy)
-            mirror = self.run.path.resolve() / "wandb"
-            self.wandb.experiment.save(str(mirror / MIRROR / "*"), base_path=str(mirror), policy="end")
-            self.wandb.experiment.finish(exit_code=0 if succeeded else 1)
+            experiment, mirror = self.wandb.experiment, self.run.path.resolve() / "wandb"
+            self.run.mirror(mirror / MIRROR)
+            experiment.config.update({"provenance": self.run.provenance}, allow_val_change=True)
+            experiment.summary.update(numbers(plain(self.run.summary)))
+            experiment.save(str(mirror / MIRROR / "*"), base_path=str(mirror), policy="end")
+            experiment.finish(exit_code=0 if succeeded else 1)
             self.wandb = None
 
     def _save(self) -> None:
@@ -259,6 +272,20 @@ def uploaded(
         return digests, {file.name: file.md5 for file in found.files(names=list(files))} if files else {}
     except Exception as error:  # its reader fails in ways that share no class
         raise ValueError(f"W&B does not say what it holds of run {run} in {project}: {error}") from error
+
+
+def numbers(summary: Mapping[str, Any]) -> dict[str, Any]:
+    """The numbers of a summary under flat keys: those at its top, then all below `metrics`, by their own names."""
+    own = {key: value for key, value in summary.items() if isinstance(value, (int, float))}
+    return {**own, **{k: v for k, v in _leaves(summary.get("metrics", {})).items() if isinstance(v, (int, float))}}
+
+
+def _is_cell(value: Any) -> bool:
+    return isinstance(value, (str, int, float))
+
+
+def _cell(value: Any) -> Any:
+    return value if _is_cell(value) and not (isinstance(value, float) and not math.isfinite(value)) else None
 
 
 def _leaves(tree: Mapping[str, Any], where: str = "") -> dict[str, Any]:
