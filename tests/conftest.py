@@ -1,8 +1,8 @@
-"""Tests run offline and on one thread each, and W&B never asks for anything."""
+"""Tests run offline and on one thread each. W&B is off but for the tests of it, which ask for `tracking=offline`."""
 
 import os
 
-os.environ.setdefault("WANDB_MODE", "offline")
+os.environ.setdefault("WANDB_MODE", "disabled")
 os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

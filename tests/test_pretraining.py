@@ -18,7 +18,9 @@ from specbench.data.answers.embedded_tokenizer import rendered, train_tokenizer
 from specbench.data.loading.padded_rows import CorpusText, batches, unigram_loss
 from specbench.data.prompts.embedded_corpus import DOMAINS, conversations
 from specbench.models import target as targets
+from specbench.runs.run_folder import read_lines, read_summary
 from specbench.training.pretraining import CorpusBatches, LanguageModeling, initialise, split_parameters, token_losses
+from tests.wandblog import offline_run
 
 EMBEDDED = Path(targets.__file__).parents[1] / "data" / "embedded"
 TALK = [
@@ -200,12 +202,17 @@ def test_the_stage_writes_a_target_that_loads_and_skips_it_the_second_time(tmp_p
     overrides = [f"root={tmp_path}", "trainer.max_steps=4", "every=2", "data.limit=20", "data.validation=4"]
     overrides += ["vocabulary=300", "model.hidden_size=32", "model.num_hidden_layers=2", "model.intermediate_size=32"]
     with initialize_config_module("configs", version_base=None):
-        cfg = compose("pretrain", overrides=[*overrides, "trainer.enable_progress_bar=false"])
+        cfg = compose("pretrain", overrides=[*overrides, "trainer.enable_progress_bar=false", "tracking=offline"])
     run(cfg)
     folder = tmp_path / "runs" / "target" / "embedded"
     facts = json.loads((folder / "provenance.json").read_text())
     assert facts["steps"] == 4 and facts["recipe"]["vocabulary"] == 300 and str(tmp_path) not in json.dumps(facts)
-    assert (folder / "checkpoints" / "last.ckpt").exists()
+    assert "tracking" not in facts["recipe"] and (folder / "checkpoints" / "last.ckpt").exists()
+    summary, mirrored = read_summary(folder), offline_run(folder)
+    assert summary["status"] == "finished" and summary["metrics"]["loss"] == facts["loss"]
+    assert (mirrored.job_type, mirrored.name, mirrored.exit_code) == ("target", "embedded", 0)
+    assert mirrored.summary["loss/math"] == facts["loss"]["math"] and mirrored.summary["tokens_seen"] > 0
+    assert {"train/loss", "val/loss/math"} <= {key for line in read_lines(folder / "metrics.jsonl") for key in line}
     target = targets.Target.load(folder, taps=[0, 1])
     assert len(target.tokenizer) == 300 and target.stop_token_ids == (target.tokenizer.eos_token_id,)
     assert target.model.dtype == torch.float32 and facts["dtype"] == "bfloat16"

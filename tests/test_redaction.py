@@ -299,6 +299,7 @@ def test_a_server_that_repeats_the_key_does_not_get_it_into_a_file(
     plain = address.replace("me:Q7passw0rd@", "")
     words = [
         *common,
+        "tracking=offline",
         f"servers=[{address},{plain}]",
         "concurrency=1",
         "model=tiny",

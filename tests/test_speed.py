@@ -31,6 +31,7 @@ from specbench.profiling.decoding_speed import (
 )
 from specbench.serving.simulation_check import check
 from tests import tiny
+from tests.wandblog import offline_run
 
 CPU = torch.device("cpu")
 
@@ -98,7 +99,9 @@ def test_the_stage_measures_and_leaves_a_profile_to_serve_from(tmp_path, monkeyp
             "max_new_tokens=6",
             "check=[1]",
         ]
-        cfg = compose("speed", overrides=[*overrides, f"prompts={tmp_path / 'own.jsonl'}", "device=cpu"])
+        cfg = compose(
+            "speed", overrides=[*overrides, f"prompts={tmp_path / 'own.jsonl'}", "device=cpu", "tracking=offline"]
+        )
     lines = [json.dumps({"id": str(i), "prompt_ids": [7, 8 + i, 9]}) + "\n" for i in range(4)]
     (tmp_path / "own.jsonl").write_text("".join(lines))
     owner = load_target(cfg.target, "cpu")
@@ -124,6 +127,9 @@ def test_the_stage_measures_and_leaves_a_profile_to_serve_from(tmp_path, monkeyp
     held = pd.read_csv(folder / "simulation_check.csv")
     assert held.requests.tolist() == [1] and metrics["simulation_ratio"] == {"1": pytest.approx(held.ratio[0])}
     assert summary["status"] == "finished" and metrics["predicted_at_batch"] == 1
+    mirrored = offline_run(folder)
+    assert (mirrored.job_type, mirrored.exit_code, mirrored.tables) == ("speed", 0, ["costs", "simulation_check"])
+    assert mirrored.summary["speedup"] == metrics["speedup"] and mirrored.config["target"] == "embedded"
     row = {(r.part, r.requests, r.length): r.seconds for r in costs.itertuples()}
     drafting = row["propose", 1, 3] + row["commit", 1, 3]
     expected = metrics["accepted_length"] * row["target", 1, 1] / (drafting + row["target", 1, 4])

@@ -29,6 +29,7 @@ from specbench.profiling.training_speed import (
     statistics_step,
 )
 from tests.test_layers import REPOSITORY
+from tests.wandblog import offline_run
 
 TINY = {"hidden": 16, "vocabulary": 311, "tokens": 40, "prompt": 10, "rank": 8}
 
@@ -105,7 +106,15 @@ def test_the_verb_writes_one_row_a_variant(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(verb, "_measured", measured)
     monkeypatch.setattr(verb, "fresh", lambda task: task())
     sizes = "train.sizes={hidden: 16, vocabulary: 101, tokens: 30, prompt: 8, anchors: 4, rank: 8}"
-    cfg = settings("speed", "what=train", f"root={tmp_path}", sizes, "train.packing.vocabulary=20", "device=cpu")
+    cfg = settings(
+        "speed",
+        "what=train",
+        f"root={tmp_path}",
+        sizes,
+        "train.packing.vocabulary=20",
+        "device=cpu",
+        "tracking=offline",
+    )
     folder = verb.run(cfg)
     table = pd.read_csv(folder / "steps.csv")
     assert list(table.groupby("part", sort=False).size().items()) == [
@@ -115,7 +124,10 @@ def test_the_verb_writes_one_row_a_variant(monkeypatch, tmp_path, capsys):
         ("packing", 5),
     ]
     assert table["time_ratio"][0] == pytest.approx(2 / 3)
+    mirrored = offline_run(folder)
+    assert (mirrored.job_type, mirrored.exit_code, mirrored.tables) == ("speed-train", 0, ["steps"])
     stored = json.loads((folder / "steps.json").read_text())
+    assert mirrored.summary["dspark.difference_gradient"] == stored["checks"]["dspark.difference_gradient"]
     assert stored["checks"]["dspark.difference_gradient"] < 1e-5 and stored["shapes"]["eagle3"]["hidden"] == 16
     assert (folder / "steps.md").read_text() in capsys.readouterr().out
     with pytest.raises(ValueError, match=r"train\.parts"):
