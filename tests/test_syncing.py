@@ -21,6 +21,8 @@ from analysis.read import runs
 from experiments.cli import main
 from specbench.files.folder_swap import beside, swap
 from specbench.runs.run_folder import RunFolder
+from specbench.runs.stage_output import StageOutput
+from specbench.runs.tracked_run import tracked
 from specbench.runs.wandb_sync import offline_runs
 from specbench.runs.wandb_tracking import Tracking
 from tests.analysis.synthetic import SCHEMA, simulate
@@ -85,6 +87,23 @@ def test_a_run_that_is_synced_reads_back_as_it_lies_here(server: Wandb, tmp_path
         pd.testing.assert_frame_equal(frame, made[1].frames[name])
     assert main(["sync", f"root={tmp_path}"]) == 0
     assert "nothing to upload" in capsys.readouterr().out
+
+
+def test_a_stage_without_a_run_folder_is_uploaded_and_not_compared(server: Wandb, tmp_path: Path, capsys) -> None:
+    run = evaluated(tmp_path, "lab")
+    facts = {"seeds": {"data": 0}, "command": ["specbench", "cache"]}
+    output = StageOutput("cache", "cache-feed", tmp_path / "cache" / "feed", {"codec": "bf16"}, facts)
+    with tracked(Tracking("offline", "lab"), output, target="tiny") as (cache, _):
+        cache.finish(samples=3)
+    assert main(["sync", f"root={tmp_path}"]) == 0
+    assert "2 of 2 runs uploaded and verified" in capsys.readouterr().out and not server.unknown
+    (there,) = (found for found in server.runs.values() if found["jobType"] == "cache")
+    record = json.loads(server.files[f"/runs/{there['name']}/record/summary.json"])
+    assert record["samples"] == 3 and record["status"] == "finished"
+    read = runs.load("wandb:me/lab", cache=tmp_path / "read")
+    assert read.runs["run"].tolist() == [run.name] and read.faults.empty
+    with pytest.raises(ValueError, match="that has a run folder"):
+        runs.load(f"wandb:me/lab/{there['name']}", cache=tmp_path / "read")
 
 
 @pytest.mark.parametrize("moved", ["root", "into the place of an older run"])

@@ -129,7 +129,9 @@ class _Handler(BaseHTTPRequestHandler):
         return {"project": {"internalId": "1", "run": {"fileCount": len(names)} | self._stored(asked["name"], names)}}
 
     def _Runs(self, asked: dict[str, Any]) -> dict[str, Any]:
-        nodes = [self._described(run) | self._stored(name, asked["files"]) for name, run in self.server.runs.items()]
+        wanted = json.loads(asked["run"]).get("name")
+        kept = {name: run for name, run in self.server.runs.items() if wanted in (None, name)}
+        nodes = [self._described(run) | self._stored(name, asked["files"]) for name, run in kept.items()]
         info = {"endCursor": None, "hasNextPage": False}
         return {"project": {"runs": {"edges": [{"node": node} for node in nodes], "pageInfo": info}}}
 
