@@ -69,7 +69,7 @@ def run(cfg: DictConfig) -> Path:
             return stage.folder
         folder = stage.work
         run = RunFolder(cfg.root, "speed", stage.folder.name, config, folder=folder)
-        headline = {"method": about["method"], "target": cfg.target.name, "suite": cfg.suite.name}
+        headline = {"method": about.method, "target": cfg.target.name, "suite": cfg.suite.name}
         with tracked(tracking_of(cfg), run, **headline) as (record, wandb):
             prompts = instantiate(cfg.suite, _convert_="all").load()
             target, draft = load_pair(cfg, place)

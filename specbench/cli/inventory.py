@@ -11,7 +11,7 @@ from typing import Any
 
 from specbench.files.atomic import read_json
 
-MARKER = "stage.json"  # of a stage (stages.py)
+MARKER = "stage.json"  # what a stage leaves in its folder (stages.py)
 START = "specbench quickstart"
 COMPLETE, IN_PROGRESS, UNFINISHED = "complete", "in progress", "left unfinished"
 MOST = 12  # rows of one kind that a page shows

@@ -22,13 +22,13 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from specbench.cli.identity import content, identity
+from specbench.cli.inventory import MARKER
 from specbench.cli.summary import report
 from specbench.files.atomic import plain, read_json, write_json
 from specbench.files.folder_swap import beside, remove, settle, swap
 from specbench.files.redaction import redacted
 from specbench.progress import first_rank
 
-MARKER = "stage.json"
 SCHEMA = "specbench.stage/2"
 ROOM = 1 << 23  # bytes that must be free before any stage begins
 SHOWN = 8  # number of differences in an error message

@@ -11,11 +11,11 @@ from specbench.runs.stage_output import StageOutput
 from specbench.runs.termination import sigterm_interrupts
 from specbench.runs.wandb_tracking import Tracking
 
-Place = TypeVar("Place", RunFolder, StageOutput)
+RunPlace = TypeVar("RunPlace", RunFolder, StageOutput)
 
 
 @contextmanager
-def tracked(tracking: Tracking, place: Place, **headline: Any) -> Iterator[tuple[Place, Tracking]]:
+def tracked(tracking: Tracking, place: RunPlace, **headline: Any) -> Iterator[tuple[RunPlace, Tracking]]:
     """Open `place`, start its W&B run, and end both as the block ends.
 
         with tracked(tracking_of(cfg), RunFolder(...), method="dspark", target="qwen3_4b") as (run, wandb):
