@@ -57,7 +57,7 @@ def run(cfg: DictConfig) -> Path | None:
                 say(f"cache: {place / shard} is not as long as it was written, and is built again")
                 (place / shard).unlink(missing_ok=True)
             stage.reopen()
-        if stage.resumes and first_rank():  # whatever of it is missing: it is written from the shards, last
+        if stage.resumes and first_rank():  # whatever is missing of it: it is written last, from the shards
             (stage.work / "manifest.json").unlink(missing_ok=True)
         about = {"target": cfg.target.name, "data": cfg.data.name, "fingerprint": seen["cache"], "ranks": world}
         with (
@@ -84,7 +84,7 @@ def run(cfg: DictConfig) -> Path | None:
 
 
 def check(cfg: DictConfig) -> None:
-    """Refuse codecs that are not there and sizes that hold nothing."""
+    """ValueError for unknown codecs and for sizes below 1."""
     storage(cfg.codec, cfg.last_codec, cfg.last_rows)
     for key in ("max_length", "shard_bytes", "batch_tokens"):
         if cfg[key] < 1:
@@ -92,7 +92,7 @@ def check(cfg: DictConfig) -> None:
 
 
 def _damaged(folder: Path) -> list[str]:
-    """Shards of a complete cache that are gone or not as long as its manifest says."""
+    """Shards of a complete cache that are missing or have another size than in its manifest."""
     shards = Manifest.read(folder).shards
     return [s["name"] for s in shards if not _holds(folder / s["name"], s["bytes"])]
 
@@ -102,7 +102,7 @@ def _holds(file: Path, size: int) -> bool:
 
 
 def facts(manifest: Manifest) -> dict[str, Any]:
-    """What a summary says of a cache."""
+    """The summary of a cache."""
     return {
         "fingerprint": manifest.fingerprint,
         "samples": manifest.samples,

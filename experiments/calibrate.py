@@ -1,4 +1,4 @@
-"""Fit temperatures for a draft's confidence head on some recorded prompts and judge them on others."""
+"""specbench calibrate: fit temperatures of a confidence head on some recorded prompts and evaluate them on others."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ RESULTS = ("calibration.json", "reliability.json", "slots.csv")
 
 
 def run(cfg: DictConfig) -> Path:
-    """Write calibration.json, slots.csv (a slot before and after a row) and reliability.json; returns the folder.
+    """Write calibration.json, slots.csv (one row per slot, before and after) and reliability.json; returns the folder.
 
-    With `draft` the calibration is written beside that draft, too, if it lowers the calibration error on the held-out
-    rounds: below that of the confidences as they are, and of the calibration that lies there. ValueError otherwise.
+    With `draft` the calibration is also written beside that draft if its calibration error on the held-out rounds is
+    lower than without calibration and lower than that of an existing calibration. Otherwise ValueError.
     """
     check_before("calibrate", cfg)
     with naming("rounds", cfg.rounds):
@@ -84,7 +84,7 @@ def _errors(rows: list[dict[str, Any]]) -> tuple[float, float]:
 
 
 def _place(calibration: Calibration, draft: Path, test: Rounds, bins: int, folder: Path) -> None:
-    """Write the calibration beside a draft unless one without it, or the one that lies there, is better on `test`."""
+    """Write the calibration beside a draft unless no calibration, or the existing one, is better on `test`."""
     before, after = _errors(calibration.judge(test.logits, test.accepted, test.proposed, test.prompts, bins))
     own = draft / "calibration.json"
     best = min([before, *_error_of(own, test, bins)])
@@ -98,7 +98,7 @@ def _place(calibration: Calibration, draft: Path, test: Rounds, bins: int, folde
 
 
 def _error_of(file: Path, test: Rounds, bins: int) -> list[float]:
-    """Mean calibration error of the calibration in `file` on `test`; nothing where there is none that can be judged."""
+    """Mean calibration error of the calibration in `file` on `test`; None if there is none that can be evaluated."""
     if not file.is_file():
         return []
     there = Calibration.load(file)
@@ -110,5 +110,5 @@ def _error_of(file: Path, test: Rounds, bins: int) -> list[float]:
 
 
 def rounds_digest(path: str | Path) -> str:
-    """What identifies a file of rounds: its content, wherever it lies."""
+    """Identity of a file of rounds: the digest of its content."""
     return hashlib.sha256(rounds_file(path).read_bytes()).hexdigest()[:16]

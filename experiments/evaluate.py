@@ -1,4 +1,4 @@
-"""specbench evaluate: speculative decoding of a suite, one record a prompt and turn."""
+"""specbench evaluate: speculative decoding of a suite, one record per prompt and turn."""
 
 from __future__ import annotations
 
@@ -56,13 +56,13 @@ def stage_of(cfg: DictConfig, about: DraftRecord | None = None) -> Stage:
 
 
 def check(cfg: DictConfig) -> None:
-    """Refuse what an evaluation would refuse once target and draft are loaded: how to decode, and what."""
+    """Check the decoding settings and the prompts before target and draft are loaded."""
     protocol_of(cfg, ())
     instantiate(cfg.suite, _convert_="all")
 
 
 def run_name(cfg: DictConfig, about: DraftRecord) -> str:
-    """Draft, suite, temperature and a digest of everything that decides the numbers."""
+    """Draft, suite, temperature and a digest of everything that affects the numbers."""
     code = identity("evaluate", cfg).code
     return f"{about.method}-{cfg.target.name}-{cfg.suite.name}-t{cfg.temperature:g}-s{about.seed}-{code}"
 

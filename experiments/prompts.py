@@ -1,4 +1,4 @@
-"""specbench prompts: a source becomes train.jsonl, validation.jsonl and a report of what was dropped and why."""
+"""specbench prompts: convert a source to train.jsonl, validation.jsonl and a report of what was dropped and why."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def stage_of(cfg: DictConfig) -> Stage:
 
 
 def check(cfg: DictConfig) -> None:
-    """Refuse sources that are not there and shares that are none."""
+    """ValueError for sources that do not exist and for invalid shares."""
     source = instantiate(cfg.data.source, _convert_="all")
     if isinstance(source, Files):
         source.files()
@@ -71,7 +71,7 @@ def check(cfg: DictConfig) -> None:
 
 
 def evaluation_texts(suites: object, folder: str | None = None) -> dict[str, list[str]]:
-    """Every user turn of the named suites, by benchmark; from `folder` instead of the hub where it is given."""
+    """Every user turn of the named suites, by benchmark; from `folder` instead of the Hub if it is given."""
     names = OmegaConf.to_container(suites) if OmegaConf.is_config(suites) else suites
     texts: dict[str, list[str]] = {}
     for name in [names] if isinstance(names, str) else names or []:

@@ -1,4 +1,4 @@
-"""specbench reproduce: an experiment from nothing to its tables, figures and page, in one command.
+"""specbench reproduce: a whole experiment, from the prompts to its tables, figures and page, in one command.
 
     prompts -> answers -> cache(s) -> every training of the sweep -> its evaluations -> its speed -> comparison
 
@@ -32,14 +32,14 @@ from specbench.drafts.installed import installed
 from specbench.files.atomic import read_json
 from specbench.progress import duration
 
-# Measured on two cores that other work kept busy: DSpark, 240 steps and probes in 88 s; 24 prompts a domain in 22 s.
+# Measured on two cores that other work kept busy: DSpark, 240 steps and probes in 88 s; 24 prompts per domain in 22 s.
 STATED = {"target": "embedded", "step": 0.37, "evaluation": 22.0}
 # Settings of this verb, and of `train` that the experiment decides.
 OWN = ("name", "yes", "root", "force", "codec", "entity", "project", "stages")
 
 
 def run(cfg: DictConfig, given: Sequence[str] | None = None) -> Path:
-    """Print the plan, ask, run what is missing; returns the folder of the comparison.
+    """Print the plan, ask for confirmation, run what is missing; returns the folder of the comparison.
 
     `given` are the overrides for every run of the sweep; None: those of the command line.
     """
@@ -141,7 +141,7 @@ def key(override: str) -> str:
 
 
 def plan(cfg: DictConfig, study: Study, jobs: Sequence[DictConfig]) -> None:
-    """Print runs and hours; ask where somebody can answer, or refuse without yes=true.
+    """Print runs and hours; ask for confirmation on a terminal, otherwise require yes=true.
 
     The time of a run is the mean of the runs finished below this root, the experiment's own statement before there
     are any. Errors: ValueError when nobody is there to confirm.
@@ -169,7 +169,7 @@ def plan(cfg: DictConfig, study: Study, jobs: Sequence[DictConfig]) -> None:
 
 
 def cost_of_a_run(root: Path, job: DictConfig, evaluations: int) -> tuple[float | None, str]:
-    """Seconds of one training with its evaluations, and where the number comes from."""
+    """Seconds of one training with its evaluations, and the source of this number."""
     means = {}
     for kind in ("train", "evaluate"):
         found = [read_json(path, {}) for path in sorted((root / "runs" / kind).glob(f"[!.]*/{MARKER}"))]

@@ -1,4 +1,4 @@
-"""specbench rerun: a run again from its record, and whether the numbers are the same."""
+"""specbench rerun: repeat a run from its record, and compare the numbers."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from specbench.runs.provenance import differences, provenance
 from specbench.runs.run_folder import read_settings, read_summary
 from specbench.runs.run_schema import FINISHED, KINDS
 
-# What a clock measures is never the same twice.
+# Measured times always differ.
 SET_BY_VERBS = ("threads", "deterministic")
 TIMED = ("seconds", "per_second", "speedup", "latency", "throughput", "overhead")
 
@@ -38,7 +38,7 @@ def run(cfg: DictConfig) -> Path:
     old = Path(cfg.run)
     summary = read_summary(old)
     then = read_json(old / "provenance.json", {})
-    # Where it goes is said here; everything else is the record's.
+    # The path is set here; everything else comes from the record.
     config = {key: value for key, value in read_settings(old).items() if key not in ("root", "name", "force")}
     allowed = [str(name) for name in cfg.classes or ()]
     config = with_moved_classes(config)
@@ -84,7 +84,7 @@ def run(cfg: DictConfig) -> Path:
 
 
 def _before(facts: Mapping[str, Any]) -> dict[str, Any]:
-    """Facts that a run cannot change by running."""
+    """The provenance facts that do not change during a run."""
     own = {key: value for key, value in (facts.get("hardware") or {}).items() if key not in SET_BY_VERBS}
     return {**facts, "hardware": own}
 
@@ -104,7 +104,7 @@ def with_moved_classes(tree: Any) -> Any:
 
 
 def _moved(name: str) -> str:
-    """The class of the project's own configurations that is called as `name` is, wherever its module lay then."""
+    """The class of the project's configurations with the same class name as `name`, in its present module."""
 
     def called(full: str) -> str:  # DSpark, or CostProfile.load
         return ".".join(part for part in full.split(".") if part[:1].isupper() or part == "load")
@@ -205,7 +205,7 @@ def _timed(key: str) -> bool:
 
 
 def _untimed(tree: Mapping[str, Any]) -> dict[str, Any]:
-    """`tree` without what a clock measured."""
+    """`tree` without measured times and speeds."""
     kept = {key: value for key, value in tree.items() if not _timed(key)}
     return {key: _untimed(value) if isinstance(value, Mapping) else value for key, value in kept.items()}
 

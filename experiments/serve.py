@@ -1,4 +1,4 @@
-"""Throughput against per-user speed under load, by simulation: recorded rounds replayed against a cost profile."""
+"""specbench serve: simulated throughput and speed per user under load, from recorded rounds and a cost profile."""
 
 from __future__ import annotations
 
@@ -30,7 +30,8 @@ SHOWN = ("policy", "load", "concurrency", "throughput", "interactivity", "verifi
 
 
 def run(cfg: DictConfig) -> Path:
-    """Write points.{csv,json} (one row a policy and load), service_levels.csv and profile.json; returns the folder."""
+    """Write points.{csv,json} (one row per policy and load), service_levels.csv and profile.json; returns the
+    folder."""
     check_before("serve", cfg)
     profile = instantiate(cfg.profile)
     policies = [_policy(name, chosen, cfg) for name, chosen in cfg.policies.items() if chosen is not None]
@@ -76,7 +77,7 @@ def described(cfg: DictConfig) -> dict[str, Any]:
 
 
 def _policy(name: str, chosen: DictConfig, cfg: DictConfig) -> ServedPolicy:
-    """A policy replays its own rounds where it names some (another draft's), the common ones otherwise."""
+    """A policy replays its own rounds if it names some (of another draft), otherwise the common ones."""
     rounds = chosen.rounds if "rounds" in chosen else cfg.rounds
     calibration = chosen.calibration if "calibration" in chosen else cfg.calibration
     loaded = None if calibration is None else Calibration.load(calibration)
@@ -102,5 +103,5 @@ def _print(rows: list[dict], levels: list[dict]) -> None:
     print(NOTICE)
     print(pd.DataFrame(rows)[list(SHOWN)].to_string(index=False, float_format="%.2f"))
     if levels:
-        print("throughput at a floor of tokens a second and user (simulation)")
+        print("throughput at a floor of tokens per second and user (simulation)")
         print(pd.DataFrame(levels).drop(columns="simulation").to_string(index=False, float_format="%.3f", na_rep="-"))

@@ -1,4 +1,4 @@
-"""specbench speed: cost curves, engine steps a second, and the wall clock against plain decoding."""
+"""specbench speed: cost curves, engine steps per second, and measured speedup over plain decoding."""
 
 from __future__ import annotations
 
@@ -125,7 +125,7 @@ def stage_of(cfg: DictConfig, about: DraftRecord | None = None) -> Stage:
 
 
 def check(cfg: DictConfig) -> None:
-    """Refuse what is not measured here, and what could only be refused after measuring."""
+    """Check settings that would otherwise cause an error only after the measurement."""
     if cfg.what not in ("decode", "train"):
         raise ValueError(f"what={cfg.what}: choose decode or train")
     if cfg.what == "train":
@@ -208,7 +208,7 @@ def measure(
 
 
 def _protocol(cfg: DictConfig, target: Target) -> Protocol:
-    """How prompts are decoded against the clock: whole proposals, the first turn."""
+    """How prompts are decoded for time measurements: whole proposals, the first turn."""
     limits = Limits(cfg.max_new_tokens, target.stop_token_ids, cfg.batch_size)
     return Protocol(Sampling(cfg.temperature), limits, slots=cfg.slots, turns="first", thinking=cfg.thinking)
 
@@ -230,7 +230,7 @@ def _next(cfg: DictConfig, folder: Path, draft: Draft | Baseline) -> str:
 
 
 def _held(cfg: DictConfig, target: Target, draft: Draft, prompts: list[list[int]]) -> list[dict]:
-    """Simulated throughput against the engine's, the whole block verified: half of the prompts make the profile."""
+    """Simulated and measured throughput with the whole block verified; half of the prompts make the profile."""
     if not cfg.check:
         return []
     prompts = _spread(prompts, min(len(prompts), max(2 * cfg.clock_prompts, 4 * max(cfg.check))))

@@ -1,4 +1,4 @@
-"""specbench train: one draft from a target cache, chosen by real decoding; then its evaluation."""
+"""specbench train: train one draft from a target cache, select the checkpoint by decoding, and evaluate it."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def run(cfg: DictConfig) -> Path:
 
 
 def run_name(cfg: DictConfig) -> str:
-    """Method, target, seed, and a digest of everything else that decides the result."""
+    """Method, target, seed, and a digest of everything else that affects the result."""
     facts = recorded(cfg)
     facts["seed"] = {key: value for key, value in facts["seed"].items() if key != "init"}
     return f"{cfg.method.name}-{cfg.target.name}-s{cfg.seed.init}-{identity('train', facts).code}"
@@ -111,7 +111,8 @@ def data_of(cfg: DictConfig) -> dict[str, str]:
 
 
 def check(cfg: DictConfig) -> None:
-    """Refuse what a training would refuse after minutes: its precision, devices, recipe, method and loss."""
+    """Check precision, devices, optimiser settings, method and loss, which would otherwise cause an error after
+    minutes."""
     shards_of(cfg.trainer.lightning)
     require_precision(cfg.trainer.lightning.precision)
     for key in ("max_steps", "epochs"):
@@ -133,7 +134,7 @@ def check(cfg: DictConfig) -> None:
 
 
 def print_plan(cfg: DictConfig) -> Footprint:
-    """Print what training the draft takes: parameters, memory, the largest micro-batch; without weights or data."""
+    """Print the cost of training the draft: parameters, memory, the largest micro-batch; without weights or data."""
     config = target_config(cfg.target)
     draft = draft_without_weights(cfg.method, cfg.target, config)
     memory = None if cfg.memory is None else float(cfg.memory)
@@ -260,7 +261,7 @@ def streaming_of(cfg: DictConfig) -> dict[str, Any]:
 
 
 def answers_of(cfg: DictConfig) -> Path:
-    """The folder of the answers that a run learns from."""
+    """The folder of the answers on which a run is trained."""
     return Path(cfg.root) / "answers" / cfg.data.name / cfg.target.name
 
 
@@ -270,7 +271,8 @@ def _found_cache(cfg: DictConfig) -> Path:
 
 
 def probe_of(cfg: DictConfig, target: Target) -> DecodeProbe:
-    """The decoding probe, on the first held-out prompts of the data; benchmarks are never used to choose."""
+    """The decoding probe, on the first held-out prompts of the data; benchmarks are never used to select a
+    checkpoint."""
     asked, folder, found = cfg.trainer.probe, Path(cfg.root) / "prompts" / cfg.data.name, []
     for row in prompts.read(folder, "validation", asked.prompts):
         first = next(i for i, m in enumerate(row["messages"]) if m["role"] == "user")
@@ -298,7 +300,7 @@ def needs_target(cfg: DictConfig) -> bool:
 
 
 def tables_from(cfg: DictConfig, data: StepData) -> dict[str, str | None] | None:
-    """Where a checkpoint's reader finds the target's tables; None: nowhere, so that the checkpoint holds them."""
+    """Where a checkpoint's reader finds the target's tables; None: the checkpoint contains them."""
     if not cfg.online and not is_command(data.folder):  # a command that a checkpoint names is not run
         return {"cache": str(data.folder) if is_remote(data.folder) else str(Path(data.folder).resolve())}
     id = cfg.target.get("id")

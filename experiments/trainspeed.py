@@ -1,4 +1,4 @@
-"""specbench speed train: a training step against the straightforward one, in time and memory."""
+"""specbench speed train: time and memory of a training step, compared with a straightforward one."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ PARTS = ("dspark", "eagle3", "terms", "packing")
 
 
 def run(cfg: DictConfig) -> Path:
-    """Write steps.csv, steps.json and steps.md: one row a part and variant; returns their folder."""
+    """Write steps.csv, steps.json and steps.md: one row per part and variant; returns their folder."""
     asked = cfg.train
     scale, device = place_of(cfg)
     with stage_of(cfg) as stage:
@@ -152,7 +152,7 @@ def _row(variant: str, cost: StepCost, base: StepCost) -> dict[str, Any]:
 
 
 def markdown(table: pd.DataFrame) -> str:
-    """The table for people; its ratios are against the straightforward step, the plain product's, or padded rows."""
+    """The table as Markdown; its ratios are to the straightforward step, to the unchanged step, or to padded rows."""
     shown = {
         "part": table["part"],
         "variant": table["variant"],

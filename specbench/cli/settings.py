@@ -1,7 +1,7 @@
-"""Every setting of every verb: its type, its range, and the rules that bind several of them.
+"""The schema of every setting of every verb: type, range, and rules between several settings.
 
-The files in configs/ hold the defaults and what a setting means; here is what it may be. One model a root
-configuration; groups that several verbs take have one model of their own.
+The files in configs/ have the defaults and descriptions of the settings; this file has their types. There is one model
+per root configuration; groups of several verbs have a separate model.
 """
 
 from __future__ import annotations
@@ -827,7 +827,7 @@ SCHEMAS: dict[str, type[Settings]] = {
 
 
 def check_settings(verb: str, cfg: DictConfig | Mapping[str, Any]) -> None:
-    """Raise ValueError naming the first setting of the resolved configuration that `verb` cannot work with.
+    """Raise ValueError naming the first invalid setting of the resolved configuration of `verb`.
 
     `verb` is a verb or its root configuration; one without a schema passes. Reads no file and changes nothing.
     """

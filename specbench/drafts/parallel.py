@@ -27,8 +27,8 @@ from specbench.models.fast.folded_layers import Stack
 from specbench.models.target import Target
 from specbench.ranges import Count, LayerId, Layers, Slots
 
-# What a block costs in a layer beside its context, counted in context keys; many small pieces cost more than one large
-# one, so they must save half (8 conversations of 130 to 250 tokens: 0.19 s a step in one piece, 0.27 s in eight).
+# Cost of a block in a layer besides its context, counted in context keys. Many small pieces cost more than one large
+# piece, so they must save half (8 conversations of 130 to 250 tokens: 0.19 s per step in one piece, 0.27 s in eight).
 LAYER_KEYS = 256
 
 
@@ -155,7 +155,7 @@ class ParallelDraft(Draft):
             masks = {full: block_mask(view, (B, N, Q, T, Q)) for full, view in views.items()}
         else:
             attention, masks = attend, {full: view.context_mask(T, Q) for full, view in views.items()}
-        # A block mask holds the rule of own keys itself.
+        # A block mask includes the mask of own keys.
         own_masks = {full: None if first.is_cuda else view.own_mask(Q, Q) for full, view in views.items()}
         x = self.block_inputs(first, Q)
         context = self.context(batch.taps.to(x.dtype))
@@ -194,13 +194,13 @@ class ParallelDraft(Draft):
         if self.full_layers:
             masks[True] = cache.visible(self.inputs, causal=False)
         for i in range(len(self.layers)):
-            # The block's own keys stand behind the context without counting; the next commit overwrites them.
+            # The block's own keys are stored after the context and not counted; the next commit overwrites them.
             x = self.stack.extend(i, x, rope, cache, masks[i in self.full_layers])
         hidden = self.norm(x if self.sample_from_anchor else x[:, 1:])
         return self.draw(hidden[:, :slots], anchor, sample)
 
     def draw(self, hidden: Float[Tensor, "B K D"], anchor: Int[Tensor, " B"], sample: SampleFunction) -> Proposal:
-        """Sample the slots left to right; a method whose slots do not depend on each other draws them at once."""
+        """Sample the slots from left to right; a method with independent slots draws them at once."""
 
         def logits(k: int, previous: list[Tensor]) -> Tensor:
             seen = torch.stack(previous, 1)

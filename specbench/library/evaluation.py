@@ -50,10 +50,14 @@ Prompts = Sequence[str] | Sequence[Sequence[str]] | Sequence[Sequence[int]]
 
 @dataclass(frozen=True)
 class Estimate:
-    """A value with its 95% interval (cluster bootstrap over prompts) and the number of rounds.
+    """A value with its 95% interval (cluster bootstrap over prompts). It prints as `2.31 [2.20, 2.40]`, and
+    `float()` gives the value.
 
-    It prints as `2.31 [2.20, 2.40]`, and `float()` gives the value. The bounds are NaN if fewer than two prompts had a
-    round. The value is NaN if it is not defined: a suffix decay if no slot after the first was reached.
+    Args:
+        value: the value; NaN if it is not defined: a suffix decay if no slot after the first was reached.
+        low: lower bound; NaN if fewer than two prompts had a round.
+        high: upper bound.
+        count: number of rounds.
     """
 
     value: float

@@ -80,8 +80,14 @@ class Trainer(L.Trainer):
 
 @dataclass(frozen=True)
 class Trained:
-    """A finished training: the draft of the chosen checkpoint, the optimiser step of it, the run folder and what its
-    summary.json says."""
+    """A finished training.
+
+    Args:
+        draft: the draft of the selected checkpoint.
+        step: the optimiser step of this checkpoint.
+        folder: the run folder.
+        summary: content of summary.json.
+    """
 
     draft: Draft
     step: int

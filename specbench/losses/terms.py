@@ -1,9 +1,9 @@
 """Slot losses and slot weights as plain differentiable formulas on whole logits: the oracle of the chunked objective.
 
 p is the draft's distribution, q the target's (from its last state at a+k-1), y the true token a+k; every softmax in
-at least fp32, temperature 1. With a reduced draft vocabulary p is zero outside of its ids and q is never renormalised:
-what q holds outside is `outside`, and it belongs to tv, alpha and js exactly. kl, reverse_kl and soft_ce sum over the
-draft's ids (their outside part is infinite or constant), and a label outside has no ce.
+at least fp32, temperature 1. With a reduced draft vocabulary p is zero outside of its ids and q is not renormalised:
+the probability of q outside is `outside`, which tv, alpha and js include exactly. kl, reverse_kl and soft_ce sum over
+the draft's ids (their outside part is infinite or constant), and a label outside has no ce.
 
 Axes: R rows (supervised slots), M blocks, K slots, V target vocabulary, W draft vocabulary (W = V unless reduced).
 """
@@ -81,8 +81,8 @@ def draft_columns(
 class Blend:
     """The lambda form of LK: w KL + (1 - w)(1 - alpha), w = scale * exp(-decay * stop_grad(alpha)).
 
-    `over` says which alpha steers w: "batch", its mean over the supervised slots of the call, or "row", each slot's own
-    (the form in vLLM's speculators).
+    `over` says which alpha is used in w: "batch", its mean over the supervised slots of the call, or "row", that of
+    each slot (as in vLLM's speculators).
     """
 
     scale: float | int = 1.0

@@ -79,11 +79,21 @@ class TargetState:
 
 
 class Target:
-    """A frozen causal language model with its tokenizer, taps and tables.
+    """A frozen causal language model with its tokenizer, taps and tables. `Target.load` reads one from a folder or
+    the Hugging Face Hub.
 
-    `Target.load` reads one from a folder or from the Hugging Face Hub. Attributes: `tokenizer` (None without tokenizer
-    files), `tables` (embedding and head), `config` (a mapping), `target_layer_ids` (the taps), `stop_token_ids`,
-    `name`.
+    Args:
+        model: a causal language model of transformers.
+        config: its raw configuration, as in config.json.
+        target_layer_ids: the taps, layers whose output drafts read, from 0, ascending; -1 is the output of the
+            embedding.
+        tokenizer: its tokenizer. None: prompts are given as token ids.
+        name: name in tables and records.
+        revision: commit, tag or branch from which it was loaded.
+        stop_token_ids: tokens that end an answer. None: those of the model's own settings.
+
+    Raises:
+        ValueError: the model cannot be a target, or a tap does not exist.
     """
 
     # Id and revision that it was loaded by; None for one that was made in this process.

@@ -1,14 +1,14 @@
-"""The folder of one run: the truth about what was done and what came out. W&B is its mirror.
+"""The folder of one run: the primary record of its settings and results. W&B receives a copy.
 
     root/runs/KIND/NAME/
         config.yaml      the resolved configuration
         provenance.json  code, versions, hardware, seeds, cache, command line, first prompt; dirty.diff beside it
-        metrics.jsonl    one line a log call: {"step", "time", name: number}
-        records.parquet  one row a prompt and turn (run_schema.COLUMNS)
-        rounds.jsonl     one line a prompt: its rounds
+        metrics.jsonl    one line per log call: {"step", "time", name: number}
+        records.parquet  one row per prompt and turn (run_schema.COLUMNS)
+        rounds.jsonl     one line per prompt: its rounds
         summary.json     status and headline metrics
 
-Whole files appear by rename; the two line files are appended, and a reader drops a last line that was cut by a kill.
+Files are renamed into place when complete; the two line files are appended, and a reader drops an incomplete last line.
 """
 
 from __future__ import annotations
@@ -37,13 +37,13 @@ LONGEST = 200  # bytes of a name; file systems take 255, and there are endings t
 
 
 class RunFolder:
-    """One run on disk, opened for writing. Use it as a context manager: leaving it settles the status.
+    """One run on disk, opened for writing. As a context manager it sets the final status.
 
-    An exception leaves `failed`, Ctrl-C leaves `interrupted`, a kill leaves `running` with a process that is gone,
-    which `read_summary` reports as `unfinished`. Opening the folder again continues the same run; `fresh` starts over
-    and removes what the earlier run wrote, checkpoints/ and draft/ included. `folder` is where the run is written
-    instead, until it takes its place.
-    `writes=False` gives every method but no effect: for the ranks beside the first.
+    After an exception the status is `failed`, after Ctrl-C `interrupted`; after a kill it stays `running` with a
+    process that no longer exists, which `read_summary` reports as `unfinished`. Opening the folder again continues the
+    same run; `fresh` starts again and removes what the earlier run wrote, checkpoints/ and draft/ included. `folder`:
+    where the run is written until it replaces the old one. `writes=False`: methods have no effect, for all ranks except
+    the first.
     """
 
     def __init__(
@@ -129,7 +129,8 @@ class RunFolder:
         self._append("rounds.jsonl", line)
 
     def write_records(self, rows: Iterable[Mapping[str, Any]]) -> None:
-        """Write records.parquet, one row a prompt and turn, with exactly the columns of COLUMNS and any of OPTIONAL."""
+        """Write records.parquet, one row per prompt and turn, with exactly the columns of COLUMNS and any of
+        OPTIONAL."""
         rows = list(rows)
         for index, row in enumerate(rows):
             missing, unknown = set(COLUMNS.names) - set(row), set(row) - {*COLUMNS.names, *OPTIONAL.names}
@@ -190,7 +191,7 @@ def status_after(kind: type[BaseException], error: BaseException | None) -> dict
 
 
 def folder_name(name: object, what: str) -> str:
-    """`name` as the text that it is, if a folder can bear it. Errors: ValueError naming `what` it would name."""
+    """`name` as text, if it is a valid folder name. Errors: ValueError naming `what`."""
     text = str(name)
     if not text or text != Path(text).name or text.startswith(".") or not text.isprintable():
         raise ValueError(f"{text!r} cannot name {what}: give a name without slashes, control signs or a leading dot")
@@ -200,7 +201,7 @@ def folder_name(name: object, what: str) -> str:
 
 
 def read_summary(folder: str | Path) -> dict[str, Any]:
-    """summary.json of a run folder. A run whose process is gone without a word has the status `unfinished`.
+    """summary.json of a run folder. A run whose process no longer exists has the status `unfinished`.
 
     Raises FileNotFoundError without a summary, ValueError when it is of another schema.
     """
@@ -214,7 +215,7 @@ def read_summary(folder: str | Path) -> dict[str, Any]:
 
 
 def read_settings(folder: str | Path) -> dict[str, Any]:
-    """config.yaml of a run folder as plain data: what looks like an interpolation in it is text and stays text.
+    """config.yaml of a run folder as plain data: interpolations in it are not resolved.
 
     Errors: FileNotFoundError, and ValueError for what is no YAML of plain values.
     """
@@ -229,7 +230,7 @@ def read_settings(folder: str | Path) -> dict[str, Any]:
 
 
 def read_lines(path: str | Path) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl or rounds.jsonl, without a last line that a kill cut short."""
+    """The lines of metrics.jsonl or rounds.jsonl, without an incomplete last line."""
     return [line for _, line in jsonl.read(path, unfinished="drop")]
 
 

@@ -1,8 +1,8 @@
-"""W&B behind one door: runs through Lightning's logger, tables, images, artifacts.
+"""All use of W&B: runs by Lightning's logger, tables, images, artifacts.
 
-The run folder is written first and whole; W&B mirrors it. Offline runs land in RUN/wandb/ together with the staging of
-their tables, so that the folder stays complete until `syncing` uploads it. Lineage (cache, checkpoint, parent runs) is
-written into the config and the record as well, because W&B keeps none of it offline.
+The run folder is written first and completely; W&B receives a copy. Offline runs are written to RUN/wandb/ together
+with the files of their tables, so that the folder is complete until `specbench sync` uploads it. Lineage (cache,
+checkpoint, parent runs) is written into the config and the record as well, because W&B keeps none of it offline.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _notices: set[str] = set()
 
 
 class Tracking:
-    """How runs are mirrored to W&B.
+    """Copies runs to W&B.
 
     `mode`: `online` needs a key; `offline` writes beside the run folder for a later `sync`; `disabled` imports nothing;
     `auto` is online with a key and a server in reach, else offline; WANDB_MODE in the environment overrules it.

@@ -1,7 +1,7 @@
-"""Batches in memory that is used again, because the kernel takes longer to hand out fresh pages than to fill them.
+"""Batches in reused memory, because new memory pages cost more time than filling them.
 
-A store is free once no tensor refers to it, which CPython's reference count tells: a batch that somebody keeps is never
-overwritten, it only costs a fresh store for the next one.
+A store is free when no tensor refers to it, according to CPython's reference count: a batch that is still referenced is
+never overwritten; the next batch then gets a new store.
 """
 
 from __future__ import annotations
