@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -20,13 +20,13 @@ from specbench.cli.stages import Stage, say
 from specbench.cli.tracked_stages import tracked_output
 from specbench.data.answers import generation as answers
 from specbench.data.answers.chat import render
-from specbench.data.answers.engines import AnswerPolicy, Engine, InProcessEngine, ServerEngine
+from specbench.data.answers.engines import AnswerPolicy, Engine, ServerEngine
 from specbench.data.answers.servers import ServerPool
 from specbench.data.answers.templates import ChatError, date_of, server_options, template_hash, template_of
 from specbench.data.prompts import preparation as prompts
-from specbench.decoding.loop import Limits, decode
 from specbench.decoding.sampling import Sampling
 from specbench.files.atomic import plain
+from specbench.library.answers import engine_of
 from specbench.models.target import Target
 from specbench.models.target_files import location
 from specbench.progress import Progress
@@ -155,22 +155,7 @@ def _engine(cfg: DictConfig, target: Target | None, tokenizer: Any, options: dic
     if target is None:
         patience = instantiate(cfg.patience)
         return ServerEngine(list(cfg.servers), cfg.model, cfg.concurrency, patience, cfg.api_key, options)
-
-    def generate(
-        asked: Sequence[list[int]],
-        sampling: Sampling,
-        max_new_tokens: int,
-        stop_token_ids: Sequence[int],
-        seeds: Sequence[int],
-    ) -> Iterator[tuple[int, list[int], bool]]:
-        limits = Limits(max_new_tokens, tuple(stop_token_ids), cfg.batch_size, cfg.token_budget)
-        for done in decode(target, asked, sampling, limits, seeds):
-            yield done.index, done.output_ids, done.truncated
-
-    def require(prompt: Sequence[int]) -> None:
-        target.require([prompt], cfg.max_new_tokens, ["the prompt"])
-
-    return InProcessEngine(generate, tokenizer, target.stop_token_ids, cfg.chunk, require)
+    return engine_of(target, cfg.max_new_tokens, cfg.batch_size, cfg.token_budget, cfg.chunk)
 
 
 def _tokenizer(target: DictConfig) -> Any:

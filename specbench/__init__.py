@@ -45,6 +45,7 @@ check_requirements()
 # Public name -> the module that has it; __init__.pyi says the same to type checkers.
 PUBLIC = {
     "Target": "specbench.models.target",
+    "answer": "specbench.library.answers",
     "TargetCache": "specbench.data.loading.target_cache",
     "OnlineTarget": "specbench.data.loading.online",
     "Draft": "specbench.drafts.draft",

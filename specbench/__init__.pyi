@@ -5,6 +5,7 @@ from specbench.drafts.draft import Draft as Draft
 from specbench.drafts.dspark import DSpark as DSpark
 from specbench.drafts.eagle3 import Eagle3 as Eagle3
 from specbench.drafts.mtp import MTP as MTP
+from specbench.library.answers import answer as answer
 from specbench.library.comparison import compare as compare
 from specbench.library.drafts import load_draft as load_draft
 from specbench.library.evaluation import Estimate as Estimate
@@ -34,6 +35,7 @@ __all__ = [
     "TargetCache",
     "Trained",
     "Trainer",
+    "answer",
     "compare",
     "evaluate",
     "load_draft",

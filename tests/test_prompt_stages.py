@@ -5,6 +5,7 @@ import json
 import pytest
 from omegaconf import OmegaConf
 
+import specbench as sb
 from experiments import answers as answers_stage
 from experiments import prompts as prompts_stage
 from specbench.data.answers import generation as answers
@@ -81,6 +82,23 @@ def test_batch_size_does_not_change_the_answers(tmp_path, folder):
     rows = sorted(answers.read(asked(tmp_path, folder)), key=key)
     alone = sorted(answers.read(asked(tmp_path, folder, force=True, batch_size=1, chunk=3)), key=key)
     assert rows == alone
+
+
+def test_a_script_gets_the_same_answers(tmp_path, folder):
+    made = prompts(tmp_path)
+    theirs = {row["id"]: row for row in answers.read(asked(tmp_path, folder))}
+    target = targets.Target.load(str(folder), [0])
+    settings = {"max_new_tokens": 4, "batch_size": 3}
+    file = sb.answer(target, made / "train.jsonl", tmp_path / "own", **settings)
+    assert {row["id"]: row for row in answers.read(file)} == theirs and len(theirs) == 8
+    written = file.read_text()
+    assert sb.answer(target, made / "train.jsonl", tmp_path / "own", **settings).read_text() == written
+    with pytest.raises(ValueError, match=r"temperature: 0\.7 -> 0\.0"):
+        sb.answer(target, made / "train.jsonl", tmp_path / "own", temperature=0.0, **settings)
+    chats = sb.answer(target, ["one thing", ["two things", "and then?"]], tmp_path / "texts", **settings)
+    rows = list(answers.read(chats))
+    assert sorted(len(row["messages"]) for row in rows) == [2, 4]
+    assert len(sb.OnlineTarget(target, chats).ids) == 2
 
 
 def test_another_policy_is_refused_until_forced(tmp_path, folder):

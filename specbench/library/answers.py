@@ -1,0 +1,123 @@
+"""The target answers prompts in this process: the conversations that a draft learns from."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from specbench.data.answers import generation
+from specbench.data.answers.engines import AnswerPolicy, InProcessEngine
+from specbench.data.answers.templates import date_of, template_hash
+from specbench.decoding.loop import Limits, decode
+from specbench.decoding.sampling import Sampling
+from specbench.files import json_lines
+from specbench.models.target import Target
+from specbench.ranges import Number
+
+
+def engine_of(
+    target: Target, max_new_tokens: int, batch_size: int = 16, token_budget: int | None = None, chunk: int = 512
+) -> InProcessEngine:
+    """The target as an engine of answers.
+
+    Args:
+        target: the target.
+        max_new_tokens: of one answer; a prompt that leaves no room for them fails alone.
+        batch_size: requests that are decoded at once.
+        token_budget: at most so many prompt and new tokens among them; None: no limit.
+        chunk: conversations that are held at once.
+    """
+
+    def generate(
+        asked: Sequence[list[int]],
+        sampling: Sampling,
+        most: int,
+        stop_token_ids: Sequence[int],
+        seeds: Sequence[int],
+    ) -> Iterator[tuple[int, list[int], bool]]:
+        limits = Limits(most, tuple(stop_token_ids), batch_size, token_budget)
+        for done in decode(target, asked, sampling, limits, seeds):
+            yield done.index, done.output_ids, done.truncated
+
+    def require(prompt: Sequence[int]) -> None:
+        target.require([prompt], max_new_tokens, ["the prompt"])
+
+    return InProcessEngine(generate, target.tokenizer, target.stop_token_ids, chunk, require)
+
+
+def answer(
+    target: Target,
+    prompts: str | Path | Sequence[str | Sequence[str]],
+    folder: str | Path,
+    *,
+    temperature: Number = 0.7,
+    top_p: Number = 0.8,
+    top_k: int = 20,
+    min_p: Number = 0.0,
+    max_new_tokens: int = 2048,
+    seed: int = 0,
+    thinking: bool | None = None,
+    batch_size: int = 16,
+    token_budget: int | None = None,
+) -> Path:
+    """Let the target answer prompts, as `specbench answers` does: the same settings give the same answers.
+
+    What `folder` has already is not answered again. `TargetCache.build` and `OnlineTarget` take the file.
+
+    Args:
+        target: the target; it needs a tokenizer.
+        prompts: a file of JSON lines with `id` and `messages`, such as the train.jsonl of `specbench prompts`; or a
+            list of texts or of lists of user turns, which are numbered.
+        folder: where answers.jsonl, failed.jsonl and header.json are written.
+        temperature: of sampling; 0: greedy.
+        top_p: of sampling; 1: off.
+        top_k: of sampling; 0: off.
+        min_p: of sampling; 0: off.
+        max_new_tokens: of one answer.
+        seed: every prompt and turn has its own seed, derived from it.
+        thinking: passed to the chat template; None leaves it to the template.
+        batch_size: requests that are decoded at once.
+        token_budget: at most so many prompt and new tokens among them; None: no limit.
+
+    Returns:
+        The path of answers.jsonl.
+
+    Raises:
+        ValueError: for a folder with answers of other settings, a target without a tokenizer, and where no prompt
+            could be answered.
+    """
+    if target.tokenizer is None:
+        raise ValueError(f"target {target.name} has no tokenizer: answers need one with a chat template")
+    id, revision = target.source or (target.name, None)
+    policy = AnswerPolicy(
+        id,
+        revision or target.weights_hash,
+        template_hash(target.tokenizer),
+        thinking,
+        temperature,
+        top_p,
+        top_k,
+        min_p,
+        max_new_tokens=max_new_tokens,
+        seed=seed,
+        date=date_of(target.tokenizer),
+    )
+    engine = engine_of(target, max_new_tokens, batch_size, token_budget)
+    counts = generation.collect(_conversations(prompts), engine, folder, policy)
+    file = generation.answers_file(folder)
+    if not counts["answered"] + counts["kept"]:
+        raise ValueError(f"no prompt was answered; {Path(folder) / 'failed.jsonl'} has the causes")
+    return file
+
+
+def _conversations(prompts: str | Path | Sequence[str | Sequence[str]]) -> Iterator[dict[str, Any]]:
+    if isinstance(prompts, (str, Path)):
+        yield from (row for _, row in json_lines.conversations(prompts))
+        return
+    if not len(prompts):
+        raise ValueError("prompts=[] holds no prompt: give texts, lists of user turns, or a file of JSON lines")
+    for number, one in enumerate(prompts):
+        turns = [one] if isinstance(one, str) else list(one)
+        messages = [{"role": "user", "content": turn} for turn in turns]
+        yield {"id": f"prompt-{number}", "messages": messages, "source": "own"}
