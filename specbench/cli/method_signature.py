@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from inspect import signature
 from typing import Any
 
-from hydra.utils import get_class
+from specbench.cli.schema import arguments_of
+
+GIVEN = ("backbone", "tables", "draft_vocabulary")  # what the program passes itself
 
 
 def fits(method: Mapping[str, Any]) -> None:
     """Refuse settings that the method's class does not take, with the reason where it is known."""
     draft = method["draft"]
-    kind = get_class(draft["_target_"])
-    takes = {name for part in kind.__mro__ if "__init__" in vars(part) for name in signature(part.__init__).parameters}
+    kind = draft["_target_"]
+    takes = {field.alias or name for name, field in arguments_of(kind).model_fields.items()}
     for name in draft.keys() - takes - {"_target_"}:
         if name.startswith(("markov", "confidence")):
             raise ValueError(
-                f"method={method['name']} has no {name}: {kind.__name__} has no Markov or confidence head; use "
+                f"method={method['name']} has no {name}: {kind.rpartition('.')[2]} has no Markov or confidence head; use "
                 "method=dspark, or leave head= out"
             )
-        known = ", ".join(sorted(takes - {"self", "args", "kwargs", "backbone", "tables", "draft_vocabulary"}))
+        known = ", ".join(sorted(takes.difference(GIVEN)))
         raise ValueError(f"method={method['name']} has no setting draft.{name}; it takes {known}")

@@ -11,14 +11,15 @@ import inspect
 import math
 import types
 import typing
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 from pydantic.fields import FieldInfo
 
+from specbench.cli import source_signatures
 from specbench.cli.errors import nearest
 from specbench.ranges import Among
 
@@ -56,44 +57,57 @@ class Built:
     tried: bool = False
 
 
-def check(model: type[BaseModel], settings: Mapping[str, Any], where: str = "") -> None:
+def check(
+    model: type[BaseModel], settings: Mapping[str, Any], where: str = "", later: list[Callable[[], None]] | None = None
+) -> None:
     """Raise ValueError for the first setting of `settings` that does not satisfy `model`; `where`: prefix of its
-    name."""
+    name. What must be built to be judged is added to `later`, or built here at the end."""
+    tries: list[Callable[[], None]] = [] if later is None else later
     try:
         model.model_validate(dict(settings))
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         if first["type"] == "value_error" and first["loc"] in RAW:  # it may follow from another group's wrong value
-            _check_inner(model, settings, where)
+            _check_inner(model, settings, where, tries)
         raise ValueError(_told(model, settings, error, where)) from None
-    _check_inner(model, settings, where)
+    _check_inner(model, settings, where, tries)
+    if later is None:  # what has to be imported and built comes after everything that can be read
+        for attempt in tries:
+            attempt()
 
 
-def _check_inner(model: type[BaseModel], settings: Mapping[str, Any], where: str) -> None:
+def _check_inner(
+    model: type[BaseModel], settings: Mapping[str, Any], where: str, tries: list[Callable[[], None]]
+) -> None:
     for path, built, found in _arguments(model, settings):
-        check_arguments(built, found, f"{where}{path}")
+        check_arguments(built, found, f"{where}{path}", tries)
 
 
-def check_arguments(built: Built, found: Mapping[str, Any], where: str) -> None:
-    """The same for a mapping of arguments, and for those inside it that name classes themselves."""
+def check_arguments(built: Built, found: Mapping[str, Any], where: str, tries: list[Callable[[], None]]) -> None:
+    """The same for a mapping of arguments, and for those inside it that name classes themselves; what is to be built
+    and thrown away is added to `tries`."""
     name = built.of or found.get("_target_")
     if not isinstance(name, str):
         raise ValueError(f"{where}._target_={show(name)}: takes the dotted name of a class")
-    located(name, f"{where}._target_")
+    _signature(name, f"{where}._target_")
     if built.kind is not None and not _is_a(name, built.kind):
         raise ValueError(f"{where}._target_={name}: takes a {built.kind.rpartition('.')[2]}, which this is not")
     model = arguments_of(name, built.given, f"{where}._target_")
     own = {key: value for key, value in found.items() if key != "_target_" or built.of is not None}
     own = {key: value for key, value in own.items() if key not in ("_convert_", "_recursive_", "_partial_")}
-    check(model, own, f"{where}.")
+    check(model, own, f"{where}.", tries)
     if built.tried:
-        try:
-            located(name, where)(**own)
-        except ValueError as error:
-            raise ValueError(f"{where}={show(own)}: {error}") from None
+        tries.append(partial(_try, name, own, where))
     for key, value in own.items():
         for inner, below in _named(value, f"{where}.{key}"):
-            check_arguments(Built(), below, inner)
+            check_arguments(Built(), below, inner, tries)
+
+
+def _try(name: str, own: Mapping[str, Any], where: str) -> None:
+    try:
+        located(name, where)(**own)
+    except ValueError as error:
+        raise ValueError(f"{where}={show(own)}: {error}") from None
 
 
 def _named(value: Any, where: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
@@ -172,9 +186,8 @@ def arguments_of(name: str, given: tuple[str, ...] = (), setting: str = "_target
 
     Errors: ValueError naming `setting` where there is no such class.
     """
-    called = located(name, setting)
     fields: dict[str, Any] = {}
-    for parameter, scope in _parameters(called):
+    for parameter, scope in _signature(name, setting):
         if parameter.name in given or parameter.name in fields:
             continue
         default = ... if parameter.default is inspect.Parameter.empty else parameter.default
@@ -189,6 +202,14 @@ def arguments_of(name: str, given: tuple[str, ...] = (), setting: str = "_target
     return create_model(name.rpartition(".")[2], __config__=STRICT, **fields)
 
 
+def _signature(name: str, setting: str) -> Iterable[tuple[inspect.Parameter, Mapping[str, Any]]]:
+    """The parameters of `name`: from its source text where that says them, which takes no import, else from itself."""
+    try:
+        return [(parameter, {}) for parameter in source_signatures.parameters(name)]
+    except source_signatures.Undecided:
+        return _parameters(located(name, setting))
+
+
 def located(name: str, setting: str) -> Any:
     """The class or function of a dotted name."""
     from hydra.utils import get_object
@@ -201,6 +222,11 @@ def located(name: str, setting: str) -> Any:
 
 def _is_a(name: str, kind: str) -> bool:
     """Whether `name` is the class `kind`, one derived from it, or one of its class methods."""
+    try:
+        if kind in source_signatures.lineage(name):
+            return True
+    except source_signatures.Undecided:
+        pass
     found, wanted = located(name, "_target_"), located(kind, "_target_")
     found = getattr(found, "__self__", found)
     return isinstance(found, type) and issubclass(found, wanted)
@@ -210,7 +236,7 @@ def _parameters(called: Any) -> Iterator[tuple[inspect.Parameter, Mapping[str, A
     """Named parameters with the module that their annotations are to be read in; constructors pass on what they do not
     name themselves."""
     if not isinstance(called, type):
-        scope = getattr(getattr(called, "__func__", called), "__globals__", {})
+        scope = getattr(inspect.unwrap(getattr(called, "__func__", called)), "__globals__", {})
         yield from ((p, scope) for p in inspect.signature(called).parameters.values())
         return
     for part in called.__mro__:
