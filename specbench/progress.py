@@ -191,14 +191,14 @@ def _display() -> Any:
     from rich.table import Column
     from rich.text import Text
 
-    class State(ProgressColumn):
+    class StateColumn(ProgressColumn):
         def render(self, task: Task) -> Text:
             return Text(task.fields["of"].state(), no_wrap=True, overflow="ellipsis")
 
     columns = (
         TextColumn("{task.description}", markup=False, table_column=Column(no_wrap=True)),
         BarColumn(24),
-        State(Column(no_wrap=True, overflow="ellipsis")),
+        StateColumn(Column(no_wrap=True, overflow="ellipsis")),
     )
     console = Console(stderr=True)
     # A stdout that is a file keeps what is printed there.
