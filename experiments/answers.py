@@ -1,4 +1,4 @@
-"""specbench answers: the target answers every prompt, through servers or in this process; preview=N shows the mask."""
+"""specbench answers: the target answers every prompt, on servers or in this process; preview=N shows the loss mask."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def run(cfg: DictConfig) -> None:
     tokenizer = target.tokenizer if target else _tokenizer(cfg.target)
     if tokenizer is None:
         raise ValueError(f"target {cfg.target.name} has no tokenizer: answers need one with a chat template")
-    # Without a revision the weights themselves say which target answered.
+    # Without a revision, the hash of the weights identifies the target.
     revision = cfg.target.revision or (target.weights_hash if target else None)
     policy = policy_of(cfg, revision, template_hash(tokenizer), date_of(tokenizer))
     options = server_options(template_of(tokenizer), cfg.thinking) if cfg.servers else {}
@@ -92,7 +92,7 @@ def run(cfg: DictConfig) -> None:
 
 
 def check(cfg: DictConfig) -> None:
-    """Refuse a split, counts and a law that cannot be, and servers of which none answers."""
+    """Check split, counts and generation settings, and that a server answers."""
     if cfg.split not in prompts.SPLITS:
         raise ValueError(f"split={cfg.split}: choose one of {', '.join(prompts.SPLITS)}")
     for key in ("count", "preview", "chunk", "batch_size", "concurrency", "max_new_tokens"):
@@ -106,7 +106,7 @@ def check(cfg: DictConfig) -> None:
 
 
 async def _reached(pool: ServerPool) -> None:
-    """Connect as the stage will, which refuses servers that are down or serve another model."""
+    """Connect as the stage will; ValueError for servers that do not answer or serve another model."""
     async with pool:
         pass
 
@@ -114,7 +114,7 @@ async def _reached(pool: ServerPool) -> None:
 def policy_of(
     cfg: DictConfig, revision: str | None = None, template: str | None = None, date: str | None = None
 ) -> AnswerPolicy:
-    """The law of the answers."""
+    """The generation settings of the answers."""
     return AnswerPolicy(
         model=cfg.target.id,
         revision=revision,
@@ -128,7 +128,7 @@ def policy_of(
 
 
 def _covers(stage: Stage, total: int) -> bool:
-    """Whether a finished stage answered as many prompts as are asked for. Errors: ValueError when it answered more."""
+    """Whether a finished stage answered as many prompts as requested. Errors: ValueError if it answered more."""
     there = len(answers.answered(stage.folder))
     if there > total:
         raise ValueError(
@@ -139,7 +139,7 @@ def _covers(stage: Stage, total: int) -> bool:
 
 
 def show(rows: Iterator[dict[str, Any]], tokenizer: Any, thinking: bool | None) -> None:
-    """Print conversations with their supervised tokens in colour, and what cannot be encoded with its cause."""
+    """Print conversations with their supervised tokens in colour, and those that cannot be encoded with the reason."""
     console = Console()
     for row in rows:
         try:

@@ -1,8 +1,8 @@
 """The console script: `specbench VERB [key=value ...]`.
 
-A verb is a module of experiments/ with `run(cfg)`; its root config lies in configs/. One run is composed and called
-here; `-m` hands over to hydra.main, so that every sweeper and launcher of Hydra works. Whatever a user can get wrong
-ends as one sentence on stderr and the exit code 2; SPECBENCH_DEBUG=1 shows the traceback as well.
+A verb is a module of experiments/ with `run(cfg)`; its root config is in configs/. One run is composed and called here;
+`-m` calls hydra.main, so that every sweeper and launcher of Hydra works. An error that a user can correct is printed as
+one sentence on stderr, with exit code 2; SPECBENCH_DEBUG=1 also shows the traceback.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ MISTAKE = 2
 
 
 def main(argv: Sequence[str] | None = None, verbs: Mapping[str, Verb] = VERBS, package: str = "configs") -> int:
-    """Run one command line; returns the exit code: 0, 2 for what the user can set right, 1 for a defect of ours."""
+    """Run one command line. Returns the exit code: 0; 2 for an error that the user can correct; 1 for a defect."""
     words = withhold(sys.argv[1:] if argv is None else argv)
     if argv is None:
         sys.argv[1:] = words  # what records keep of the command, and what the ranks of a training repeat
@@ -44,11 +44,11 @@ def main(argv: Sequence[str] | None = None, verbs: Mapping[str, Verb] = VERBS, p
 
 
 def _guarded(words: list[str], verbs: Mapping[str, Verb], package: str) -> int:
-    """`_main`, with every error turned into its exit code."""
+    """`_main`, with every error converted to its exit code."""
     try:
         with sigterm_interrupts(), outlet() as stdout:
             code = _main(words, verbs, package)
-        # A reader that has seen enough, `head` for example, is no fault.
+        # A reader that closes the pipe, for example `head`, is not an error.
         if stdout.fault is not None and not isinstance(stdout.fault, BrokenPipeError):
             print(
                 f"specbench: stdout cannot be written ({stdout.fault.strerror}); the work itself is done",
@@ -131,7 +131,7 @@ def _where_you_are() -> int:
 
 
 class Job:
-    """What a launcher runs: the verb on one configuration. Picklable, so that it can travel to a Slurm node."""
+    """What a launcher runs: the verb with one configuration. It can be pickled and sent to a Slurm node."""
 
     def __init__(self, name: str, verb: Verb) -> None:
         self.name, self.verb = name, verb
@@ -190,7 +190,7 @@ def _split(name: str, words: Sequence[str]) -> tuple[dict[str, str], list[str]]:
 
 
 def quiet() -> None:
-    """Silence what libraries say that nobody can act on; warnings of our own and errors stay."""
+    """Silence messages of libraries about which a user can do nothing; warnings of SpecBench and errors are kept."""
     import logging
     import warnings
 

@@ -1,4 +1,4 @@
-"""specbench quickstart: the whole flow on the embedded target, stage by stage, through the same code as any target."""
+"""specbench quickstart: all stages on the embedded target, with the same code as for any target."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def check(cfg: DictConfig) -> None:
 def before_training(cfg: DictConfig) -> list[tuple[str, list[str]]]:
     """The stages up to the cache, in order, with the overrides of each."""
     target, counts = target_of(cfg), f"data.source.counts={{train: {cfg.prompts}, validation: {cfg.held_out}}}"
-    # Sixty-four requests at once are work enough for every core; the stages after this one are not.
+    # Sixty-four requests at once can use every core; the later stages cannot.
     answers = [f"max_new_tokens={cfg.max_new_tokens}", "batch_size=64", "target.threads=null"]
     stages = [
         ("prompts", [*everywhere(cfg), counts]),
@@ -76,7 +76,7 @@ def before_training(cfg: DictConfig) -> list[tuple[str, list[str]]]:
 
 
 def drafts(cfg: DictConfig, cache: Path | None) -> list[tuple[str, list[str]]]:
-    """The training, the evaluations and the timing of every method, in order, from a `cache` once it is made."""
+    """The training, the evaluations and the timing of every method, in order, from the finished `cache`."""
     common = [*everywhere(cfg), *target_of(cfg)]
     stages = []
     for method in cfg.methods:

@@ -1,4 +1,4 @@
-"""specbench target: a folder that any later stage can load, trained from nothing or made from a GGUF file."""
+"""specbench target: make a target folder that later stages can load, by training or from a GGUF file."""
 
 from __future__ import annotations
 
@@ -120,7 +120,7 @@ def check(cfg: DictConfig) -> None:
 
 
 def print_check(name: str, dtype: str) -> None:
-    """Print what the check of a target found, layer by layer. Raises ValueError where it cannot be used."""
+    """Print the result of the check of a target by layer. Errors: ValueError if the target cannot be used."""
     words = expand([f"target={name}"], known_options("target"))
     target = composed("cache", [*words, f"target.dtype={dtype}"]).target
     try:

@@ -1,4 +1,4 @@
-"""Whether the class of a method takes the settings that its YAML gives it."""
+"""Check that the class of a method accepts the settings in its YAML file."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ from specbench.runs.wandb_tracking import Tracking
 
 
 def tracking_of(cfg: DictConfig) -> Tracking:
-    """How the run of `cfg` is mirrored to W&B; configurations recorded before their verb had `tracking` take `auto`."""
+    """The W&B tracking of the run of `cfg`; for configurations recorded before their verb had `tracking`, `auto`."""
     return Tracking() if cfg.get("tracking") is None else instantiate(cfg.tracking)
 
 

@@ -1,4 +1,4 @@
-"""What a run folder holds, for whoever writes or reads one: kinds, files, schemas and the columns of records.
+"""Format of run folders: kinds, files, schemas and the columns of records.
 
 It imports neither torch nor wandb, so that `analysis` reads what `run_folder.py` writes by the same names.
 """
@@ -9,10 +9,10 @@ import pyarrow as pa
 
 SCHEMA = "specbench.run/1"  # of summary.json
 KINDS = ("target", "train", "evaluate", "speed", "serve")  # the verbs that write a run folder: root/runs/KIND/NAME
-# Stages whose output is something else (prompts, answers, a cache, ...): a run on W&B, and no run folder.
+# Stages with another output (prompts, answers, a cache, ...): a run on W&B without a run folder.
 OUTPUTS = ("prompts", "answers", "cache", "calibrate", "speed-train")
 TIMED = ("speed", "speed-train")  # what measures seconds
-FINISHED = "finished"  # the status of a run that came to its end; the others are running, failed and interrupted
+FINISHED = "finished"  # the status of a complete run; the others are running, failed and interrupted
 
 # Any one of these in a folder makes it a run folder.
 MARKS = ("summary.json", "config.yaml", "provenance.json", "records.parquet")

@@ -1,7 +1,7 @@
-"""What W&B is told of a stage whose output is no run folder: prompts, answers, a target cache, a calibration.
+"""The W&B run of a stage without a run folder: prompts, answers, a target cache, a calibration.
 
-Such a stage keeps its record in stage.json beside what it makes. Its settings, provenance and summary exist a second
-time only as a W&B run, so nothing is written here where W&B is off.
+Such a stage has its record in stage.json beside its output. Settings, provenance and summary are copied only to W&B, so
+nothing is written here if W&B is off.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""SIGTERM, as a batch system sends it, ends a run like Ctrl-C: what is done is kept, and the record says so."""
+"""SIGTERM, as sent by batch systems, ends a run like Ctrl-C: finished work is kept, and the status is recorded."""
 
 from __future__ import annotations
 
@@ -10,10 +10,9 @@ from contextlib import contextmanager
 
 @contextmanager
 def sigterm_interrupts() -> Iterator[None]:
-    """While it is open, SIGTERM raises KeyboardInterrupt in the main thread.
+    """Context in which SIGTERM raises KeyboardInterrupt in the main thread.
 
-    A handler that is there already stays: whoever installed it knows what to do. Outside of the main thread, where no
-    handler can be installed, it does nothing.
+    An existing handler is kept. Outside of the main thread, where no handler can be installed, it does nothing.
     """
     if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:
         yield

@@ -1,4 +1,4 @@
-"""Every run of a verb, on disk and on W&B: both begin together and end together, whatever ends them."""
+"""A run of a verb, on disk and on W&B: both begin and end together, also after errors."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ RunPlace = TypeVar("RunPlace", RunFolder, StageOutput)
 
 @contextmanager
 def tracked(tracking: Tracking, place: RunPlace, **headline: Any) -> Iterator[tuple[RunPlace, Tracking]]:
-    """Open `place`, start its W&B run, and end both as the block ends.
+    """Open `place`, start its W&B run, and end both when the block ends.
 
         with tracked(tracking_of(cfg), RunFolder(...), method="dspark", target="qwen3_4b") as (run, wandb):
             run.write_provenance(...)
