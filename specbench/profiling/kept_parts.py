@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 from specbench.files.atomic import read_json, write_json
 
-Part = TypeVar("Part")
+Measured = TypeVar("Measured")
 
 
 class KeptParts:
@@ -22,7 +22,7 @@ class KeptParts:
         self.path, self.tell = path, tell
         self.found: dict[str, Any] = read_json(path, {}) if resumes else {}
 
-    def take(self, name: str, measure: Callable[[], Part], line: Callable[[Part], str]) -> Part:
+    def take(self, name: str, measure: Callable[[], Measured], line: Callable[[Measured], str]) -> Measured:
         """The part `name`: measured now and kept, or as a run before left it."""
         if name not in self.found:
             self.found[name] = measure()
