@@ -10,8 +10,9 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
-from specbench.cli.assembly import composed, search_path
+from specbench.cli.assembly import composed
 from specbench.cli.checks import ahead, check_before
+from specbench.cli.config_groups import search_path
 from specbench.cli.settings import check_settings
 from specbench.cli.stages import say
 from specbench.cli.summary import report, within

@@ -12,15 +12,13 @@ from typing import Any
 import lightning.pytorch  # noqa: F401
 import torch
 from hydra.core.global_hydra import GlobalHydra
-from hydra.core.hydra_config import HydraConfig
 from hydra.utils import get_class, instantiate
 from omegaconf import DictConfig, OmegaConf, open_dict
 from torch import Tensor
 
 from specbench.checkpoints.draft_folder import taps_of
-from specbench.cli.config_groups import configs
+from specbench.cli.config_groups import configs, search_path
 from specbench.cli.errors import naming
-from specbench.cli.following import text
 from specbench.cli.overrides import compose, without_hydra
 from specbench.drafts.baselines import SLOTS, Baseline, baseline
 from specbench.drafts.draft import Draft
@@ -40,13 +38,6 @@ def composed(config: str, overrides: Sequence[str] = ()) -> DictConfig:
     # The command line is inside Hydra already, a library call is not.
     with nullcontext() if GlobalHydra.instance().is_initialized() else configs("configs"):
         return without_hydra(compose(config, [*search_path(), *overrides]))
-
-
-def search_path() -> list[str]:
-    """The folders of configurations of the user's own that this command was given, as an override; nothing if none."""
-    inside = GlobalHydra.instance().is_initialized() and HydraConfig.initialized()
-    folders = list(HydraConfig.get().searchpath) if inside else []
-    return [f"hydra.searchpath={text(folders)}"] if folders else []
 
 
 THREADS = torch.get_num_threads()

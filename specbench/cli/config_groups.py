@@ -8,8 +8,10 @@ from typing import Any
 
 import hydra
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
 from hydra.core.object_type import ObjectType
 
+from specbench.cli.following import text
 from specbench.cli.sizes import offer_sizes
 
 
@@ -36,7 +38,14 @@ def options(group: str, search: Sequence[str] = ()) -> list[str]:
 def known_options(group: str) -> list[str]:
     """The same outside of the command line, too, where Hydra is not at work yet."""
     with nullcontext() if GlobalHydra.instance().is_initialized() else configs("configs"):
-        return options(group)
+        return options(group, search_path())
+
+
+def search_path() -> list[str]:
+    """The folders of configurations of the user's own that this command was given, as an override; nothing if none."""
+    inside = GlobalHydra.instance().is_initialized() and HydraConfig.initialized()
+    folders = list(HydraConfig.get().searchpath) if inside else []
+    return [f"hydra.searchpath={text(folders)}"] if folders else []
 
 
 def groups() -> list[str]:
