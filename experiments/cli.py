@@ -139,10 +139,12 @@ class Job:
     def __call__(self, cfg: DictConfig) -> Any:
         from hydra.core.hydra_config import HydraConfig
 
+        from specbench import fast
         from specbench.cli.recording import learn_from
 
         quiet()
         learn_from(cfg)
+        fast.enable(cfg.get("fast", True))
         if not str(HydraConfig.get().mode).endswith("MULTIRUN"):
             return load(self.verb).run(cfg)
         # The job as a command of its own: for its record, and for ranks that start by repeating the command.

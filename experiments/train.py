@@ -324,7 +324,7 @@ def initialise(draft: Draft, start: str, target: Any, tables: Tables) -> Begun:
 def evaluation_of(cfg: DictConfig, folder: Path, overrides: Sequence[str]) -> DictConfig:
     """The configuration of an evaluation of the draft that `cfg` trained in `folder`."""
     child, own = composed("evaluate", overrides), OmegaConf.to_container(cfg, resolve=True)
-    for key in ("root", "force", "target", "suite", "tracking", "max_new_tokens", "batch_size"):
+    for key in ("root", "force", "target", "suite", "tracking", "max_new_tokens", "batch_size", "fast"):
         OmegaConf.update(child, key, own[key], merge=False)
     child.draft, child.seed = str(folder), cfg.evaluation_seed
     if cfg.method.draft._target_ not in installed():

@@ -71,7 +71,8 @@ __all__ = list(PUBLIC)
 def __getattr__(name: str) -> Any:
     if name in PUBLIC:
         found = getattr(importlib.import_module(PUBLIC[name]), name)
-    elif (found := None if name.startswith("_") else _method(name)) is None:
+    # Only classes are looked for: `from specbench import fast` asks here first, while the drafts are being imported.
+    elif (found := _method(name) if name[:1].isupper() else None) is None:
         raise AttributeError(f"module 'specbench' has no attribute {name!r}; it has {', '.join(PUBLIC)}")
     globals()[name] = found
     return found

@@ -16,6 +16,8 @@ import pytest
 import torch
 from transformers.utils import logging
 
+from specbench import fast
+
 # What checks of targets remember stays with the tests that asked.
 if "SPECBENCH_CACHE" not in os.environ:
     os.environ["SPECBENCH_CACHE"] = tempfile.mkdtemp(prefix="specbench-checks-")
@@ -24,6 +26,18 @@ torch.set_num_threads(1)
 logging.disable_progress_bar()
 # A shell that starts the tests in the background ignores Ctrl-C for them, and some tests are about Ctrl-C.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--plain", action="store_true", help="run every test with specbench.fast switched off")
+
+
+@pytest.fixture(autouse=True)
+def switch(request: pytest.FixtureRequest):
+    """Fast computations, or plain ones throughout with --plain; a test that switches does so for itself alone."""
+    fast.enable(not request.config.getoption("--plain"))
+    yield
+    fast.enable()
 
 
 @pytest.fixture(autouse=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from specbench import fast
 from specbench.blocks import Blocks
 from specbench.models.embedding_head import Tables
 
@@ -52,6 +53,12 @@ def make(seed=0, dtype=torch.float64, size=V, **settings):
     mask = torch.arange(K) < torch.tensor([[4, 0, 2, 1, 4], [3, 4, 0, 0, 1]])[..., None]
     previous, labels = torch.randint(0, size, (2, B, N, K))
     return draft, tables, Blocks(hidden, torch.randn(B, N, K, D, dtype=dtype), previous, labels, mask)
+
+
+def plainly(objective, draft, tables, blocks):
+    """The loss by autograd on whole logits."""
+    with fast.plain():
+        return objective(draft, tables, blocks)
 
 
 def gradients(loss, draft, blocks):

@@ -3,43 +3,81 @@
 import pytest
 import torch
 
-from specbench.models.fast.direct_pass import fits
+from specbench import fast
+from specbench.models import selfcheck
+from specbench.models.fast.direct_pass import facts_of, windows_of
 from specbench.models.kv_cache import KVCache
 from specbench.models.target import Target
-from tests import tiny
+from tests import families, tiny
+
+# Every pre-norm family: biases, factors, partial and scaled ropes, windows shorter than the text.
+CONFIGS = {
+    **{name: families.config(name) for name in ("mistral", "qwen2, window", "phi3", "llama, llama3 rope")},
+    **{name: tiny.FAMILIES[name] for name in ("llama", "qwen2", "qwen3", "granite", "gemma")},
+    "llama, biases": {**tiny.LLAMA, "attention_bias": True, "mlp_bias": True},
+}
 
 
-@pytest.mark.parametrize("taps", [tiny.TAPS, (-1, 1), ()])
-def test_direct_pass_equals_the_librarys(taps):
-    direct = Target.from_config(tiny.QWEN3, taps, seed=3, stop_token_ids=[])
-    library = Target.from_config(tiny.QWEN3, taps or (0,), seed=3, stop_token_ids=[])
-    library.direct = None
-    assert direct.direct is not None
-    tokens, lengths = torch.randint(2, 90, (3, 9), generator=torch.Generator().manual_seed(0)), torch.tensor([9, 4, 6])
-    states = [owner.prefill(tokens, lengths)[0] for owner in (direct, library)]
-    for size, kept in ((1, [1, 1, 1]), (5, [2, 5, 1]), (3, [0, 1, 3])):
-        block = torch.randint(2, 90, (3, size), generator=torch.Generator().manual_seed(size))
-        ours, theirs = (owner.extend(state, block) for owner, state in zip((direct, library), states, strict=True))
-        torch.testing.assert_close(ours.last, theirs.last, atol=2e-5, rtol=1e-4)
-        if taps:
-            torch.testing.assert_close(ours.taps, theirs.taps, atol=2e-5, rtol=1e-4)
-        for state in states:
+@pytest.mark.parametrize(
+    ("name", "taps"), [*((name, tiny.TAPS) for name in CONFIGS), ("qwen3", (-1, 1)), ("granite", (-1,)), ("llama", ())]
+)
+def test_direct_pass_equals_the_librarys(name, taps):
+    taps = tuple(i for i in taps if i < CONFIGS[name]["num_hidden_layers"])
+    target = Target.from_config(CONFIGS[name], taps, seed=3, stop_token_ids=[])
+    assert target.decodes_directly and selfcheck.settle(target).mode == "direct"
+    for name, parameter in target.decoder.layers.named_parameters():
+        if "norm" in name or "bias" in name:  # away from neutral
+            parameter.copy_(torch.rand(parameter.shape, generator=torch.Generator().manual_seed(len(name))) + 0.5)
+    tokens, lengths = (
+        torch.randint(2, 90, (3, 19), generator=torch.Generator().manual_seed(0)),
+        torch.tensor([19, 14, 16]),
+    )
+
+    def extended():
+        state, context = target.prefill(tokens, lengths)
+        found = []
+        for size, kept in ((1, [1, 1, 1]), (5, [2, 5, 1]), (3, [0, 1, 3])):
+            block = torch.randint(2, 90, (3, size), generator=torch.Generator().manual_seed(size))
+            context = target.extend(state, block)
+            found += [context.last, context.taps]
             state.advance(torch.tensor(kept))
+        return found
+
+    ours = extended()
+    with fast.plain():
+        assert not target.decodes_directly
+        theirs = extended()
+    for our, their in zip(ours, theirs, strict=True):
+        # Of the largest: norms away from neutral make states of any size.
+        assert our.shape == their.shape and (our.numel() == 0 or (our - their).abs().max() <= 1e-5 * their.abs().max())
 
 
 @pytest.mark.parametrize(
     "change",
     [
         {"model_type": "gemma4_text"},
-        {"rope_parameters": {"rope_type": "yarn", "factor": 4.0}},
-        {"layer_types": ["full_attention", "sliding_attention"]},
-        {"use_sliding_window": True},
+        {"model_type": "mixtral"},
+        {"hidden_act": "relu"},
+        {"no_rope_layers": [1, 1, 0, 1]},
+        {"layer_types": ["full_attention", "chunked_attention"]},
     ],
 )
 def test_other_architectures_take_the_librarys_pass(change):
-    assert fits(tiny.QWEN3, torch.float32)
-    assert not fits({**tiny.QWEN3, **change}, torch.float32)
-    assert not fits(tiny.QWEN3, torch.bfloat16)
+    def ours(config, dtype=torch.float32):
+        return facts_of(config, dtype) is not None and windows_of(config, 2) is not None
+
+    assert ours(tiny.QWEN3)
+    assert not ours({**tiny.QWEN3, **change})
+    assert not ours(tiny.QWEN3, torch.bfloat16)
+
+
+def test_a_check_under_plain_computations_is_a_check_of_the_direct_pass_too(monkeypatch):
+    """What is remembered of a target must not depend on the switch of the process that checked it."""
+    target = Target.from_config(tiny.QWEN3, tiny.TAPS, seed=5, stop_token_ids=[])
+    monkeypatch.setattr(target.direct, "windows", [1] * 4)  # each token sees itself alone
+    with fast.plain():
+        report = selfcheck.examine(target)
+    assert report.mode == "library" and "direct decoding differs" in report.reason
 
 
 @pytest.mark.parametrize("lengths", [[4, 4], [4, 2]])

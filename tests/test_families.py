@@ -129,6 +129,7 @@ def test_a_wrong_mask_is_found_and_recomputed(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     owner = Target.from_config(families.config("mistral"), [0], seed=4, stop_token_ids=[])
+    owner.direct = None  # which makes its masks by itself
     monkeypatch.setattr(library_pass, "masks_by_row", lambda *args: nullcontext())
     report = selfcheck.settle(owner, anew=True)
     assert report.mode == "recompute" and owner.recomputes and "first in layer 0 of ragged" in report.reason
@@ -173,7 +174,7 @@ def test_a_result_is_remembered_for_the_same_target_alone(tmp_path: Path, monkey
             path.write_text(bad)
             assert selfcheck.remembered(path, good["key"]) is None, bad
         path.write_text(json.dumps(good))
-        assert selfcheck.remembered(path, good["key"]).mode == "library"
+        assert selfcheck.remembered(path, good["key"]).mode == "direct"
 
 
 @pytest.fixture(scope="module")
@@ -261,7 +262,7 @@ def test_token_ids_and_lengths_that_a_target_does_not_have_are_refused() -> None
 def test_the_check_on_the_command_line(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["target", f"check={folder}", f"root={tmp_path}"]) == 0
     said = capsys.readouterr().out
-    assert "decoded by its library pass" in said and "library: ragged, blocks and roll-backs" in said
+    assert "decoded by its direct pass" in said and "direct: ragged, blocks and roll-backs" in said
     assert [line.split()[0] for line in said.splitlines()[2:]] == ["layer", "-1", "0", "1", "final", "logits"]
     broken = mangled(folder, tmp_path / "broken", FOLDERS["nan"][0])
     assert main(["target", f"check={broken}", f"root={tmp_path}"]) == 2

@@ -7,7 +7,8 @@ import math
 import pytest
 import torch
 
-from specbench.losses.terms import TERMS, Blend, SlotWeight, slot_terms
+from specbench.losses.slot_weights import SlotWeight
+from specbench.losses.terms import TERMS, Blend, slot_terms
 
 V, IDS = 11, [0, 2, 3, 7, 10]
 

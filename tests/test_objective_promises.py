@@ -12,12 +12,10 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from specbench.blocks import Blocks
-from specbench.losses.chunks import _spans
+from specbench.losses.fused import RowPass, _spans, _top
 from specbench.losses.objective import Objective
-from specbench.losses.reference import reference_objective
-from specbench.losses.row_pass import RowPass, _top
-from specbench.losses.terms import Blend
-from tests.heads import IDS, TERM_SETTINGS, B, gradients, make
+from specbench.losses.terms import Blend, Combination
+from tests.heads import IDS, TERM_SETTINGS, B, gradients, make, plainly
 
 
 def test_sums_add_over_micro_batches():
@@ -102,8 +100,8 @@ def test_bf16_logits_are_judged_in_fp32():
     generator = torch.Generator().manual_seed(0)
     z, t = (torch.randn(9, 700, generator=generator).bfloat16() for _ in range(2))
     wide, labels, scale = z.float(), torch.arange(9), torch.rand(9, generator=generator)
-    coefficients = Objective(**TERM_SETTINGS["all"]).coefficients
-    low, high = (RowPass(coefficients)(logits, t, labels, scale) for logits in (z, wide))
+    combination = Objective(**TERM_SETTINGS["all"]).combination
+    low, high = (RowPass(combination)(logits, t, labels, scale) for logits in (z, wide))
     for name in low.terms:
         assert torch.equal(low.terms[name], high.terms[name])
     assert torch.equal(z, wide.bfloat16())
@@ -115,7 +113,7 @@ def test_bf16_parameters_are_summed_in_fp32():
     draft, tables = draft.bfloat16(), tables.bfloat16()
     hidden = blocks.hidden.detach().bfloat16().requires_grad_()
     blocks = Blocks(hidden, blocks.target.bfloat16(), blocks.previous, blocks.labels, blocks.mask)
-    loss, expected = objective(draft, tables, blocks), reference_objective(objective, draft, tables, blocks)
+    loss, expected = objective(draft, tables, blocks), plainly(objective, draft, tables, blocks)
     assert loss.value.dtype == torch.float32
     torch.testing.assert_close(loss.value, expected.value, rtol=1e-3, atol=0)
     for a, b in zip(gradients(loss, draft, blocks), gradients(expected, draft, blocks), strict=True):
@@ -142,7 +140,9 @@ def test_argmax_takes_the_first_of_equals():
 def test_disjoint_distributions_have_finite_loss_and_gradient():
     logits, target = torch.full((1, 600), -60.0), torch.full((1, 600), -60.0)
     logits[0, 0] = target[0, 1] = 60.0
-    rows = RowPass({"accept": 1.0, "kl": 1.0}, Blend(over="row"))(logits, target, torch.tensor([1]), torch.ones(1))
+    rows = RowPass(Combination({"accept": 1.0, "kl": 1.0}, Blend(over="row")))(
+        logits, target, torch.tensor([1]), torch.ones(1)
+    )
     assert float(rows.terms["accept"]) == pytest.approx(-math.log(1e-10))
     assert logits.isfinite().all() and logits[0, 0] == pytest.approx(1.0 + 1.0)  # kl and its blend: p - q
 

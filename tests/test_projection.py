@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from specbench.models.fast.projection import Known, Linears, SharedLookups, add_linear_, without
+from specbench.losses.gradients import Known, without
+from specbench.models.fast.projection import Linears, SharedLookups, add_linear_
 from specbench.profiling.step_measurement import _memory, _times, measure
 from specbench.profiling.training_speed import StepShape, whole_step
 

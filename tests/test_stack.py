@@ -7,6 +7,7 @@ from dataclasses import fields, replace
 import pytest
 import torch
 
+from specbench import fast
 from specbench.models.backbone import Backbone, Layer, RotaryEmbedding, backbone_of
 from specbench.models.fast import folded_layers as stack
 from specbench.models.fast.folded_layers import Folded, Plain, Stack
@@ -31,9 +32,9 @@ def layers_of(backbone: Backbone, paired: bool = False, seed: int = 0) -> list[L
 
 def both(layers: list[Layer], backbone: Backbone) -> tuple[Stack, Stack]:
     folded, plain = (Stack(layers, backbone, reads_context=layers[0].hidden_norm is None) for _ in range(2))
-    plain.folds = False
-    for one in (folded, plain):
-        one.renew()
+    folded.renew()
+    with fast.plain():
+        plain.renew()
     assert isinstance(folded._steps, Folded) and isinstance(plain._steps, Plain)
     return folded, plain
 
@@ -75,6 +76,9 @@ def run(one: Stack, backbone: Backbone, seed: int = 0) -> list[torch.Tensor]:
     "change",
     [
         *({}, {"head_norms": False}, {"activation": "gelu_pytorch_tanh"}, {"attention_scale": 0.7}, {"norm_eps": 0.1}),
+        *({"attention_bias": True}, {"attention_bias": True, "output_bias": False}, {"mlp_bias": True}),
+        *({"norm_adds_one": True}, {"attention_soft_cap": 2.0}),
+        {"residual_scale": 0.5, "attention_bias": True, "mlp_bias": True},
         {"rope_fraction": 0.5, "rope_leading": True},
         {"rope_scaling": {"rope_type": "linear", "factor": 3.0, "attention_factor": 0.7}},
     ],
@@ -108,13 +112,8 @@ def test_a_request_sees_the_weights_of_its_beginning():
     "backbone, dtype",
     [
         (backbone_of(tiny.GEMMA4), torch.float32),
-        (replace(QWEN3, attention_bias=True), torch.float32),
         (replace(QWEN3, norm_before_residual=True), torch.float32),
-        (replace(QWEN3, attention_bias=True, output_bias=False), torch.float32),
-        (replace(QWEN3, mlp_bias=True), torch.float32),
-        (replace(QWEN3, norm_adds_one=True), torch.float32),
-        (replace(QWEN3, residual_scale=0.5), torch.float32),
-        (replace(QWEN3, attention_soft_cap=5.0), torch.float32),
+        (replace(QWEN3, sandwich=True), torch.float32),
         (replace(QWEN3, layer_scalar=True), torch.float32),
         (QWEN3, torch.bfloat16),
     ],
@@ -144,8 +143,7 @@ def test_what_folding_covers_is_named_fact_by_fact():
         (covered if stack.foldable(replace(QWEN3, **{fact.name: other}), parameters) else refused).add(fact.name)
     assert covered == stack.FOLDED
     assert refused == {
-        *("attention_soft_cap", "attention_bias", "output_bias", "mlp_bias", "values_from_keys", "value_norm"),
-        *("sandwich", "layer_scalar", "residual_scale", "norm_adds_one", "norm_before_residual"),
+        *("values_from_keys", "value_norm", "sandwich", "layer_scalar", "norm_before_residual"),
     }
 
 

@@ -12,7 +12,7 @@ from lightning.pytorch.loggers import Logger
 from omegaconf import DictConfig, OmegaConf
 
 PLACES = ("dirpath", "save_dir")
-Part = TypeVar("Part", Callback, Logger)
+LightningPart = TypeVar("LightningPart", Callback, Logger)
 
 
 def callbacks_of(cfg: DictConfig, folder: Path) -> list[Callback]:
@@ -25,7 +25,7 @@ def loggers_of(cfg: DictConfig, folder: Path) -> list[Logger]:
     return _built("logger", cfg.get("logger"), Logger, folder)
 
 
-def _built(group: str, entries: DictConfig | None, kind: type[Part], folder: Path) -> list[Part]:
+def _built(group: str, entries: DictConfig | None, kind: type[LightningPart], folder: Path) -> list[LightningPart]:
     """One object an entry; an entry that is null is left out.
 
     Errors: ValueError for a class of another kind, arguments that it does not take, or a place outside of the folder.

@@ -360,6 +360,7 @@ class TrainSettings(Settings):
     max_new_tokens: Tokens
     batch_size: Count
     limit: Count | None
+    fast: bool = True
     evaluation_seed: Seed
 
     @model_validator(mode="after")
@@ -420,6 +421,7 @@ class EvaluateSettings(Settings):
     seed: Seed
     batch_size: Count
     token_budget: Count | None
+    fast: bool = True
     device: Device
     devices: Threads
 
@@ -481,6 +483,7 @@ class SpeedSettings(Settings):
     max_new_tokens: Tokens
     temperature: Temperature
     thinking: bool | None
+    fast: bool = True
     device: Device
     stop_token_ids: Stops | None
     train: StepTimesSettings
@@ -527,6 +530,7 @@ class AnswersSettings(Settings):
     api_key: Annotated[str, Told("a text")]
     concurrency: Threads
     patience: PatienceArguments
+    fast: bool = True
     device: Device
     batch_size: Count
     token_budget: Count | None
@@ -556,6 +560,7 @@ class CacheSettings(Settings):
     thinking: bool | None
     shard_bytes: Bytes
     batch_tokens: Tokens
+    fast: bool = True
     device: Device
 
 

@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from specbench import fast
 from specbench.blocks import Batch, Blocks, slot_positions, take
 from specbench.drafts.draft import Proposal, SampleFunction
 from specbench.drafts.parallel import ParallelDraft
@@ -143,7 +144,12 @@ class DSpark(ParallelDraft):
     def forward(self, batch: Batch) -> Blocks:
         """The Markov embeddings are looked up first. Backward goes the other way round: their gradient, as large as the
         vocabulary, is then made when the activations of the layers are gone."""
-        if self.markov_head is None or torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        if (
+            not fast.enabled()
+            or self.markov_head is None
+            or torch.compiler.is_compiling()
+            or not torch.is_grad_enabled()
+        ):
             return super().forward(batch)
         previous = take(batch.tokens, slot_positions(batch, self.block_size)[1])
         with SharedLookups() as lookups:

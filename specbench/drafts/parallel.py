@@ -16,6 +16,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from specbench import fast
 from specbench.blocks import PADDING, Batch, Blocks, Context, assemble, take
 from specbench.drafts.draft import Draft, Proposal, SampleFunction, State
 from specbench.drafts.initialisation import as_mean, last_layers
@@ -45,7 +46,7 @@ class ParallelDraft(Draft):
     window and `causal_block` say to the others (z-lab's drafts mix sliding layers with full ones). `checkpointing`
     recomputes layers in the backward pass.
     `by_span` says whether blocks are computed conversation by conversation where there is no CUDA, or all of the batch
-    in one dense piece, padding included (None: as there is less to do). Both give the same; dense is the oracle.
+    in one dense piece, padding included (None: as there is less to do). Both give the same; dense is the reference.
     """
 
     by_span: bool | None = None
@@ -138,7 +139,8 @@ class ParallelDraft(Draft):
         )
         (B, N), T, Q = anchors.shape, batch.tokens.shape[1], self.inputs
         # One row of the real blocks, conversation by conversation, where no kernel skips what is masked.
-        pieces = None if first.is_cuda or self.by_span is False else spans(visible, *real.nonzero(as_tuple=True))
+        dense = first.is_cuda or self.by_span is False or not fast.enabled()
+        pieces = None if dense else spans(visible, *real.nonzero(as_tuple=True))
         flat = bool(pieces) and (self.by_span or 2 * sum(map(_work, pieces)) < B * N * (T + LAYER_KEYS))
         # By whether a layer is one of the full ones.
         views = {False: visible}

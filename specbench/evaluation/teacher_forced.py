@@ -23,7 +23,7 @@ from torch import Tensor
 from specbench.blocks import Batch, Context, slot_positions, take, with_anchors
 from specbench.decoding.sampling import Sampling, warp
 from specbench.drafts.draft import Draft, Proposer
-from specbench.losses.chunks import CHUNK_BYTES
+from specbench.losses.fused import CHUNK_BYTES
 from specbench.metrics.functional import teacher_forced_sums
 from specbench.models.target import Target
 

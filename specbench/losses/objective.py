@@ -1,15 +1,20 @@
-"""Objective: a weighted sum of slot losses over blocks, in chunks that never hold a whole [rows x vocabulary] tensor.
+"""Objective: a weighted sum of slot losses over blocks.
 
-The forward pass goes through chunks of whole blocks: draft logits, target logits, one row pass (rowpass.py) that gives
-all terms and d loss / d logits in place, then the chunk's backward at once. What stays is the gradient of the features
-and of the projection's parameters; the outer backward hands it on. Only supervised slots ever reach a head.
+    features = draft.features(hidden, previous)                     what the draft's head reads, of every slot
+    results  = fused.slot_losses or reference.slot_losses           the terms of every supervised slot (terms.py)
+    loss     = sum over slots of w_k (sum of coefficient x term)    w_k: slot_weights.py
+               + confidence x BCE(confidence logit, alpha)
 
-Axes: B batch, N blocks a row, M = B*N blocks, K slots, R supervised slots, D hidden, F features, W draft vocabulary.
+The two ways to the results give the same numbers: `fused` in chunks that never hold a whole [slots x vocabulary]
+tensor, `reference` by autograd on whole logits (`specbench.fast.plain()` chooses it).
+
+Axes: B batch, N blocks a row, M = B*N blocks, K slots, R supervised slots, V target vocabulary.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated
 
@@ -18,12 +23,14 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
+from specbench import fast
 from specbench.blocks import Blocks
-from specbench.losses.chunks import Chunks, grid
-from specbench.losses.row_pass import RowPass, SlotResults
-from specbench.losses.terms import Blend, SlotWeight
+from specbench.losses import fused, reference
+from specbench.losses.gradients import leaves, without
+from specbench.losses.slot_weights import SlotWeight
+from specbench.losses.terms import Blend, Combination, grid
 from specbench.metrics.slot_statistics import SlotStatistics
-from specbench.models.fast.projection import Known, Linears, SharedLookups, leaves, without
+from specbench.models.fast.projection import SharedLookups
 from specbench.ranges import Among, AtLeastZero, Count, Number
 
 if TYPE_CHECKING:
@@ -31,7 +38,7 @@ if TYPE_CHECKING:
     from specbench.models.embedding_head import Tables
 
 NORMALISATIONS = ("weights", "positions")
-ROW_STATISTICS = ("ce", "tv", "alpha", "agreement", "hit", "label_outside", "outside")
+SLOT_STATISTICS = ("ce", "tv", "alpha", "agreement", "hit", "label_outside", "outside")
 
 
 @dataclass(frozen=True)
@@ -53,7 +60,7 @@ class Loss:
 
 
 class Objective:
-    """A loss as a configuration: coefficients of the terms of losses.py, a slot weight and a normalisation.
+    """A loss as a configuration: coefficients of the terms (terms.py), a slot weight and a normalisation.
 
     `blend` ({scale, decay, over}) adds LK's lambda form; over="batch" needs the mean acceptance first and costs a
     second visit of the heads. `confidence` weighs the cross-entropy of the draft's confidence against its acceptance
@@ -98,9 +105,9 @@ class Objective:
         for name, value in {**terms, "confidence": confidence}.items():
             if not 0 <= value < float("inf"):
                 raise ValueError(f"objective {name}={value}: give a coefficient of at least 0")
-        self.coefficients = {name: float(value) for name, value in terms.items() if value}
-        self.blend = None if blend is None else Blend.of(blend)
-        if not self.coefficients and self.blend is None and not confidence:
+        coefficients = {name: float(value) for name, value in terms.items() if value}
+        self.combination = Combination(coefficients, None if blend is None else Blend.of(blend))
+        if not coefficients and blend is None and not confidence:
             raise ValueError(f"the objective has no term; set one of {', '.join(terms)}, blend or confidence above 0")
         if normalise not in NORMALISATIONS:
             raise ValueError(f"normalise={normalise!r} is unknown; choose 'weights' or 'positions'")
@@ -111,27 +118,29 @@ class Objective:
 
     def __call__(self, draft: Draft, tables: Tables, blocks: Blocks, positions: int | None = None) -> Loss:
         """The loss of `blocks` (sums). `tables` is the target's head; `positions` is read by normalise="positions"."""
-        with blocks.lookups or SharedLookups():
-            features = draft.features(blocks.hidden, blocks.previous)[blocks.mask]
+        with blocks.lookups or (SharedLookups() if fast.enabled() else nullcontext()):
+            features = draft.features(blocks.hidden, blocks.previous)
             confidence = self.predict(draft, blocks)
-        learn = [parameter for parameter in draft.projection_parameters() if parameter.requires_grad]
-        learning = torch.is_grad_enabled() and bool(features.requires_grad or learn)
-        linears = Linears(learn)
-        with torch.no_grad():
-            visit = Chunks(draft, tables, blocks, features.detach(), self.slot_weight, self.chunk_rows)
-            mean_alpha = None
-            if self.blend is not None and self.blend.over == "batch":
-                mean_alpha = visit(RowPass({}, None, draft.draft_vocabulary), linears)[0].alpha.mean()
-            row_pass = RowPass(self.coefficients, self.blend, draft.draft_vocabulary, mean_alpha)
-            rows, outer = visit(row_pass, linears, learning)
-            gradients = [outer, *linears.totals()] if learning else []
-            del visit, linears, row_pass
-
-        def attach(value: Tensor) -> Tensor:
-            return Known.apply(value, gradients, features, *learn) if learning else value
-
-        shared = [*draft.projection_parameters(), *(leaves(features) if self.detach_confidence else [])]
-        return total(self, blocks, rows, confidence, shared, positions, attach)
+        inputs = (draft, tables, blocks, features, self.combination)
+        if fast.enabled():
+            results, with_gradient = fused.slot_losses(*inputs, self.slot_weight, self.chunk_rows)
+        else:
+            results, with_gradient = reference.slot_losses(*inputs)
+        mask = blocks.mask.flatten(0, 1)
+        weights = self.slot_weight.weigh(mask, grid(results.probability, mask), grid(results.hit, mask))
+        weight = weights[mask]
+        terms = {term: (weight * value).sum() for term, value in results.terms.items()}
+        factors = self.combination.factors
+        value = with_gradient(sum((factors[term] * amount for term, amount in terms.items()), weight.new_zeros(())))
+        if self.confidence:
+            logits, alpha = confidence[blocks.mask].to(weight.dtype), results.alpha.detach()
+            terms["confidence"] = (weight * F.binary_cross_entropy_with_logits(logits, alpha, reduction="none")).sum()
+            value = value + self.confidence * self.of_its_own(terms["confidence"], draft, features)
+        grids = {name: grid(getattr(results, name), mask) for name in SLOT_STATISTICS}
+        scores = None if confidence is None else confidence.flatten(0, 1)
+        slots = SlotStatistics.of(mask, weights, grids, scores)
+        found = {term: amount.detach() for term, amount in terms.items()}
+        return Loss(value, self.divisor(weight, positions), found, slots)
 
     def predict(self, draft: Draft, blocks: Blocks) -> Float[Tensor, "B N K"] | None:
         """The draft's confidence logits, with gradient only where they are trained; None without such a head."""
@@ -141,39 +150,16 @@ class Objective:
             raise ValueError(f"objective confidence={self.confidence:g} needs a draft with a confidence head")
         return logits
 
+    def of_its_own(self, term: Tensor, draft: Draft, features: Tensor) -> Tensor:
+        """The confidence term as it is to be trained: with `detach_confidence` nothing that the features read is."""
+        if not (self.detach_confidence and term.requires_grad):
+            return term
+        return without(term, [*draft.projection_parameters(), *leaves(features)])
 
-def total(
-    objective: Objective,
-    blocks: Blocks,
-    rows: SlotResults,
-    confidence: Float[Tensor, "B N K"] | None,
-    shared: Sequence[Tensor],
-    positions: int | None,
-    attach: Callable[[Tensor], Tensor] = lambda value: value,
-) -> Loss:
-    """Weigh and sum the rows; `attach` connects the sum to the gradients that were computed with it.
-
-    `shared` are the tensors that a detached confidence must not train.
-    """
-    mask = blocks.mask.flatten(0, 1)
-    weights = objective.slot_weight.weigh(mask, grid(rows.probability, mask), grid(rows.hit, mask))
-    weight = weights[mask]
-    terms = {term: (weight * value).sum() for term, value in rows.terms.items()}
-    factors = {"blend": 1.0} | objective.coefficients
-    value = attach(sum((factors[term] * amount for term, amount in terms.items()), weight.new_zeros(())))
-    if objective.confidence:
-        logits, alpha = confidence[blocks.mask].to(weight.dtype), rows.alpha.detach()
-        term = (weight * F.binary_cross_entropy_with_logits(logits, alpha, reduction="none")).sum()
-        terms["confidence"] = term
-        if objective.detach_confidence and term.requires_grad:
-            term = without(term, shared)
-        value = value + objective.confidence * term
-    if objective.normalise == "positions":
+    def divisor(self, weight: Float[Tensor, " R"], positions: int | None) -> Float[Tensor, ""]:
+        """What the sum is divided by, over all calls of an optimiser step."""
+        if self.normalise == "weights":
+            return weight.sum()
         if positions is None:
             raise ValueError("normalise='positions' needs the number of positions of the batch; pass positions=B*T")
-        divisor = weight.new_tensor(float(positions))
-    else:
-        divisor = weight.sum()
-    grids = {name: grid(getattr(rows, name), mask) for name in ROW_STATISTICS}
-    slots = SlotStatistics.of(mask, weights, grids, None if confidence is None else confidence.flatten(0, 1))
-    return Loss(value, divisor, {term: amount.detach() for term, amount in terms.items()}, slots)
+        return weight.new_tensor(float(positions))

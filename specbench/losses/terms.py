@@ -1,4 +1,4 @@
-"""Slot losses and slot weights as plain differentiable formulas on whole logits: the oracle of the chunked objective.
+"""The terms of a loss at one slot: plain differentiable formulas on whole logits, which `fused.py` computes in chunks.
 
 p is the draft's distribution, q the target's (from its last state at a+k-1), y the true token a+k; every softmax in
 at least fp32, temperature 1. With a reduced draft vocabulary p is zero outside of its ids and q is not renormalised:
@@ -12,10 +12,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
 TERMS = ("ce", "soft_ce", "kl", "reverse_kl", "js", "tv", "accept")
@@ -107,64 +107,41 @@ class Blend:
 
 
 @dataclass(frozen=True)
-class SlotWeight:
-    """The weight w_k of slot k = 1..K, the same for every term of the objective.
+class Combination:
+    """Which terms make the loss of a slot: a coefficient above 0 for each, and the blend (coefficient 1) if there is
+    one."""
 
-    exp g          exp(-(k-1)/g). DSpark's paper prints g = K; its released configurations hold g = 4 at K = 7.
-    power beta     beta^(k-1): Eagle3 0.8, MTP 0.6
-    uniform        1
-    dpace a        D-PACE (arXiv 2605.18810): s_k = (1-a) p_k(y_k) + a, c_k = prod_{j<=k} s_j, w_k = sum_{j>=k} c_j
-                   over the supervised slots, without gradient
-    first_failure  Spec-AUF (arXiv 2607.01893; also `specauf`): 1 up to and including the draft's first miss
-                   (argmax p is not y), 0 after it
-    """
-
-    kind: str
-    constant: float = math.nan
-
-    @classmethod
-    def of(cls, setting: str | Mapping[str, float | int]) -> SlotWeight:
-        """From a configuration: 'uniform', 'first_failure', {'exp': 4.0}, {'power': 0.8}, {'dpace': 0.5}."""
-        if isinstance(setting, str):
-            kind = "first_failure" if setting == "specauf" else setting
-            if kind in ("uniform", "first_failure"):
-                return cls(kind)
-        elif len(setting) == 1:
-            ((kind, constant),) = setting.items()
-            ranges = {"exp": (0.0, math.inf), "power": (0.0, 1.0), "dpace": (0.0, 1.0)}
-            if kind in ranges:
-                low, high = ranges[kind]
-                if not low < float(constant) <= high:
-                    raise ValueError(f"slot_weight {kind}={constant} must be above {low:g} and at most {high:g}")
-                return cls(kind, float(constant))
-        raise ValueError(
-            f"slot_weight={setting!r} is unknown; choose 'uniform', 'first_failure', {{'exp': g}}, {{'power': beta}} "
-            "or {'dpace': a}"
-        )
+    coefficients: Mapping[str, float] = field(default_factory=dict)
+    blend: Blend | None = None
 
     @property
-    def dynamic(self) -> bool:
-        """Whether the weights depend on what the draft predicts in the block."""
-        return self.kind in ("dpace", "first_failure")
+    def factors(self) -> dict[str, float]:
+        """What each of `SlotResults.terms` is multiplied by."""
+        return {"blend": 1.0, **self.coefficients}
 
-    def static(self, slots: int, device: torch.device | None = None) -> Float[Tensor, " K"]:
-        """w_1 .. w_K of a weight that depends on the slot alone (fp64)."""
-        k = torch.arange(slots, dtype=torch.float64, device=device)
-        if self.kind == "exp":
-            return torch.exp(-k / self.constant)
-        return self.constant**k if self.kind == "power" else torch.ones_like(k)
 
-    def weigh(
-        self, mask: Bool[Tensor, "M K"], probability: Float[Tensor, "M K"], hit: Bool[Tensor, "M K"]
-    ) -> Float[Tensor, "M K"]:
-        """Weights of whole blocks, 0 where unsupervised; `probability` is p(y), `hit` whether argmax p is y."""
-        probability = probability.detach()
-        if self.kind == "dpace":
-            survives = ((1 - self.constant) * probability + self.constant).masked_fill(~mask, 0.0).cumprod(-1)
-            weights = survives.flip(-1).cumsum(-1).flip(-1)
-        elif self.kind == "first_failure":
-            misses = (~hit & mask).long().cumsum(-1)
-            weights = ((misses - (~hit & mask).long()) == 0).to(probability.dtype)
-        else:
-            weights = self.static(mask.shape[-1], mask.device).to(probability.dtype).expand_as(probability)
-        return weights * mask
+@dataclass
+class SlotResults:
+    """What draft and target say of every supervised slot, in at least fp32. `terms` holds the active ones."""
+
+    ce: Float[Tensor, " R"]
+    probability: Float[Tensor, " R"]  # p(y), 0 where y is outside of the draft's vocabulary
+    tv: Float[Tensor, " R"]
+    alpha: Float[Tensor, " R"]
+    agreement: Bool[Tensor, " R"]  # draft and target have the same most likely token
+    hit: Bool[Tensor, " R"]  # the draft's most likely token is y
+    label_outside: Bool[Tensor, " R"]
+    outside: Float[Tensor, " R"]
+    terms: dict[str, Tensor]
+
+    @classmethod
+    def join(cls, parts: list[SlotResults]) -> SlotResults:
+        """The rows of several parts in order."""
+        names = [field.name for field in fields(cls) if field.name != "terms"]
+        joined = {name: torch.cat([getattr(part, name) for part in parts]) for name in names}
+        return cls(**joined, terms={term: torch.cat([part.terms[term] for part in parts]) for term in parts[0].terms})
+
+
+def grid(values: Shaped[Tensor, " R"], mask: Bool[Tensor, "M K"]) -> Shaped[Tensor, "M K"]:
+    """Values of the supervised slots on the block grid, zero elsewhere."""
+    return torch.zeros(mask.shape, dtype=values.dtype, device=values.device).masked_scatter(mask, values)

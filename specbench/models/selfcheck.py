@@ -30,6 +30,7 @@ import xxhash
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from specbench import fast
 from specbench.files.atomic import write_json
 from specbench.models.library_pass import Masks
 
@@ -60,6 +61,7 @@ VIEW = (
     "fast/direct_pass",
     "fast/folded_layers",
     "backbone",
+    "rope",
     "attention",
     "embedding_head",
 )
@@ -209,7 +211,8 @@ def examine(target: Any) -> SelfCheckReport:
             for name in ("direct", "library") if target.direct is not None else ("library",):
                 target.direct = held if name == "direct" else None
                 target.masks = Masks()
-                found = _guarded(lambda name=name: _decoded(target, tokens, lengths, truth, name))
+                with fast.switched(True):  # what is remembered holds for whoever decodes with fast computations
+                    found = _guarded(lambda name=name: _decoded(target, tokens, lengths, truth, name))
                 asked, target.masks = target.masks.windows, None
                 if isinstance(found, Exception):
                     kind = type(target.decoder).__name__

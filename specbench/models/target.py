@@ -25,10 +25,11 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerBase
 
+from specbench import fast
 from specbench.blocks import Context
 from specbench.models import selfcheck
 from specbench.models.embedding_head import Tables
-from specbench.models.fast.direct_pass import DirectPass, fits
+from specbench.models.fast.direct_pass import DirectPass
 from specbench.models.kv_cache import KVCache
 from specbench.models.library_pass import (
     Masks,
@@ -144,8 +145,8 @@ class Target:
         self._streams = factors.streams
         self._keeps_logits = "logits_to_keep" in signature(model.forward).parameters
         self.stop_token_ids = self._stops() if stop_token_ids is None else tuple(stop_token_ids)
-        # The pass that `extend` takes: our own where it can, the library's where this is None.
-        self.direct = DirectPass(self.text, self.decoder) if fits(self.text, embedding.dtype) else None
+        # Our own pass for `extend`; the library's is taken where this is None.
+        self.direct = DirectPass.of(own.to_dict(), self.decoder)
         self.masks: Masks | None = None
         self._captured: dict[int, Tensor] = {}
         self._hooks: list[Any] = []
@@ -239,6 +240,11 @@ class Target:
     def dtype(self) -> torch.dtype:
         return self.tables.embedding.dtype
 
+    @property
+    def decodes_directly(self) -> bool:
+        """Whether `extend` runs our own pass (models/fast/direct_pass.py) and not the library's."""
+        return self.direct is not None and fast.enabled()
+
     @cached_property
     def weights_hash(self) -> str:
         """Digest of every parameter and buffer that is saved, independent of files and dtypes' names."""
@@ -285,7 +291,7 @@ class Target:
         """Start B requests from right-padded prompts. Returns their state and the target states of all prompt
         tokens.
         """
-        if self.direct is not None:
+        if self.decodes_directly:
             self.direct.stack.renew()
         state, lengths = TargetState(KVCache(len(tokens), self.device)), lengths.to(self.device)
         if self.recomputes or self._beyond(tokens.shape[1]):
@@ -307,10 +313,10 @@ class Target:
             taps, last = self._prefixes(stored, cache.lengths, size)
         elif self.recomputes:
             taps, last = self._recompute(stored, cache.lengths, size)
-        elif self.direct is None:
-            taps, last = self._by_library(cache, tokens)
-        else:
+        elif self.decodes_directly:
             taps, last = self.direct(cache, tokens, self.target_layer_ids)
+        else:
+            taps, last = self._by_library(cache, tokens)
         return Context(taps, last, torch.full((len(tokens),), size, device=self.device))
 
     @torch.inference_mode()

@@ -18,13 +18,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from specbench.blocks import Batch, Sample, pack, with_anchors
+from specbench import fast
+from specbench.blocks import Batch, Blocks, Sample, pack, with_anchors
 from specbench.drafts.draft import Draft
 from specbench.drafts.dspark import DSpark
 from specbench.drafts.eagle3 import Eagle3
 from specbench.drafts.parallel import ParallelDraft
 from specbench.losses.objective import Objective
-from specbench.losses.reference import reference_objective, unrolled_objective
 from specbench.models.backbone import qwen3
 from specbench.models.embedding_head import Tables
 from specbench.profiling.step_measurement import PrepareStep
@@ -130,7 +130,13 @@ def _loss(shape: StepShape, straightforward: bool, compiled: bool = False) -> tu
     if not straightforward:
         return lambda: objective(draft, tables, draft(batch)).mean, draft
     if shape.method == "dspark":
-        return lambda: reference_objective(objective, draft, tables, draft(batch)).mean, draft
+
+        def plain_loss() -> Tensor:
+            blocks = draft(batch)
+            with fast.plain():
+                return objective(draft, tables, blocks).mean
+
+        return plain_loss, draft
     everywhere = replace(plain, anchors=torch.arange(shape.tokens, device=shape.device)[None])
     allowed = torch.zeros_like(plain.loss_mask)[..., None]
     allowed[0, batch.anchors[0]] = True
@@ -140,6 +146,28 @@ def _loss(shape: StepShape, straightforward: bool, compiled: bool = False) -> tu
         return unrolled_objective(objective, draft, tables, replace(blocks, mask=blocks.mask & allowed))
 
     return unrolled, draft
+
+
+def unrolled_objective(objective: Objective, draft: Draft, tables: Tables, blocks: Blocks) -> Tensor:
+    """Mean soft cross-entropy of a draft unrolled from every position, as its trainers usually compute it.
+
+    The target's distribution of all positions is made once; each step's whole logits live until the backward pass.
+    `blocks` must start one at every position of the batch. For objectives of soft_ce alone with static slot weights.
+    """
+    assert objective.combination.coefficients.keys() == {"soft_ce"} and not objective.slot_weight.dynamic
+    with torch.no_grad():
+        judged = tables.logits(blocks.target[:, :, 0].flatten(0, 1)).float().softmax(-1)
+        best = judged.argmax(-1)
+    weights = objective.slot_weight.static(blocks.mask.shape[-1], blocks.mask.device).float()
+    features = draft.features(blocks.hidden, blocks.previous)
+    value, hits = judged.new_zeros(()), []
+    for k, weight in enumerate(weights):
+        logits = draft.project(features[:, :, k].flatten(0, 1))
+        seen, kept = blocks.source[..., k].flatten(), blocks.mask[..., k].flatten()
+        losses = -(judged[seen] * logits.float().log_softmax(-1)).sum(-1)
+        hits.append((logits.detach().argmax(-1) == best[seen])[kept].sum())
+        value = value + weight * (losses * kept).sum()
+    return objective.combination.coefficients["soft_ce"] * value / (weights * blocks.mask.flatten(0, 1).sum(0)).sum()
 
 
 def agreement(shape: StepShape) -> dict[str, float]:
@@ -152,9 +180,9 @@ def agreement(shape: StepShape) -> dict[str, float]:
         value.backward()
         values.append(float(value.detach()))
         gradients.append({name: p.grad for name, p in draft.named_parameters() if p.requires_grad})
-    product, oracle = gradients
-    apart = torch.stack([(product[k] - oracle[k]).double().norm() for k in oracle])
-    sizes = torch.stack([gradient.double().norm() for gradient in oracle.values()])
+    product, reference = gradients
+    apart = torch.stack([(product[k] - reference[k]).double().norm() for k in reference])
+    sizes = torch.stack([gradient.double().norm() for gradient in reference.values()])
     return {
         "loss": abs(values[0] - values[1]) / abs(values[1]),
         "gradient": float(apart.norm() / sizes.norm()),
@@ -184,7 +212,7 @@ def matrix_step(shape: StepShape, size: int) -> Callable[[], Tensor]:
 def statistics_step(shape: StepShape) -> Callable[[], Tensor]:
     """The work of the statistics alone: the most likely token of every row of draft and target, and the sums by
     slot."""
-    from specbench.losses.row_pass import _tiles, _top
+    from specbench.losses.fused import _tiles, _top
     from specbench.metrics.slot_statistics import SlotStatistics
 
     torch.manual_seed(0)

@@ -37,7 +37,7 @@ ANYWHERE = (
     ),
     *("tracking", "progress", "logging", "verbose", "logger"),
     *(f"callbacks.{name}" for name in ("progress", "learning_rate_monitor", "model_checkpoint", "model_summary")),
-    *("device", "devices", "target.device", "target.threads", "threads"),
+    *("device", "devices", "target.device", "target.threads", "threads", "fast"),
     *("batch_size", "token_budget", "concurrency", "patience", "servers", "api_key", "chunk"),
     *("trainer.recipe.log_every", "trainer.data.threads"),
     *(f"trainer.{key}" for key in ("accelerator", "devices", "enable_progress_bar")),

@@ -2,9 +2,9 @@
 
 A decoding step of a small model, or of any model at batch 1, is bound by what is spent around each operation, not by
 the operation. A folded layer asks for a quarter of them: query, key and value projections are one matrix with the
-norm's weight inside, gate and up projections another, residuals are added by the product before them, and
-norm(x) = x / hypot(|x|, sqrt(n eps)) leaves its sqrt(n) in the weight. The modules are the oracle and do everything
-that folding does not cover.
+norm's weight inside, gate and up projections another, residuals are added by the product before them (a factor on what
+is added lies in the weights), and norm(x) = x / hypot(|x|, sqrt(n eps)) leaves its sqrt(n) in the weight. The modules
+are the reference and do everything that folding does not cover. docs/performance.md ("Decoding") has what it buys.
 
 Axes: B rows, S new tokens, R = B S, L layers, D hidden, H query and G key-value heads, d head size.
 """
@@ -18,6 +18,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from specbench import fast
 from specbench.models.attention import attend_stored
 from specbench.models.backbone import ACTIVATIONS, Backbone, Layer, Rope, rotate
 from specbench.models.kv_cache import KVCache
@@ -27,7 +28,8 @@ FOLDED_BYTES = 256 * 2**20
 # Facts that folded layers follow; those of rope, tables and window reach them through their arguments.
 FOLDED = {
     *("family", "hidden_size", "intermediate_size", "heads", "kv_heads", "head_dim", "vocab_size"),
-    *("norm_eps", "activation", "attention_scale", "head_norms"),
+    *("norm_eps", "norm_adds_one", "activation", "attention_scale", "attention_soft_cap", "head_norms"),
+    *("attention_bias", "output_bias", "mlp_bias", "residual_scale"),
     *("rope_theta", "rope_fraction", "rope_leading", "rope_scaling", "rope_length"),
     *("embedding_scale", "soft_cap", "logit_scale", "window"),
 }
@@ -36,20 +38,19 @@ FOLDED = {
 class Stack:
     """Layers of one backbone that extend a KVCache. `renew` before a request begins: it folds them anew if they were
     changed since; until the next one, folded layers keep the weights that it saw. Changes through `Tensor.data`, which
-    autograd does not count, go unseen. `reads_context`: `store_context` will be asked for. `folds` False keeps to the
-    modules, and so does autocast, which would cast the folded norms too.
+    autograd does not count, go unseen. `reads_context`: `store_context` will be asked for. `specbench.fast.plain()`
+    keeps to the modules, and so does autocast, which would cast the folded norms too.
     """
 
     def __init__(self, layers: Iterable[Layer], backbone: Backbone, reads_context: bool = False):
         self.layers, self.backbone, self.reads_context = list(layers), backbone, reads_context
-        self.folds = True
         self._steps: Plain | Folded = Plain(self.layers, backbone)
         self._seen: tuple | None = None
 
     def renew(self) -> None:
         """Take the layers' present weights."""
         parameters = [p for layer in self.layers for p in layer.parameters()]
-        folds = self.folds and not torch.is_autocast_enabled(parameters[0].device.type)
+        folds = fast.enabled() and not torch.is_autocast_enabled(parameters[0].device.type)
         seen = (folds, *((p.data_ptr(), p.device, _version(p)) for p in parameters))
         if seen == self._seen:
             return
@@ -95,7 +96,7 @@ class Stack:
 
 
 def foldable(backbone: Backbone, parameters: Sequence[nn.Parameter]) -> bool:
-    """Whether Folded covers these layers: pre-norm, no biases, fp32 (shorter formats round norms elsewhere), small.
+    """Whether Folded covers these layers: pre-norm, fp32 (shorter formats round norms elsewhere), small.
 
     A fact that is not among those that Folded reads must be at its default.
     """
@@ -140,50 +141,66 @@ class Folded:
             torch.tensor((size * backbone.norm_eps) ** 0.5, device=device)
             for size in (backbone.hidden_size, backbone.head_dim)
         )
-        root, head_root = backbone.hidden_size**0.5, backbone.head_dim**0.5
-        self.scale, self.paired = backbone.scale, layers[0].hidden_norm is not None
-        self.project, self.out, self.gate_up, self.down, self.head_weights = [], [], [], [], []
+        self.scale, self.soft_cap = backbone.scale, backbone.attention_soft_cap
+        self.paired = layers[0].hidden_norm is not None
+        root, head_root, added = backbone.hidden_size**0.5, backbone.head_dim**0.5, backbone.residual_scale
+        self.project, self.project_bias, self.head_weights = [], [], []
+        self.out, self.out_bias, self.gate_up, self.gate_up_bias, self.down, self.down_bias = [], [], [], [], [], []
+
+        def gain(norm: nn.RMSNorm) -> Tensor:
+            return 1.0 + norm.weight if backbone.norm_adds_one else norm.weight
+
         for layer in layers:
             attention, mlp = layer.self_attn, layer.mlp
             norms = [layer.input_layernorm, *([] if layer.hidden_norm is None else [layer.hidden_norm])]
-            entering = torch.cat([norm.weight for norm in norms]) * root
-            joined = torch.cat([p.weight for p in (attention.q_proj, attention.k_proj, attention.v_proj)])
-            self.project.append((joined * entering).t().contiguous())
-            self.out.append(attention.o_proj.weight.t().clone())
-            entering_mlp = layer.post_attention_layernorm.weight * root
-            wide = torch.cat([mlp.gate_proj.weight, mlp.up_proj.weight]) * entering_mlp
+            entering = torch.cat([gain(norm) for norm in norms]) * root
+            projections = (attention.q_proj, attention.k_proj, attention.v_proj)
+            self.project.append((torch.cat([p.weight for p in projections]) * entering).t().contiguous())
+            self.project_bias.append(_biases(projections))
+            self.out.append((attention.o_proj.weight * added).t().contiguous())
+            self.out_bias.append(_biases([attention.o_proj], added))
+            wide = torch.cat([mlp.gate_proj.weight, mlp.up_proj.weight]) * (gain(layer.post_attention_layernorm) * root)
             self.gate_up.append(wide.t().contiguous())
-            self.down.append(mlp.down_proj.weight.t().clone())
+            self.gate_up_bias.append(_biases([mlp.gate_proj, mlp.up_proj]))
+            self.down.append((mlp.down_proj.weight * added).t().contiguous())
+            self.down_bias.append(_biases([mlp.down_proj], added))
             if backbone.head_norms:
                 sides = ((attention.q_norm, self.heads), (attention.k_norm, self.kv_heads))
-                self.head_weights.append(torch.cat([n.weight.expand(count, -1) for n, count in sides]) * head_root)
+                self.head_weights.append(torch.cat([gain(n).expand(count, -1) for n, count in sides]) * head_root)
         if reads_context:
-            pairs = [(layer.self_attn.k_proj.weight, layer.self_attn.v_proj.weight) for layer in layers]
-            self.context = torch.cat([*(k for k, _ in pairs), *(v for _, v in pairs)]).t().contiguous()
+            pairs = [(layer.self_attn.k_proj, layer.self_attn.v_proj) for layer in layers]
+            everything = [*(k for k, _ in pairs), *(v for _, v in pairs)]
+            self.context = torch.cat([p.weight for p in everything]).t().contiguous()
+            self.context_bias = _biases(everything)
 
     def extend(self, layer, x, rope, cache, mask, embedding, behind) -> Tensor:
         B, S, D = x.shape
         rows = x.reshape(B * S, D)
-        heads = torch.mm(self.entering(rows, embedding), self.project[layer]).view(B, S, -1, self.head_dim)
+        heads = _product(self.entering(rows, embedding), self.project[layer], self.project_bias[layer])
+        heads = heads.view(B, S, -1, self.head_dim)
         turned = self.turn(heads.narrow(2, 0, self.heads + self.kv_heads), layer, rope)
         keys = turned.narrow(2, self.heads, self.kv_heads)
         stored = cache.write(layer, keys, heads.narrow(2, self.heads + self.kv_heads, self.kv_heads), behind)
-        seen = attend_stored(turned.narrow(2, 0, self.heads), stored, mask, self.scale)
-        rows = torch.addmm(rows, seen.reshape(B * S, -1), self.out[layer])
-        gate, up = torch.mm(unit(rows, self.floor), self.gate_up[layer]).chunk(2, -1)
+        seen = attend_stored(turned.narrow(2, 0, self.heads), stored, mask, self.scale, self.soft_cap)
+        rows = torch.addmm(_plus(rows, self.out_bias[layer]), seen.reshape(B * S, -1), self.out[layer])
+        wide = _product(unit(rows, self.floor), self.gate_up[layer], self.gate_up_bias[layer])
+        gate, up = wide.chunk(2, -1)
+        rows = _plus(rows, self.down_bias[layer])
         return torch.addmm(rows, self.activation(gate) * up, self.down[layer]).view(B, S, D)
 
     def store(self, layer, x, rope, cache, embedding) -> None:
         B, S, D = x.shape
         y, queries = self.entering(x.reshape(B * S, D), embedding), self.heads * self.head_dim
-        heads = torch.mm(y, self.project[layer][:, queries:]).view(B, S, -1, self.head_dim)
+        bias = self.project_bias[layer]
+        heads = _product(y, self.project[layer][:, queries:], None if bias is None else bias[queries:])
+        heads = heads.view(B, S, -1, self.head_dim)
         keys = heads.narrow(2, 0, self.kv_heads)
         turned = self.turn(keys, layer, rope, slice(self.heads, None))
         cache.write(layer, turned, heads.narrow(2, self.kv_heads, self.kv_heads))
 
     def store_context(self, features, rope, cache) -> None:
         (B, S, D), G = features.shape, self.kv_heads
-        heads = torch.mm(features.reshape(B * S, D), self.context).view(B, S, -1, self.head_dim)
+        heads = _product(features.reshape(B * S, D), self.context, self.context_bias).view(B, S, -1, self.head_dim)
         L = len(self.project)
         keys = heads.narrow(2, 0, L * G)
         if self.head_weights:
@@ -208,6 +225,19 @@ class Folded:
 def unit(x: Float[Tensor, "*b n"], floor: Float[Tensor, ""]) -> Float[Tensor, "*b n"]:
     """RMSNorm without weight and without the factor sqrt(n); `floor` is sqrt(n eps)."""
     return x / torch.hypot(torch.linalg.vector_norm(x, dim=-1, keepdim=True), floor)
+
+
+def _biases(linears: Sequence[nn.Linear], factor: float = 1.0) -> Tensor | None:
+    """The biases of several layers end to end; None where they have none."""
+    return None if linears[0].bias is None else torch.cat([linear.bias for linear in linears]) * factor
+
+
+def _product(x: Float[Tensor, "R n"], weight: Float[Tensor, "n m"], bias: Tensor | None) -> Float[Tensor, "R m"]:
+    return torch.mm(x, weight) if bias is None else torch.addmm(bias, x, weight)
+
+
+def _plus(rows: Float[Tensor, "R D"], bias: Tensor | None) -> Float[Tensor, "R D"]:
+    return rows if bias is None else rows + bias
 
 
 def _version(parameter: nn.Parameter) -> int:

@@ -1,79 +1,161 @@
-"""The row pass: every loss term, its gradient and the acceptance statistics from one visit of a chunk of logits.
+"""The objective computed in chunks: no [rows x vocabulary] tensor is ever held whole. `reference.py` is its plain form.
 
-The draft's logits are overwritten in place by d loss / d logits. With p, q as in losses.py and m = [p < q],
-d tv / d logits = -2 p (m - sum p m), which is p (s - sum s p) for s = sign(p - q) without its cancellation when p and q
-hardly overlap; every other term is p times a row-wise combination, plus a multiple of q, plus one entry at the label.
+The supervised slots go through both heads in chunks of whole blocks. In each chunk the draft's logits are overwritten
+by d loss / d logits, and the chunk's backward pass follows at once; what stays is the gradient of the features and of
+the projection's parameters, which the outer backward pass hands on.
+
+With p, q as in terms.py and m = [p < q], the gradient of every term is a sum of few row-wise combinations:
+
+    d ce         = p - onehot(y)
+    d soft_ce    = p sum(q) - q                       (and d kl; sum(q) < 1 for a reduced draft vocabulary)
+    d tv         = -2 p (m - sum p m)                 which is p (s - sum s p) for s = sign(p - q) without its
+                                                      cancellation when p and q hardly overlap
+    d accept     = d tv / (2 alpha)                   since alpha = 1 - tv / 2
+    d reverse_kl = p (u - sum p u)                    u = log p - log q
+    d js         = p (l - sum p l) / 2                l = log p - log((p + q) / 2)
+    d blend      = w d kl + (1 - w) d tv / 2
+
+so that d loss = p (slope_m m + slope_u u + slope_l l + level) + slope_q q + spike at y, in one visit of the logits.
 Where p equals q exactly, m = 0 (autograd of |p - q| takes the middle of the subgradients there).
 
-Axes: r rows of a chunk, W draft vocabulary, V target vocabulary.
+Axes: M blocks, K slots, R supervised slots, r rows of a chunk, u target rows of a chunk, D hidden, F features,
+W draft vocabulary, V target vocabulary.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
-from specbench.losses.terms import SMALLEST_ALPHA, Blend, draft_columns
+from specbench.blocks import Blocks
+from specbench.losses.gradients import Known
+from specbench.losses.slot_weights import SlotWeight
+from specbench.losses.terms import SMALLEST_ALPHA, Combination, SlotResults, draft_columns, grid
+from specbench.models.fast.projection import Linears
 
+if TYPE_CHECKING:
+    from specbench.drafts.draft import Draft
+    from specbench.models.embedding_head import Tables
+
+# Bytes of one [chunk x vocabulary] fp32 tensor; two or three are alive at once. Smaller chunks cost matrix products
+# their efficiency: on a CPU core 448 rows of 151,936 took 3.9 s in chunks of 49, 3.2 s in chunks of 112, 2.6 s at once.
+CHUNK_BYTES = {"cpu": 60 * 2**20, "cuda": 512 * 2**20}
 # On CPU the rows are visited in tiles of about this many bytes a buffer, so that the dozen visits of a tile hit the
 # cache: 448 rows of 151,936 took 0.32 s of one core in tiles of 1.8 MiB, 0.40 s in 5 MiB, 0.92 s in one piece.
 TILE_BYTES = 2 * 2**20
 
 
-@dataclass
-class SlotResults:
-    """Results of each row in at least fp32; `terms` holds the active ones."""
+def slot_losses(
+    draft: Draft,
+    tables: Tables,
+    blocks: Blocks,
+    features: Float[Tensor, "B N K F"],
+    combination: Combination,
+    slot_weight: SlotWeight,
+    chunk_rows: int | None = None,
+) -> tuple[SlotResults, Callable[[Tensor], Tensor]]:
+    """Results of the supervised slots, and a function that gives the summed loss its gradient (which is known by now).
 
-    ce: Float[Tensor, " r"]
-    probability: Float[Tensor, " r"]
-    tv: Float[Tensor, " r"]
-    alpha: Float[Tensor, " r"]
-    agreement: Bool[Tensor, " r"]
-    hit: Bool[Tensor, " r"]
-    label_outside: Bool[Tensor, " r"]
-    outside: Float[Tensor, " r"]
-    terms: dict[str, Tensor]
-
-    @classmethod
-    def join(cls, parts: list[SlotResults]) -> SlotResults:
-        """The rows of several parts in order."""
-        names = [field.name for field in fields(cls) if field.name != "terms"]
-        joined = {name: torch.cat([getattr(part, name) for part in parts]) for name in names}
-        return cls(**joined, terms={term: torch.cat([part.terms[term] for part in parts]) for term in parts[0].terms})
-
-
-def _tiles(rows: int, like: Tensor) -> Iterator[slice]:
-    """Consecutive rows that are visited together (one empty tile if there are none)."""
-    height = max(1, TILE_BYTES // (4 * like.shape[1]) if like.device.type == "cpu" else rows)
-    return (slice(start, min(start + height, rows)) for start in range(0, max(1, rows), height))
-
-
-def _top(logits: Tensor, width: int = 512) -> tuple[Tensor, Tensor]:
-    """Largest logit of each row and its first index, in two levels: torch's own search is some twenty times slower."""
-    main = logits.shape[1] // width * width
-    if main == 0:
-        return logits.max(-1)
-    heads = logits[:, :main].unflatten(1, (-1, width)).amax(-1)
-    if main < logits.shape[1]:
-        heads = torch.cat([heads, logits[:, main:].amax(-1, keepdim=True)], 1)
-    best = heads.argmax(1, keepdim=True)
-    index = (best * width + torch.arange(width, device=logits.device)).clamp_max(logits.shape[1] - 1)
-    first = index.gather(1, logits.gather(1, index).argmax(1, keepdim=True))
-    return heads.gather(1, best)[:, 0], first[:, 0]
+    chunk_rows: rows of vocabulary size held at once (None: by vocabulary and device; at least one block).
+    """
+    rows = features[blocks.mask]
+    learn = [parameter for parameter in draft.projection_parameters() if parameter.requires_grad]
+    learning = torch.is_grad_enabled() and bool(rows.requires_grad or learn)
+    linears, ids = Linears(learn), draft.draft_vocabulary
+    with torch.no_grad():
+        visit = Chunks(draft, tables, blocks, rows.detach(), slot_weight, chunk_rows)
+        mean_alpha = None
+        if combination.blend is not None and combination.blend.over == "batch":
+            mean_alpha = visit(RowPass(Combination(), ids), linears)[0].alpha.mean()
+        results, outer = visit(RowPass(combination, ids, mean_alpha), linears, learning)
+        gradients = [outer, *linears.totals()] if learning else []
+    if not learning:
+        return results, lambda value: value
+    return results, lambda value: Known.apply(value, gradients, rows, *learn)
 
 
-def _softmax(logits: Tensor, top: Tensor, out: Tensor) -> Tensor:
-    """Softmax into `out`; returns the log normaliser. torch's own sums 151,936 exponentials in fp32 to 6e-6 only."""
-    torch.sub(logits, top[:, None], out=out).exp_()
-    norm = out.sum(-1, keepdim=True)
-    out.mul_(norm.reciprocal())
-    return top + norm[:, 0].log()
+class Chunks:
+    """The supervised slots of one step. `features` (R, F) are theirs, without gradient."""
+
+    def __init__(
+        self,
+        draft: Draft,
+        tables: Tables,
+        blocks: Blocks,
+        features: Tensor,
+        slot_weight: SlotWeight,
+        chunk_rows: int | None = None,
+    ):
+        self.draft, self.tables, self.features, self.slot_weight = draft, tables, features, slot_weight
+        self.target_linears = Linears()
+        self.rows = chunk_rows
+        self.mask = blocks.mask.flatten(0, 1)
+        self.target, self.labels = blocks.target[blocks.mask], blocks.labels[blocks.mask]
+        # Slots that share a target state share its logits too; on the CPU, because chunk by chunk would synchronise.
+        self.source = None if blocks.source is None else blocks.source[blocks.mask].cpu()
+        slots = self.mask.shape[1]
+        self.static = self.slot_weight.static(slots, self.mask.device).expand(self.mask.shape)[self.mask]
+        if self.rows is None:
+            vocabulary = tables.logits(self.target[:0]).shape[-1]
+            self.rows = CHUNK_BYTES.get(self.mask.device.type, CHUNK_BYTES["cuda"]) // (4 * vocabulary)
+        self.spans = list(_spans(self.mask.sum(-1).tolist(), self.rows))
+        self.target_linears.room = min(self.rows, len(self.target))
+
+    def __call__(self, row_pass: RowPass, linears: Linears, learning: bool = False) -> tuple[SlotResults, Tensor]:
+        """Results of all rows, and if `learning` the gradient of the features (else empty)."""
+        linears.room = self.target_linears.room
+        parts = [self.chunk(row_pass, linears, learning, rows, blocks) for rows, blocks in self.spans]
+        return SlotResults.join([rows for rows, _ in parts]), torch.cat([outer for _, outer in parts])
+
+    def chunk(
+        self, row_pass: RowPass, linears: Linears, learning: bool, rows: slice, blocks: slice
+    ) -> tuple[SlotResults, Tensor]:
+        """One chunk of whole blocks, forward and backward."""
+        features = self.features[rows].detach().requires_grad_(learning)
+        with torch.set_grad_enabled(learning), linears:
+            logits = self.draft.project(features)
+        states, of = self.distinct(rows)
+        with self.target_linears:
+            target = self.tables.logits(states)
+        if not learning:
+            return row_pass(logits, target, self.labels[rows], of=of), self.features[:0]
+        # Written to in place: if something saved these logits for its backward, autograd refuses rather than errs.
+        gradient = logits.detach().contiguous()
+        if gradient.untyped_storage().data_ptr() == features.untyped_storage().data_ptr():
+            gradient = gradient.clone()
+        scale = torch.ones_like(self.static[rows]) if self.slot_weight.dynamic else self.static[rows]
+        results = row_pass(gradient, target, self.labels[rows], scale, of)
+        if self.slot_weight.dynamic:
+            mask = self.mask[blocks]
+            weight = self.slot_weight.weigh(mask, grid(results.probability, mask), grid(results.hit, mask))
+            gradient.mul_(weight[mask][:, None])
+        return results, linears.back(features, logits, gradient)
+
+    def distinct(self, rows: slice) -> tuple[Tensor, Tensor | None]:
+        """A copy of the distinct target states (u, D) of these rows, and which of them each row has."""
+        if self.source is None:
+            return self.target[rows].clone(), None
+        numbers, of = self.source[rows].unique(return_inverse=True)
+        first = torch.empty_like(numbers).scatter_(0, of, torch.arange(len(of)))
+        return self.target[rows][first.to(self.target.device)], of.to(self.target.device)
+
+
+def _spans(lengths: list[int], rows: int) -> Iterator[tuple[slice, slice]]:
+    """Consecutive chunks of whole blocks with at most `rows` supervised slots (one block at least): rows and blocks."""
+    start = stop = first = 0
+    for block, length in enumerate(lengths):
+        if stop > start and length and stop + length - start > rows:
+            yield slice(start, stop), slice(first, block)
+            start, first = stop, block
+        stop += length
+    yield slice(start, stop), slice(first, len(lengths))
 
 
 @dataclass
@@ -97,15 +179,14 @@ class RowPass:
 
     def __init__(
         self,
-        coefficients: Mapping[str, float],
-        blend: Blend | None = None,
+        combination: Combination,
         ids: Int[Tensor, " W"] | None = None,
         mean_alpha: Float[Tensor, ""] | None = None,
     ):
-        if blend is not None and blend.over == "batch":
+        if combination.blend is not None and combination.blend.over == "batch":
             assert mean_alpha is not None, "a blend over the batch needs the batch's mean acceptance"
-        self.coefficients = {term: value for term, value in coefficients.items() if value}
-        self.blend, self.ids, self.mean_alpha = blend, ids, mean_alpha
+        self.coefficients, self.blend = combination.coefficients, combination.blend
+        self.ids, self.mean_alpha = ids, mean_alpha
         self._buffers: dict[str, Tensor] = {}
 
     def __call__(
@@ -267,3 +348,31 @@ class RowPass:
         if gradient is not raw:
             raw.copy_(gradient)
         return rows
+
+
+def _tiles(rows: int, like: Tensor) -> Iterator[slice]:
+    """Consecutive rows that are visited together (one empty tile if there are none)."""
+    height = max(1, TILE_BYTES // (4 * like.shape[1]) if like.device.type == "cpu" else rows)
+    return (slice(start, min(start + height, rows)) for start in range(0, max(1, rows), height))
+
+
+def _top(logits: Tensor, width: int = 512) -> tuple[Tensor, Tensor]:
+    """Largest logit of each row and its first index, in two levels: torch's own search is some twenty times slower."""
+    main = logits.shape[1] // width * width
+    if main == 0:
+        return logits.max(-1)
+    heads = logits[:, :main].unflatten(1, (-1, width)).amax(-1)
+    if main < logits.shape[1]:
+        heads = torch.cat([heads, logits[:, main:].amax(-1, keepdim=True)], 1)
+    best = heads.argmax(1, keepdim=True)
+    index = (best * width + torch.arange(width, device=logits.device)).clamp_max(logits.shape[1] - 1)
+    first = index.gather(1, logits.gather(1, index).argmax(1, keepdim=True))
+    return heads.gather(1, best)[:, 0], first[:, 0]
+
+
+def _softmax(logits: Tensor, top: Tensor, out: Tensor) -> Tensor:
+    """Softmax into `out`; returns the log normaliser. torch's own sums 151,936 exponentials in fp32 to 6e-6 only."""
+    torch.sub(logits, top[:, None], out=out).exp_()
+    norm = out.sum(-1, keepdim=True)
+    out.mul_(norm.reciprocal())
+    return top + norm[:, 0].log()
