@@ -16,6 +16,7 @@ from specbench.blocks import pack, with_anchors
 from specbench.cli.assembly import build_draft
 from specbench.losses.objective import Objective
 from specbench.models.embedding_head import Tables
+from specbench.profiling import step_report
 from specbench.profiling.step_measurement import StepCost
 from specbench.profiling.training_speed import (
     SHAPES,
@@ -85,10 +86,10 @@ def test_the_benchmarks_other_steps_run_and_count():
 def test_real_shapes_are_a_gpus():
     for shape in SHAPES["qwen3_4b"].values():
         assert (shape.hidden, shape.vocabulary, shape.dtype, shape.device) == (2560, 151936, "bfloat16", "cuda")
-        small = verb.sized(shape, {}, "cpu")
+        small = step_report.sized(shape, {}, "cpu")
         assert (small.device, small.dtype) == ("cpu", "float32")
     with pytest.raises(ValueError, match=r"train\.sizes has no depth"):
-        verb.sized(SMALL["dspark"], {"depth": 2}, "cpu")
+        step_report.sized(SMALL["dspark"], {"depth": 2}, "cpu")
 
 
 def settings(config: str, *overrides: str):
@@ -99,12 +100,12 @@ def settings(config: str, *overrides: str):
 def test_the_verb_writes_one_row_a_variant(monkeypatch, tmp_path, capsys):
     """Times and memory are made up here, because each takes a process of its own; the rest is real."""
 
-    def measured(builds, asked):
+    def measured(builds, how):
         assert all(build() is not None for build in builds.values())
         return {name: StepCost(2.0 + i, 1.0, 9.0, 2.0, 10, 20, 5) for i, name in enumerate(builds)}
 
-    monkeypatch.setattr(verb, "_measured", measured)
-    monkeypatch.setattr(verb, "fresh", lambda task: task())
+    monkeypatch.setattr(step_report, "_measured", measured)
+    monkeypatch.setattr(step_report, "fresh", lambda task: task())
     sizes = "train.sizes={hidden: 16, vocabulary: 101, tokens: 30, prompt: 8, anchors: 4, rank: 8}"
     cfg = settings(
         "speed",
