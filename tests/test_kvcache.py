@@ -121,3 +121,20 @@ def test_entries_behind_the_rows_end_wait_until_they_count():
     keys, _ = cache.write(0, *(torch.full((2, 1, 1, 1), 9.0) for _ in "kv"))
     assert [keys[0, 4, 0, 0].item(), keys[1, 2, 0, 0].item()] == [9.0, 9.0]
     assert cache.lengths.tolist() == [4, 2]
+
+
+def test_a_cache_holds_an_eighth_more_than_it_needs_and_a_union_copies_only_what_is_filled():
+    cache, other = KVCache(2), KVCache(1)
+    for one, rows, length in ((cache, 2, 1600), (other, 1, 800)):
+        for start in range(0, length, 40):
+            one.write(0, torch.full((rows, 40, G, D), float(start)), torch.zeros(rows, 40, G, D))
+            one.advance(40)
+    assert cache.keys[0].shape[2] <= 1600 * 9 // 8 and other.keys[0].shape[2] <= 800 * 9 // 8
+    both = cache.merge(other)
+    assert both.keys[0].shape[0] == 3 and both.keys[0].shape[2] == 1600 * 9 // 8
+    assert torch.equal(both.keys[0][:2, :, :1600], cache.keys[0][:, :, :1600])
+    assert torch.equal(both.keys[0][2:, :, :800], other.keys[0][:, :, :800]) and both.lengths.tolist() == [
+        1600,
+        1600,
+        800,
+    ]

@@ -27,6 +27,7 @@ from specbench.decoding.verification import verify, verify_greedy
 from specbench.drafts.draft import Proposal, Proposer
 from specbench.models.target import Target, TargetState
 
+SHORT = 64  # tokens of padding that cost less than another forward pass
 ACCOUNTINGS = ("specbench", "deepspec")
 
 
@@ -161,8 +162,9 @@ def _run(target, draft, prompts, sampling, limits, seeds, scheduler, slots) -> I
         joining = _admit(waiting, lanes, limits)
         if joining:
             started = clock(target.device)
-            fresh = _begin(target, draft, joining, sampling, [seeds[r.index] for r in joining])
-            lanes = fresh if lanes is None else lanes.merge(fresh)
+            for alike in _alike(joining):
+                fresh = _begin(target, draft, alike, sampling, [seeds[r.index] for r in alike])
+                lanes = fresh if lanes is None else lanes.merge(fresh)
             joined = (clock(target.device) - started) / len(joining)
             for request in joining:
                 request.prefill_seconds = joined
@@ -200,6 +202,20 @@ def _admit(waiting: deque[Decoded], lanes: _Lanes | None, limits: Limits) -> lis
         used += size
         joining.append(waiting.popleft())
     return joining
+
+
+def _alike(requests: list[Decoded]) -> list[list[Decoded]]:
+    """The requests in groups whose prompts differ by less than half of the longest, or by at most SHORT tokens, so that
+    one long prompt does not pad all others to its length. The order of requests stays where one group is enough."""
+    ordered = sorted(requests, key=lambda request: -len(request.prompt_ids))
+    groups: list[list[Decoded]] = []
+    for request in ordered:
+        longest = len(groups[-1][0].prompt_ids) if groups else 0
+        if groups and len(request.prompt_ids) >= min(longest - SHORT, longest // 2):
+            groups[-1].append(request)
+        else:
+            groups.append([request])
+    return [requests] if len(groups) == 1 else groups
 
 
 @torch.inference_mode()

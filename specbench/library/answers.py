@@ -37,8 +37,10 @@ def engine_of(
         seeds: Sequence[int],
     ) -> Iterator[tuple[int, list[int], bool]]:
         limits = Limits(most, tuple(stop_token_ids), batch_size, token_budget)
-        for done in decode(target, asked, sampling, limits, seeds):
-            yield done.index, done.output_ids, done.truncated
+        # Prompts of similar length run together: every request holds as many entries as the longest beside it.
+        order = sorted(range(len(asked)), key=lambda place: -len(asked[place]))
+        for done in decode(target, [asked[i] for i in order], sampling, limits, [seeds[i] for i in order]):
+            yield order[done.index], done.output_ids, done.truncated
 
     def require(prompt: Sequence[int]) -> None:
         target.require([prompt], max_new_tokens, ["the prompt"])

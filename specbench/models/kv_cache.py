@@ -6,7 +6,6 @@ Axes: B rows, S new tokens, T stored tokens, G key-value heads, d head size.
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Bool, Int
 from torch import Tensor
 
@@ -81,12 +80,16 @@ class KVCache:
     def merge(self, other: KVCache) -> KVCache:
         """Both caches' rows, this one's first."""
         both = KVCache(0, self.lengths.device)
+        room = _capacity(max(self.longest, other.longest))
         for layer in self.keys:
-            width = max(self.keys[layer].shape[2], other.keys[layer].shape[2])
             for name in ("keys", "values"):
+                # Only what is filled is copied, once, into tensors that have room for the next entries.
                 pair = [getattr(c, name)[layer] for c in (self, other)]
-                padded = [F.pad(x, (0, 0, 0, width - x.shape[2])) for x in pair]
-                getattr(both, name)[layer] = torch.cat(padded)
+                B, G, _, d = pair[0].shape
+                fresh = pair[0].new_zeros(B + len(pair[1]), G, room, d)
+                for store, filled, start in ((pair[0], self.longest, 0), (pair[1], other.longest, B)):
+                    fresh[start : start + len(store), :, :filled] = store[:, :, :filled]
+                getattr(both, name)[layer] = fresh
         both.lengths = torch.cat([self.lengths, other.lengths])
         both.advance(0)
         return both
@@ -99,10 +102,16 @@ class KVCache:
         return self._at[behind, size]
 
     def _grow(self, layer: int, keys: Tensor, values: Tensor, end: int) -> None:
-        capacity = max(64, 2 * end)
+        capacity = _capacity(end)
         for store, new in ((self.keys, keys), (self.values, values)):
             B, _, G, d = new.shape
             fresh = new.new_zeros(B, G, capacity, d)
             if layer in store:
                 fresh[:, :, : store[layer].shape[2]] = store[layer]
             store[layer] = fresh
+
+
+def _capacity(entries: int) -> int:
+    """Room for `entries` and the next ones: an eighth more, at least 64. Each growth copies one layer at a time, so at
+    most a quarter more than what is filled is held, where doubling held up to twice as much and copies of it."""
+    return entries + max(64, entries // 8)
