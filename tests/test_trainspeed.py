@@ -14,6 +14,7 @@ from omegaconf import OmegaConf
 from experiments import trainspeed as verb
 from specbench.blocks import pack, with_anchors
 from specbench.cli.assembly import build_draft
+from specbench.cli.settings import check_settings
 from specbench.losses.objective import Objective
 from specbench.models.embedding_head import Tables
 from specbench.profiling import step_report
@@ -141,7 +142,7 @@ def test_the_verb_writes_one_row_a_variant(monkeypatch, tmp_path, capsys):
         (["method=eagle3", "head=rnn"], "has no Markov or confidence head"),
         (["method=mtp", "head=vanilla"], "has no Markov or confidence head"),
         (["method=dflash", "head=gated"], "has no Markov or confidence head"),
-        (["method=dflash", "+method.draft.depth=3"], "no setting draft.depth"),
+        (["method=dflash", "+method.draft.depth=3"], "depth=3: there is no such setting"),
         (["method=dspark", "head=none"], None),
     ],
 )
@@ -153,4 +154,4 @@ def test_a_head_that_a_method_cannot_have_is_refused_with_the_reason(words, said
         assert build_draft(cfg.method, cfg.target, config, tables).confidence_with_markov is False
         return
     with pytest.raises(ValueError, match=said):
-        build_draft(cfg.method, cfg.target, config, tables)
+        check_settings("train", cfg)
