@@ -1,14 +1,15 @@
-"""One switch between fast computations and the plain ones that they stand for.
+"""One switch between fast implementations and the plain ones that they replace.
 
-Where a plain computation is too slow or too large, a faster one with the same result stands beside it: the objective in
-chunks (losses/fused.py against losses/reference.py), and what lies in models/fast/. All of it is on, or all of it off:
+If a plain implementation is too slow or needs too much memory, there is also a faster one with the same result: the
+objective in chunks (losses/fused.py for losses/reference.py), and the modules in models/fast/. All are on, or all are
+off:
 
     with specbench.fast.plain():      # in Python
         ...
     specbench train ... fast=false    # on the command line
 
-docs/performance.md lists what each buys, with the command that measures it. Tests hold every fast computation against
-its plain one, and the recorded cases of other implementations against both.
+docs/performance.md lists the gain of each, with the command that measures it. Tests compare every fast implementation
+with its plain one, and both with recorded results of other implementations.
 """
 
 from __future__ import annotations
@@ -20,24 +21,24 @@ _enabled = True
 
 
 def enabled() -> bool:
-    """Whether fast computations are used."""
+    """Whether the fast implementations are used."""
     return _enabled
 
 
 def enable(fast: bool = True) -> None:
-    """Use fast computations from here on, or plain ones (`enable(False)`)."""
+    """Use the fast implementations from now on, or the plain ones (`enable(False)`)."""
     global _enabled
     _enabled = fast
 
 
 def plain() -> AbstractContextManager[None]:
-    """Plain computations within it. It holds for the whole process, all threads included."""
+    """Context with the plain implementations, for the whole process with all threads."""
     return switched(False)
 
 
 @contextmanager
 def switched(fast: bool) -> Iterator[None]:
-    """Fast computations within it, or plain ones."""
+    """Context with the fast implementations, or the plain ones."""
     before = _enabled
     enable(fast)
     try:

@@ -463,3 +463,17 @@ def test_the_notebook_shows_what_it_made() -> None:
 def test_the_reference_page_lists_every_public_name() -> None:
     page = (ROOT / "docs" / "api.md").read_text()
     assert sorted(re.findall(r"^::: specbench\.(\w+)$", page, re.M)) == sorted(sb.__all__)
+
+
+def documented(value: object) -> set[str]:
+    """Arguments that the docstring of a function, or of a class and its bases, describes."""
+    owners = value.__mro__ if inspect.isclass(value) else [value]
+    text = "\n".join(inspect.cleandoc(one.__doc__ or "") for one in owners if one.__module__.startswith("specbench"))
+    return set(re.findall(r"^ {4}\**(\w+): ", text, re.M))
+
+
+def test_every_public_parameter_is_documented() -> None:
+    called = [getattr(sb, name) for name in sb.__all__ if name != "Draft"]
+    called += [sb.Target.load, sb.TargetCache.build, sb.Draft.for_target, sb.DraftTraining.load_from_checkpoint]
+    missing = {one.__qualname__: sorted(set(inspect.signature(one).parameters) - documented(one)) for one in called}
+    assert {name: names for name, names in missing.items() if names} == {}

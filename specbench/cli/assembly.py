@@ -1,4 +1,4 @@
-"""From configuration to objects: the pieces that several stages build in the same way."""
+"""Construction of objects from a configuration, for several stages."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ THREADS = torch.get_num_threads()
 
 
 def device_of(setting: str | None) -> torch.device:
-    """`auto` is CUDA where there is one."""
+    """`auto` is CUDA if there is a device."""
     if setting in (None, "auto"):
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if str(setting).startswith("cuda") and not torch.cuda.is_available():
@@ -140,7 +140,7 @@ def own_methods(names: Sequence[str] | None) -> list[type[Draft]]:
 
 
 def load_pair(cfg: DictConfig, folder: Path | None) -> tuple[Target, Draft | Baseline | None]:
-    """The target with the taps that the draft reads, and the draft: of `folder`, or what `cfg.draft` says without."""
+    """The target with the taps of the draft, and the draft: of `folder`, or of `cfg.draft` without a folder."""
     about = cfg.target.copy()
     if cfg.get("stop_token_ids") is not None:
         about.stop_token_ids = list(cfg.stop_token_ids)
@@ -164,12 +164,12 @@ def load_pair(cfg: DictConfig, folder: Path | None) -> tuple[Target, Draft | Bas
 
 
 def draft_settings(method: DictConfig, target: DictConfig) -> dict[str, Any]:
-    """The constructor settings of a draft as its folder keeps them."""
+    """The constructor settings of a draft as stored in its folder."""
     settings = OmegaConf.to_container(method.draft, resolve=True)
     settings.pop("_target_")
     return settings | {"target_layer_ids": list(target.target_layer_ids), "mask_token_id": target.mask_token_id}
 
 
 def build_objective(method: DictConfig) -> Objective:
-    """The method's loss as its dictionary of terms says."""
+    """The loss of a method from its dictionary of terms."""
     return Objective(**OmegaConf.to_container(method.objective, resolve=True))

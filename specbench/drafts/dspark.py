@@ -1,4 +1,4 @@
-"""DSpark (Cheng et al. 2026): a block-parallel draft whose slots are tied by a low-rank Markov head.
+"""DSpark (Cheng et al. 2026): a block-parallel draft with a low-rank Markov head between neighbouring slots.
 
     context features, block attention (eq. 2, 3)            -> parallel.ParallelDraft
     logits_k = U_k + B_k (eq. 4)                            -> DSpark.project
@@ -32,7 +32,7 @@ from specbench.models.fast.projection import SharedLookups, add_linear_, return_
 from specbench.ranges import Among, Count, LayerId, Layers, Rank, Slots
 
 MARKOV_HEADS = ("vanilla", "gated", "rnn")
-# Bytes of an embedding's gradient from which the memory freed before it is worth asking back (a few milliseconds).
+# Bytes of an embedding's gradient above which freed memory is returned first, which takes a few milliseconds.
 LARGE_GRADIENT = 64 * 2**20
 
 
@@ -66,7 +66,7 @@ class MarkovHead(nn.Module):
         return gate * state + (1 - gate) * torch.tanh(candidate), torch.tanh(out)
 
     def forward(self, hidden: Float[Tensor, "*b K D"], previous: Int[Tensor, "*b K"]) -> Float[Tensor, "*b K R"]:
-        # One lookup of all slots: each would make a gradient of its own as large as the whole embedding.
+        # One lookup for all slots, because each lookup makes a gradient as large as the whole embedding.
         embedded = self.markov_w1(previous)
         if self.kind != "rnn":
             return self.mix(None, hidden, embedded)[1]
@@ -89,7 +89,19 @@ class ConfidenceHead(nn.Module):
 
 
 class DSpark(ParallelDraft):
-    """`markov_rank: 0` removes the Markov head (then this is DFlash with a confidence head)."""
+    """Block-parallel draft with a Markov head and a confidence head.
+
+    Args:
+        markov_head: "vanilla" (eq. 5), "gated" (released code) or "rnn" (eq. 6).
+        markov_rank: rank R of the Markov head; 0: no Markov head (DFlash with a confidence head).
+        confidence_head: predict the acceptance of each slot (eq. 7).
+        confidence_with_markov: the confidence head also reads the Markov embedding of the previous token.
+        layers: see `ParallelDraft`, like all other arguments.
+
+    Raises:
+        ValueError: an unknown `markov_head`, a negative `markov_rank`, or `confidence_with_markov` without a Markov
+            head.
+    """
 
     published_format = "dspark"
     # Zero, so that training starts from the unbiased draft.
@@ -142,8 +154,8 @@ class DSpark(ParallelDraft):
         self.confidence_head = ConfidenceHead(size) if confidence_head else None
 
     def forward(self, batch: Batch) -> Blocks:
-        """The Markov embeddings are looked up first. Backward goes the other way round: their gradient, as large as the
-        vocabulary, is then made when the activations of the layers are gone."""
+        """The Markov embeddings are looked up first, so that their gradient, which is as large as the vocabulary, is
+        computed last, when the activations of the layers are freed."""
         if (
             not fast.enabled()
             or self.markov_head is None
@@ -166,7 +178,7 @@ class DSpark(ParallelDraft):
         if self.markov_head is None:
             return self.tables.logits(features)
         hidden, latent = features.split([self.backbone.hidden_size, self.markov_head.rank], -1)
-        # In place, so that a chunk of the objective never holds a second tensor of vocabulary size.
+        # In place, so that a chunk of the objective needs no second tensor of vocabulary size.
         return add_linear_(self.tables.logits(hidden), latent, self.markov_head.markov_w2.weight)
 
     def projection_parameters(self) -> list[nn.Parameter]:
@@ -181,7 +193,7 @@ class DSpark(ParallelDraft):
         return self.confidence_head(torch.cat([hidden, self.markov_head.markov_w1(previous)], -1))
 
     def draw(self, hidden: Float[Tensor, "B K D"], anchor: Int[Tensor, " B"], sample: SampleFunction) -> Proposal:
-        """Base logits of all slots at once, then one low-rank bias a slot, left to right."""
+        """Base logits of all slots at once, then one low-rank bias per slot, from left to right."""
         if self.markov_head is None:
             return self.draw_at_once(hidden, anchor, sample)
         base, slots = self.tables.logits(hidden).unbind(1), hidden.unbind(1)

@@ -38,15 +38,25 @@ def _work(span: Span) -> int:
 
 
 class ParallelDraft(Draft):
-    """A block-parallel draft.
+    """Base class of block-parallel drafts: one forward pass for all K slots.
 
-    `sample_from_anchor`: the anchor's own output predicts slot 1 (K inputs); otherwise the block is the anchor and K
-    masks and only masks predict (the original DFlash). `causal_block`: slot j attends to the slots i <= j of its block
-    only. `full_layers`: layers, counted from 0, that see all of the context and of their block whatever the backbone's
-    window and `causal_block` say to the others (z-lab's drafts mix sliding layers with full ones). `checkpointing`
-    recomputes layers in the backward pass.
-    `by_span` says whether blocks are computed conversation by conversation where there is no CUDA, or all of the batch
-    in one dense piece, padding included (None: as there is less to do). Both give the same; dense is the reference.
+    Args:
+        mask_token_id: input token of slots to be predicted.
+        layers: number of decoder layers.
+        block_size: slots K of a block.
+        anchors: anchors that training draws from a conversation. None: every valid one.
+        sample_from_anchor: the output at the anchor predicts slot 1 (K inputs). False: the input is the anchor and K
+            masks, and only the masks predict (DFlash as first published).
+        causal_block: slot j attends only to slots i <= j of its block.
+        full_layers: layers, counted from 0, to which neither the window of the backbone nor `causal_block` applies.
+        checkpointing: recompute the layers in the backward pass to save memory.
+        train_tables: see `Draft`, like all other arguments.
+
+    Without CUDA, `by_span` selects whether blocks are computed conversation by conversation or all at once with padding
+    (None: whichever is less work). Both give the same result; tests compare them.
+
+    Raises:
+        ValueError: `mask_token_id` or `full_layers` is out of range.
     """
 
     by_span: bool | None = None

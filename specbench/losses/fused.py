@@ -1,8 +1,8 @@
-"""The objective computed in chunks: no [rows x vocabulary] tensor is ever held whole. `reference.py` is its plain form.
+"""The objective computed in chunks, without a whole [rows x vocabulary] tensor. `reference.py` is the plain version.
 
 The supervised slots go through both heads in chunks of whole blocks. In each chunk the draft's logits are overwritten
-by d loss / d logits, and the chunk's backward pass follows at once; what stays is the gradient of the features and of
-the projection's parameters, which the outer backward pass hands on.
+by d loss / d logits, and the chunk's backward pass follows at once; only the gradients of the features and of the
+projection's parameters are kept, which the outer backward pass uses.
 
 With p, q as in terms.py and m = [p < q], the gradient of every term is a sum of few row-wise combinations:
 
@@ -61,7 +61,7 @@ def slot_losses(
     slot_weight: SlotWeight,
     chunk_rows: int | None = None,
 ) -> tuple[SlotResults, Callable[[Tensor], Tensor]]:
-    """Results of the supervised slots, and a function that gives the summed loss its gradient (which is known by now).
+    """Results of the supervised slots, and a function that attaches the computed gradient to the summed loss.
 
     chunk_rows: rows of vocabulary size held at once (None: by vocabulary and device; at least one block).
     """
@@ -159,8 +159,8 @@ def _spans(lengths: list[int], rows: int) -> Iterator[tuple[slice, slice]]:
 
 
 @dataclass
-class Verdict:
-    """What the target says of u rows: probabilities over the draft's vocabulary, and each row's first largest token.
+class TargetRows:
+    """Target results of u rows: probabilities over the draft's vocabulary, and the first most likely token of each row.
 
     `cross` is sum q log q over the draft's vocabulary (None unless a term reads it); `logits` are
     kept for the terms that read the target's logarithms.
@@ -212,8 +212,8 @@ class RowPass:
             parts.append(self._tile(*rows, None if scale is None else scale[tile]))
         return SlotResults.join(parts)
 
-    def _judge(self, logits: Float[Tensor, "u V"]) -> Verdict:
-        """The target's side of the comparison, row by row in place where that is possible."""
+    def _judge(self, logits: Float[Tensor, "u V"]) -> TargetRows:
+        """The results of the target, row by row, in place if possible."""
         wide, ids, wanted = torch.promote_types(logits.dtype, torch.float32), self.ids, self.coefficients
         in_place = logits.dtype == wide and ids is None and not self._reads_target_logits
         width = logits.shape[1] if ids is None else len(ids)
@@ -243,7 +243,7 @@ class RowPass:
                 cross = product.sum(-1) - (log_norm - top) * (1 - outside)
             parts.append((first, outside, log_norm, cross))
         first, outside, log_norm, cross = (torch.cat(part) for part in zip(*parts, strict=True))
-        return Verdict(q, first, outside, log_norm, cross, logits if self._reads_target_logits else None)
+        return TargetRows(q, first, outside, log_norm, cross, logits if self._reads_target_logits else None)
 
     @property
     def _reads_target_logits(self) -> bool:
@@ -259,7 +259,7 @@ class RowPass:
     def _tile(
         self,
         raw: Tensor,
-        verdict: Verdict,
+        verdict: TargetRows,
         of: Tensor,
         columns: Tensor,
         inside: Tensor,

@@ -1,4 +1,4 @@
-"""Gradients that are known before the backward pass reaches them, and terms kept from training some parameters."""
+"""Gradients computed before the backward pass, and terms without gradient for some parameters."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 class Known(torch.autograd.Function):
-    """A value whose gradients were already computed: backward scales them in place and hands them over, once."""
+    """A value whose gradients were already computed: backward scales them in place and returns them, once."""
 
     @staticmethod
     def forward(ctx, value: Tensor, gradients: list[Tensor], *inputs: Tensor) -> Tensor:
@@ -28,9 +28,9 @@ class Known(torch.autograd.Function):
 
 
 def without(term: Tensor, shared: Sequence[Tensor]) -> Tensor:
-    """`term` with gradient into those leaves alone that are not in `shared`.
+    """`term` with a gradient only for leaves that are not in `shared`.
 
-    For a confidence head that is trained without pulling on backbone or Markov embedding.
+    It trains a confidence head without changing backbone or Markov embedding.
     """
     known = {id(leaf) for leaf in shared}
     own = [leaf for leaf in leaves(term) if id(leaf) not in known]

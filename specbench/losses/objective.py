@@ -5,10 +5,10 @@
     loss     = sum over slots of w_k (sum of coefficient x term)    w_k: slot_weights.py
                + confidence x BCE(confidence logit, alpha)
 
-The two ways to the results give the same numbers: `fused` in chunks that never hold a whole [slots x vocabulary]
-tensor, `reference` by autograd on whole logits (`specbench.fast.plain()` chooses it).
+Both implementations give the same numbers: `fused` in chunks without a whole [slots x vocabulary] tensor, `reference`
+by autograd on whole logits (`specbench.fast.plain()` selects it).
 
-Axes: B batch, N blocks a row, M = B*N blocks, K slots, R supervised slots, V target vocabulary.
+Axes: B batch, N blocks per row, M = B*N blocks, K slots, R supervised slots, V target vocabulary.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ SLOT_STATISTICS = ("ce", "tv", "alpha", "agreement", "hit", "label_outside", "ou
 class Loss:
     """Sums over the supervised slots of one call; the optimiser step divides by the weights of all its calls.
 
-    `value` is differentiable, `terms` holds each term's weighted sum before its coefficient.
+    `value` is differentiable; `terms`: the weighted sum of each term before its coefficient.
     """
 
     value: Float[Tensor, ""]
@@ -60,13 +60,28 @@ class Loss:
 
 
 class Objective:
-    """A loss as a configuration: coefficients of the terms (terms.py), a slot weight and a normalisation.
+    """A training loss: a weighted sum of terms at every slot, with a slot weight. Formulas and sources:
+    docs/methods.md.
 
-    `blend` ({scale, decay, over}) adds LK's lambda form; over="batch" needs the mean acceptance first and costs a
-    second visit of the heads. `confidence` weighs the cross-entropy of the draft's confidence against its acceptance
-    alpha; with `detach_confidence` it trains the confidence head alone. `normalise`: "weights" divides by the summed
-    slot weights, "positions" (the released Eagle3) by the number of positions that the caller passes. `chunk_rows`:
-    rows of vocabulary size held at once (None: by vocabulary and device; at least one block).
+    The constructor takes only plain values, so a loss can be written in YAML. Calling an objective returns `Loss`,
+    whose `value` and `weight` are SUMS over slots: an optimiser step divides the sum of values by the sum of weights.
+
+    Args:
+        ce: coefficient of cross-entropy with the true token.
+        soft_ce: coefficient of cross-entropy with the target's distribution.
+        kl: coefficient of KL(target, draft).
+        reverse_kl: coefficient of KL(draft, target).
+        js: coefficient of the Jensen-Shannon divergence.
+        tv: coefficient of the L1 distance of both distributions (twice the total variation).
+        accept: coefficient of -log alpha, alpha the acceptance of the slot.
+        blend: {scale, decay, over} of LK's lambda form. over="batch" needs the mean acceptance first, which costs a
+            second pass over both heads.
+        confidence: coefficient of the binary cross-entropy of the predicted confidence against alpha.
+        detach_confidence: the confidence term trains only the confidence head.
+        slot_weight: "uniform", {"exp": g}, {"power": beta}, {"dpace": a} or "first_failure".
+        normalise: "weights" divides by the sum of slot weights; "positions" (released EAGLE-3 code) by the number of
+            positions that the caller passes.
+        chunk_rows: rows of vocabulary size in memory at once. None: chosen by vocabulary and device.
     """
 
     def __init__(
@@ -85,7 +100,7 @@ class Objective:
         normalise: Annotated[str, Among(NORMALISATIONS)] = "weights",
         chunk_rows: Count | None = None,
     ):
-        # As given, in plain values: what a checkpoint keeps of a loss.
+        # The arguments as plain values, which a checkpoint stores.
         self.settings = {
             "ce": ce,
             "soft_ce": soft_ce,
@@ -151,13 +166,14 @@ class Objective:
         return logits
 
     def of_its_own(self, term: Tensor, draft: Draft, features: Tensor) -> Tensor:
-        """The confidence term as it is to be trained: with `detach_confidence` nothing that the features read is."""
+        """The confidence term for training: with `detach_confidence`, without gradient for parameters of the
+        features."""
         if not (self.detach_confidence and term.requires_grad):
             return term
         return without(term, [*draft.projection_parameters(), *leaves(features)])
 
     def divisor(self, weight: Float[Tensor, " R"], positions: int | None) -> Float[Tensor, ""]:
-        """What the sum is divided by, over all calls of an optimiser step."""
+        """The divisor of the sum, over all calls of an optimiser step."""
         if self.normalise == "weights":
             return weight.sum()
         if positions is None:

@@ -1,4 +1,4 @@
-"""How much each slot of a block counts in the loss.
+"""Weights of the slots of a block in the loss.
 
 Axes: M blocks, K slots.
 """
@@ -18,7 +18,7 @@ from torch import Tensor
 class SlotWeight:
     """The weight w_k of slot k = 1..K, the same for every term of the objective.
 
-    exp g          exp(-(k-1)/g). DSpark's paper prints g = K; its released configurations hold g = 4 at K = 7.
+    exp g          exp(-(k-1)/g). DSpark's paper prints g = K; its released configurations use g = 4 with K = 7.
     power beta     beta^(k-1): Eagle3 0.8, MTP 0.6
     uniform        1
     dpace a        D-PACE (arXiv 2605.18810): s_k = (1-a) p_k(y_k) + a, c_k = prod_{j<=k} s_j, w_k = sum_{j>=k} c_j
@@ -56,7 +56,7 @@ class SlotWeight:
         return self.kind in ("dpace", "first_failure")
 
     def static(self, slots: int, device: torch.device | None = None) -> Float[Tensor, " K"]:
-        """w_1 .. w_K of a weight that depends on the slot alone (fp64)."""
+        """w_1 .. w_K of a weight that depends only on the slot (fp64)."""
         k = torch.arange(slots, dtype=torch.float64, device=device)
         if self.kind == "exp":
             return torch.exp(-k / self.constant)
