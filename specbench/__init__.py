@@ -1,4 +1,4 @@
-"""SpecBench: the laboratory for speculative-decoding draft models.
+"""SpecBench trains and evaluates draft models for speculative decoding.
 
     import specbench as sb
     target = sb.Target.load("package:data/embedded", taps=[1, 3, 5])
@@ -13,10 +13,10 @@
 
 Read the package in the order in which data flows through it; a folder imports only from those before it:
 
-    blocks.py      the layout of samples, batches and blocks, and the index law
+    blocks.py      the data layout of samples, batches and blocks
     requirements_check.py  old or missing packages are refused by name
     progress.py    one display of progress for every long loop
-    files/         files on disk: written whole or not at all, lines of JSON, hub datasets
+    files/         atomic files, JSON lines, data sets of the Hugging Face Hub
     runs/          run folders, provenance, Weights & Biases
     metrics/       every formula once, and the torchmetrics classes over it
     models/        the target, the layers of drafts, attention, key-value cache, embedding and head; fast/: faster paths
@@ -30,7 +30,7 @@ Read the package in the order in which data flows through it; a folder imports o
     profiling/     measured cost of decoding, training steps and reading
     serving/       simulation of an engine under load
     library/       what a script or notebook calls beside these: Trainer, evaluate, compare, load_draft
-    cli/           the command line's machinery: overrides, help, errors, stages
+    cli/           the command line: overrides, help, errors, stages
 """
 
 from __future__ import annotations
