@@ -17,10 +17,10 @@ def run(cfg: DictConfig) -> None:
 
 def show(root: Path, as_json: bool = False) -> None:
     """The same for a root without a configuration. Errors: ValueError if it is a file."""
-    found = inventory.items(root)
+    found, others = inventory.items(root), inventory.other_roots(root)
     if as_json:
-        why, command = inventory.next_command(found)
+        why, command = inventory.next_command(found, root, others)
         data = {"root": str(root), "items": inventory.as_data(found), "next": {"why": why, "command": command}}
         print(json.dumps(data, indent=1))
     else:
-        print(inventory.page(root, found, inventory.other_roots(root)))
+        print(inventory.page(root, found, others))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ import yaml
 from omegaconf import OmegaConf
 
 from experiments import train
+from experiments.cli import main
 from experiments.quickstart import stage
 from specbench.cli.assembly import composed
 from specbench.cli.config_groups import configs
@@ -131,6 +133,16 @@ def test_a_choice_changes_what_it_says_and_nothing_else() -> None:
         default, other = chosen(f"{name.split('_')[0]}_default"), chosen(name)
         changed = {key: other.get(key) for key in default | other if default.get(key) != other.get(key)}
         assert changed == expected | {"choice": name}, name
+
+
+def test_an_experiment_that_is_not_named_is_asked_for(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["reproduce"]) == 2
+    assert "reproduce needs name=... (an experiment of configs/experiment" in capsys.readouterr().err
+
+
+def test_no_comment_holds_the_rest_of_a_replaced_text() -> None:
+    found = [file.name for file in FOLDER.rglob("*.yaml") if re.search(r"\bW#", file.read_text(encoding="utf-8"))]
+    assert not found
 
 
 def test_an_unknown_experiment_is_refused() -> None:

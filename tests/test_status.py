@@ -57,6 +57,8 @@ def test_status_knows_what_is_complete_running_failed_and_left(tmp_path: Path, m
 
 def test_what_comes_next_follows_from_the_newest(tmp_path: Path) -> None:
     assert next_command(items(tmp_path))[1] == "specbench quickstart"
+    assert next_command([], tmp_path / "a b")[1] == f"specbench quickstart 'root={tmp_path}/a b'"
+    assert next_command([], tmp_path, [tmp_path])[1] == f"specbench status root={tmp_path}"
     for kind, then in (("prompts", "specbench answers data=x"), ("answers", "specbench cache data=x")):
         time.sleep(0.02)
         finished(tmp_path, kind, "a/b" if kind == "answers" else "a", {}, then)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import shlex
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -13,6 +14,7 @@ from specbench.files.atomic import read_json
 
 MARKER = "stage.json"  # what a stage leaves in its folder (stages.py)
 START = "specbench quickstart"
+DEFAULT = Path("outputs")  # the root of every verb unless root= says otherwise
 COMPLETE, IN_PROGRESS, UNFINISHED = "complete", "in progress", "left unfinished"
 MOST = 12  # rows of one kind that a page shows
 # Headline numbers of a row, by kind: the key in the stage's or run's summary, and its words.
@@ -135,15 +137,23 @@ def _is_locked(folder: Path) -> bool:
     return False
 
 
-def next_command(found: Sequence[Item]) -> tuple[str, str]:
-    """A reason and a command to copy: to complete unfinished work, otherwise to use the newest result."""
+def next_command(found: Sequence[Item], root: Path = DEFAULT, others: Sequence[Path] = ()) -> tuple[str, str]:
+    """A reason and a command to copy: to complete unfinished work, otherwise to use the newest result below `root`.
+
+    Without a result: the status of the newest of `others`, the roots inside `root`, or the first command.
+    """
     broken = [item for item in found if item.status not in (COMPLETE, IN_PROGRESS) and item.command]
     if broken:
         last = max(broken, key=lambda item: item.when)
         return f"{last.kind} {last.name} is {last.status}; the same command continues it", str(last.command)
     complete = [item for item in found if item.status == COMPLETE]
+    if not complete and found:
+        return "work is in progress; the same page later", _with_root("specbench status", root)
+    if not complete and others:
+        newest = max(others, key=lambda path: path.stat().st_mtime)
+        return f"what exists below {newest}", _with_root("specbench status", newest)
     if not complete:
-        return "nothing is there yet: the whole flow on the small embedded target, in minutes", START
+        return "nothing is there yet: the whole flow on the small embedded target, in minutes", _with_root(START, root)
     last = max(complete, key=lambda item: item.when)
     if last.kind == "compare":
         return "open the newest comparison in a browser", last.facts["page"]
@@ -152,6 +162,10 @@ def next_command(found: Sequence[Item]) -> tuple[str, str]:
         return "what each verb does", "specbench --help"
     last = max(follows, key=lambda item: item.when)
     return f"what follows from {last.kind} {last.name}", str(last.next)
+
+
+def _with_root(command: str, root: Path) -> str:
+    return command if root == DEFAULT else f"{command} {shlex.quote(f'root={root}')}"
 
 
 def page(root: Path, found: Sequence[Item], others: Sequence[Path]) -> str:
@@ -166,7 +180,7 @@ def page(root: Path, found: Sequence[Item], others: Sequence[Path]) -> str:
         lines += [f"  {item.name:<{width}}  {_row(item)}" for item in shown]
     if others:
         lines += ["", *(f"more below {path}: specbench status root={path}" for path in others)]
-    why, command = next_command(found)
+    why, command = next_command(found, root, others)
     return "\n".join([*lines, "", f"next ({why}):", f"  {command}"])
 
 

@@ -290,10 +290,18 @@ def leaves(cfg: DictConfig) -> dict[str, Any]:
 
 def require(verb: str, config: str, cfg: DictConfig) -> None:
     """Raise ValueError for a setting that has no default and was not given."""
-    missing = sorted(OmegaConf.missing_keys(without_hydra(cfg)))
+    missing = sorted(OmegaConf.missing_keys(without_hydra(cfg))) or _inherited(config, cfg)
     if missing:
         said = comments(config, []).get(missing[0], "")
         raise ValueError(f"{verb} needs {missing[0]}=...{f' ({said})' if said else ''}")
+
+
+def _inherited(config: str, cfg: DictConfig) -> list[str]:
+    """Settings that the root file declares as ??? and that are null in the file it extends: a merge keeps the null."""
+    sources = loader().get_sources()
+    files = [source.load_config(config).config for source in sources if source.is_config(config)]
+    declared = [str(key) for file in files for key in file if OmegaConf.is_missing(file, key)]
+    return [key for key in declared if cfg[key] is None]
 
 
 def check_values(verb: str, config: str, cfg: DictConfig) -> None:
