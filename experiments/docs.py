@@ -34,7 +34,8 @@ def run(cfg: DictConfig) -> None:
         width = max(map(len, there))
         print(f"{there['index'].parent}\n")
         print("\n".join(f"  {name:<{width}}  {_title(path)}" for name, path in there.items()))
-        print("\nspecbench docs NAME prints a page; `mkdocs build` in a clone makes a site that this verb opens")
+        print("\n`specbench docs NAME` prints a page. In a clone with the packages of `pip install -e '.[docs]'`,")
+        print("`mkdocs build` makes a web site, which `specbench docs` then opens in a browser.")
 
 
 def pages() -> dict[str, Path]:

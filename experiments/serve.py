@@ -59,7 +59,7 @@ def run(cfg: DictConfig) -> Path:
         _print(rows, levels)
         stage.finish(
             {**facts, **best},
-            next="the frontier is points.csv: throughput against interactivity, a line a policy",
+            next="read points.csv in this folder: throughput and speed per user of every scheduler and load",
         )
     return stage.folder
 

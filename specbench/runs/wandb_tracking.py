@@ -94,7 +94,8 @@ class Tracking:
         self._save()
         if mode == "offline":
             _say(
-                "W&B is offline: `specbench sync` with this root= uploads these runs once there is a key and a network"
+                "W&B is offline: runs are kept on the disk; `specbench sync` with the same root= uploads them "
+                "once there is a key and a network"
             )
         return self
 
