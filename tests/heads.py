@@ -93,6 +93,16 @@ TERM_SETTINGS = {
     "dspark": {"ce": 0.1, "tv": 0.9, "confidence": 1.0},
     "detached": {"ce": 0.1, "confidence": 1.0, "detach_confidence": True},
     "confidence": {"confidence": 0.5},
-    "all": {"ce": 0.1, "soft_ce": 0.2, "kl": 0.3, "reverse_kl": 0.4, "js": 0.5, "tv": 0.6, "accept": 0.7},
+    "further": {"further": {"skew_kl": 0.7}},
+    "all": {
+        "ce": 0.1,
+        "soft_ce": 0.2,
+        "kl": 0.3,
+        "reverse_kl": 0.4,
+        "js": 0.5,
+        "tv": 0.6,
+        "accept": 0.7,
+        "further": {"skew_kl": 0.8},
+    },
 }
 WEIGHTS = ["uniform", {"exp": 4.0}, {"power": 0.8}, {"dpace": 0.5}, "first_failure"]

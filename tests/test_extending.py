@@ -28,6 +28,8 @@ from specbench.cli.assembly import composed
 from specbench.cli.settings import check_settings
 from specbench.cli.studies import study_of
 from specbench.data.prompts.benchmarks import Benchmark
+from specbench.losses.objective import Objective
+from specbench.losses.terms import slot_terms
 from specbench.metrics.rounds import DecodingMetrics
 from specbench.models.backbone import Layer, RotaryEmbedding, backbone_of, chosen
 from specbench.models.target import Target
@@ -84,6 +86,16 @@ def metric():
     assert abs(found["value"] - 1 / 3) < 1e-12 and found["low"] is not None
 
 
+def loss():
+    cfg = composed("train", ["method=dflash", "+method.objective.further={hellinger: 0.5}"])
+    check_settings("train", cfg)
+    p = torch.tensor([[0.5, 0.3, 0.2]], dtype=torch.float64)
+    q = torch.tensor([[0.2, 0.2, 0.6]], dtype=torch.float64)
+    found = slot_terms(p.log(), q.log(), torch.tensor([0]), wanted=["hellinger"])["hellinger"]
+    torch.testing.assert_close(found, 1 - (p * q).sqrt().sum(-1))
+    assert Objective(**cfg.method.objective).combination.coefficients["hellinger"] == 0.5
+
+
 def scheduler():
     cfg = composed("evaluate", ["scheduler=doubt", "scheduler.budget=0.65", "draft=ngram"])
     check_settings("evaluate", cfg)
@@ -114,7 +126,7 @@ def experiment():
     assert composed("train", study.trainings[2]).method.objective.slot_weight.exp == 8
 
 
-for check in (method, target, family, metric, scheduler, data, benchmark, experiment):
+for check in (method, target, family, metric, loss, scheduler, data, benchmark, experiment):
     check()
     print("checked", check.__name__)
 """
@@ -128,7 +140,7 @@ def test_every_difference_of_the_page_adds_what_it_says(tmp_path: Path) -> None:
     page = (ROOT / "docs" / "extending.md").read_text(encoding="utf-8")
     parts = re.findall(r"^```diff\n(.*?)^```", page, flags=re.DOTALL | re.MULTILINE)
     headings = re.findall(r"^## (?:A|An) ([a-z ]+)", page, flags=re.MULTILINE)
-    assert len(parts) == len(headings) == 8, "every heading of the page has its difference"
+    assert len(parts) == len(headings) == 9, "every heading of the page has its difference"
     for number, part in enumerate(parts):
         file = tmp_path / f"{number}.diff"
         file.write_text(part, encoding="utf-8")
@@ -141,4 +153,4 @@ def test_every_difference_of_the_page_adds_what_it_says(tmp_path: Path) -> None:
         [sys.executable, "-c", CHECKS], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stdout + done.stderr[-4000:]
-    assert len(re.findall("^checked", done.stdout, flags=re.MULTILINE)) == 8
+    assert len(re.findall("^checked", done.stdout, flags=re.MULTILINE)) == 9

@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 
+from specbench.losses.further_terms import FURTHER_TERMS
 from specbench.losses.slot_weights import SlotWeight
 from specbench.losses.terms import TERMS, Blend, slot_terms
 
@@ -34,6 +35,7 @@ def by_hand(z: list[float], t: list[float], label: int, ids: list[int] | None) -
         "accept": -math.log(alpha),
         "alpha": alpha,
         "outside": 1 - sum(q[v] for v in seen),
+        "skew_kl": sum(b * math.log(b / (0.1 * b + 0.9 * a)) for a, b in zip(p, q, strict=True)),
     }
 
 
@@ -43,7 +45,7 @@ def test_terms_equal_their_definitions(ids):
     t = 2 * torch.randn(6, V, generator=generator, dtype=torch.float64)
     z = 2 * torch.randn(6, V if ids is None else len(ids), generator=generator, dtype=torch.float64)
     labels = torch.tensor([0, 1, 2, 3, 9, 10])
-    found = slot_terms(z, t, labels, None if ids is None else torch.tensor(ids))
+    found = slot_terms(z, t, labels, None if ids is None else torch.tensor(ids), [*TERMS, *FURTHER_TERMS])
     for row in range(6):
         for term, value in by_hand(z[row].tolist(), t[row].tolist(), int(labels[row]), ids).items():
             assert float(found[term][row]) == pytest.approx(value, abs=1e-12), term

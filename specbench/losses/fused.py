@@ -14,6 +14,7 @@ With p, q as in terms.py and m = [p < q], the gradient of every term is a sum of
     d reverse_kl = p (u - sum p u)                    u = log p - log q
     d js         = p (l - sum p l) / 2                l = log p - log((p + q) / 2)
     d blend      = w d kl + (1 - w) d tv / 2
+    d further    by autograd on the rows of a tile (further_terms.py)
 
 so that d loss = p (slope_m m + slope_u u + slope_l l + level) + slope_q q + spike at y, in one visit of the logits.
 Where p equals q exactly, m = 0 (autograd of |p - q| takes the middle of the subgradients there).
@@ -35,6 +36,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from specbench.blocks import Blocks
+from specbench.losses.further_terms import FURTHER_TERMS
 from specbench.losses.gradients import Known
 from specbench.losses.slot_weights import SlotWeight
 from specbench.losses.terms import SMALLEST_ALPHA, Combination, SlotResults, draft_columns, grid
@@ -186,6 +188,7 @@ class RowPass:
         if combination.blend is not None and combination.blend.over == "batch":
             assert mean_alpha is not None, "a blend over the batch needs the batch's mean acceptance"
         self.coefficients, self.blend = combination.coefficients, combination.blend
+        self.further = [name for name in self.coefficients if name in FURTHER_TERMS]
         self.ids, self.mean_alpha = ids, mean_alpha
         self._buffers: dict[str, Tensor] = {}
 
@@ -247,7 +250,7 @@ class RowPass:
 
     @property
     def _reads_target_logits(self) -> bool:
-        return not self.coefficients.keys().isdisjoint(("reverse_kl", "js"))
+        return bool(self.further) or not self.coefficients.keys().isdisjoint(("reverse_kl", "js"))
 
     def _scratch(self, name: str, shape: Sequence[int], like: Tensor) -> Tensor:
         """An uninitialised tensor of `like`'s dtype that lives as long as the pass."""
@@ -287,14 +290,18 @@ class RowPass:
         slope_m = torch.full_like(top, wanted.get("tv", 0.0))
         slope_q = torch.zeros_like(top)
         level = wanted.get("ce", 0.0) * inside.to(top.dtype)
-        u = ratio = None
+        u = ratio = further = None
         if blend or not wanted.keys().isdisjoint(("kl", "soft_ce", "reverse_kl", "js")):
             terms["soft_ce"] = log_norm * (1 - outside) - dot(q, z)
             if blend or "kl" in wanted:
                 terms["kl"] = terms["soft_ce"] + verdict.cross[of]
             slope_q -= wanted.get("kl", 0.0) + wanted.get("soft_ce", 0.0)
-        if "reverse_kl" in wanted or "js" in wanted:
+        if self._reads_target_logits:
             t = verdict.logits[of] if self.ids is None else verdict.logits[of[:, None], self.ids]
+        if self.further:
+            values, further = self._further(z, t.to(z.dtype) - target_log_norm[:, None], outside, scale)
+            terms |= values
+        if "reverse_kl" in wanted or "js" in wanted:
             u = torch.sub(z, t, out=self._scratch("u", z.shape, z)).add_(
                 (target_log_norm - log_norm)[:, None]
             )  # log p/q
@@ -345,9 +352,25 @@ class RowPass:
         if "ce" in wanted:
             spike = -wanted["ce"] * scale * inside
             gradient.scatter_add_(1, label, spike[:, None])
+        if further is not None:
+            gradient.add_(further)
         if gradient is not raw:
             raw.copy_(gradient)
         return rows
+
+    def _further(
+        self, z: Float[Tensor, "r W"], log_q: Float[Tensor, "r W"], outside: Float[Tensor, " r"], scale: Tensor | None
+    ) -> tuple[dict[str, Tensor], Tensor | None]:
+        """Values of the further terms, and given `scale` the gradient of their scaled, weighted sum."""
+        with torch.set_grad_enabled(scale is not None):
+            logits = z.clone().requires_grad_(scale is not None)
+            log_p = logits.log_softmax(-1)
+            values = {name: FURTHER_TERMS[name](log_p, log_q, outside) for name in self.further}
+            if scale is None:
+                return values, None
+            total = sum((self.coefficients[name] * value * scale).sum() for name, value in values.items())
+            (gradient,) = torch.autograd.grad(total, logits)
+        return {name: value.detach() for name, value in values.items()}, gradient
 
 
 def _tiles(rows: int, like: Tensor) -> Iterator[slice]:

@@ -26,6 +26,7 @@ from torch import Tensor
 from specbench import fast
 from specbench.blocks import Blocks
 from specbench.losses import fused, reference
+from specbench.losses.further_terms import FURTHER_TERMS
 from specbench.losses.gradients import leaves, without
 from specbench.losses.slot_weights import SlotWeight
 from specbench.losses.terms import Blend, Combination, grid
@@ -74,6 +75,7 @@ class Objective:
         js: coefficient of the Jensen-Shannon divergence.
         tv: coefficient of the L1 distance of both distributions (twice the total variation).
         accept: coefficient of -log alpha, alpha the acceptance of the slot.
+        further: {NAME: coefficient} of terms in further_terms.py.
         blend: {scale, decay, over} of LK's lambda form. over="batch" needs the mean acceptance first, which costs a
             second pass over both heads.
         confidence: coefficient of the binary cross-entropy of the predicted confidence against alpha.
@@ -93,6 +95,7 @@ class Objective:
         js: AtLeastZero = 0.0,
         tv: AtLeastZero = 0.0,
         accept: AtLeastZero = 0.0,
+        further: Mapping[str, Number] | None = None,
         blend: Mapping[str, Number | str] | None = None,
         confidence: AtLeastZero = 0.0,
         detach_confidence: bool = False,
@@ -109,6 +112,7 @@ class Objective:
             "js": js,
             "tv": tv,
             "accept": accept,
+            "further": None if further is None else dict(further),
             "blend": None if blend is None else dict(blend),
             "confidence": confidence,
             "detach_confidence": detach_confidence,
@@ -117,13 +121,22 @@ class Objective:
             "chunk_rows": chunk_rows,
         }
         terms = {"ce": ce, "soft_ce": soft_ce, "kl": kl, "reverse_kl": reverse_kl, "js": js, "tv": tv, "accept": accept}
+        unknown = sorted(set(further or {}) - set(FURTHER_TERMS))
+        if unknown:
+            raise ValueError(
+                f"objective further={dict(further)}: there is no term {', '.join(unknown)}; "
+                f"choose among {', '.join(FURTHER_TERMS)}"
+            )
+        terms |= further or {}
         for name, value in {**terms, "confidence": confidence}.items():
             if not 0 <= value < float("inf"):
                 raise ValueError(f"objective {name}={value}: give a coefficient of at least 0")
         coefficients = {name: float(value) for name, value in terms.items() if value}
         self.combination = Combination(coefficients, None if blend is None else Blend.of(blend))
         if not coefficients and blend is None and not confidence:
-            raise ValueError(f"the objective has no term; set one of {', '.join(terms)}, blend or confidence above 0")
+            raise ValueError(
+                f"the objective has no term; set one of {', '.join(terms)}, further, blend or confidence above 0"
+            )
         if normalise not in NORMALISATIONS:
             raise ValueError(f"normalise={normalise!r} is unknown; choose 'weights' or 'positions'")
         if chunk_rows is not None and chunk_rows < 1:

@@ -18,6 +18,8 @@ import torch
 from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
+from specbench.losses.further_terms import FURTHER_TERMS
+
 TERMS = ("ce", "soft_ce", "kl", "reverse_kl", "js", "tv", "accept")
 # Below this overlap -log(alpha) stays at its value there (23 nats): fp32 no longer resolves alpha or its gradient.
 SMALLEST_ALPHA = 1e-10
@@ -39,6 +41,8 @@ def slot_terms(
     js          (KL(p|m) + KL(q|m)) / 2, m = (p + q) / 2        as in DistillSpec
     tv          sum |p - q|, the L1 distance, not half of it    DSpark
     accept      -log alpha, alpha = sum min(p, q)               LK (arXiv 2602.23881)
+
+    and those of further_terms.py.
     """
     dtype = torch.promote_types(draft_logits.dtype, torch.float32)
     log_p, log_q = draft_logits.to(dtype).log_softmax(-1), target_logits.to(dtype).log_softmax(-1)
@@ -62,6 +66,8 @@ def slot_terms(
         terms["js"] = (both.sum(-1) + outside * math.log(2)) / 2
     if "accept" in wanted:
         terms["accept"] = -terms["alpha"].clamp_min(SMALLEST_ALPHA).log()
+    for name in FURTHER_TERMS.keys() & set(wanted):
+        terms[name] = FURTHER_TERMS[name](log_p, log_q, outside)
     return terms
 
 
