@@ -14,7 +14,7 @@ from specbench.cli.assembly import device_of
 from specbench.cli.stages import Stage, container
 from specbench.cli.tracked_stages import tracked_output
 from specbench.files.atomic import write_json, write_text
-from specbench.profiling.step_report import PARTS, Timing, markdown, sized
+from specbench.profiling.step_report import PARTS, TimingSettings, markdown, sized
 from specbench.profiling.training_speed import SHAPES
 from specbench.progress import Progress
 from specbench.runs.provenance import hardware
@@ -32,7 +32,9 @@ def run(cfg: DictConfig) -> Path:
             return stage.folder
         folder = stage.work
         sizes = container(asked.sizes or {})
-        how = Timing(asked.repeats, asked.warmup, asked.threads, asked.packing.row_length, asked.packing.vocabulary)
+        how = TimingSettings(
+            asked.repeats, asked.warmup, asked.threads, asked.packing.row_length, asked.packing.vocabulary
+        )
         shapes = {name: sized(shape, sizes, device) for name, shape in SHAPES[scale].items()}
         name = f"speed-{stage.folder.name}"
         with tracked_output("speed-train", name, stage, cfg, {}, shape=scale, device=device) as (run, wandb):

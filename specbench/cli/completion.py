@@ -103,12 +103,12 @@ def _starting(last: str, known: Sequence[str]) -> list[str]:
 
 def _read(root: Traversable, name: str) -> dict[str, Any]:
     """One YAML file of the configuration as plain data; empty if there is no such file."""
-    import yaml
+    from specbench.files.plain_yaml import read
 
     file = root.joinpath(f"{name}.yaml")
     if not file.is_file():
         return {}
-    found = yaml.load(file.read_text(encoding="utf-8"), Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+    found = read(file.read_text(encoding="utf-8"))
     return found if isinstance(found, dict) else {}
 
 

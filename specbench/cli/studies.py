@@ -106,14 +106,14 @@ def study_of(name: str, given: Sequence[str] = ()) -> Study:
 def jobs(axes: Mapping[str, Any], given: Sequence[str] = ()) -> list[list[str]]:
     """Every combination of the axes' values as overrides, the last axis fastest, without axes that `given` sets.
 
-    Where `given` replaces a group that is an axis itself, the axes below that group belong to the replaced option and
-    go with it.
+    Where an axis is one option of a group, the axes below that group belong to the option: when `given` replaces it,
+    they go with it. Axes below a group that is swept over several options hold for every option and stay.
     """
     taken = {override.key_or_group for override in parse(given)}
 
     def replaced(axis: str) -> bool:
         name, group = axis.lstrip("+"), axis.lstrip("+").partition(".")[0]
-        return name in taken or (group in taken and group in axes)
+        return name in taken or (group in taken and group in axes and len(values(group, axes[group])) == 1)
 
     return [list(job) for job in product(*(values(k, v) for k, v in axes.items() if not replaced(k)))]
 

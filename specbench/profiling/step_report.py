@@ -23,7 +23,7 @@ from specbench.profiling.training_speed import (
 
 
 @dataclass(frozen=True)
-class Timing:
+class TimingSettings:
     """How steps are timed: repetitions after a warm-up, threads; tokens of a packed row and of its vocabulary."""
 
     repeats: int
@@ -42,7 +42,7 @@ def sized(shape: StepShape, sizes: Mapping[str, Any], device: str) -> StepShape:
     return replace(shape, **{"device": device, "dtype": dtype} | dict(sizes))
 
 
-def _against(name: str, shapes: Mapping[str, StepShape], how: Timing) -> tuple[list[dict], dict[str, float]]:
+def _against(name: str, shapes: Mapping[str, StepShape], how: TimingSettings) -> tuple[list[dict], dict[str, float]]:
     shape = shapes[name]
     costs = _measured(against_straightforward(shape), how)
     said = {f"difference_{key}": value for key, value in fresh(partial(agreement, shape)).items()}
@@ -57,12 +57,12 @@ def _against(name: str, shapes: Mapping[str, StepShape], how: Timing) -> tuple[l
     return rows, said | {"teraflops": work / 1e12, "matrix_teraflops_a_second": rate / 1e12}
 
 
-def _terms(shapes: Mapping[str, StepShape], how: Timing) -> tuple[list[dict], dict[str, float]]:
+def _terms(shapes: Mapping[str, StepShape], how: TimingSettings) -> tuple[list[dict], dict[str, float]]:
     costs = _measured(one_more_term(shapes["dspark"]), how)
     return [_row(variant, cost, costs["product"]) for variant, cost in costs.items()], {}
 
 
-def _packing(shapes: Mapping[str, StepShape], how: Timing) -> tuple[list[dict], dict[str, float]]:
+def _packing(shapes: Mapping[str, StepShape], how: TimingSettings) -> tuple[list[dict], dict[str, float]]:
     tokens, rows = sum(map(sum, mixed_lengths())), []
     for name, shape in shapes.items():
         small = replace(shape, vocabulary=how.vocabulary)
@@ -81,7 +81,7 @@ PARTS = {
 }
 
 
-def _measured(builds: Mapping[str, PrepareStep], how: Timing) -> dict[str, StepCost]:
+def _measured(builds: Mapping[str, PrepareStep], how: TimingSettings) -> dict[str, StepCost]:
     return measure(builds, repeats=how.repeats, warmup=how.warmup, threads=how.threads)
 
 
