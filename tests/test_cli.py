@@ -78,7 +78,10 @@ import sys
 from experiments.cli import main
 from specbench.cli.verbs import Verb
 
-VERBS = {"toy": Verb("toy", "does little", "toyverb"), "must": Verb("must", "needs a draft", "toyverb")}
+VERBS = {
+    "toy": Verb("toy", "does little", "toyverb", experiments=True),
+    "must": Verb("must", "needs a draft", "toyverb"),
+}
 if __name__ == "__main__":
     sys.exit(main(verbs=VERBS, package="toyconfigs"))
 """,
@@ -156,7 +159,10 @@ def test_a_mistake_is_one_sentence_and_exit_code_2(
 ) -> None:
     monkeypatch.syspath_prepend(str(home))
     monkeypatch.setattr(sys, "argv", ["specbench", *words])
-    verbs = {"toy": Verb("toy", "does little", "toyverb"), "must": Verb("must", "needs a draft", "toyverb")}
+    verbs = {
+        "toy": Verb("toy", "does little", "toyverb", experiments=True),
+        "must": Verb("must", "needs a draft", "toyverb"),
+    }
     assert main(words, verbs, "toyconfigs") == 2
     errors = capsys.readouterr().err
     assert errors.startswith("specbench: ") and errors.count("\n") == 1, errors
@@ -236,7 +242,8 @@ def test_help_shows_groups_keys_defaults_and_comments(home: Path) -> None:
     ):
         assert text in squeezed, page
     assert "method.block_size=3" in toy(home, "toy", "method=slow", "--help").stdout
-    assert "draft=(must be given) the folder of a draft" in " ".join(toy(home, "must", "--help").stdout.split())
+    must = " ".join(toy(home, "must", "--help").stdout.split())
+    assert "draft=(must be given) the folder of a draft" in must and "+experiment" not in must
 
 
 def test_cfg_prints_what_would_run(home: Path) -> None:

@@ -44,7 +44,7 @@ def page(name: str, verb: Verb, overrides: Sequence[str]) -> str:
     chosen = cfg.hydra.runtime.choices
     lines = [f"specbench {name} [key=value ...]    {verb.does}", *_header(verb.config), ""]
     used = [group for group in config_groups.groups() if group in chosen]
-    extra = [group for group in config_groups.groups() if group == "experiment" and group not in chosen]
+    extra = ["experiment"] if verb.experiments and "experiment" not in chosen else []
     if used or extra:
         lines.append("Groups")
         rows = [(f"{group}={chosen[group]}", "one of " + ", ".join(config_groups.options(group))) for group in used]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -14,10 +15,11 @@ class Verb:
     module: str
     takes: str | None = None  # the setting that a word without "=" gives
     filters: bool = False  # whether KEY=... is short for filters.KEY=...
+    experiments: bool = False  # whether +experiment=NAME sets its axes
 
 
-def _verb(config: str, does: str, module: str | None = None, takes: str | None = None, filters: bool = False) -> Verb:
-    return Verb(config, does, f"experiments.{module or config}", takes, filters)
+def _verb(config: str, does: str, module: str | None = None, **more: Any) -> Verb:
+    return Verb(config, does, f"experiments.{module or config}", **more)
 
 
 VERBS = {
@@ -26,11 +28,13 @@ VERBS = {
     "prompts": _verb("prompts", "download, deduplicate against the benchmarks, split"),
     "answers": _verb("answers", "let the target answer every prompt"),
     "cache": _verb("cache", "store the target's hidden states; plan=true only prints size and time"),
-    "train": _verb("train", "train a draft, then evaluate it"),
-    "evaluate": _verb("evaluate", "decode benchmarks or your prompts speculatively, with one record per prompt"),
+    "train": _verb("train", "train a draft, then evaluate it", experiments=True),
+    "evaluate": _verb(
+        "evaluate", "decode benchmarks or your prompts speculatively, with one record per prompt", experiments=True
+    ),
     "speed": _verb("speed", "cost curves and speedup of decoding; `speed train`: a training step", takes="what"),
     "calibrate": _verb("calibrate", "calibrate the confidence head by one temperature per slot"),
-    "serve": _verb("serve", "simulate throughput and speed per user under load"),
+    "serve": _verb("serve", "simulate throughput and speed per user under load", experiments=True),
     "compare": _verb("compare", "tables and figures of any runs", filters=True),
     "report": _verb("report", "one HTML page, and a W&B report if there is a key", filters=True),
     "export": _verb("export", "write a draft in a published format"),
