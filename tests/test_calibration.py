@@ -185,8 +185,8 @@ def test_turns_of_a_conversation_are_one_prompt():
         ({"accepted": [1]}, "2 proposals, 1 acceptances"),
         ({"output_ids": [1, 2, 5, 6, 7, 8, 9]}, "without the prompt"),
         ({"confidence": [[1.0], [0.0, 1.0]]}, "2 slots proposed and 1 confidences"),
-        ({"confidence": [[1.0, 2.0, 3.0]]}, "`confidence` is not one list of numbers a round"),
-        ({"confidence": [["a"], [True]]}, "`confidence` is not one list of numbers a round"),
+        ({"confidence": [[1.0, 2.0, 3.0]]}, "`confidence` is not one list of numbers per round"),
+        ({"confidence": [["a"], [True]]}, "`confidence` is not one list of numbers per round"),
         *(
             ({key: value}, f"line 1: `{key}` is not a list of numbers")
             for key in ("proposed", "accepted", "seconds", "prompt_ids", "output_ids")
