@@ -96,6 +96,38 @@ def test_an_unreadable_summary_is_no_end_of_the_page(tmp_path: Path) -> None:
     assert {item.name: item.status for item in items(tmp_path)} == {"a": "unreadable", "b": "complete"}
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        '{"status":"finished","summary":null,"command":5,"next":["x"]}',
+        '{"status":["failed"],"summary":[1],"command":"rm -rf x","next":{"a":1}}',
+        '{"status":"fail\\u001b[2J","summary":{"samples":NaN},"command":"specbench cache\\nrm -rf x"}',
+    ],
+)
+def test_foreign_markers_neither_end_the_page_nor_reach_the_terminal(tmp_path: Path, text: str, capsys: Capture) -> None:
+    (folder := tmp_path / "cache" / "a\nb\x1b[31m").mkdir(parents=True)
+    (folder / "stage.json").write_text(text)
+    assert main(["status", f"root={tmp_path}"]) == 0
+    shown = capsys.readouterr().out
+    assert "\x1b" not in shown and "a\\nb\\x1b[31m" in shown
+    assert not any(line.strip().startswith("rm -rf") for line in shown.splitlines())
+    assert main(["status", f"root={tmp_path}", "json=true"]) == 0
+    assert json.loads(capsys.readouterr().out, parse_constant=pytest.fail)["items"]
+
+
+def test_what_is_no_file_is_not_waited_for(tmp_path: Path) -> None:
+    (tmp_path / "cache" / "folder" / "stage.json").mkdir(parents=True)
+    for kind, pipe in (("cache", "stage.json"), ("train", ".lock")):
+        folder = tmp_path / ("cache/pipe" if kind == "cache" else "runs/train/pipe")
+        folder.mkdir(parents=True)
+        os.mkfifo(folder / pipe)
+    (tmp_path / "runs/train/pipe/summary.json").write_text('{"status": "running"}')
+    (tmp_path / "cache" / "broken").symlink_to("nothing")
+    found = {item.name: item.status for item in items(tmp_path) if item.kind == "cache"}
+    assert found == {"folder": "unreadable", "pipe": "unreadable"}
+    assert [item.status for item in items(tmp_path) if item.kind == "train"] == ["left unfinished"]
+
+
 def test_specbench_alone_says_where_you_are_without_torch(tmp_path: Path) -> None:
     finished(tmp_path / "outputs", "prompts", "a", {}, "specbench answers data=a")
     code = (

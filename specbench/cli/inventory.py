@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import fcntl
+import math
+import os
 import shlex
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -67,17 +69,22 @@ def other_roots(root: Path) -> list[Path]:
         return []
     inside = ("runs", "prompts", "answers", "cache", "compare")
     own = {root / name for name in (*inside, "wandb", "sweeps")}
-    return sorted(path for path in root.iterdir() if path not in own and any((path / name).is_dir() for name in inside))
+    others = (path for path in root.iterdir() if path not in own)
+    return sorted(path for path in others if any(os.path.isdir(path / name) for name in inside))
 
 
 def _folders(root: Path) -> Iterator[tuple[str, Path]]:
     """Candidates with their kind; work beside a finished folder (`.NAME.new`) included."""
     for kind, depth in (("prompts", 1), ("answers", 2), ("cache", 1)):
-        yield from ((kind, path) for path in sorted((root / kind).glob("/".join("*" * depth))) if path.is_dir())
+        yield from _subfolders(kind, root / kind, "/".join("*" * depth))
     for kind in sorted((root / "runs").glob("*"), key=_order):
-        if kind.is_dir():
-            yield from ((kind.name, path) for path in sorted(kind.iterdir()) if path.is_dir())
-    yield from (("compare", path) for path in sorted((root / "compare").glob("*")) if path.is_dir())
+        yield from _subfolders(kind.name, kind)
+    yield from _subfolders("compare", root / "compare")
+
+
+def _subfolders(kind: str, folder: Path, pattern: str = "*") -> Iterator[tuple[str, Path]]:
+    """(kind, path) of every folder of this pattern; os.path, unlike pathlib, knows no error where access is denied."""
+    yield from ((kind, path) for path in sorted(folder.glob(pattern)) if os.path.isdir(path))
 
 
 def _order(kind: Path) -> int:
@@ -86,13 +93,17 @@ def _order(kind: Path) -> int:
 
 
 def _item(kind: str, folder: Path) -> Item | None:
-    """The item in a folder; None if it belongs to no stage and no run."""
+    """The item in a folder; None if it belongs to no stage and no run.
+
+    Its files are those of anybody, and of processes that write them at this moment: what is not as a stage writes it
+    has no effect.
+    """
     if kind == "compare":
         report = folder / "report.html"
-        if not report.is_file():
-            return Item(kind, folder.name, folder, UNFINISHED, _bytes(folder), folder.stat().st_mtime, {})
-        facts = {"files": sum(1 for path in folder.rglob("*") if path.is_file()), "page": str(report)}
-        return Item(kind, folder.name, folder, COMPLETE, _bytes(folder), report.stat().st_mtime, facts)
+        if not os.path.isfile(report):
+            return Item(kind, folder.name, folder, UNFINISHED, _bytes(folder), _changed(folder), {})
+        facts = {"files": sum(len(names) for _, _, names in os.walk(folder)), "page": str(report)}
+        return Item(kind, folder.name, folder, COMPLETE, _bytes(folder), _changed(report), facts)
     marker, summary = _object(folder / MARKER), _object(folder / "summary.json")
     if not marker and not summary:
         return None
@@ -103,18 +114,31 @@ def _item(kind: str, folder: Path) -> Item | None:
         status = IN_PROGRESS if _is_locked(folder) else UNFINISHED
     parts = folder.parts[-2:] if kind == "answers" else folder.parts[-1:]
     name = "/".join(part[1:-4] + " (new)" if part[:1] == "." else part for part in parts)
-    newest = max(path.stat().st_mtime for path in (folder / MARKER, folder / "summary.json") if path.is_file())
-    facts = _headline(kind, {**marker.get("summary", {}), **summary})
-    return Item(kind, name, folder, status, _bytes(folder), newest, facts, marker.get("command"), marker.get("next"))
+    newest = max(map(_changed, (folder / MARKER, folder / "summary.json"))) or _changed(folder)
+    results = marker.get("summary")
+    facts = _headline(kind, {**(results if isinstance(results, dict) else {}), **summary})
+    made, following = _command(marker.get("command")), _command(marker.get("next"))
+    return Item(kind, name, folder, status, _bytes(folder), newest, facts, made, following)
 
 
 def _headline(kind: str, facts: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: facts[key] for key in HEADLINES.get(kind, {}) if isinstance(facts.get(key), (str, int, float))}
+    return {key: facts[key] for key in HEADLINES.get(kind, {}) if _is_headline(facts.get(key))}
+
+
+def _is_headline(value: Any) -> bool:
+    return math.isfinite(value) if isinstance(value, float) else isinstance(value, (str, int))
+
+
+def _command(value: Any) -> str | None:
+    """A recorded command, if it is one of specbench: it is shown to be copied into a shell."""
+    return value if isinstance(value, str) and value.startswith("specbench ") else None
 
 
 def _object(path: Path) -> dict[str, Any]:
     """A JSON object; an empty one if there is no file. One that cannot be read has the status `unreadable`."""
     try:
+        if path.exists() and not path.is_file():  # opening a named pipe would wait for a writer
+            return {"status": "unreadable"}
         found = read_json(path, {})
     except (ValueError, OSError):
         return {"status": "unreadable"}
@@ -122,13 +146,28 @@ def _object(path: Path) -> dict[str, Any]:
 
 
 def _bytes(folder: Path) -> int:
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    total = 0
+    for inside, _, names in os.walk(folder):
+        for name in names:
+            try:
+                total += os.stat(os.path.join(inside, name)).st_size
+            except OSError:  # removed since it was listed, or a link to nothing
+                continue
+    return total
+
+
+def _changed(path: Path) -> float:
+    """Time of the last change of a file or folder; 0 if there is none, or none that can be read."""
+    try:
+        return path.stat().st_mtime
+    except OSError:
+        return 0.0
 
 
 def _is_locked(folder: Path) -> bool:
     """Whether a running process has the lock of the stage."""
     try:
-        with open(folder / ".lock") as lock:
+        with open(os.open(folder / ".lock", os.O_RDONLY | os.O_NONBLOCK)) as lock:
             fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
         return True
@@ -181,7 +220,12 @@ def page(root: Path, found: Sequence[Item], others: Sequence[Path]) -> str:
     if others:
         lines += ["", *(f"more below {path}: specbench status root={path}" for path in others)]
     why, command = next_command(found, root, others)
-    return "\n".join([*lines, "", f"next ({why}):", f"  {command}"])
+    return "\n".join(map(_printable, [*lines, "", f"next ({why}):", f"  {command}"]))
+
+
+def _printable(line: str) -> str:
+    """A line with control characters written out: names and facts of foreign folders may hold any."""
+    return "".join(sign if sign.isprintable() else ascii(sign)[1:-1] for sign in line)
 
 
 def _row(item: Item) -> str:
