@@ -104,7 +104,9 @@ def test_an_unreadable_summary_is_no_end_of_the_page(tmp_path: Path) -> None:
         '{"status":"fail\\u001b[2J","summary":{"samples":NaN},"command":"specbench cache\\nrm -rf x"}',
     ],
 )
-def test_foreign_markers_neither_end_the_page_nor_reach_the_terminal(tmp_path: Path, text: str, capsys: Capture) -> None:
+def test_foreign_markers_neither_end_the_page_nor_reach_the_terminal(
+    tmp_path: Path, text: str, capsys: Capture
+) -> None:
     (folder := tmp_path / "cache" / "a\nb\x1b[31m").mkdir(parents=True)
     (folder / "stage.json").write_text(text)
     assert main(["status", f"root={tmp_path}"]) == 0
