@@ -38,6 +38,13 @@ def trained(prepared: list[str], name: str, *words: str) -> Path:
     return Path(prepared[0].removeprefix("root=")) / "runs" / "train" / name
 
 
+@pytest.mark.parametrize("entries", ["x", [1], {"x": 5}, {"x": {"monitor": "y"}}])
+def test_a_record_with_anything_in_these_groups_is_refused_by_name(tmp_path: Path, entries: object) -> None:
+    for group, built in (("callbacks", callbacks_of), ("logger", loggers_of)):
+        with pytest.raises(ValueError, match=rf"^{group}"):
+            built(OmegaConf.create({group: entries}), tmp_path)
+
+
 def test_callbacks_and_loggers_do_what_their_options_say(prepared: list[str], capsys) -> None:
     folder = trained(
         prepared,

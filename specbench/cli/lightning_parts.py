@@ -25,16 +25,21 @@ def loggers_of(cfg: DictConfig, folder: Path) -> list[Logger]:
     return _built("logger", cfg.get("logger"), Logger, folder)
 
 
-def _built(group: str, entries: DictConfig | None, kind: type[LightningPart], folder: Path) -> list[LightningPart]:
+def _built(group: str, entries: Any, kind: type[LightningPart], folder: Path) -> list[LightningPart]:
     """One object an entry; an entry that is null is left out.
 
     Errors: ValueError for a class of another kind, arguments that it does not take, or a place outside of the folder.
     """
+    if not isinstance(entries or {}, (Mapping, DictConfig)):  # a record may hold anything
+        raise ValueError(f"{group}={entries}: takes names with the settings of one {kind.__name__} each")
     found = []
     for name, entry in (entries or {}).items():
         if entry is None:
             continue
-        where, settings = f"{group}.{name}", OmegaConf.to_container(entry, resolve=True)
+        where = f"{group}.{name}"
+        if not isinstance(entry, DictConfig):
+            raise ValueError(f"{where}={entry}: takes the settings of one {kind.__name__}, with its class as _target_")
+        settings = OmegaConf.to_container(entry, resolve=True)
         _require_inside(settings, where)
         for key in PLACES:
             if key in settings:

@@ -463,6 +463,19 @@ def test_an_epoch_has_the_loss_of_the_indexed_reader(tmp_path):
     torch.testing.assert_close(sum(map(totals, ranks)), totals(indexed), rtol=1e-5, atol=0)
 
 
+@pytest.mark.parametrize(("command", "cause"), [("exit 7", "ended with status 7"), ("sleep 9", "gave nothing for 1 s")])
+def test_a_command_that_fails_or_is_silent_is_named_with_its_remedy(folder, command, cause, monkeypatch):
+    monkeypatch.setattr(remote_shards, "PAUSE", 0.0)
+    monkeypatch.setattr(remote_shards, "SILENCE", 1)
+    monkeypatch.setattr(remote_shards, "ATTEMPTS", 1)
+    place = f"pipe:case {{name}} in shard*) {command};; esac; cat {folder}/{{name}}"
+    data = streamed(place, threads=1)
+    with pytest.raises(DamagedShard, match=cause) as failed:
+        for step in data.steps():
+            list(step)
+    assert f"of {place}" in str(failed.value) and "run the same command again" in str(failed.value)
+
+
 def test_papers_of_a_temporary_folder_go_with_the_cache(folder):
     files = StreamedFiles(f"pipe:cat {folder}/{{name}}")
     kept = files.folder

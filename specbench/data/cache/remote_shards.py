@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 import os
+import select
 import subprocess
 import tempfile
 import threading
@@ -26,6 +27,7 @@ from specbench.files.redaction import redact
 
 CHUNK = 1 << 22  # bytes copied at a time
 PARTIAL_CONTENT = 206  # HTTP status of an answer with the requested part only
+SILENCE = 300  # seconds without a byte after which a transfer counts as broken off
 PIPE, NAME = "pipe:", "{name}"
 ATTEMPTS, PAUSE = 3, 1.0  # attempts to read on in a shard before it counts as unreadable; seconds before the second
 
@@ -48,7 +50,7 @@ def is_http(url: str) -> bool:
 def filesystem(url: str) -> tuple[Any, str]:
     """fsspec's filesystem of a URL, and the path in it. ValueError where a package is missing."""
     # A shard may take longer to arrive than the five minutes after which aiohttp ends a request.
-    patient = {"client_kwargs": {"timeout": aiohttp.ClientTimeout(total=None, sock_connect=30, sock_read=300)}}
+    patient = {"client_kwargs": {"timeout": aiohttp.ClientTimeout(total=None, sock_connect=30, sock_read=SILENCE)}}
     try:
         return fsspec.core.url_to_fs(url, **(patient if is_http(url) else {}))
     except ImportError as error:
@@ -105,6 +107,11 @@ class RemoteFiles:
                 path.unlink()
         present = sorted(self.folder.glob("shard-*.tar"), key=lambda path: path.stat().st_mtime)
         self._used: dict[str, int] = {path.name: path.stat().st_size for path in present}  # least recently used first
+
+    @property
+    def source(self) -> str:
+        """Where the shards are, for messages."""
+        return redact(self.url)
 
     def require_window(self, shards: Sequence[dict[str, Any]], window: int | None) -> None:
         """Refuse an order that would download shards repeatedly: the shards in use at one time must fit."""
@@ -182,6 +189,11 @@ class StreamedFiles:
         self.folder.mkdir(parents=True, exist_ok=True)
         manifest = copy_metadata(self._fetch, self.folder)
         self._sizes = {shard["name"]: int(shard["bytes"]) for shard in manifest.shards}
+
+    @property
+    def source(self) -> str:
+        """Where the shards are, for messages."""
+        return redact(self.place)
 
     @property
     def sized(self) -> bool:
@@ -312,7 +324,7 @@ class _Command:
 
 
 class _Output(io.RawIOBase):
-    """The output of a shell command. OSError when it ends with another status than 0."""
+    """The output of a shell command. OSError when it ends with another status than 0, or is silent for too long."""
 
     def __init__(self, command: str):
         self._command = command
@@ -322,6 +334,10 @@ class _Output(io.RawIOBase):
         return True
 
     def readinto(self, view: Any) -> int:
+        waiting = select.poll()
+        waiting.register(self._process.stdout, select.POLLIN)
+        if not waiting.poll(1000 * SILENCE):
+            raise OSError(f"the command `{redact(self._command)}` gave nothing for {SILENCE} seconds")
         count = self._process.stdout.readinto(view)
         if len(view) and not count and (status := self._process.wait()):
             raise OSError(f"the command `{redact(self._command)}` ended with status {status}")
@@ -362,7 +378,8 @@ class _Resumed(io.RawIOBase):
             self._drop_stream()
             self._failed += 1
             if self._failed >= ATTEMPTS:
-                raise OSError(redact(f"{why or type(why).__name__} (tried {ATTEMPTS} times)")) from why
+                cause = f"there is no {why}" if isinstance(why, FileNotFoundError) else str(why) or type(why).__name__
+                raise OSError(redact(f"{cause} (tried {ATTEMPTS} times)")) from why
             time.sleep(PAUSE * 2 ** (self._failed - 1))
         return 0
 

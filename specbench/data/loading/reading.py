@@ -31,11 +31,15 @@ ByteTensor = UInt8[Tensor, "_"]
 class ShardFiles(Protocol):
     """Where a cache's files are: a folder of this machine, a mirror of a remote one, or the remote one itself.
 
-    `folder` holds manifest, index and tables. `sized`: whether the size of a shard can be asked for.
+    `folder` holds manifest, index and tables. `sized`: whether the size of a shard can be asked for. `source`: where
+    the shards are, for messages.
     """
 
     folder: Path
     sized: bool
+
+    @property
+    def source(self) -> str: ...
 
     def size(self, name: str) -> int | None:
         """ByteTensor of a file; None if it is missing."""
@@ -51,6 +55,10 @@ class LocalFiles:
 
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
+
+    @property
+    def source(self) -> str:
+        return str(self.folder)
 
     def size(self, name: str) -> int | None:
         path = self.folder / name
@@ -148,7 +156,7 @@ class CacheReader:
             lost = [self.index.ids[row] for row in rows[ends > (size or 0)]]
             found = "is missing" if size is None else f"holds {size} bytes instead of {shard['bytes']}"
             what = f"from sample {lost[0]!r} on {len(lost)} are cut" if lost else "its samples seem whole"
-            message = f"{shard['name']} of {self.files.folder} {found} ({what})"
+            message = f"{shard['name']} of {self.files.source} {found} ({what})"
             if self.on_damage == "raise":
                 remedy = "remove it and run `specbench cache` again, or set on_damage=skip to train without the lost"
                 raise DamagedShard(f"{message}: {remedy}")
@@ -212,9 +220,11 @@ class CacheReader:
     def lost(self, row: int, error: Exception) -> None:
         """A sample that cannot be read: an error that names it, or a line in `damage`."""
         damage = Damage(shard_name(int(self.index["shard"][row])), self.index.ids[row], str(error))
-        message = f"{damage.shard} of {self.files.folder}: sample {damage.id!r} (row {row}) {damage.reason}"
+        message = f"{damage.shard} of {self.files.source}: sample {damage.id!r} (row {row}) {damage.reason}"
         if self.on_damage == "raise":
             remedy = "remove that shard and run `specbench cache` again, or set on_damage=skip"
+            if isinstance(error, OSError):  # the transfer failed, and nothing is known against the shard
+                remedy = "make it readable and run the same command again, or set on_damage=skip"
             raise DamagedShard(f"{message}: {remedy}") from error
         with self._lock:
             if damage not in self.damage:
