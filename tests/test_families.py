@@ -114,15 +114,41 @@ def test_the_function_of_the_head_is_read_off_the_model() -> None:
     assert torch.equal(biased.derive(ids=torch.tensor([5, 2])).bias, biased.bias[[5, 2]])
 
 
-def test_rope_that_depends_on_the_length_is_recomputed_behind_its_limit() -> None:
+def longrope() -> Target:
+    """A target whose rope changes for texts of more than 24 tokens."""
     factors = {"short_factor": [1.0] * 4, "long_factor": [4.0] * 4, "original_max_position_embeddings": 24}
     rope = {"rope_type": "longrope", "rope_theta": 1e4, **factors}
     config = families.config("phi3") | {"rope_parameters": rope, "original_max_position_embeddings": 24}
-    owner = Target.from_config(config, [0, 1], seed=3, stop_token_ids=[])
+    return Target.from_config(config, [0, 1], seed=3, stop_token_ids=[])
+
+
+def test_rope_that_depends_on_the_length_is_recomputed_behind_its_limit() -> None:
+    owner = longrope()
     assert owner.rope_limit == 24 and not owner.recomputes
     limits = Limits(NEW, batch_size=3)
     found = {d.index: d.output_ids for d in speculative_decode(owner, NGram(4), prompts(), Sampling(), limits)}
     assert [found[i] for i in range(3)] == [librarys(owner, prompt) for prompt in prompts()]
+
+
+@pytest.mark.parametrize("lengths", [(30, 5), (5, 30)])
+@pytest.mark.parametrize("together", [True, False])
+def test_a_short_text_stays_right_beside_and_after_one_behind_the_limit(lengths, together) -> None:
+    owner, generator = longrope(), torch.Generator().manual_seed(1)
+    tokens, more = (torch.randint(2, families.V, (2, n), generator=generator) for n in (30, 9))
+    if together:
+        state, _ = owner.prefill(tokens, torch.tensor(lengths))
+    else:
+        first, second = (owner.prefill(tokens[i : i + 1, :n], torch.tensor([n]))[0] for i, n in enumerate(lengths))
+        state = first.merge(second)
+    row = lengths.index(5)
+    for start in range(0, 9, 3):
+        if start == 6:  # the long one leaves
+            state, more, tokens, row = state.select(torch.tensor([row])), more[[row]], tokens[[row]], 0
+        context = owner.extend(state, more[:, start : start + 3])
+        state.advance(3)
+        text = torch.cat([tokens[row, :5], more[row, : start + 3]])[None]
+        whole = owner.states(text, torch.tensor([text.shape[1]])).last[0, -3:]
+        torch.testing.assert_close(context.last[row], whole, rtol=1e-4, atol=1e-4)
 
 
 def test_a_wrong_mask_is_found_and_recomputed(

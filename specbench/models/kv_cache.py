@@ -94,6 +94,12 @@ class KVCache:
         both.advance(0)
         return both
 
+    def keep_layer(self, layer: int) -> None:
+        """Forget the entries of every other layer."""
+        for stored in (self.keys, self.values):
+            for other in stored.keys() - {layer}:
+                del stored[other]
+
     def _places(self, behind: int, size: int) -> Int[Tensor, "B 1 S 1"]:
         """Positions of each row's new entries: the same for every layer until the lengths change."""
         if (behind, size) not in self._at:

@@ -58,13 +58,18 @@ __all__ = ["Target", "TargetState", "new_causal_lm", "raw_config", "save"]
 ROLLED_BACK_BY_LENGTH = {"full_attention", "sliding_attention", "chunked_attention"}
 # Rope whose frequencies change with the length of the longest text in the batch.
 LENGTH_DEPENDENT_ROPE = {"dynamic", "longrope"}
+TOKENS = -1  # the layer of a cache that holds the tokens themselves
 
 
 @dataclass
 class TargetState:
-    """What the target remembers of B requests: keys and values, or (recomputed targets) the tokens themselves."""
+    """What the target remembers of B requests: keys and values, or (recomputed targets) the tokens themselves.
+
+    tokens_only: keys and values are missing, because a text was so long that rope changes with its length.
+    """
 
     cache: KVCache
+    tokens_only: bool = False
 
     def advance(self, counts: Int[Tensor, " B"] | int) -> None:
         """Count `counts` of the tokens extended last; not advancing is rolling back."""
@@ -72,11 +77,19 @@ class TargetState:
 
     def select(self, rows: Int[Tensor, " R"]) -> TargetState:
         """The chosen requests."""
-        return TargetState(self.cache.select(rows))
+        return TargetState(self.cache.select(rows), self.tokens_only)
 
     def merge(self, other: TargetState) -> TargetState:
-        """Both states' requests."""
-        return TargetState(self.cache.merge(other.cache))
+        """Both states' requests; if one has tokens only, the other forgets its keys and values."""
+        if self.tokens_only or other.tokens_only:
+            self.forget_keys()
+            other.forget_keys()
+        return TargetState(self.cache.merge(other.cache), self.tokens_only)
+
+    def forget_keys(self) -> None:
+        """Keep only the tokens, which the cache holds like the keys of a layer TOKENS."""
+        self.cache.keep_layer(TOKENS)
+        self.tokens_only = True
 
 
 class Target:
@@ -296,6 +309,7 @@ class Target:
         state, lengths = TargetState(KVCache(len(tokens), self.device)), lengths.to(self.device)
         if self.recomputes or self._beyond(tokens.shape[1]):
             self._remember(state.cache, tokens)
+            state.tokens_only = not self.recomputes
             context = self.states(tokens, lengths)
         else:
             context = self.extend(state, tokens)
@@ -305,8 +319,14 @@ class Target:
     @torch.inference_mode()
     def extend(self, state: TargetState, tokens: Int[Tensor, "B S"]) -> Context:
         """Target states of S further tokens per row. They are part of the text only after `state.advance(counts)`."""
+        changes = self._beyond(state.cache.longest + tokens.shape[1])
+        if changes and not self.recomputes:
+            state.forget_keys()
+        elif state.tokens_only:
+            # The long texts have left: one pass gives the keys and values of the others.
+            known = state.cache.keys[TOKENS][:, 0, : state.cache.longest, 0]
+            state.cache, state.tokens_only = self.prefill(known, state.cache.lengths)[0].cache, False
         cache, size = state.cache, tokens.shape[1]
-        changes = self._beyond(cache.longest + size)
         if self.recomputes or self.rope_limit is not None:
             stored = self._remember(cache, tokens)
         if self.by_prefix or changes:
@@ -351,7 +371,7 @@ class Target:
     @staticmethod
     def _remember(cache: KVCache, tokens: Int[Tensor, "B S"]) -> Int[Tensor, "B T"]:
         """Keep tokens like the keys of one more layer; returns all that are stored, the new ones included."""
-        return cache.write(-1, tokens[..., None, None], tokens[..., None, None])[0][..., 0, 0]
+        return cache.write(TOKENS, tokens[..., None, None], tokens[..., None, None])[0][..., 0, 0]
 
     def _recompute(self, stored: Int[Tensor, "B T"], lengths: Int[Tensor, " B"], size: int) -> tuple[Tensor, Tensor]:
         """States of the last `size` tokens of texts of `lengths` + `size`, by a pass over all of them."""
