@@ -14,21 +14,23 @@ with its plain one, and both with recorded results of other implementations.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 
-_enabled = True
+# The choice outside of every context, then that of each open context. Contexts of several threads can end in any order.
+_choices = [[True]]
+_lock = threading.Lock()
 
 
 def enabled() -> bool:
     """Whether the fast implementations are used."""
-    return _enabled
+    return _choices[-1][0]
 
 
 def enable(fast: bool = True) -> None:
-    """Use the fast implementations from now on, or the plain ones (`enable(False)`)."""
-    global _enabled
-    _enabled = fast
+    """Use the fast implementations from now on, or the plain ones (`enable(False)`); within a context until its end."""
+    _choices[-1][0] = fast
 
 
 def plain() -> AbstractContextManager[None]:
@@ -38,10 +40,12 @@ def plain() -> AbstractContextManager[None]:
 
 @contextmanager
 def switched(fast: bool) -> Iterator[None]:
-    """Context with the fast implementations, or the plain ones."""
-    before = _enabled
-    enable(fast)
+    """Context with the fast implementations, or the plain ones. Of several open contexts the last one counts."""
+    choice = [fast]
+    with _lock:
+        _choices.append(choice)
     try:
         yield
     finally:
-        enable(before)
+        with _lock:
+            del _choices[next(i for i, one in enumerate(_choices) if one is choice)]

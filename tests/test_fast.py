@@ -34,6 +34,16 @@ def test_the_switch_goes_back_whatever_happens_inside() -> None:
     assert fast.enabled()
 
 
+def test_contexts_of_several_threads_can_end_in_any_order() -> None:
+    first, second = fast.plain(), fast.plain()
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert not fast.enabled()
+    second.__exit__(None, None, None)
+    assert fast.enabled()
+
+
 def test_one_switch_turns_off_every_fast_computation(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
     for module in (fused, reference):

@@ -7,6 +7,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from specbench.blocks import with_anchors
+from specbench.drafts.draft import Draft
+from specbench.drafts.work import of_parameters
 from tests import tiny
 
 LENGTH = 40
@@ -40,3 +42,11 @@ def test_the_estimate_is_near_what_a_forward_pass_takes(method: str) -> None:
     # A CPU keeps the scores of attention, which are small beside the rest and which the estimate leaves out.
     assert 0.5 < work.kept / kept < 1.5
     assert 0.8 < work.flops / flops < 1.25
+
+
+@pytest.mark.parametrize("values", [torch.Tensor.numpy, torch.Tensor.tolist, torch.Tensor.nonzero])
+def test_a_forward_pass_that_depends_on_values_is_estimated_from_the_parameters(values, monkeypatch) -> None:
+    draft = tiny.draft("eagle3", "qwen3")
+    monkeypatch.setattr(type(draft), "forward", lambda self, batch: values(batch.tokens))
+    apart = [*draft.tables.parameters(), *draft.projection_parameters()]
+    assert Draft.work(draft, LENGTH, 3) == 3 * draft.block_size * of_parameters(draft, apart)

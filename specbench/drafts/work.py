@@ -54,7 +54,7 @@ def of_forward(draft: nn.Module, batch: Batch) -> Work | None:
     try:
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), FlopCounterMode(display=False) as f:
             empty(batch)
-    except (NotImplementedError, RuntimeError):
+    except (RuntimeError, TypeError):  # of operations that need values
         return None
     numbers = (one.untyped_storage().nbytes() // one.element_size() for one in kept.values())
     return Work(sum(numbers), f.get_total_flops())

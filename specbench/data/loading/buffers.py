@@ -30,13 +30,13 @@ class Recycler:
     def zeros(self, like: Tensor, shape: Sequence[int]) -> Tensor:
         """Zeros of `shape` in the dtype and on the device of `like`."""
         size = math.prod(shape) * like.dtype.itemsize
-        if not fast.enabled() or size < SMALL or like.device.type != "cpu":
+        if size < SMALL or like.device.type != "cpu":
             return like.new_zeros(shape)
         return self.room(size).view(like.dtype).view(tuple(shape)).zero_()
 
     def room(self, size: int) -> Tensor:
         """`size` bytes that hold anything."""
-        if size < SMALL:
+        if not fast.enabled() or size < SMALL:
             return torch.empty(size, dtype=torch.uint8)
         with self._lock:
             store = self._stores[self._place(size)]
