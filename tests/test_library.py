@@ -11,6 +11,7 @@ import re
 import signal
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
 
@@ -293,6 +294,51 @@ def test_a_training_in_one_call_is_a_run_that_continues_and_can_be_evaluated(
     assert again.summary["probes"] == made.summary["probes"]
     with pytest.raises(ValueError, match="is not empty and holds no training"):
         sb.train(module_of(target), data_of(cache), cache, max_steps=3)
+
+
+class Fail(L.Callback):
+    def on_train_batch_end(self, trainer, module, *args) -> None:
+        raise OSError("full disk")
+
+
+def test_a_training_that_fails_leaves_the_signals_as_they_were(target: sb.Target, cache: Path, tmp_path: Path) -> None:
+    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    with pytest.raises(OSError, match="full disk"):
+        sb.train(
+            module_of(target), data_of(cache), tmp_path / "run", max_steps=2, callbacks=[Fail()], accelerator="cpu"
+        )
+    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
+
+
+def test_a_probe_judges_every_training_anew_and_threads_train(target: sb.Target, cache: Path, tmp_path: Path) -> None:
+    probe = sb.DecodeProbe(target, every=1, max_new_tokens=8)
+    probe.best, probe.history = 1e9, [(1, 1e9)]  # as an earlier training left them
+
+    def train() -> sb.Trained:
+        return sb.train(
+            module_of(target), data_of(cache), tmp_path / "run", max_steps=1, probe=probe, accelerator="cpu"
+        )
+
+    with ThreadPoolExecutor(1) as pool:
+        made = pool.submit(train).result()
+    assert made.step == 1 and [step for step, _ in made.summary["probes"]] == [1] and probe.best < 1e9
+
+
+def test_an_interrupted_training_continues_with_its_own_length_and_data_only(
+    target: sb.Target, cache: Path, tmp_path: Path
+) -> None:
+    def train(steps: int, **order) -> sb.Trained:
+        callbacks, place = [Terminate()], tmp_path / "run"
+        data = data_of(cache, **order)
+        return sb.train(module_of(target), data, place, max_steps=steps, callbacks=callbacks, accelerator="cpu")
+
+    with pytest.raises(KeyboardInterrupt):
+        train(3)
+    for steps, order, said in ((4, {}, "max_steps=3, and this one has 4"), (3, {"seed": 5}, r"seed\.data=")):
+        with pytest.raises(ValueError, match=said):
+            train(steps, **order)
+    with pytest.raises(ValueError, match="max_steps=0"):
+        train(0)
 
 
 def test_what_lightning_would_ignore_is_refused(target: sb.Target, cache: Path, tmp_path: Path) -> None:

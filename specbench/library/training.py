@@ -20,10 +20,11 @@ from lightning.pytorch.loggers import Logger
 from specbench.checkpoints.draft_folder import save_draft
 from specbench.data.loading.step_data import StepData
 from specbench.drafts.draft import Draft
+from specbench.files.atomic import plain, read_json
 from specbench.files.torch_checkpoints import read_checkpoint
 from specbench.runs.folder_logger import FolderLogger
 from specbench.runs.provenance import provenance
-from specbench.runs.run_folder import RunFolder, read_summary
+from specbench.runs.run_folder import RunFolder, read_settings, read_summary
 from specbench.training.callbacks import DecodeProbe, GracefulStop, KeepLast, TrainingProgress
 from specbench.training.draft_training import DraftTraining, digest, trainable_parameters
 
@@ -135,10 +136,11 @@ def train(
         ValueError: the folder has other content, or a setting is not valid.
     """
     place, label = Path(folder), method or type(module.draft).__name__.lower()
-    steps = max_steps or module.max_steps
+    steps = module.max_steps if max_steps is None else max_steps
     if steps is None:
         raise ValueError("max_steps=None and DraftTraining(max_steps=None) do not say when to end: give one of them")
-    resumes = _unfinished(place, module)
+    if steps < 1:
+        raise ValueError(f"max_steps={steps}: train for at least one step")
     facts = {"method": label, "target": data.target_name, "lineage": {"cache": data.lineage}}
     config = {
         "method": {"name": label, **module.hparams["draft"], "objective": module.hparams["objective"]},
@@ -146,6 +148,7 @@ def train(
         "trainer": {"max_steps": steps, "recipe": module.hparams["training"], "validate_every": validate_every},
         "seed": {"init": training_seed, "data": data.seed, "anchors": module.anchor_seed},
     }
+    resumes = _unfinished(place, module, config, data.lineage)
     with RunFolder(place.parent, "train", place.name, config, folder=place) as run:
         run.write_provenance(*provenance(sys.argv, config["seed"], data.lineage, None))
         return train_into(
@@ -235,7 +238,7 @@ def train_into(
     return Trained(draft, step, run.path, summary)
 
 
-def _unfinished(folder: Path, module: DraftTraining) -> bool:
+def _unfinished(folder: Path, module: DraftTraining, config: Mapping[str, Any], lineage: Mapping[str, Any]) -> bool:
     """Whether the folder holds this very training, interrupted. Errors: ValueError where it holds something else."""
     if not folder.exists() or not any(folder.iterdir()):
         return False
@@ -251,4 +254,13 @@ def _unfinished(folder: Path, module: DraftTraining) -> bool:
         return False
     if read_checkpoint(last)["hyper_parameters"] != dict(module.hparams):
         raise ValueError(f"folder={str(folder)!r} holds an interrupted training of other settings: {remedy}")
+    old, new = read_settings(folder), plain(config)
+    for group, name in (("trainer", "max_steps"), ("seed", "data"), ("target", "name")):
+        if old[group][name] != new[group][name]:
+            raise ValueError(
+                f"folder={str(folder)!r} holds an interrupted training with {group}.{name}={old[group][name]}, and "
+                f"this one has {new[group][name]}: {remedy}"
+            )
+    if (read_json(folder / "provenance.json", {}).get("cache") or {}).get("fingerprint") != lineage["fingerprint"]:
+        raise ValueError(f"folder={str(folder)!r} holds an interrupted training on other data: {remedy}")
     return True

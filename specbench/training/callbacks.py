@@ -6,6 +6,7 @@ import logging
 import math
 import os
 import signal
+import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import FrameType
@@ -69,6 +70,11 @@ class DecodeProbe(Callback):
         self.limits = Limits(max_new_tokens, target.stop_token_ids, batch_size)
         self.folder, self.best = folder, -math.inf
         self.history: list[tuple[int, float]] = []
+
+    def setup(self, trainer: L.Trainer, module: L.LightningModule, stage: str) -> None:
+        """Forget what an earlier training found; a checkpoint that is continued gives its own back after this."""
+        if stage == "fit":
+            self.best, self.history = -math.inf, []
 
     def on_fit_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         if self.target.device.type != module.device.type:
@@ -274,6 +280,7 @@ class GracefulStop(Callback):
     """SIGTERM and Ctrl-C end training at the next optimiser step, with a checkpoint in `folder`.
 
     The handler only sets a flag: Lightning's own handler talks to other ranks from inside the signal and can hang.
+    Outside of the main thread, where no handler can be installed, signals are left alone.
     """
 
     def __init__(self, folder: Path | None = None) -> None:
@@ -282,6 +289,8 @@ class GracefulStop(Callback):
         self._previous: dict[int, Any] = {}
 
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        if threading.current_thread() is not threading.main_thread():
+            return
         for number in (signal.SIGTERM, signal.SIGINT):
             self._previous[number] = signal.signal(number, self._flag)
 
@@ -301,5 +310,12 @@ class GracefulStop(Callback):
                 save_checkpoint(trainer, self.folder / "last.ckpt")
 
     def on_train_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
+        self._give_back()
+
+    def on_exception(self, trainer: L.Trainer, module: L.LightningModule, exception: BaseException) -> None:
+        self._give_back()
+
+    def _give_back(self) -> None:
+        """Install the handlers that were there before."""
+        while self._previous:
+            signal.signal(*self._previous.popitem())
