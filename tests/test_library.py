@@ -334,7 +334,7 @@ def test_an_interrupted_training_continues_with_its_own_length_and_data_only(
 
     with pytest.raises(KeyboardInterrupt):
         train(3)
-    for steps, order, said in ((4, {}, "max_steps=3, and this one has 4"), (3, {"seed": 5}, r"seed\.data=")):
+    for steps, order, said in ((4, {}, "max_steps=3, and this one has 4"), (3, {"seed": 5}, "in another order")):
         with pytest.raises(ValueError, match=said):
             train(steps, **order)
     with pytest.raises(ValueError, match="max_steps=0"):

@@ -8,6 +8,8 @@ import pytest
 import torch
 
 from specbench import fast
+from specbench.decoding.loop import Limits, speculative_decode
+from specbench.decoding.sampling import Sampling
 from specbench.models.backbone import Backbone, Layer, RotaryEmbedding, backbone_of
 from specbench.models.fast import folded_layers as stack
 from specbench.models.fast.folded_layers import Folded, Plain, Stack
@@ -166,3 +168,11 @@ def test_positions_behind_a_cache_are_those_of_its_rows():
         expected = rope(torch.tensor(lengths)[:, None] + torch.arange(3), torch.float32)
         for ours, theirs in zip(rope.behind(cache, 3, torch.float32), expected, strict=True):
             torch.testing.assert_close(ours.expand_as(theirs), theirs, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("method", tiny.METHODS)
+def test_a_prompt_of_one_token_alone_is_decoded(method: str) -> None:
+    """A chain has no feature to pair with a next token then, so no row enters the layers before the first round."""
+    target, draft = tiny.target("qwen3"), tiny.draft(method, "qwen3").eval()
+    (done,) = speculative_decode(target, draft, [[7]], Sampling(), Limits(12))
+    assert done.output_ids == target.generate([7], 12)

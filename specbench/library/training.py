@@ -20,7 +20,6 @@ from lightning.pytorch.loggers import Logger
 from specbench.checkpoints.draft_folder import save_draft
 from specbench.data.loading.step_data import StepData
 from specbench.drafts.draft import Draft
-from specbench.files.atomic import plain, read_json
 from specbench.files.torch_checkpoints import read_checkpoint
 from specbench.runs.folder_logger import FolderLogger
 from specbench.runs.provenance import provenance
@@ -148,7 +147,7 @@ def train(
         "trainer": {"max_steps": steps, "recipe": module.hparams["training"], "validate_every": validate_every},
         "seed": {"init": training_seed, "data": data.seed, "anchors": module.anchor_seed},
     }
-    resumes = _unfinished(place, module, config, data.lineage)
+    resumes = _unfinished(place, module, steps)
     with RunFolder(place.parent, "train", place.name, config, folder=place) as run:
         run.write_provenance(*provenance(sys.argv, config["seed"], data.lineage, None))
         return train_into(
@@ -238,7 +237,7 @@ def train_into(
     return Trained(draft, step, run.path, summary)
 
 
-def _unfinished(folder: Path, module: DraftTraining, config: Mapping[str, Any], lineage: Mapping[str, Any]) -> bool:
+def _unfinished(folder: Path, module: DraftTraining, steps: int) -> bool:
     """Whether the folder holds this very training, interrupted. Errors: ValueError where it holds something else."""
     if not folder.exists() or not any(folder.iterdir()):
         return False
@@ -254,13 +253,9 @@ def _unfinished(folder: Path, module: DraftTraining, config: Mapping[str, Any], 
         return False
     if read_checkpoint(last)["hyper_parameters"] != dict(module.hparams):
         raise ValueError(f"folder={str(folder)!r} holds an interrupted training of other settings: {remedy}")
-    old, new = read_settings(folder), plain(config)
-    for group, name in (("trainer", "max_steps"), ("seed", "data"), ("target", "name")):
-        if old[group][name] != new[group][name]:
-            raise ValueError(
-                f"folder={str(folder)!r} holds an interrupted training with {group}.{name}={old[group][name]}, and "
-                f"this one has {new[group][name]}: {remedy}"
-            )
-    if (read_json(folder / "provenance.json", {}).get("cache") or {}).get("fingerprint") != lineage["fingerprint"]:
-        raise ValueError(f"folder={str(folder)!r} holds an interrupted training on other data: {remedy}")
+    if (begun := read_settings(folder)["trainer"]["max_steps"]) != steps:
+        raise ValueError(
+            f"folder={str(folder)!r} holds an interrupted training of max_steps={begun}, and this one has {steps}, "
+            f"with another schedule of the learning rate: {remedy}"
+        )
     return True

@@ -177,12 +177,14 @@ class Folded:
         B, S, D = x.shape
         rows = x.reshape(B * S, D)
         heads = _product(self.entering(rows, embedding), self.project[layer], self.project_bias[layer])
-        heads = heads.view(B, S, -1, self.head_dim)
+        heads = heads.view(B, S, self.heads + 2 * self.kv_heads, self.head_dim)
         turned = self.turn(heads.narrow(2, 0, self.heads + self.kv_heads), layer, rope)
         keys = turned.narrow(2, self.heads, self.kv_heads)
         stored = cache.write(layer, keys, heads.narrow(2, self.heads + self.kv_heads, self.kv_heads), behind)
         seen = attend_stored(turned.narrow(2, 0, self.heads), stored, mask, self.scale, self.soft_cap)
-        rows = torch.addmm(_plus(rows, self.out_bias[layer]), seen.reshape(B * S, -1), self.out[layer])
+        rows = torch.addmm(
+            _plus(rows, self.out_bias[layer]), seen.reshape(B * S, self.heads * self.head_dim), self.out[layer]
+        )
         wide = _product(unit(rows, self.floor), self.gate_up[layer], self.gate_up_bias[layer])
         gate, up = wide.chunk(2, -1)
         rows = _plus(rows, self.down_bias[layer])
@@ -193,15 +195,16 @@ class Folded:
         y, queries = self.entering(x.reshape(B * S, D), embedding), self.heads * self.head_dim
         bias = self.project_bias[layer]
         heads = _product(y, self.project[layer][:, queries:], None if bias is None else bias[queries:])
-        heads = heads.view(B, S, -1, self.head_dim)
+        heads = heads.view(B, S, 2 * self.kv_heads, self.head_dim)
         keys = heads.narrow(2, 0, self.kv_heads)
         turned = self.turn(keys, layer, rope, slice(self.heads, None))
         cache.write(layer, turned, heads.narrow(2, self.kv_heads, self.kv_heads))
 
     def store_context(self, features, rope, cache) -> None:
         (B, S, D), G = features.shape, self.kv_heads
-        heads = _product(features.reshape(B * S, D), self.context, self.context_bias).view(B, S, -1, self.head_dim)
         L = len(self.project)
+        heads = _product(features.reshape(B * S, D), self.context, self.context_bias)
+        heads = heads.view(B, S, 2 * L * G, self.head_dim)
         keys = heads.narrow(2, 0, L * G)
         if self.head_weights:
             weights = torch.cat([w[self.heads :] for w in self.head_weights])
