@@ -22,6 +22,8 @@ from specbench.checkpoints.config_keys import FormatError
 
 INDEX = "model.safetensors.index.json"
 WEIGHT_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+# The tables of a draft, which are weights in every format.
+TABLES = ("embed_tokens.weight", "lm_head.weight", "lm_head.bias")
 WHOLE_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool)
 SHARD = re.compile(r".*-(\d+)-of-(\d+)\.safetensors")
 
@@ -87,7 +89,8 @@ def sound(
         if found.is_floating_point() or found.is_complex() or (name == "d2t" and found.dtype == torch.bool)
     ]
     if own:
-        maps |= {name: found for name, found in tensors.items() if found.dtype in WHOLE_DTYPES}
+        whole = {name: found for name, found in tensors.items() if found.dtype in WHOLE_DTYPES}
+        maps |= {name: found for name, found in whole.items() if name not in TABLES}
     weights = {name: found for name, found in tensors.items() if name not in maps}
     wrong += [
         f"{name} is {kind_of(found)}, not weights"

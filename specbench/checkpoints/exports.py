@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from specbench.checkpoints.config_keys import FormatError
+from specbench.checkpoints.draft_files import TABLES
 from specbench.checkpoints.formats import EAGLE_FLAGS
 from specbench.drafts.draft import Draft
 from specbench.drafts.dspark import DSpark
@@ -28,7 +29,7 @@ from specbench.models.backbone import Backbone
 OWN = "specbench"  # every method; only SpecBench reads it
 FORMATS = ("deepspec", "vllm", "sglang", OWN)
 # Names that a draft's tables and vocabulary have in every format, so that no module of its own may have them.
-TAKEN = ("embed_tokens.weight", "lm_head.weight", "lm_head.bias", "d2t", "t2d")
+TAKEN = (*TABLES, "d2t", "t2d")
 # Facts of a backbone that a Llama or Qwen3 configuration has keys for, or that are looked at before.
 PLAIN = [
     "family",
