@@ -127,7 +127,7 @@ def test_the_stage_measures_and_leaves_a_profile_to_serve_from(tmp_path, monkeyp
     held = pd.read_csv(folder / "simulation_check.csv")
     assert held.requests.tolist() == [1] and metrics["simulation_ratio"] == {"1": pytest.approx(held.ratio[0])}
     assert summary["status"] == "finished" and metrics["predicted_at_batch"] == 1
-    mirrored = offline_run(folder)
+    mirrored = offline_run(folder, runs=2)  # the stopped one, and this
     assert (mirrored.job_type, mirrored.exit_code, mirrored.tables) == ("speed", 0, ["costs", "simulation_check"])
     assert mirrored.summary["speedup"] == metrics["speedup"] and mirrored.config["target"] == "embedded"
     row = {(r.part, r.requests, r.length): r.seconds for r in costs.itertuples()}

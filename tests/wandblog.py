@@ -25,17 +25,18 @@ class OfflineRun:
     text: str
 
 
-def inspect(run: Path) -> str:
-    """The records of the one W&B log below a folder as JSON text."""
+def inspect(run: Path, runs: int = 1) -> str:
+    """The records of the newest W&B log below a folder as JSON text; there are `runs` of them."""
     wandb.teardown()  # finish() may return before the file is whole
-    (log,) = run.glob("wandb/offline-run-*/run-*.wandb")
-    command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(log)]
+    logs = sorted(run.glob("wandb/offline-run-*/run-*.wandb"), key=lambda file: file.stat().st_mtime_ns)
+    assert len(logs) == runs, logs
+    command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(logs[-1])]
     return subprocess.run(command, capture_output=True, text=True, check=True, timeout=300).stdout
 
 
-def offline_run(folder: Path) -> OfflineRun:
-    """The W&B run that a stage left in its folder."""
-    text = inspect(folder)
+def offline_run(folder: Path, runs: int = 1) -> OfflineRun:
+    """The newest W&B run that a stage left in its folder; there are `runs` of them."""
+    text = inspect(folder, runs)
     records = [json.loads(line) for line in text.splitlines() if line.strip()]
     begun = next(record["run"] for record in records if "run" in record)
     config: dict[str, Any] = {}

@@ -130,7 +130,9 @@ class DraftTraining(L.LightningModule):
         self.strict_loading = False
         if max_steps is not None and max_steps < 1:
             raise ValueError(f"max_steps={max_steps}: train for at least one step")
-        if draft.supervision == "unshifted" and ("ce" in objective.coefficients or objective.slot_weight.dynamic):
+        if draft.supervision == "unshifted" and (
+            "ce" in objective.combination.coefficients or objective.slot_weight.dynamic
+        ):
             raise ValueError(
                 "supervision=unshifted reaches one token beyond every conversation, where there is no label: "
                 "use soft_ce, kl or tv with a static slot weight"
