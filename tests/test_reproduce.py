@@ -86,11 +86,11 @@ def test_the_real_experiment_at_the_smallest_budget_on_the_small_target(tmp_path
         lines = [json.dumps({"turns": [f"Add {i} and {i + 3} for {name}."]}) + "\n" for i in range(count)]
         (tmp_path / f"{name}.jsonl").write_text("".join(lines))
     words = ["target=embedded", "data=held_out", f"data.source.folder={tmp_path}", "data.source.held_out=2"]
-    words += ["data.near_duplicate=null", "trainer=smoke", "trainer.max_steps=4", "method=dspark,dflash", "yes=true"]
+    words += ["data.near_duplicate=null", "trainer=smoke", "trainer.max_steps=4", "method=dspark", "yes=true"]
     words += ["tracking=disabled", f"root={tmp_path / 'out'}"]
     assert main(["reproduce", "real_smollm2", *words]) == 0
     speeds = sorted((tmp_path / "out" / "runs" / "speed").glob("*/summary.json"))
-    assert len(speeds) == 2
+    assert len(speeds) == 1
     table = pd.read_csv(tmp_path / "out" / "compare" / "real_smollm2" / "accepted_length.csv")
     assert set(table.benchmark) >= {"gsm8k", "mbpp"} and set(table.temperature) == {0.0, 1.0}
 

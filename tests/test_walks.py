@@ -43,7 +43,7 @@ def running(into: set[str]) -> Iterator[None]:
 
     def note(frame, event, argument) -> None:
         name = frame.f_code.co_filename
-        if event == "call" and name.startswith(str(ROOT)) and frame.f_code.co_name != "<module>":
+        if event == "call" and Path(name).is_relative_to(ROOT) and frame.f_code.co_name != "<module>":
             into.add(str(Path(name).relative_to(ROOT)))
 
     threading.setprofile(note)

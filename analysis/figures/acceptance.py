@@ -69,6 +69,8 @@ def _counts(ax: Axes, part: pd.DataFrame) -> None:
 
 
 def _band(ax: Axes, x, y, low, high, look, label) -> None:
+    # Of a single prompt there is no interval: None, which numpy does not take for a number.
+    y, low, high = (np.asarray(values, dtype=float) for values in (y, low, high))
     ax.plot(x, y, label=label, zorder=3, **look.line())
     ax.fill_between(x, low, high, color=look.color, alpha=BAND, linewidth=0, zorder=2)
 
