@@ -68,7 +68,7 @@ def test_proposing_the_true_tokens_gives_the_training_logits(method, family, set
             state = draft.begin(*context(sample, 0, anchor))
             forced = Forced(sample.tokens[None, anchor + 1 : anchor + 1 + K])
             proposal = draft.propose(state, sample.tokens[anchor : anchor + 1], forced)
-            torch.testing.assert_close(torch.cat(forced.seen, 1)[0], logits[0, n], atol=2e-5, rtol=1e-4)
+            torch.testing.assert_close(torch.cat(forced.seen, 1)[0], logits[0, n], atol=5e-5, rtol=1e-4)
             confidence = draft.confidence(blocks.hidden, blocks.previous)
             assert (confidence is None) == (proposal.confidence is None)
             if confidence is not None:

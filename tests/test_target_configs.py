@@ -62,6 +62,10 @@ def test_every_target_has_the_same_settings(target: str) -> None:
     assert about.name == target
 
 
+# Methods whose first layer reads [embedding ; feature].
+PAIRED = ("eagle3", "eagle3_1")
+
+
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("target", TARGETS)
 def test_every_target_builds_with_every_method(method: str, target: str) -> None:
@@ -73,7 +77,7 @@ def test_every_target_builds_with_every_method(method: str, target: str) -> None
         assert facts.heads % facts.kv_heads == 0 and facts.head_dim % 2 == 0
         assert all(p.is_meta for p in draft.parameters())
         query = draft.layers[0].self_attn.q_proj.weight
-        assert query.shape == (facts.heads * facts.head_dim, (2 if method == "eagle3" else 1) * width)
+        assert query.shape == (facts.heads * facts.head_dim, (2 if method in PAIRED else 1) * width)
 
 
 # Published parameters in millions: model cards and names, presets of Keras for Gemma, the GGUF file of SmolLM2-135M.
