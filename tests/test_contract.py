@@ -13,11 +13,19 @@ from specbench.drafts.parallel import ParallelDraft
 from specbench.losses.objective import Objective
 from tests import tiny
 
-every = pytest.mark.parametrize(("method", "family"), [(m, f) for m in tiny.METHODS for f in tiny.FAMILIES])
+# Blocks hold 4 slots and up to 5 inputs: windows below, at and beyond the block, two of them in a default run.
+WINDOWS = range(1, 7)
+
+
+def some(window):
+    return () if window in (2, 5) else pytest.mark.long
+
+
+every = pytest.mark.parametrize(("method", "family"), tiny.across())
 variants = pytest.mark.parametrize(
     ("method", "family", "settings"),
     [
-        *((m, f, {}) for m in tiny.METHODS for f in tiny.FAMILIES),
+        *tiny.across(tiny.METHODS, {}),
         *(("dspark", "qwen3", {"markov_head": kind}) for kind in ("gated", "rnn")),
         ("dspark", "gemma4", {"markov_head": "rnn", "confidence_with_markov": False}),
         ("dflash", "qwen3", {"sample_from_anchor": False}),
@@ -29,9 +37,8 @@ variants = pytest.mark.parametrize(
         ("eagle3", "qwen3", {"fc_norm": True, "norm_output": True}),
         ("eagle3", "gemma4", {"norm_output": True, "layers": 1}),
         ("eagle3", "qwen3", {"norm_before_fc": True, "backbone": "llama"}),
-        # Blocks hold 4 slots and up to 5 inputs: windows below, at and beyond the block.
-        *((m, "qwen3", {"window": w}) for m in tiny.METHODS for w in range(1, 7)),
-        *(("dflash", "qwen3", {"sample_from_anchor": False, "window": w}) for w in range(1, 7)),
+        *(pytest.param(m, "qwen3", {"window": w}, marks=some(w)) for m in tiny.METHODS for w in WINDOWS),
+        *(("dflash", "qwen3", {"sample_from_anchor": False, "window": w}) for w in WINDOWS),
         ("dspark", "qwen3", {"backbone": "gemma4"}),
         ("eagle3", "gemma4", {"backbone": "qwen3"}),
     ],
@@ -158,7 +165,7 @@ def test_conversation_by_conversation_is_the_dense_computation(method, settings,
     torch.testing.assert_close(found[True], found[False], rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("window", range(1, 7))
+@pytest.mark.parametrize("window", [pytest.param(w, marks=some(w)) for w in WINDOWS])
 @pytest.mark.parametrize("method", tiny.LAYERED)
 def test_a_window_shows_the_positions_inside_it_and_no_others(method, window):
     """Of one layer, so that nothing is passed on: the states before a position are replaced, and slots must notice

@@ -19,7 +19,7 @@ def away_from_neutral(config: dict) -> Target:
     return target
 
 
-@pytest.mark.parametrize(("method", "family"), [(m, f) for m in tiny.LAYERED for f in tiny.FAMILIES])
+@pytest.mark.parametrize(("method", "family"), tiny.across(tiny.LAYERED))
 def test_every_weight_of_a_layer_is_the_targets(method, family):
     # Of the tiny Gemma 4's layers the last alone has the geometry of its drafts.
     layers = 1 if family == "gemma4" else 2

@@ -62,22 +62,27 @@ def test_every_target_has_the_same_settings(target: str) -> None:
     assert about.name == target
 
 
-# Methods whose first layer reads [embedding ; feature].
-PAIRED = ("eagle3", "eagle3_1")
-
-
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize(
+    ("method", "target"),
+    [
+        pytest.param(method, target, marks=() if "dspark" in method or "qwen3_4b" in target else pytest.mark.long)
+        for method in METHODS
+        for target in TARGETS
+    ],
+)
 def test_every_target_builds_with_every_method(method: str, target: str) -> None:
     for family in (None, "qwen3", "gemma4", "llama"):
         draft = meta(method, target, backbone=family)
         width = target_config(option(target))["hidden_size"]
         facts = draft.backbone
-        assert facts.hidden_size == width == draft.norm.weight.shape[0]
+        assert facts.hidden_size == width
         assert facts.heads % facts.kv_heads == 0 and facts.head_dim % 2 == 0
         assert all(p.is_meta for p in draft.parameters())
-        query = draft.layers[0].self_attn.q_proj.weight
-        assert query.shape == (facts.heads * facts.head_dim, (2 if method in PAIRED else 1) * width)
+        for number, layer in enumerate(draft.layers_in_order()):
+            # A first layer reads the hidden state, or [embedding ; feature].
+            widths = (width, 2 * width) if number == 0 else (width,)
+            rows, columns = layer.self_attn.q_proj.weight.shape
+            assert rows == facts.heads * facts.head_dim and columns in widths
 
 
 # Published parameters in millions: model cards and names, presets of Keras for Gemma, the GGUF file of SmolLM2-135M.

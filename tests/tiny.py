@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
 
+import pytest
 import torch
 from omegaconf import OmegaConf
 
@@ -113,6 +115,19 @@ FAMILIES = {
     "gemma3": GEMMA3,
     "gemma4": GEMMA4,
 }
+# Families with which a default run tries every method; the others have the mark `long`.
+USUAL = ("qwen3", "gemma4")
+
+
+def across(methods: Iterable[str] = METHODS, *further: object) -> list:
+    """Parameters (method, family, *further) of every method with every family."""
+    return [
+        pytest.param(method, family, *further, marks=() if family in USUAL else pytest.mark.long)
+        for method in methods
+        for family in FAMILIES
+    ]
+
+
 TAPS = (0, 2, 3)
 SMALL = {"layers": 2, "block_size": 4, "markov_rank": 6}
 
