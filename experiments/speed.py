@@ -7,10 +7,12 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 
+from analysis.statistics import speedup as speedups
 from analysis.statistics.headline import PER_REQUEST
 from experiments import trainspeed
 from specbench.cli.assembly import load_pair
@@ -51,7 +53,7 @@ from specbench.serving.simulation_check import check as simulated
 PARTS = "parts.json"
 # Parts of a round as they are told, and the metrics that hold them.
 SPLIT = (("propose", "draft"), ("verify", "verify"), ("commit", "commit"), ("overhead", "overhead"))
-RESULTS = ("costs.csv", "profile.json", "simulation_check.csv", "summary.json", "config.yaml")
+RESULTS = ("costs.csv", "clock.csv", "profile.json", "simulation_check.csv", "summary.json", "config.yaml")
 
 
 def run(cfg: DictConfig) -> Path:
@@ -76,16 +78,19 @@ def run(cfg: DictConfig) -> Path:
             record.write_provenance(*provenance(sys.argv, {"decoding": 0}, None, first_prompt(prompts)))
             tokens = [_tokens(target, p, cfg.thinking) for p in prompts]
             parts = KeptParts(folder / PARTS, stage.resumes)
-            rows, clock, profile = measure(cfg, target, draft, tokens, parts)
+            rows, clock, profile = measure(cfg, target, draft, tokens, parts, [p.benchmark for p in prompts])
             pd.DataFrame(rows).to_csv(folder / "costs.csv", index=False)
             profile.save(folder / "profile.json")
             held = parts.take("simulation check", lambda: _held(cfg, target, draft, tokens), _held_line)
             pd.DataFrame(held).to_csv(folder / "simulation_check.csv", index=False)
+            timed = clock.pop("batches")
+            pd.DataFrame(timed).to_csv(folder / "clock.csv", index=False)
             metrics = _predicted(rows, clock, draft.block_size, cfg.batch_size) | clock
             metrics["simulation_ratio"] = {str(row["requests"]): row["ratio"] for row in held}
             metrics["scheduler_seconds"] = _schedule(profile, max(cfg.batch_sizes), draft.block_size)
             wandb.rows("costs", rows)
             wandb.rows("simulation_check", held)
+            wandb.rows("clock", timed)
             record.finish(
                 method=about.method,
                 target=cfg.target.name,
@@ -149,12 +154,20 @@ def check(cfg: DictConfig) -> None:
 def round_line(clock: Mapping[str, Any]) -> str:
     """Where the time of a round goes, and which accepted length pays for it."""
     split = ", ".join(f"{part} {1e3 * clock[f'{key}_seconds']:.1f}" for part, key in SPLIT)
+    every = ", ".join(f"{name} {_interval(facts)}" for name, facts in clock["benchmarks"].items())
     return (
-        f"speedup {clock['speedup']:.2f} ({clock['speedup_low']:.2f} to {clock['speedup_high']:.2f}; by processor time "
+        f"speedup {_interval(clock)} ({every}; by processor time "
         f"{clock['speedup_processor']:.2f}) at accepted length {clock['accepted_length']:.2f}, which breaks even at "
         f"{clock['break_even_length']:.2f}; a round in ms: {split}; a plain token "
         f"{1e3 / clock['plain_tokens_per_second']:.1f}"
     )
+
+
+def _interval(facts: Mapping[str, Any]) -> str:
+    """A speedup with its 95% interval over prompts, as in 1.52 [1.40, 1.63]."""
+    if facts["speedup_low"] is None:
+        return f"{facts['speedup']:.2f}"
+    return f"{facts['speedup']:.2f} [{facts['speedup_low']:.2f}, {facts['speedup_high']:.2f}]"
 
 
 def costs_line(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -163,7 +176,12 @@ def costs_line(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def measure(
-    cfg: DictConfig, target: Target, draft: Draft, prompts: list[list[int]], parts: KeptParts
+    cfg: DictConfig,
+    target: Target,
+    draft: Draft,
+    prompts: list[list[int]],
+    parts: KeptParts,
+    benchmarks: Sequence[str],
 ) -> tuple[list[dict], dict[str, Any], CostProfile]:
     """Cost rows, the wall clock against plain decoding, and the profile of whole engine steps; each of `parts` is kept
     and printed as soon as it is measured."""
@@ -174,7 +192,8 @@ def measure(
         raise ValueError(f"the suite holds {len(prompts)} prompts and {max(sizes)} are needed; lower batch_sizes")
     if len(prompts) < cfg.clock_prompts:
         say(f"speed: the suite holds {len(prompts)} prompts: all are decoded against the clock")
-    how, asked = _protocol(cfg, target), _spread(prompts, min(len(prompts), cfg.clock_prompts))
+    how, clocked = _protocol(cfg, target), min(len(prompts), cfg.clock_prompts)
+    asked, named = _spread(prompts, clocked), _spread(benchmarks, clocked)
     rows: list[dict] = []
     with Progress("speed", 3 * len(sizes) + 1, "measurements") as bar:
 
@@ -186,8 +205,11 @@ def measure(
         # What the clock shows comes first: it is what is asked for, and a run may be stopped before its end.
         clock = part(
             f"{len(asked)} prompts against the clock",
-            lambda: wall_clock(
-                target, draft, asked, how.sampling, how.limits, cfg.clock_repeats, library=cfg.clock_library
+            lambda: _with_intervals(
+                wall_clock(
+                    target, draft, asked, how.sampling, how.limits, cfg.clock_repeats, library=cfg.clock_library
+                ),
+                named,
             ),
             round_line,
         )
@@ -205,6 +227,14 @@ def measure(
     machine = facts["gpus"][0] if target.device.type == "cuda" else f"{facts['processor']}, {facts['threads']} threads"
     label = f"{target.name} with {type(draft).__name__}, {K} slots, {machine}"
     return rows, clock, cost_profile(rows, label, part="step")
+
+
+def _with_intervals(clock: dict[str, Any], benchmarks: Sequence[str]) -> dict[str, Any]:
+    """The measured speedup with its interval over prompts, and each benchmark's."""
+    whole = speedups.speedup(clock["batches"])
+    low, high = (None if np.isnan(bound) else bound for bound in (whole.low, whole.high))
+    own = speedups.by_benchmark(clock["batches"], benchmarks)
+    return clock | {"speedup_low": low, "speedup_high": high, "benchmarks": own}
 
 
 def _protocol(cfg: DictConfig, target: Target) -> Protocol:
@@ -245,8 +275,8 @@ def _held_line(rows: Sequence[Mapping[str, Any]]) -> str:
     return f"simulated / measured tokens per second: {found}" if found else "left out (check=[])"
 
 
-def _spread(prompts: list[list[int]], count: int) -> list[list[int]]:
-    """`count` prompts at even distances, so that every benchmark of the suite is among them."""
+def _spread(prompts: Sequence[Any], count: int) -> list[Any]:
+    """`count` of them at even distances, so that every benchmark of the suite is among them."""
     return [prompts[i * len(prompts) // count] for i in range(count)]
 
 

@@ -89,7 +89,7 @@ def main(
             if timed:
                 notes.append(
                     "Speedup: tokens per second of the whole batch relative to plain decoding of the same prompts, "
-                    "interleaved on one machine (median and range of the repeats), and the prediction from the cost "
+                    "interleaved on one machine, with its 95% interval over prompts, and the prediction from the cost "
                     "curves; for the drafts, scheduler and temperature of the row. Below 1 the draft slows decoding "
                     "down."
                 )

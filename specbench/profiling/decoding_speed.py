@@ -221,26 +221,29 @@ def wall_clock(
 ) -> dict:
     """The measured speedup: plain and speculative decoding of the same prompts, interleaved in this process.
 
-    Before, `warmup` batches are decoded every way untimed. Each repeat decodes all prompts every way, in turns the one
-    and the other first. Returns plain and speculative tokens per second (all requests' tokens / seconds of the clock)
-    and tokens_per_second_per_request (tokens / seconds that their requests spent in flight), medians of the repeats,
-    speedup with its smallest and largest repeat, accepted_length, break_even_length (the accepted length at which the
-    speedup would be 1 at this cost of a round), and the mean draft, verify, commit and overhead seconds of a round.
-    speedup_processor and the tokens per processor second are the same by the processor time of this process, which
-    other work on the machine does not lengthen. With `library` (batch 1 and temperature 0 only) the library's own
-    generation of the same prompts takes its turn: library_tokens_per_second, and what either loop reaches of it as
-    loop_plain and loop_speculative.
+    Before, `warmup` batches are decoded every way untimed. Then every batch of `limits.batch_size` prompts is decoded
+    `repeats` times every way, in turns the one and the other first, so that both ways meet the same state of the
+    machine. The time of a batch is the median of its repeats; a speed is all tokens / the sum of these times.
+
+    Returns plain_tokens_per_second, tokens_per_second (speculative), speedup (their ratio),
+    tokens_per_second_per_request (tokens / seconds that their requests spent in flight), accepted_length,
+    break_even_length (the accepted length at which the speedup would be 1 at this cost of a round), and the mean draft,
+    verify, commit and overhead seconds of a round. speedup_processor and the tokens per processor second are the same
+    by the processor time of this process, which other work on the machine does not lengthen. speedup_repeats: the
+    speedup of each repeat alone. batches: one row a batch with first (index of its first prompt), prompts, tokens,
+    rounds, committed and seconds of each way, from which intervals over prompts follow. With `library` (batch 1 and
+    temperature 0 only) the library's own generation of the same prompts takes its turn: library_tokens_per_second, and
+    what either loop reaches of it as loop_plain and loop_speculative.
+
+    Raises:
+        ValueError: `library` with other settings, or no prompt was answered with more than one token.
     """
     if library and (limits.batch_size != 1 or not sampling.greedy):
         raise ValueError("the library's generation is timed at batch_size=1 and temperature=0 only")
-    first = list(prompts[: limits.batch_size])
     ways = ["plain", "speculative", *(["library"] if library else [])]
-    speeds: dict[str, list[float]] = {way: [] for way in ways}
-    processor: dict[str, list[float]] = {way: [] for way in ways}
-    rounds: list = []
-    each: list[float] = []
+    starts = range(0, len(prompts), limits.batch_size)
 
-    def once(way: str, asked: Sequence[Sequence[int]] = prompts) -> list[Decoded]:
+    def once(way: str, asked: Sequence[Sequence[int]]) -> list[Decoded]:
         if way == "plain":
             return list(decode(target, asked, sampling, limits))
         if way == "library":
@@ -250,45 +253,57 @@ def wall_clock(
 
     for _ in range(warmup):
         for way in ways:
-            once(way, first)
-    for repeat in range(repeats):
-        for way in ways if repeat % 2 else reversed(ways):
-            started, worked = clock(target.device), time.process_time()
-            done = once(way)
-            seconds, work = clock(target.device) - started, time.process_time() - worked
-            tokens = sum(len(d.output_ids) for d in done)
-            speeds[way].append(tokens / seconds)
-            processor[way].append(tokens / max(work, 1e-9))
-            if way == "speculative":
-                each.append(sum(len(d.output_ids) for d in done) / sum(d.seconds for d in done))
-            rounds += [r for d in done for r in d.rounds]
+            once(way, prompts[: limits.batch_size])
+    # Axes: ways, batches, repeats.
+    tokens, seconds, work = np.zeros((3, len(ways), len(starts), repeats))
+    in_flight, rounds, batches = 0.0, [], []
+    for number, start in enumerate(starts):
+        asked, own = prompts[start : start + limits.batch_size], []
+        for repeat in range(repeats):
+            order = range(len(ways)) if repeat % 2 else reversed(range(len(ways)))
+            for way in order:
+                started, worked = clock(target.device), time.process_time()
+                done = once(ways[way], asked)
+                seconds[way, number, repeat] = clock(target.device) - started
+                work[way, number, repeat] = max(time.process_time() - worked, 1e-9)
+                tokens[way, number, repeat] = sum(len(d.output_ids) for d in done)
+                if ways[way] == "speculative":
+                    in_flight += sum(d.seconds for d in done)
+                    own += [r for d in done for r in d.rounds]
+        rounds += own
+        row = {"first": start, "prompts": len(asked), "rounds": len(own), "committed": sum(r.committed for r in own)}
+        for way, name in enumerate(ways):
+            row[f"{name}_tokens"] = float(tokens[way, number].mean())
+            row[f"{name}_seconds"] = float(np.median(seconds[way, number]))
+        batches.append(row)
     if not rounds:
         raise ValueError("no round was decoded; give prompts whose answers hold more than one token")
-    ratios = np.divide(speeds["speculative"], speeds["plain"])
+    total = tokens.mean(2).sum(1)
+    speeds, by_processor = (total / np.median(taken, 2).sum(1) for taken in (seconds, work))
+    each = tokens.sum(1) / seconds.sum(1)
     split = np.array([(r.draft_seconds, r.verify_seconds, r.commit_seconds, r.seconds) for r in rounds]).mean(0)
-    accepted_length, speedup = sum(r.committed for r in rounds) / len(rounds), float(np.median(ratios))
-    against = {
-        f"loop_{way}": float(np.median(np.divide(speeds[way], speeds["library"]))) for way in ways[:2] if library
-    }
+    accepted_length, speedup = sum(r.committed for r in rounds) / len(rounds), float(speeds[1] / speeds[0])
+    against: dict[str, Any] = {}
     if library:
-        against["library_tokens_per_second"] = float(np.median(speeds["library"]))
+        against = {f"loop_{way}": float(speed / speeds[2]) for way, speed in zip(ways[:2], speeds[:2], strict=True)}
+        against["library_tokens_per_second"] = float(speeds[2])
     return against | {
-        "plain_tokens_per_second": float(np.median(speeds["plain"])),
-        "tokens_per_second": float(np.median(speeds["speculative"])),
-        "tokens_per_second_per_request": float(np.median(each)),
+        "plain_tokens_per_second": float(speeds[0]),
+        "tokens_per_second": float(speeds[1]),
+        "tokens_per_second_per_request": float(tokens[1].sum() / in_flight),
         "speedup": speedup,
-        "speedup_low": float(ratios.min()),
-        "speedup_high": float(ratios.max()),
+        "speedup_repeats": (each[1] / each[0]).tolist(),
         "accepted_length": accepted_length,
         "break_even_length": accepted_length / speedup,
-        "plain_tokens_per_processor_second": float(np.median(processor["plain"])),
-        "tokens_per_processor_second": float(np.median(processor["speculative"])),
-        "speedup_processor": float(np.median(np.divide(processor["speculative"], processor["plain"]))),
+        "plain_tokens_per_processor_second": float(by_processor[0]),
+        "tokens_per_processor_second": float(by_processor[1]),
+        "speedup_processor": float(by_processor[1] / by_processor[0]),
         "draft_seconds": float(split[0]),
         "verify_seconds": float(split[1]),
         "commit_seconds": float(split[2]),
         "overhead_seconds": float(split[3] - split[:3].sum()),
         "repeats": repeats,
+        "batches": batches,
     }
 
 
