@@ -37,7 +37,7 @@ variants = pytest.mark.parametrize(
         ("eagle3", "qwen3", {"fc_norm": True, "norm_output": True}),
         ("eagle3", "gemma4", {"norm_output": True, "layers": 1}),
         ("eagle3", "qwen3", {"norm_before_fc": True, "backbone": "llama"}),
-        *(pytest.param(m, "qwen3", {"window": w}, marks=some(w)) for m in tiny.METHODS for w in WINDOWS),
+        *(pytest.param(m, "qwen3", {"window": w}, marks=some(w)) for m in tiny.LAYERED for w in WINDOWS),
         *(("dflash", "qwen3", {"sample_from_anchor": False, "window": w}) for w in WINDOWS),
         ("dspark", "qwen3", {"backbone": "gemma4"}),
         ("eagle3", "gemma4", {"backbone": "qwen3"}),

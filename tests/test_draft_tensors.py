@@ -76,7 +76,7 @@ def test_what_is_no_weight_is_refused_by_tensor(folder, name, dtype):
         load_draft(changed(folder, as_type(name, dtype)))
 
 
-@pytest.mark.parametrize("method", tiny.METHODS)
+@pytest.mark.parametrize("method", tiny.LAYERED)
 def test_every_wrong_tensor_is_named_at_once(method, tmp_path):
     def change(tensors):
         for name, dtype in ((NAME, torch.int32), ("norm.weight", torch.bool)):

@@ -42,7 +42,8 @@ def made(method: str, family: str = "qwen3", ids: torch.Tensor | None = None, **
         if key in settings:
             cfg[key] = settings.pop(key)
     taps = settings.pop("taps", list(tiny.TAPS))
-    small = {"layers": 1, "block_size": 4} | ({"markov_rank": 6} if "markov_rank" in cfg.draft else {})
+    small = {"layers": 1, "block_size": 4, "markov_rank": 6}
+    small = {key: size for key, size in small.items() if key in cfg.draft}
     cfg.draft = OmegaConf.merge(cfg.draft, small, settings)
     owner = tiny.target(family)
     about = OmegaConf.create({"target_layer_ids": taps, "mask_token_id": tiny.MASK})
@@ -115,10 +116,10 @@ def test_mixed_tensors_are_called_what_holds_them_all() -> None:
     ("method", "family", "settings"),
     [
         *tiny.across(tiny.METHODS, {}),
-        *((m, "qwen3", {"window": 5}) for m in tiny.METHODS),
-        *((m, "qwen3", {"backbone": "gemma4"}) for m in tiny.METHODS),
-        *((m, "gemma4", {"backbone": "qwen3"}) for m in tiny.METHODS),
-        *((m, "qwen3", {"backbone": "llama"}) for m in tiny.METHODS),
+        *((m, "qwen3", {"window": 5}) for m in tiny.LAYERED),
+        *((m, "qwen3", {"backbone": "gemma4"}) for m in tiny.LAYERED),
+        *((m, "gemma4", {"backbone": "qwen3"}) for m in tiny.LAYERED),
+        *((m, "qwen3", {"backbone": "llama"}) for m in tiny.LAYERED),
         *((m, "qwen3", {"ids": IDS}) for m in tiny.METHODS),
         ("dspark", "gemma4", {"markov_head": "rnn", "ids": IDS}),
         ("dspark", "qwen3", {"markov_head": "gated", "confidence_with_markov": False}),

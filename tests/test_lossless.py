@@ -80,6 +80,7 @@ DEFAULT = [
     ("dspark", "all", "hardware"),
     ("eagle3", "top-k", "fixed"),
     ("mtp", "min-p", "fixed-1"),
+    ("medusa", "warm", "fixed"),
     ("small", "warm", "fixed"),
 ]
 
@@ -116,7 +117,7 @@ def test_a_scheduler_that_sees_the_token_it_judges_is_found_out(monkeypatch):
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("method", toys.METHODS)
+@pytest.mark.parametrize("method", toys.CLASSES)
 @pytest.mark.parametrize("sampling", SAMPLINGS)
 def test_the_distribution_with_many_draws(method, sampling):
     draws = max(MANY, MOST) if sampling == "all" else MANY

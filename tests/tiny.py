@@ -17,7 +17,7 @@ from specbench.models.target import Target
 CONFIGS = Path(__file__).parents[1] / "configs"
 FILES = {p.stem: p for p in sorted((CONFIGS / "method").glob("*.yaml"))}
 METHODS = list(FILES)
-# Those of the two families, whose layers are the target's.
+# Those of the two families, whose layers are the target's. The others have heads without layers.
 LAYERED = [method for method in METHODS if "layers" in OmegaConf.load(FILES[method]).draft]
 VOCABULARY, MASK = 96, 95
 SIZES = {"vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4}

@@ -13,7 +13,10 @@ from specbench.drafts.dflash import DFlash
 from specbench.drafts.draft import Draft
 from specbench.drafts.dspark import DSpark
 from specbench.drafts.eagle3 import Eagle3
+from specbench.drafts.medusa import Medusa
 from specbench.drafts.mtp import MTP
+from specbench.drafts.parallel import ParallelDraft
+from specbench.drafts.recurrent import RecurrentDraft
 from specbench.models.backbone import backbone_of
 from specbench.models.target import Target
 
@@ -32,6 +35,8 @@ CONFIG = {
     "initializer_range": 0.25,
 }
 METHODS: dict[str, type[Draft]] = {"dflash": DFlash, "dspark": DSpark, "eagle3": Eagle3, "mtp": MTP}
+# All of them, for tests of one method and for long ones.
+CLASSES = METHODS | {"medusa": Medusa}
 
 
 @cache
@@ -50,13 +55,13 @@ def draft(method: str, slots: int = 3, **settings) -> Draft | Small:
         settings = {"markov_rank": 4, **settings}
     with torch.random.fork_rng():
         torch.manual_seed(7)
-        made = METHODS[method](
+        made = CLASSES[method](
             backbone_of(owner.config),
             owner.tables,
             TAPS,
             mask_token_id=VOCABULARY - 1,
-            layers=1,
             block_size=slots,
+            **({"layers": 1} if issubclass(CLASSES[method], ParallelDraft | RecurrentDraft) else {}),
             **settings,
         )
         made.randomise(std=0.1)

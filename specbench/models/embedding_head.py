@@ -54,7 +54,10 @@ class Tables(nn.Module):
 
     def logits(self, hidden: Float[Tensor, "*b D"]) -> Float[Tensor, "*b W"]:
         """Vocabulary logits (..., V') of final states (..., D), with the bias, factor and soft-cap of the target."""
-        logits = F.linear(hidden, self.head, self.bias)
+        return self.adjust(F.linear(hidden, self.head, self.bias))
+
+    def adjust(self, logits: Float[Tensor, "*b W"]) -> Float[Tensor, "*b W"]:
+        """The factor and soft-cap that follow the head."""
         if self.logit_scale != 1.0:
             logits = logits * self.logit_scale
         return logits if self.soft_cap is None else torch.tanh(logits / self.soft_cap) * self.soft_cap
