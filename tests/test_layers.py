@@ -32,7 +32,8 @@ FOLDERS = [
     "library",
     "cli",
 ]
-CONTRACT = {"draft", "parallel", "recurrent", "heads", "baselines", "initialisation", "work"}  # what every method may import
+# What every method may import.
+CONTRACT = {"draft", "parallel", "recurrent", "heads", "baselines", "initialisation", "work"}
 BANNED = {"utils", "common", "base", "core", "helpers", "manager", "misc"}
 # What analysis shares beside specbench/files: modules without torch, as test_analysis_runs_without_torch sees to.
 SHARED = (
