@@ -54,6 +54,7 @@ from specbench.progress import first_rank
 from specbench.runs.provenance import provenance
 from specbench.runs.run_folder import RunFolder, folder_name
 from specbench.runs.tracked_run import tracked
+from specbench.training.budget import Budget, step_cost
 from specbench.training.callbacks import DecodeProbe
 from specbench.training.draft_training import DraftTraining, require_precision
 from specbench.training.memory_estimate import Footprint, footprint, require_memory
@@ -174,7 +175,13 @@ def _train(cfg: DictConfig, stage: Stage, name: str) -> None:
         say(f"train: {choice.reason}")
         if (small := smaller(cfg.method)) is not None:
             say(f"train: {small}")
+        shape = cfg.trainer.data
+        cost = step_cost(draft, data.lengths, data.supervised, shape.samples_per_micro * shape.micro_batches_per_step)
         steps = cfg.trainer.max_steps or cfg.trainer.epochs * data.steps_per_epoch
+        if cfg.get("protocol"):
+            budget = Budget(**cfg.protocol)
+            steps = budget.steps(cost)
+            say(f"train: {budget.name}, {budget.amount:g} {budget.quantity}: {steps} steps")
         module = DraftTraining(
             draft,
             build_objective(cfg.method),
@@ -207,6 +214,8 @@ def _train(cfg: DictConfig, stage: Stage, name: str) -> None:
             resumes=stage.resumes,
             facts={
                 **facts,
+                "budget": OmegaConf.to_container(cfg.protocol) if cfg.get("protocol") else None,
+                "training_flops": steps * cost.flops,
                 "backbone": {"family": choice.family, "own": choice.own, "reason": choice.reason},
                 "lineage": {"cache": data.lineage, "start": begun.start, "copied": len(begun.copied)},
             },

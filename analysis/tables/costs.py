@@ -19,6 +19,7 @@ from analysis.tables.groups import Group
 STATED = {
     "draft_parameters": ("draft_parameters", "parameters"),
     "training_tokens": ("training_tokens", "trained_tokens"),
+    "training_flops": ("training_flops",),
     "cache_bytes": ("cache_bytes",),
 }
 COLUMNS = {name: column for column, names in STATED.items() for name in names}

@@ -92,7 +92,9 @@ def _training(group: Group) -> tuple[tuple[str, Any], ...]:
     """Amount and source of the training data of a row's drafts, which rows of different methods should have in
     common."""
     facts = dict(group.runs.runs[grouping.DECIDED].iloc[0])
-    keys = ("cache", "data.name", "limit_samples", "trainer.max_steps", "trainer.epochs")
+    keys = ("cache", "data.name", "limit_samples", "protocol.name", "protocol.amount")
+    if "protocol.name" not in facts:  # a budget decides the steps
+        keys += ("trainer.max_steps", "trainer.epochs")
     return tuple((key, facts[key]) for key in keys if key in facts)
 
 

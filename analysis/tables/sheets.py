@@ -222,6 +222,7 @@ def costs(found: Sequence[Group], frame: pd.DataFrame) -> list[Sheet]:
     forms = {
         "draft_parameters": ("draft parameters", size),
         "training_tokens": ("training tokens", size),
+        "training_flops": ("training FLOP", size),
         "cache_bytes": ("cache bytes", size),
         "seconds_per_round": ("ms per round", lambda v: _number(v * 1e3, 2)),
         "verified_per_round": ("verified per round", lambda v: _number(v, 2)),

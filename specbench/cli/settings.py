@@ -309,6 +309,12 @@ class TrainerSettings(Settings):
         return self
 
 
+class ProtocolSettings(Settings):
+    name: Name
+    quantity: Literal["steps", "tokens", "flops"]
+    amount: AboveZero
+
+
 class SeedsSettings(Settings):
     init: Seed
     data: Seed
@@ -339,6 +345,7 @@ class TrainSettings(Settings):
     callbacks: dict[str, CallbackArguments | None] = Field({})
     logger: dict[str, LoggerArguments | None] = Field({})
     choice: Text | None = None
+    protocol: ProtocolSettings | None = None
     study: StudySettings | None = None
     root: Folder
     force: bool

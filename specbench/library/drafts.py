@@ -88,6 +88,7 @@ def record_of(source: str, folder: Path | None, target: str) -> DraftRecord:
     costs = {
         "draft_parameters": summary.get("parameters"),
         "training_tokens": summary.get("trained_tokens"),
+        "training_flops": summary.get("training_flops"),
         "cache_bytes": summary.get("lineage", {}).get("cache", {}).get("bytes"),
     }
     return DraftRecord(summary["method"], seed["init"], [source], costs)

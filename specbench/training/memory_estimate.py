@@ -71,10 +71,17 @@ def footprint(draft: Draft, length: int, precision: str, memory: float | None = 
     slots, work = anchors * draft.block_size, draft.work(length, anchors)
     states = length * (len(draft.target_layer_ids) + 1) * facts.hidden_size
     per_sample = size * (work.kept + 2 * slots * facts.hidden_size + states)
-    columns = 3 * len(draft.tables.head) + facts.vocab_size
-    flops = 3 * work.flops + 2 * slots * facts.hidden_size * columns
+    flops = flops_of(draft, length, anchors)
     parameters = tables + sum(p.numel() for p in draft.parameters())
     return Footprint(parameters, trainable, float(fixed), float(per_sample), float(flops), memory)
+
+
+def flops_of(draft: Draft, length: int, anchors: int) -> float:
+    """Operations of one conversation of `length` tokens with `anchors` blocks in a step: the draft forward and, at
+    twice that, backward; the draft's projection on its vocabulary likewise; the target's projection forward."""
+    columns = 3 * len(draft.tables.head) + draft.backbone.vocab_size
+    rows = anchors * draft.block_size
+    return float(3 * draft.work(length, anchors).flops + 2 * rows * draft.backbone.hidden_size * columns)
 
 
 def require_memory(
