@@ -52,6 +52,7 @@ PUBLIC = {
     "DSpark": "specbench.drafts.dspark",
     "DFlash": "specbench.drafts.dflash",
     "Eagle3": "specbench.drafts.eagle3",
+    "PEagle": "specbench.drafts.p_eagle",
     "MTP": "specbench.drafts.mtp",
     "Objective": "specbench.losses.objective",
     "DraftTraining": "specbench.training.draft_training",

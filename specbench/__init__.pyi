@@ -5,6 +5,7 @@ from specbench.drafts.draft import Draft as Draft
 from specbench.drafts.dspark import DSpark as DSpark
 from specbench.drafts.eagle3 import Eagle3 as Eagle3
 from specbench.drafts.mtp import MTP as MTP
+from specbench.drafts.p_eagle import PEagle as PEagle
 from specbench.library.answers import answer as answer
 from specbench.library.comparison import compare as compare
 from specbench.library.drafts import load_draft as load_draft

@@ -56,7 +56,8 @@ class Batch:
     """Conversations in rows, padded (one per row) or packed (several per row).
 
     `document`: the sample ordinal of each token, -1 on padding. `position`: its index in its conversation. `anchors`:
-    row indices in ascending order, -1 where a row has fewer than N.
+    row indices in ascending order, -1 where a row has fewer than N. `seed`: what they were drawn with, for all other
+    random choices of a training step (`generator`).
     """
 
     tokens: Int[Tensor, "B T"]
@@ -66,13 +67,14 @@ class Batch:
     taps: Float[Tensor, "B T C D"]
     last: Float[Tensor, "B T D"]
     anchors: Int[Tensor, "B N"] | None = None
+    seed: tuple[int, ...] = (0,)
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Batch:
         """The batch on `device`, its states in `dtype`."""
         moved = {name: getattr(self, name).to(device) for name in ("tokens", "loss_mask", "document", "position")}
         states = {name: getattr(self, name).to(device=device, dtype=dtype) for name in ("taps", "last")}
         anchors = None if self.anchors is None else self.anchors.to(device)
-        return Batch(**moved, **states, anchors=anchors)
+        return Batch(**moved, **states, anchors=anchors, seed=self.seed)
 
 
 @dataclass(frozen=True)
@@ -167,13 +169,18 @@ def with_anchors(batch: Batch, count: int | None, seed: Sequence[int] = (0,), su
         for ordinal in dict.fromkeys(owners.tolist()):
             own = candidates[owners == ordinal]
             if count is not None and len(own) > count:
-                generator = np.random.Generator(np.random.Philox(np.random.SeedSequence([*seed, ordinal])))
-                own = np.sort(generator.choice(own, count, replace=False))
+                own = np.sort(generator(seed, ordinal).choice(own, count, replace=False))
             chosen.extend(own.tolist())
         rows.append(chosen)
     width = max(1, max(map(len, rows)))
     padded = [row + [PADDING] * (width - len(row)) for row in rows]
-    return replace(batch, anchors=torch.tensor(padded, dtype=torch.long, device=batch.tokens.device))
+    anchors = torch.tensor(padded, dtype=torch.long, device=batch.tokens.device)
+    return replace(batch, anchors=anchors, seed=tuple(seed))
+
+
+def generator(seed: Sequence[int], ordinal: int, *choice: int) -> np.random.Generator:
+    """The random numbers of one conversation for one choice (none: its anchors), which depend on nothing else."""
+    return np.random.Generator(np.random.Philox(np.random.SeedSequence([*seed, ordinal, *choice])))
 
 
 def take(values: Tensor, index: Int[Tensor, "B ..."]) -> Tensor:

@@ -26,6 +26,7 @@ TAPS = list(tiny.TAPS)
 KINDS = (
     "sglang",
     "speculators_eagle3",
+    "speculators_peagle",
     "speculators_dflash",
     "speculators_dspark",
     "z-lab",
@@ -47,11 +48,13 @@ def config(kind: str) -> dict:
         return layer | BOOKKEEPING | own
     if kind.startswith("speculators"):
         name = kind.split("_")[1]
-        eagle = name == "eagle3"
-        inner = layer | {"model_type": "llama" if eagle else "qwen3", "num_hidden_layers": 1 if eagle else 2}
+        eagle = name in ("eagle3", "peagle")
+        inner = layer | {"model_type": "llama" if eagle else "qwen3", "num_hidden_layers": 1 if name == "eagle3" else 2}
         own = {"speculators_model_type": name, "transformer_layer_config": inner, "speculators_config": about}
         own |= {"draft_vocab_size": V, "target_hidden_size": None, "tie_word_embeddings": False}
         own |= {"speculators_version": "0.5.0", "architectures": [f"{name}Speculator"], "dtype": "float32"}
+        if name == "peagle":
+            own |= {"mask_token_id": tiny.MASK, "num_depths": 4, "down_sample_ratio": 0.7, "down_sample_ratio_min": 0.2}
         if eagle:
             return own | {"eagle_aux_hidden_state_layer_ids": [i + 1 for i in TAPS], "norm_before_residual": False}
         own |= {"aux_hidden_state_layer_ids": [i + 1 for i in TAPS], "mask_token_id": tiny.MASK, "block_size": 5}
@@ -74,20 +77,20 @@ def config(kind: str) -> dict:
 def tensors(kind: str, seed: int = 0, rows: int = V, bias: str = "", qk_norms: bool | None = None) -> dict[str, Tensor]:
     """Random tensors under DeepSpec's names, tables included; projections in what `bias` names have biases."""
     generator = torch.Generator().manual_seed(seed)
-    eagle = "eagle3" in kind or kind == "sglang"
-    width = 2 * D if eagle else D
+    eagle, layers = "eagle" in kind or kind == "sglang", 1 if "eagle3" in kind or kind == "sglang" else 2
     shapes = {"embed_tokens": (V, D), "lm_head": (rows, D), "fc": (D, C * D), "norm": (D,)}
     if not eagle:
         shapes["hidden_norm"] = (D,)
-    for i in range(1 if eagle else 2):
-        at = f"layers.{i}"
+    for i in range(layers):
+        at, paired = f"layers.{i}", eagle and i == 0
+        width = 2 * D if paired else D
         shapes |= {f"{at}.input_layernorm": (D,), f"{at}.post_attention_layernorm": (D,)}
-        if eagle:
+        if paired:
             shapes[f"{at}.hidden_norm"] = (D,)
         for name, out in (("q", HEADS * HEAD), ("k", KV * HEAD), ("v", KV * HEAD)):
             shapes[f"{at}.self_attn.{name}_proj"] = (out, width)
         shapes[f"{at}.self_attn.o_proj"] = (D, HEADS * HEAD)
-        if kind not in ("sglang", "speculators_eagle3") if qk_norms is None else qk_norms:
+        if kind not in ("sglang", "speculators_eagle3", "speculators_peagle") if qk_norms is None else qk_norms:
             shapes |= {f"{at}.self_attn.q_norm": (HEAD,), f"{at}.self_attn.k_norm": (HEAD,)}
         shapes |= {f"{at}.mlp.gate_proj": (WIDE, D), f"{at}.mlp.up_proj": (WIDE, D), f"{at}.mlp.down_proj": (D, WIDE)}
     if kind == "speculators_dspark":
@@ -102,6 +105,8 @@ def tensors(kind: str, seed: int = 0, rows: int = V, bias: str = "", qk_norms: b
         found[f"{name}.weight"] = 1 + 0.3 * noise if len(shape) == 1 else 0.2 * noise
         if bias and bias in name and "proj" in name:
             found[f"{name}.bias"] = 0.3 * torch.randn(shape[0], generator=generator)
+    if kind == "speculators_peagle":
+        found["mask_hidden"] = torch.randn(1, 1, C * D, generator=generator)
     if kind == "speculators_dspark":
         found["confidence_head.proj.bias"] = torch.randn(1, generator=generator)
     return found

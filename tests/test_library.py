@@ -443,14 +443,14 @@ def test_the_probe_says_when_nothing_is_held_out(target: sb.Target, cache: Path,
     assert "What is" in rendered and "which is the answer" not in rendered
 
 
-METHODS = ("DSpark", "DFlash", "Eagle3", "MTP")
+METHODS = {"DSpark": "dspark", "DFlash": "dflash", "Eagle3": "eagle3", "MTP": "mtp", "PEagle": "p_eagle"}
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_a_constructor_names_the_settings_of_the_methods_yaml(method: str) -> None:
     import yaml
 
-    held = yaml.safe_load((ROOT / "configs" / "method" / f"{method.lower()}.yaml").read_text())["draft"]
+    held = yaml.safe_load((ROOT / "configs" / "method" / f"{METHODS[method]}.yaml").read_text())["draft"]
     parameters = inspect.signature(getattr(sb, method)).parameters
     assert not [p for p in parameters.values() if p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
     for name, value in held.items():

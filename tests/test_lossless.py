@@ -81,6 +81,7 @@ DEFAULT = [
     ("eagle3", "top-k", "fixed"),
     ("mtp", "min-p", "fixed-1"),
     ("medusa", "warm", "fixed"),
+    ("p_eagle", "top-k", "fixed"),
     ("small", "warm", "fixed"),
 ]
 

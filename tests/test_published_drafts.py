@@ -114,6 +114,27 @@ def test_eagle3s_give_the_formulas_logits(kind: str, path: tuple[str, ...], fact
     held_to_transcription(draft, lambda *at: transcriptions.eagle3(c, held, *at, draft.block_size))
 
 
+P_EAGLES = [
+    ("speculators_peagle", {}),
+    ("speculators_peagle", {"fc_norm": True, "norm_before_residual": True}),
+    ("speculators_peagle", GPT_OSS | {"norm_output": True}),
+    ("sglang", {"parallel_drafting": True, "pard_token": tiny.MASK}),
+    ("sglang", {"ptd_token_id": tiny.MASK, "fc_norm": True}),
+]
+
+
+@pytest.mark.parametrize(("kind", "facts"), P_EAGLES)
+def test_p_eagles_give_the_formulas_logits(kind: str, facts: dict) -> None:
+    """speculators' format, and SGLang's with the mask token that vLLM reads. Depths that pass nothing on have no use
+    for norm_output."""
+    held = published.tensors("speculators_peagle") | norms(facts)
+    config = changed(kind, **facts, **({"num_hidden_layers": 2} if kind == "sglang" else {}))
+    draft = build_draft(config, published.stored(kind, held))
+    assert draft.block_size == (8 if kind == "sglang" else 4) and len(draft.layers) == 2
+    c = published.FACTS | {"rope_theta": 5e4, "num_hidden_layers": 2, "mask_token_id": tiny.MASK} | facts
+    held_to_transcription(draft, lambda *at: transcriptions.p_eagle(c, held, *at, draft.block_size))
+
+
 SLIDING = {"layer_types": ["sliding_attention"] * 2, "sliding_window": 6, "use_sliding_window": True}
 BLOCKS = [
     ("z-lab", (), {}, False),
@@ -228,6 +249,7 @@ GIVEN_A_MEANING = {
     "sglang": {"fc_norm", "norm_before_fc", "norm_output", "norm_before_residual", "tie_word_embeddings"}
     | {"mlp_bias"},
     "speculators_eagle3": {"fc_norm", "norm_before_fc", "norm_output", "norm_before_residual"},
+    "speculators_peagle": {"fc_norm", "norm_before_fc", "norm_output", "norm_before_residual"},
     "z-lab": {
         "is_causal",
         "final_logit_softcapping",
@@ -347,6 +369,8 @@ def test_a_value_that_cannot_be_is_refused_by_its_key(kind: str, path: tuple[str
         ),
         ("sglang", {"norm_output": True, "eagle_config": {"norm_output": False}}, "contradicts itself"),
         ("sglang", {"fc_norm": True, "norm_before_fc": True}, "fc_norm and norm_before_fc"),
+        ("sglang", {"pard_token": 3, "ptd_token_id": 4}, "contradicts itself"),
+        ("sglang", {"parallel_drafting": True}, "none of mask_token_id, pard_token, ptd_token_id"),
         ("sglang", {"rope_theta": 1e4, "rope_parameters": {"rope_theta": 1e6}}, "contradicts itself"),
         ("sglang", {"model_type": "phi3", "rope_theta": None}, "rope_theta"),
         ("sglang", {"rope_scaling": {"rope_type": "llama3", "factor": 4.0}}, "llama3.* lacks low_freq_factor"),
@@ -377,7 +401,8 @@ def test_every_tensor_is_used_or_named(kind: str) -> None:
             FormatError, match=r"missing \['[\w.]*" + name.removeprefix("midlayer.").replace(".", r"\.")
         ):
             build_draft(config, cut, tables)
-    for name in ("layers.0.self_attn.sinks", "mask_hidden", "fc_norm.0.weight", "fc.bias", "input_norm.weight"):
+    strange = "second_norm.weight" if kind == "speculators_peagle" else "mask_hidden"
+    for name in ("layers.0.self_attn.sinks", strange, "fc_norm.0.weight", "fc.bias", "input_norm.weight"):
         with pytest.raises(FormatError, match=rf"unknown .*{name}"):
             build_draft(config, held | {name: torch.ones(3)}, tables)
     twice = "midlayer.mlp.up_proj.weight" if kind == "sglang" else "norm.weight"
@@ -430,6 +455,7 @@ ROUND_TRIPS = [
         for flags in ({}, {"fc_norm": True}, {"norm_output": True}, EAGLE31, {"ids": IDS}, EAGLE31 | {"ids": IDS})
     ),
     *(("eagle3", "vllm", {"backbone": "llama"} | flags) for flags in (GPT_OSS, GPT_OSS | {"norm_output": True})),
+    *(("p_eagle", "vllm", {"backbone": "llama", "layers": 3} | flags) for flags in ({}, {"fc_norm": True, "ids": IDS})),
 ]
 
 
@@ -459,6 +485,7 @@ REFUSED = [
     ("dspark", "vllm", {"causal_block": True}, "causal_block"),
     *(("eagle3", "deepspec", {name: True}, name) for name in ("fc_norm", "norm_output", "norm_before_fc")),
     ("eagle3", "sglang", {"norm_before_fc": True, "backbone": "llama"}, "norm_before_fc"),
+    *(("p_eagle", form, {"backbone": "llama"}, "P-?E") for form in ("deepspec", "sglang")),
 ]
 
 

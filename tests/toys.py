@@ -15,6 +15,7 @@ from specbench.drafts.dspark import DSpark
 from specbench.drafts.eagle3 import Eagle3
 from specbench.drafts.medusa import Medusa
 from specbench.drafts.mtp import MTP
+from specbench.drafts.p_eagle import PEagle
 from specbench.drafts.parallel import ParallelDraft
 from specbench.drafts.recurrent import RecurrentDraft
 from specbench.models.backbone import backbone_of
@@ -36,7 +37,7 @@ CONFIG = {
 }
 METHODS: dict[str, type[Draft]] = {"dflash": DFlash, "dspark": DSpark, "eagle3": Eagle3, "mtp": MTP}
 # All of them, for tests of one method and for long ones.
-CLASSES = METHODS | {"medusa": Medusa}
+CLASSES = METHODS | {"medusa": Medusa, "p_eagle": PEagle}
 
 
 @cache

@@ -142,6 +142,41 @@ def eagle3(c: dict, w: dict, taps: Tensor, tokens: Tensor, anchor: int, steps: i
     return torch.stack(logits)
 
 
+def p_eagle(c: dict, w: dict, taps: Tensor, tokens: Tensor, anchor: int, slots: int) -> Tensor:
+    """Logits (slots, W) of the rollout from the target states before `anchor`; taps (T, C, D). The rows are every
+    position before the anchor, with its taps and the token after it, and slots - 1 masks; each sees the rows up to
+    itself."""
+    eps = c["rms_norm_eps"]
+    inputs = [(taps[t].flatten(), int(tokens[t + 1])) for t in range(anchor)]
+    inputs += [(w["mask_hidden"].flatten(), c["mask_token_id"])] * (slots - 1)
+    x, embeddings = [], []
+    for joined, token in inputs:
+        if c.get("fc_norm"):
+            parts = joined.chunk(taps.shape[1])
+            joined = torch.cat([rms(part, w[f"fc_norm.{i}.weight"], eps) for i, part in enumerate(parts)])
+        if c.get("norm_before_fc"):
+            joined = rms(joined, w["input_norm.weight"], eps)
+        x.append(w["fc.weight"] @ joined)
+        embeddings.append(w["embed_tokens.weight"][token])
+    for i in range(c["num_hidden_layers"]):
+        at = f"layers.{i}"
+        y, residual = [], list(x)
+        for j, row in enumerate(x):
+            normed = rms(row, w[f"{at}.{'input_layernorm' if i else 'hidden_norm'}.weight"], eps)
+            if i == 0 and c.get("norm_before_residual"):
+                residual[j] = normed
+            if i == 0:
+                normed = torch.cat([rms(embeddings[j], w[f"{at}.input_layernorm.weight"], eps), normed])
+            y.append(normed)
+        keys = [heads(c, w, at, "k", row, j) for j, row in enumerate(y)]
+        values = [heads(c, w, at, "v", row, j) for j, row in enumerate(y)]
+        for j, row in enumerate(y):
+            mixed = attention(c, heads(c, w, at, "q", row, j), keys[: j + 1], values[: j + 1])
+            z = residual[j] + linear(w, f"{at}.self_attn.o_proj", mixed)
+            x[j] = z + mlp(c, w, at, rms(z, w[f"{at}.post_attention_layernorm.weight"], eps))
+    return torch.stack([head(c, w, rms(row, w["norm.weight"], eps)) for row in x[anchor - 1 :]])
+
+
 def block(c: dict, w: dict, taps: Tensor, anchor_token: int, anchor: int) -> Tensor:
     """Logits (inputs - 1, V) of a block whose masks predict; taps (T, C, D)."""
     eps, inputs = c["rms_norm_eps"], c["block_size"]

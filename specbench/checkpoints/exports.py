@@ -2,8 +2,8 @@
 
 An engine that ignores unknown fields would decode with a wrong draft, so a draft that a format or its engine cannot
 represent is refused with the reason. Sources as in formats.py; vLLM's speculators updates map DSpark to a Qwen3
-draft with the vanilla Markov head alone and Eagle3 to Eagle3LlamaForCausalLM; SGLang's LlamaForCausalLMEagle3 skips
-tensors that it does not know, shares the target's embedding and fuses three taps.
+draft with the vanilla Markov head alone, and Eagle3 and P-EAGLE to Eagle3LlamaForCausalLM; SGLang's
+LlamaForCausalLMEagle3 skips tensors that it does not know, shares the target's embedding and fuses three taps.
 
 Axes: V vocabulary, W draft vocabulary.
 """
@@ -23,6 +23,8 @@ from specbench.checkpoints.formats import EAGLE_FLAGS
 from specbench.drafts.draft import Draft
 from specbench.drafts.dspark import DSpark
 from specbench.drafts.eagle3 import Eagle3
+from specbench.drafts.fused_taps import FusedTaps
+from specbench.drafts.p_eagle import PEagle
 from specbench.drafts.parallel import ParallelDraft
 from specbench.models.backbone import Backbone
 
@@ -79,6 +81,8 @@ def published(draft: Draft) -> str | None:
 
 def _deepspec_obstacle(draft: Draft) -> str | None:
     facts = draft.backbone
+    if isinstance(draft, PEagle):
+        return "DeepSpec has no P-EAGLE; format=vllm holds this draft if its layers are Llama's"
     if isinstance(draft, ParallelDraft) and not draft.sample_from_anchor:
         return "DeepSpec's blocks predict slot 1 from the anchor; this draft predicts at mask tokens only"
     if norms_of(draft):
@@ -117,7 +121,7 @@ def _vllm_obstacle(draft: Draft) -> str | None:
         )
     if (beyond := _beyond_plain(facts)) is not None:
         return f"speculators: {beyond}"
-    if isinstance(draft, Eagle3):
+    if isinstance(draft, FusedTaps):
         return _eagle3_obstacle(draft, "vLLM")
     if not facts.head_norms:
         return "vLLM's block drafts have Qwen3 layers, with norms of queries and keys; this draft's are Llama-like"
@@ -155,7 +159,7 @@ def _eagle3_obstacle(draft: Draft, engine: str) -> str | None:
             f"{engine}'s EAGLE-3 has Llama layers without norms of queries and keys; this draft has them: train with "
             "method.backbone=llama"
         )
-    if len(draft.layers) != 1:
+    if isinstance(draft, Eagle3) and len(draft.layers) != 1:
         return f"{engine}'s EAGLE-3 reads the embedding in its first layer alone; this draft has {len(draft.layers)}"
     if len(draft.target_layer_ids) != ENGINE_TAPS:
         return f"{engine}'s EAGLE-3 fuses {ENGINE_TAPS} taps; this draft reads {len(draft.target_layer_ids)}"
@@ -164,7 +168,7 @@ def _eagle3_obstacle(draft: Draft, engine: str) -> str | None:
 
 def norms_of(draft: Draft) -> dict[str, bool]:
     """The settings of formats.EAGLE_FLAGS that are on in a draft."""
-    if not isinstance(draft, Eagle3):
+    if not isinstance(draft, FusedTaps):
         return {}
     found = (draft.fc_norm is not None, draft.input_norm is not None, draft.feeds_normed_output)
     return {name: True for name, on in zip(EAGLE_FLAGS, found, strict=True) if on}
@@ -265,13 +269,20 @@ def speculators(
         },
     }
     taps = [i + 1 for i in draft.target_layer_ids]
-    if isinstance(draft, Eagle3):
+    if isinstance(draft, FusedTaps):
         config |= {
             "eagle_aux_hidden_state_layer_ids": taps,
             "norm_before_residual": facts.norm_before_residual,
             **dict.fromkeys(EAGLE_FLAGS, False),
             **norms_of(draft),
         }
+        if isinstance(draft, PEagle):
+            config |= {
+                "mask_token_id": draft.mask_token_id,
+                "num_depths": draft.block_size,
+                "down_sample_ratio": draft.down_sample_ratio,
+                "down_sample_ratio_min": draft.down_sample_ratio_min,
+            }
     else:
         assert isinstance(draft, ParallelDraft)
         config |= {

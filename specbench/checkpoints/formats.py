@@ -2,8 +2,10 @@
 
     DeepSpec      architectures [Qwen3 or Gemma4, then DSparkModel or Eagle3Model]; tensor names are ours
     z-lab DFlash  architectures [DFlashDraftModel], dflash_config; block_size counts the anchor; no embedding, no head
-    speculators   speculators_model_type dspark | dflash | eagle3, transformer_layer_config; taps are stored plus one
-    SGLang        architectures [LlamaForCausalLMEagle3], midlayer.*; eagle_config names the taps
+    speculators   speculators_model_type dspark | dflash | eagle3 | peagle, transformer_layer_config; taps are stored
+                  plus one
+    SGLang        architectures [LlamaForCausalLMEagle3], midlayer.*; eagle_config names the taps. With
+                  parallel_drafting, or a mask token under one of MASK_TOKENS, it is the P-EAGLE that vLLM decodes
 
 The last two may cut the draft's vocabulary: row i of the head is token i + d2t[i], and t2d marks those tokens. Every
 key of a configuration and every tensor is used, known not to matter (configkeys.py, IRRELEVANT_TENSORS), or an error by
@@ -11,8 +13,8 @@ name. Where a key is absent, the format's own library decides what it means: spe
 {config,core,attention}.py; z-lab dflash/model.py (a layer that slides attends causally inside its block unless
 `is_causal` says otherwise; logits are the target's head's, times output_multiplier, then capped); SGLang
 models/llama_eagle3.py and set_eagle3_layers_to_capture; vLLM models/{llama_eagle3,qwen3_dflash}.py (the window of a
-sliding layer bounds how far back a query sees) and transformers_utils/configs/speculators/algos.py. Read on 2026-11-22
-and 2026-11-26.
+sliding layer bounds how far back a query sees) and transformers_utils/configs/speculators/algos.py; for P-EAGLE
+speculators models/peagle/{config,core}.py. Read on 2026-11-22, 2026-11-26 and 2026-11-27.
 
 Axes: V vocabulary, W draft vocabulary, C taps, D hidden.
 """
@@ -34,6 +36,7 @@ from specbench.drafts.draft import Draft
 from specbench.drafts.dspark import MARKOV_HEADS, DSpark
 from specbench.drafts.eagle3 import Eagle3
 from specbench.drafts.installed import checked, method_named
+from specbench.drafts.p_eagle import PEagle
 from specbench.models.backbone import Backbone
 
 Config = Mapping[str, Any]
@@ -43,6 +46,8 @@ Tensors = Mapping[str, Tensor]
 IRRELEVANT_TENSORS = ("verifier_norm.weight", "verifier_lm_head.weight")
 FREQUENCIES = "rotary_emb.inv_freq"
 EAGLE_FLAGS = ("fc_norm", "norm_before_fc", "norm_output")
+# Where vLLM looks for the input token of slots that are drafted in parallel.
+MASK_TOKENS = ("mask_token_id", "pard_token", "ptd_token_id")
 
 
 @dataclass(frozen=True)
@@ -257,8 +262,12 @@ def _form(config: Keys, tensors: Collection[str]) -> Form:
     """The format's reader, by what the configuration calls itself."""
     speculator = config.text("speculators_model_type")
     if speculator is not None:
-        if speculator not in ("dspark", "dflash", "eagle3"):
-            raise FormatError(f"speculators_model_type {speculator!r} is not known here: dspark, dflash or eagle3")
+        if speculator not in ("dspark", "dflash", "eagle3", "peagle"):
+            raise FormatError(
+                f"speculators_model_type {speculator!r} is not known here: dspark, dflash, eagle3 or peagle"
+            )
+        if speculator == "peagle":
+            return _speculators_peagle(config)
         return _speculators_eagle3(config) if speculator == "eagle3" else _speculators_block(config, speculator)
     architecture = ([*(config.items("architectures") or []), "none"])[0]
     for family in ("Qwen3", "Gemma4"):
@@ -399,6 +408,33 @@ def _speculators_eagle3(config: Keys) -> Form:
     return Form(Eagle3, settings | _eagle_flags(config), layers, text, _speculators_tables(config))
 
 
+def _speculators_peagle(config: Keys) -> Form:
+    text, layers = _speculators_layers(config, ("llama", "qwen3"), norm_first=config.flag("norm_before_residual"))
+    stored = config.integers("eagle_aux_hidden_state_layer_ids")
+    settings = {
+        "target_layer_ids": stored and [i - 1 for i in stored],
+        "mask_token_id": config.integer(config.needed("mask_token_id")),
+    }
+    return Form(PEagle, settings | _peagle(config, layers), layers, text, _speculators_tables(config))
+
+
+def _peagle(config: Keys, layers: LayerFacts, *sections: Keys) -> dict[str, Any]:
+    """What every P-EAGLE has. Errors: FormatError for layers with and without a window."""
+    if layers.sliding and layers.full:
+        raise FormatError(
+            "config.json: layer_types mixes full with sliding attention, which drafts of this kind do not"
+        )
+    flags = _eagle_flags(config, *sections)
+    flags.pop("norm_output", None)  # nothing is passed on between the slots
+    proposed = _proposed(config)
+    ratios = {"down_sample_ratio": 0.7, "down_sample_ratio_min": 0.2}
+    return flags | {
+        "layers": layers.count,
+        "block_size": config.integer("num_depths") or proposed or 8,
+        **{key: config.number(key, known) for key, known in ratios.items()},
+    }
+
+
 def _speculators_block(config: Keys, name: str) -> Form:
     text, layers = _speculators_layers(config, None)
     _proposed(config)  # how many an engine asks for; the block says how many there are
@@ -461,13 +497,31 @@ def _sglang(config: Keys) -> Form:
     named = "eagle_aux_hidden_state_layer_ids"
     stored = agreed(named, inner, config)
     inner.integers(named), config.integers(named)
-    # The format does not say how far the draft was unrolled in training; 7 steps is the published table's length.
-    settings = {"target_layer_ids": stored and list(stored), "layers": _one_layer(layers), "block_size": 7}
+    taps, tokens = {"target_layer_ids": stored and list(stored)}, {key: config.integer(key) for key in MASK_TOKENS}
+    token = agreed_token(tokens)
+    parallel = config.flag("parallel_drafting") or token is not None
+    if parallel and token is None:
+        raise FormatError(
+            f"config.json: parallel_drafting is true and none of {', '.join(MASK_TOKENS)} names the input token"
+        )
     rows, tied = config.integer("draft_vocab_size"), config.flag("tie_word_embeddings")
     whole = rows in (None, layers.backbone.vocab_size)
     head = "embedding" if tied else "target" if whole else "missing"
     about = {"scales_unknown": True, "ships_tables": False, "head": head, "draft_vocabulary": rows}
+    if parallel:
+        settings = taps | {"mask_token_id": token} | _peagle(config, layers, inner)
+        return Form(PEagle, settings, layers, layers.text(config), about)
+    # The format does not say how far the draft was unrolled in training; 7 steps is the published table's length.
+    settings = taps | {"layers": _one_layer(layers), "block_size": 7}
     return Form(Eagle3, settings | _eagle_flags(config, inner), layers, layers.text(config), about)
+
+
+def agreed_token(tokens: Mapping[str, int | None]) -> int | None:
+    """The one token that these keys name. Errors: FormatError where they name several."""
+    named = {key: token for key, token in tokens.items() if token is not None}
+    if len(set(named.values())) > 1:
+        raise FormatError(f"config.json contradicts itself: {named}")
+    return next(iter(named.values()), None)
 
 
 def _eagle_flags(*sections: Keys) -> dict[str, bool]:

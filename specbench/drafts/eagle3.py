@@ -1,15 +1,15 @@
 """EAGLE-3 (Li et al., arXiv 2503.01840): a recurrent draft on fused target features, trained by unrolling.
 
-    g_t = W_c taps_t, no norm                                        -> source
+    g_t = W_c taps_t, no norm                                        -> fused_taps.FusedTaps
     y = [input_norm(e) ; feature_norm(f)] -> q, k, v; residual on f  -> backbone.Layer(paired=True)
     training-time test: K unrolled steps                             -> recurrent.RecurrentDraft
     logits = lm_head(norm(f'))                                       -> Draft.project
 
-EAGLE-3.1 (speculators pull request 610, vLLM pull requests 42764 and 46488) and the drafts of gpt-oss:
+EAGLE-3.1 (arXiv 2605.09992; speculators pull request 610, vLLM pull requests 42764 and 46488) and the drafts of
+gpt-oss:
 
-    g_t = W_c [RMSNorm_1(tap_1) ; ... ; RMSNorm_C(tap_C)]            -> fc_norm, tensors fc_norm.{i}.weight (D)
+    norms of the taps before the fusion                              -> fused_taps.FusedTaps: fc_norm, norm_before_fc
     o_k = norm(f'_k); step k+1 reads o_k instead of f'_k             -> norm_output
-    g_t = W_c RMSNorm(taps_t)                                        -> norm_before_fc, tensor input_norm.weight (C D)
 
 Deviations: drafts of more than one layer pair every layer with the embedding; released checkpoints have one layer.
 """
@@ -18,20 +18,17 @@ from __future__ import annotations
 
 from typing import Annotated
 
-import torch
-from jaxtyping import Float, Int
-from torch import Tensor, nn
+from jaxtyping import Int
+from torch import Tensor
 
 from specbench.blocks import SUPERVISIONS
-from specbench.drafts.initialisation import as_mean
-from specbench.drafts.recurrent import RecurrentDraft
+from specbench.drafts.fused_taps import FusedTaps
 from specbench.models.backbone import Backbone
 from specbench.models.embedding_head import Tables
-from specbench.models.target import Target
 from specbench.ranges import Among, Count, Layers, Slots
 
 
-class Eagle3(RecurrentDraft):
+class Eagle3(FusedTaps):
     """Recurrent draft on fused target features.
 
     Args:
@@ -46,8 +43,6 @@ class Eagle3(RecurrentDraft):
     """
 
     published_format = "eagle3"
-    tap_modules = ("fc", "fc_norm", "input_norm")
-    paired = True
     halts_on_stop = True
 
     def __init__(
@@ -72,6 +67,8 @@ class Eagle3(RecurrentDraft):
             tables,
             target_layer_ids,
             mask_token_id,
+            fc_norm=fc_norm,
+            norm_before_fc=norm_before_fc,
             layers=layers,
             block_size=block_size,
             anchors=anchors,
@@ -79,22 +76,4 @@ class Eagle3(RecurrentDraft):
             train_tables=train_tables,
             draft_vocabulary=draft_vocabulary,
         )
-        if fc_norm and norm_before_fc:
-            raise ValueError("fc_norm=true and norm_before_fc=true: norm the taps one by one or all together, not both")
-        D, eps, taps = self.backbone.hidden_size, self.backbone.norm_eps, len(self.target_layer_ids)
         self.feeds_normed_output = norm_output
-        self.fc = nn.Linear(taps * D, D, bias=False)
-        self.fc_norm = nn.ModuleList(nn.RMSNorm(D, eps=eps) for _ in range(taps)) if fc_norm else None
-        self.input_norm = nn.RMSNorm(taps * D, eps=eps) if norm_before_fc else None
-
-    def start_from(self, target: Target) -> list[str]:
-        return [*super().start_from(target), *as_mean({"fc.weight": self.fc})]
-
-    def source(self, taps: Float[Tensor, "B T C D"], last: Float[Tensor, "B T D"]) -> Float[Tensor, "B T D"]:
-        if self.fc_norm is not None:
-            taps = torch.stack([norm(tap) for norm, tap in zip(self.fc_norm, taps.unbind(-2), strict=True)], -2)
-        taps = taps.flatten(-2)
-        return self.fc(taps if self.input_norm is None else self.input_norm(taps))
-
-    def enter(self, feature: Float[Tensor, "*b D"], embedding: Float[Tensor, "*b D"]) -> Float[Tensor, "*b D"]:
-        return feature

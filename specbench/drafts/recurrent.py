@@ -49,7 +49,9 @@ class RecurrentDraft(Draft):
         ValueError: `supervision` has another value.
     """
 
+    # Whether the layers read [embedding ; feature], and whether the first one alone does.
     paired = False
+    first_layer_paired_alone = False
     # Whether a step reads the normed output of the step before it, or its output before the norm.
     feeds_normed_output = False
 
@@ -80,7 +82,9 @@ class RecurrentDraft(Draft):
         if supervision not in SUPERVISIONS:
             raise ValueError(f"supervision={supervision!r}: choose one of {', '.join(SUPERVISIONS)}")
         self.supervision = supervision
-        self.layers = nn.ModuleList(Layer(backbone, paired=self.paired) for _ in range(layers))
+        self.layers = nn.ModuleList(
+            Layer(backbone, paired=self.paired and not (i and self.first_layer_paired_alone)) for i in range(layers)
+        )
         self.norm = backbone.norm(backbone.hidden_size)
         self.rope = RotaryEmbedding(backbone)
         self.stack = Stack(self.layers, backbone)

@@ -142,7 +142,7 @@ class Folded:
             for size in (backbone.hidden_size, backbone.head_dim)
         )
         self.scale, self.soft_cap = backbone.scale, backbone.attention_soft_cap
-        self.paired = layers[0].hidden_norm is not None
+        self.paired = [layer.hidden_norm is not None for layer in layers]
         root, head_root, added = backbone.hidden_size**0.5, backbone.head_dim**0.5, backbone.residual_scale
         self.project, self.project_bias, self.head_weights = [], [], []
         self.out, self.out_bias, self.gate_up, self.gate_up_bias, self.down, self.down_bias = [], [], [], [], [], []
@@ -176,7 +176,7 @@ class Folded:
     def extend(self, layer, x, rope, cache, mask, embedding, behind) -> Tensor:
         B, S, D = x.shape
         rows = x.reshape(B * S, D)
-        heads = _product(self.entering(rows, embedding), self.project[layer], self.project_bias[layer])
+        heads = _product(self.entering(layer, rows, embedding), self.project[layer], self.project_bias[layer])
         heads = heads.view(B, S, self.heads + 2 * self.kv_heads, self.head_dim)
         turned = self.turn(heads.narrow(2, 0, self.heads + self.kv_heads), layer, rope)
         keys = turned.narrow(2, self.heads, self.kv_heads)
@@ -192,7 +192,7 @@ class Folded:
 
     def store(self, layer, x, rope, cache, embedding) -> None:
         B, S, D = x.shape
-        y, queries = self.entering(x.reshape(B * S, D), embedding), self.heads * self.head_dim
+        y, queries = self.entering(layer, x.reshape(B * S, D), embedding), self.heads * self.head_dim
         bias = self.project_bias[layer]
         heads = _product(y, self.project[layer][:, queries:], None if bias is None else bias[queries:])
         heads = heads.view(B, S, 2 * self.kv_heads, self.head_dim)
@@ -213,10 +213,10 @@ class Folded:
         for layer in range(L):
             cache.write(layer, keys.narrow(2, layer * G, G), heads.narrow(2, (L + layer) * G, G))
 
-    def entering(self, rows: Float[Tensor, "R D"], embedding: Float[Tensor, "B S D"] | None) -> Tensor:
-        """What the joined projection reads."""
+    def entering(self, layer: int, rows: Float[Tensor, "R D"], embedding: Float[Tensor, "B S D"] | None) -> Tensor:
+        """What the joined projection of a layer reads."""
         y = unit(rows, self.floor)
-        return torch.cat([unit(embedding.reshape_as(rows), self.floor), y], -1) if self.paired else y
+        return torch.cat([unit(embedding.reshape_as(rows), self.floor), y], -1) if self.paired[layer] else y
 
     def turn(self, heads: Float[Tensor, "B S h d"], layer: int, rope: Rope, which: slice = slice(None)) -> Tensor:
         """Heads normed and rotated; `which` of the query and key heads they are."""
