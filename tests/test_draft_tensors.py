@@ -20,10 +20,7 @@ NAME = "layers.1.mlp.up_proj.weight"
 
 def saved(method, path):
     draft = tiny.draft(method, "qwen3")
-    settings = {"layers": 2, "block_size": 4, "target_layer_ids": list(tiny.TAPS), "mask_token_id": tiny.MASK}
-    if method == "dspark":
-        settings["markov_rank"] = 6
-    return save_draft(draft, path, tiny.target("qwen3").config, settings)
+    return save_draft(draft, path, tiny.target("qwen3").config, draft.settings)
 
 
 @pytest.fixture(scope="module")
