@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from specbench.blocks import Batch, Blocks, Context, assemble, take
+from specbench.blocks import Batch, Blocks, Context, assemble, slot_positions, take
 from specbench.drafts.draft import Draft, State
 from specbench.models.backbone import Backbone
 from specbench.models.embedding_head import Tables
@@ -86,14 +86,15 @@ class HeadsDraft(Draft):
             nn.Parameter(self.tables.head.detach().clone()) for _ in range(block_size if own_heads else 0)
         )
 
-    def outputs(self, feature: Float[Tensor, "*b D"], slots: int) -> Float[Tensor, "*b K D"]:
-        """Hidden states of the first `slots` slots from the target's state before the anchor."""
+    def outputs(self, feature: Float[Tensor, "*b D"], previous: Int[Tensor, "*b K"]) -> Float[Tensor, "*b K D"]:
+        """Hidden states of K slots from the target's state before the anchor and the token before each slot."""
         raise NotImplementedError
 
     def forward(self, batch: Batch) -> Blocks:
         before = (batch.anchors - 1).clamp_min(0)
         feature = take(batch.last, before).to(next(self.parameters()).dtype)
-        return assemble(batch, self.outputs(feature, self.block_size))
+        previous = take(batch.tokens, slot_positions(batch, self.block_size)[1])
+        return assemble(batch, self.outputs(feature, previous))
 
     def commit(self, state: State, context: Context, tokens: Int[Tensor, "B S"]) -> State:
         rows = torch.arange(len(tokens), device=tokens.device)

@@ -67,11 +67,13 @@ class Medusa(HeadsDraft):
             self.get_parameter(name).zero_()
         return names
 
-    def outputs(self, feature: Float[Tensor, "*b D"], slots: int) -> Float[Tensor, "*b K D"]:
-        return torch.stack([head(feature) for head in self.medusa_head[:slots]], -2)
+    def outputs(self, feature: Float[Tensor, "*b D"], previous: Int[Tensor, "*b K"]) -> Float[Tensor, "*b K D"]:
+        return torch.stack([head(feature) for head in self.medusa_head[: previous.shape[-1]]], -2)
 
     def propose(
         self, state: State, anchor: Int[Tensor, " B"], sample: SampleFunction, slots: int | None = None
     ) -> Proposal:
-        hidden = self.outputs(state.feature, self.block_size if slots is None else min(slots, self.block_size))
+        count = self.block_size if slots is None else min(slots, self.block_size)
+        # Of the tokens before the slots only the number counts.
+        hidden = self.outputs(state.feature, anchor[:, None].expand(-1, count))
         return self.draw_at_once(self.numbered(hidden), anchor, sample)
