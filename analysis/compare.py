@@ -18,7 +18,7 @@ from analysis.html import page
 from analysis.html.content import Content, Drawing, Section, provenance
 from analysis.read import folders
 from analysis.read.runs import ONCE, Runs, load, shown
-from analysis.statistics.intervals import MINIMUM_SHARED, RESAMPLES
+from analysis.statistics.intervals import MINIMUM_SHARED, RESAMPLES, VERDICT_RESAMPLES
 from analysis.tables import costs, gap, positions, protocols, published, writers
 from analysis.tables import frames as tables
 from analysis.tables import groups as grouping
@@ -66,7 +66,7 @@ def compare(
     resamples: int = RESAMPLES,
     seed: int = 0,
     minimum_shared: float = MINIMUM_SHARED,
-    holm: bool = False,
+    holm: bool = True,
     cache: str | os.PathLike[str] = "outputs/wandb",
     title: str | None = None,
     command: str | None = None,
@@ -82,9 +82,9 @@ def compare(
         sources: run folders, folders above some, glob patterns, `wandb:entity/project`, in any mix.
         filters: `key=value` texts that every run must pass; any record column, config key or summary key with dots.
         group_by: keys that distinguish rows in addition to `method`; a numeric one is also the axis of two figures.
-        resamples, seed: of the bootstrap.
+        resamples, seed: of the bootstrap; differences use VERDICT_RESAMPLES at least.
         minimum_shared: smallest share of common prompts with which two variants are paired.
-        holm: correct the differences of each column for multiple comparisons (Holm).
+        holm: correct the verdicts of each table for multiple comparisons (Holm).
         cache: folder for the files of W&B runs.
         command: the command that the page shows; None shows the Python call.
         width: columns of the terminal that `text` is for.
@@ -132,7 +132,8 @@ def compare(
     how = command or f"python -c {shlex.quote(f'from analysis.compare import compare; compare({sources!r})')}"
     content = Content(
         title or f"Comparison {output.name}",
-        f"{used}. Intervals are 95%, cluster bootstrap over prompts ({resamples} resamples, seed {seed}).",
+        f"{used}. Intervals are 95%, cluster bootstrap over prompts ({resamples} resamples, of differences "
+        f"{max(resamples, VERDICT_RESAMPLES)}; seed {seed}); those about methods add the variance between trainings.",
         [
             Section("Accepted length", sheets),
             *([Section("Figures", [drawing for drawing in drawings if drawing.on_page])] if drawings else []),
@@ -161,7 +162,7 @@ def _makers(
     return {
         "accepted_length": lambda: tables.accepted_length(found, resamples, seed),
         "conditional_acceptance": lambda: tables.conditional_acceptance(found, resamples, seed),
-        "differences": lambda: tables.differences(found, resamples, seed, minimum, holm),
+        "differences": lambda: tables.differences(found, max(resamples, VERDICT_RESAMPLES), seed, minimum, holm),
         "macro_average": lambda: tables.macro_average(found, resamples, seed),
         "suffix_decay": lambda: tables.suffix_decay(found, resamples, seed),
         "seeds": lambda: tables.seeds(found),

@@ -131,7 +131,7 @@ def along(
 def _grouped(frame: pd.DataFrame, axis: str) -> list[str]:
     """Further keys that distinguish the lines: grouping columns after the measures, without the axis."""
     columns = list(frame.columns)
-    last = max(columns.index(name) for name in ("complete", "last", "seeds", "n") if name in columns)
+    last = max(columns.index(name) for name in ("complete", "last", "seeds", "n", "method_high") if name in columns)
     return [name for name in columns[last + 1 :] if name not in (axis, "variant", "configuration", "short")]
 
 

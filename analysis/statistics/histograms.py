@@ -47,6 +47,12 @@ class Counts:
         scalars = [self.committed, self.rounds, self.proposed, self.accepted, own.own, own.some]
         return np.concatenate([np.stack(scalars, 1), self.offered, self.reached, self.passed], 1)
 
+    def with_slots(self, slots: int) -> Counts:
+        """The same counts with `slots` slots; those that were never proposed are zero."""
+        more = ((0, 0), (0, slots - self.slots))
+        wide = (np.pad(values, more) for values in (self.offered, self.reached, self.passed))
+        return Counts(self.prompts, self.committed, self.rounds, self.proposed, self.accepted, *wide)
+
     def total(self) -> Sums:
         """Sums over every prompt: the point estimates."""
         return Sums(self.features().sum(0))
@@ -155,12 +161,9 @@ def count(
 def join(parts: Sequence[Counts]) -> Counts:
     """The prompts of several benchmarks in one; no prompt may stand in two of them."""
     slots = max(part.slots for part in parts)
-
-    def wide(values: np.ndarray) -> np.ndarray:
-        return np.pad(values, ((0, 0), (0, slots - values.shape[1]))) if values.ndim == 2 else values
-
+    parts = [part.with_slots(slots) for part in parts]
     fields = ("prompts", "committed", "rounds", "proposed", "accepted", "offered", "reached", "passed")
-    columns = [np.concatenate([wide(getattr(part, field)) for part in parts]) for field in fields]
+    columns = [np.concatenate([getattr(part, field) for part in parts]) for field in fields]
     order = np.argsort(columns[0])
     assert len(np.unique(columns[0])) == len(order), "a prompt stands in two benchmarks"
     return Counts(*(column[order] for column in columns))

@@ -1,4 +1,5 @@
-"""Intervals, paired differences, the spread over training seeds, and Holm's correction.
+"""Intervals over prompts (about these checkpoints), paired differences, the spread over training seeds, and Holm's
+correction. `analysis.statistics.training_seeds` makes intervals about methods of them.
 
 Axes: P prompts, F summed features, R resamples. Prompts are the clusters: a resample draws whole prompts with
 replacement, with all their turns and seeds; the quantities of `analysis.statistics.histograms` follow from its sums.
@@ -14,7 +15,7 @@ Measured coverage of accepted length on over-dispersed simulated prompts (as in 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from jaxtyping import Float
@@ -26,6 +27,8 @@ from specbench.metrics.functional import ratio
 
 LEVEL = 0.95
 RESAMPLES = 2000
+# Of a difference: with these, the end of an interval is uncertain by 3% of its half-width (two standard errors).
+VERDICT_RESAMPLES = 10_000
 MINIMUM_SHARED = 0.9
 # With fewer prompts an interval is too short, so no difference is then called resolved.
 FEWEST = 6
@@ -49,10 +52,12 @@ class Interval:
 
 @dataclass(frozen=True)
 class Difference:
-    """`a - b` on the `paired` prompts that both decoded; `fewest`: the smallest number of them (with rounds) on a
-    benchmark.
+    """`a - b` of these checkpoints on the `paired` prompts that both decoded; `fewest`: the smallest number of them
+    (with rounds) on a benchmark.
 
-    `resolved` is false if the interval contains zero or does not exist, or if `fewest` is below FEWEST.
+    `p` inverts the interval (`p_value`), so it is below 0.05 if the interval does not hold zero. `reaches`: least and
+    most half-width on the side of zero within two standard errors of Monte Carlo. `resolved`, of this pair alone, is
+    false if the interval contains zero or does not exist, or if `fewest` is below FEWEST.
     """
 
     value: float
@@ -62,10 +67,16 @@ class Difference:
     paired: int
     shared: float
     fewest: int
+    reaches: tuple[float, float] = (float("nan"), float("nan"))
 
     @property
     def resolved(self) -> bool:
         return bool(self.fewest >= FEWEST and (self.low > 0 or self.high < 0))
+
+    @property
+    def reach(self) -> float:
+        """Half-width of the interval on the side of zero."""
+        return self.value - self.low if self.value > 0 else self.high - self.value
 
 
 @dataclass(frozen=True)
@@ -123,6 +134,31 @@ def bounds(
     return np.where(some, low, np.nan), np.where(some, high, np.nan)
 
 
+def uncertain(draws: Float[np.ndarray, " R"], prompts: int) -> tuple[tuple[float, float], tuple[float, float]]:
+    """Two standard errors of Monte Carlo to both sides of `bounds`: (least, most) of the lower and the upper bound."""
+    low, high = tails(prompts)
+    step = 2 * np.sqrt(low * (1 - low) / len(draws))
+    ends = np.clip([low - step, low + step, high - step, high + step], 0, 1)
+    least, most, first, last = (float(x) for x in np.nanquantile(draws, ends))
+    return (least, most), (first, last)
+
+
+def p_value(value: float, reach: float, freedom: float, prompts: int) -> float:
+    """Two-sided p of a value whose 95% interval has the half-width `reach` on the side of zero, by Student's t.
+
+    Never below 2^(1 - prompts), the smallest p of a test that swaps the signs of the prompts' differences.
+    """
+    if np.isnan(reach) or prompts < 2:
+        return float("nan")
+    if not value:
+        return 1.0
+    least = 2.0 ** (1 - prompts)
+    if reach <= 0:
+        return least
+    t = special.stdtrit(freedom, (1 + LEVEL) / 2) * abs(value) / reach
+    return float(np.clip(2 * special.stdtr(freedom, -t), least, 1.0))
+
+
 def interval(
     counts: Counts, quantity: Callable[[Sums], np.ndarray], resamples: int = RESAMPLES, seed: int = 0
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -156,11 +192,19 @@ def by_slot(
     low = np.where(several & (value == 1), open_end, low)
     high = np.where(several & (value == 0), 1 - open_end, high)
     if not conditional:
-        # A bound of one slot bounds those after it from above and those before it from below.
-        high = np.where(np.isnan(high), np.nan, np.fmin.accumulate(np.fmax(high, value)))
-        low = np.where(np.isnan(low), np.nan, np.fmax.accumulate(np.fmin(low, value)[::-1])[::-1])
+        low, high = nonincreasing_bounds(value, low, high)
     unreached = total.reached == 0
     return tuple(np.where(unreached, np.nan, curve) for curve in (value, low, high))
+
+
+def nonincreasing_bounds(
+    value: Float[np.ndarray, " K"], low: Float[np.ndarray, " K"], high: Float[np.ndarray, " K"]
+) -> tuple[Float[np.ndarray, " K"], Float[np.ndarray, " K"]]:
+    """Bounds of a curve that cannot increase: a bound of one slot bounds those after it from above and those before it
+    from below. NaN stays NaN."""
+    above = np.where(np.isnan(high), np.nan, np.fmin.accumulate(np.fmax(high, value)))
+    below = np.where(np.isnan(low), np.nan, np.fmax.accumulate(np.fmin(low, value)[::-1])[::-1])
+    return below, above
 
 
 def nonincreasing(
@@ -228,8 +272,8 @@ def macro_draws(
 
 
 def stratum_seed(seed: int, index: int) -> int:
-    """Independent draws for benchmarks with equal numbers of prompts."""
-    return seed + 1_000_003 * (index + 1)
+    """Independent draws for benchmarks with equal numbers of prompts; those of the first are the benchmark's own."""
+    return seed + 1_000_003 * index
 
 
 def macro(strata: Sequence[Counts], resamples: int = RESAMPLES, seed: int = 0) -> Interval:
@@ -267,13 +311,15 @@ def difference(
     draws = draws_a - draws_b
     prompts = min(int(((x.rounds > 0) & (y.rounds > 0)).sum()) for x, y in zip(left, right, strict=True))
     low, high = bounds(draws, prompts)
-    finite = draws[~np.isnan(draws)]
-    # Two-sided, and never zero: R draws cannot tell a probability below 1 / (R + 1).
-    beyond = min((finite <= 0).sum(), (finite >= 0).sum())
-    p = min(1.0, 2 * (beyond + 1) / (len(finite) + 1)) if prompts >= 2 else float("nan")
+    value = value_a - value_b
     size = sum(len(prompts) for prompts, _ in paired)
-    shared = min(share for _, share in paired)
-    return Difference(value_a - value_b, float(low), float(high), float(p), size, float(shared), prompts)
+    shared = float(min(share for _, share in paired))
+    found = Difference(value, float(low), float(high), float("nan"), size, shared, prompts)
+    if np.isnan(found.low):
+        return found
+    (least, most), (first, last) = uncertain(draws, prompts)
+    reaches = (value - most, value - least) if value > 0 else (first - value, last - value)
+    return replace(found, p=p_value(value, found.reach, prompts - 1, prompts), reaches=reaches)
 
 
 def holm(p: Sequence[float]) -> Float[np.ndarray, " tests"]:

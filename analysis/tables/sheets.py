@@ -15,8 +15,8 @@ import pandas as pd
 from analysis.read.runs import shown
 from analysis.statistics.intervals import FEWEST
 from analysis.tables import groups as grouping
-from analysis.tables import protocols
-from analysis.tables.frames import ALL
+from analysis.tables import protocols, tiers
+from analysis.tables.frames import ALL, METHOD_BOUNDS
 from analysis.tables.groups import Group
 
 MISSING = "-"
@@ -25,7 +25,8 @@ SUFFIXES = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
 
 @dataclass(frozen=True)
 class Cell:
-    """One entry: its text, whether it is the resolved best, and the number by which a column is sorted."""
+    """One entry: its text, whether it is resolved (the best of its column, or a difference of two methods), and the
+    number by which a column is sorted."""
 
     text: str
     best: bool = False
@@ -68,18 +69,22 @@ def main(
         if sum(map(len, places.values())) > 1:
             columns.append(("macro", ALL, ALL))
             spans.append(("all", 1))
-        labels = list(grouping.variants(part))
+        labels = _by_speedup(list(grouping.variants(part)), None if costs is None else only(costs, section))
+        method = tiers.of_methods(part)
         other = {(label, benchmark) for label, benchmark in protocols.marked(part)}
         table = {
-            column: _column(column, labels, places, own_lengths, own_macros, own_pairs, other) for column in columns
+            column: _column(column, labels, places, own_lengths, own_macros, own_pairs, other, method)
+            for column in columns
         }
         rows = [[Cell(name), *(table[column][i] for column in columns)] for i, name in enumerate(labels)]
         names = [name if scope == "benchmark" else "macro" for scope, _, name in columns]
         counted = own_lengths.groupby("variant", sort=False)["prompts"].sum()
-        rows = [[*row, Cell(str(counted[row[0].text]), sort=int(counted[row[0].text]))] for row in rows]
-        names.append("prompts")
-        spans.append(("", 1))
-        notes = [*_notes(part, own_macros), *protocols.notes(part)]
+        trained = own_lengths.groupby("variant", sort=False)["seeds"].min()
+        for count in (counted, trained):
+            rows = [[*row, Cell(str(count[row[0].text]), sort=int(count[row[0].text]))] for row in rows]
+        names += ["prompts", "seeds"]
+        spans.append(("", 2))
+        notes = [*_notes(part, own_macros, own_pairs, method), *protocols.notes(part)]
         if costs is not None:
             timed = _speedups(only(costs, section), labels)
             for batch, cells in timed.items():
@@ -115,12 +120,22 @@ def _speedups(costs: pd.DataFrame, labels: Sequence[str]) -> dict[str, list[list
     return found
 
 
-def _notes(part: Sequence[Group], macros: pd.DataFrame) -> list[str]:
+def _by_speedup(labels: list[str], costs: pd.DataFrame | None) -> list[str]:
+    """The rows by falling measured speedup (at the smallest batch timed), then those that were not timed."""
+    if costs is None or not costs["speedup_measured"].notna().any():
+        return labels
+    timed = costs.dropna(subset=["speedup_measured"]).sort_values("speedup_batch", kind="stable")
+    speeds = timed.drop_duplicates("variant").set_index("variant")["speedup_measured"]
+    return sorted(labels, key=lambda label: -speeds.get(label, -np.inf))
+
+
+def _notes(part: Sequence[Group], macros: pd.DataFrame, pairs: pd.DataFrame, method: bool) -> list[str]:
     notes = [
-        "Accepted length: tokens committed / rounds, pooled (bonus token included), ± the longer side of its 95% "
-        "interval (cluster bootstrap over the row's own prompts, see the column prompts). Bold (or *): best, and "
-        "resolved against every other by the paired interval. Macro: unweighted mean over benchmarks."
+        "Accepted length: tokens committed / rounds, pooled (bonus token included), with its 95% interval. Macro: "
+        "unweighted mean over benchmarks.",
+        tiers.note(part, method),
     ]
+    notes += [tiers.best(pairs)] if method and grouping.variants(part).keys() != {part[0].label} else []
     few = sorted({g.benchmark for g in part if (g.counts.rounds > 0).sum() < FEWEST})
     if few:
         notes.append(f"Fewer than {FEWEST} prompts on {', '.join(few)}: too few for an interval to be trusted.")
@@ -146,8 +161,10 @@ def _column(
     macros: pd.DataFrame,
     pairs: pd.DataFrame,
     other: Collection[tuple[str, str]],
+    method: bool,
 ) -> list[Cell]:
-    """The cells of a column, one per label; `other`: (label, benchmark) with another protocol, which are never best."""
+    """The cells of a column, one per label; `other`: (label, benchmark) with another protocol, which are never best.
+    `method`: the intervals are about methods, else about checkpoints, of which none is marked best."""
     scope, domain, name = column
     every = [benchmark for names in places.values() for benchmark in names]
     here = [name] if scope == "benchmark" else places.get(domain, every)
@@ -158,7 +175,8 @@ def _column(
     if scope == "benchmark":
         chosen = chosen[chosen["benchmark"] == name]
     comparable = {n: by_label["accepted_length"].get(n, np.nan) for n in labels if n not in unlike}
-    best = resolved_best(comparable, chosen)
+    best = resolved_best(comparable, chosen) if method else None
+    ends = METHOD_BOUNDS if method else ("low", "high")
     cells = []
     for label in labels:
         if label not in by_label.index:
@@ -166,41 +184,47 @@ def _column(
             continue
         row = by_label.loc[label]
         dagger = ("" if row.get("complete", True) else "†") + (protocols.MARK if label in unlike else "")
-        text = plus_minus(row["accepted_length"], row["low"], row["high"]) + dagger
+        text = bracket(row["accepted_length"], *(row[end] for end in ends)) + dagger
         cells.append(Cell(text, label == best, float(row["accepted_length"])))
     return cells
 
 
 def resolved_best(values: dict[str, float], pairs: pd.DataFrame) -> str | None:
-    """The variant with the highest value, if its paired difference to every other one is resolved; else None."""
+    """The variant with the highest value, if the method's difference to every other one is resolved; else None."""
     known = {name: value for name, value in values.items() if not np.isnan(value)}
     if len(known) < 2:
         return None
     best = max(known, key=known.__getitem__)
     resolved = pairs[pairs["resolved"].astype(bool)]
-    beaten = set(resolved["b"][(resolved["a"] == best) & (resolved["low"] > 0)])
-    beaten |= set(resolved["a"][(resolved["b"] == best) & (resolved["high"] < 0)])
+    beaten = set(resolved["b"][(resolved["a"] == best) & (resolved["difference"] > 0)])
+    beaten |= set(resolved["a"][(resolved["b"] == best) & (resolved["difference"] < 0)])
     return best if beaten >= set(known) - {best} else None
 
 
 def differences(found: Sequence[Group], pairs: pd.DataFrame) -> list[Sheet]:
-    """One sheet per section: pairs of variants on each domain's macro average and on the overall one."""
+    """One sheet per section: pairs of variants on each domain's macro average and on the overall one, with the verdict
+    about these checkpoints and the one about the methods."""
     sheets = []
-    p = "p_holm" if "p_holm" in pairs else "p"
-    columns = ["pair", "macro", "difference [95%]", "p (Holm)" if p == "p_holm" else "p", "prompts", "verdict"]
-    note = "Paired cluster bootstrap over the prompts that both saw; an interval that holds zero is not resolved."
-    for section, _ in grouping.sections(found):
+    holm = bool(pairs["p_holm"].notna().any())
+    p = " (Holm)" if holm else ""
+    tests = (("these checkpoints", "", "low", "high"), ("this method", "_method", *METHOD_BOUNDS))
+    columns = ["pair", "macro", "difference"]
+    columns += [name for tier, *_ in tests for name in (f"{tier} [95%]", f"p{p}")]
+    for section, part in grouping.sections(found):
         own = only(pairs, section)
         rows = []
         for _, row in own[own["scope"] == "macro"].iterrows():
-            text = bracket(row["difference"], row["low"], row["high"], sign=True)
-            rest = [Cell(_number(row[p], 4), sort=row[p]), Cell(str(row["paired"]), sort=row["paired"])]
-            rest.append(Cell(row["note"] or "resolved"))
-            difference = Cell(text, bool(row["resolved"]), row["difference"])
-            rows.append([Cell(f"{row['a']} - {row['b']}"), Cell(row["domain"]), difference, *rest])
+            value = Cell(_signed(row["difference"]), bool(row["resolved"]), row["difference"])
+            cells = [Cell(f"{row['a']} - {row['b']}"), Cell(row["domain"]), value]
+            for _, tier, low, high in tests:
+                p_value = row[f"p{tier}_holm" if holm else f"p{tier}"]
+                cells += [Cell(ends(row[low], row[high], sign=True)), Cell(_p(p_value), sort=p_value)]
+            counts = [Cell(f"{row[name]:g}", sort=row[name]) for name in ("paired", "trainings")]
+            rows.append([*cells, *counts, Cell(row["note"])])
         if rows:
             title = f"Differences of accepted length: {grouping.title(section)}"
-            sheets.append(Sheet("differences", title, columns, rows, notes=[note]))
+            more = [*columns, "prompts", "seeds", "verdict"]
+            sheets.append(Sheet("differences", title, more, rows, notes=tiers.of_differences(part, own)))
     return sheets
 
 
@@ -273,19 +297,26 @@ def _temperature(row: pd.Series) -> Cell:
     return Cell(shown(row["temperature"]), sort=row["temperature"])
 
 
-def plus_minus(value: float, low: float, high: float) -> str:
-    """`4.18 ± 0.25`, the longer side of the interval; without an interval the value alone."""
-    if np.isnan(value):
-        return MISSING
-    return f"{value:.2f}" if np.isnan(low) else f"{value:.2f} ± {max(high - value, value - low):.2f}"
-
-
 def bracket(value: float, low: float, high: float, sign: bool = False) -> str:
     """`4.18 [3.93, 4.43]`."""
     if np.isnan(value):
         return MISSING
+    text = f"{value:+.2f}" if sign else f"{value:.2f}"
+    return text if np.isnan(low) else f"{text} {ends(low, high, sign)}"
+
+
+def ends(low: float, high: float, sign: bool = False) -> str:
+    """`[3.93, 4.43]`; `-` without an interval."""
     form = "{:+.2f}" if sign else "{:.2f}"
-    return form.format(value) + ("" if np.isnan(low) else f" [{form.format(low)}, {form.format(high)}]")
+    return MISSING if np.isnan(low) else f"[{form.format(low)}, {form.format(high)}]"
+
+
+def _p(value: float) -> str:
+    return "<0.0001" if value < 0.0001 else _number(value, 4)
+
+
+def _signed(value: float) -> str:
+    return MISSING if np.isnan(value) else f"{value:+.2f}"
 
 
 def size(value: float) -> str:

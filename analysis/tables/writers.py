@@ -129,28 +129,47 @@ def terminal(sheets: Sequence[Sheet], width: int = 120) -> str:
     """The sheets as text for a terminal `width` columns wide (no colour codes: the caller may print it anywhere)."""
     console = Console(file=StringIO(), width=width, record=True, force_terminal=False, color_system=None)
     for sheet in sheets:
-        console.print(rich_table(sheet))
+        table = rich_table(sheet)
+        # An interval that has no room beside its value stands below it, in one piece.
+        fits = console.measure(table, options=console.options.update(width=10 * width)).maximum <= width
+        console.print(table if fits else rich_table(sheet, below=True))
     return console.export_text()
 
 
-def rich_table(sheet: Sheet) -> Table:
-    """One sheet as a rich table; the resolved best in bold, marked with * so that a log shows it too."""
+def rich_table(sheet: Sheet, below: bool = False) -> Table:
+    """One sheet as a rich table; the resolved best in bold, marked with * so that a log shows it too. below: intervals
+    stand below their values."""
+
+    def text(cell: Cell) -> str:
+        marked = f"{cell.text} *" if cell.best else cell.text
+        if not below or cell.sort is None or " [" not in cell.text:
+            return marked
+        value, _, interval = cell.text.partition(" [")
+        return f"{value} *\n[{interval}" if cell.best else f"{value}\n[{interval}"
+
     # As plain text, because brackets in the name of a row are not markup.
     title, caption = Text(sheet.title), Text(" ".join(sheet.notes))
     table = Table(title=title, caption=caption, title_justify="left", caption_justify="left")
     above = [text for text, span in sheet.spans for _ in range(span)] or [""] * len(sheet.columns)
     for index, (span, name) in enumerate(zip(above, sheet.columns, strict=True)):
         head = f"{span}\n{name}" if span and span != name else name
-        table.add_column(Text(head), justify="left" if index == 0 else "right", no_wrap=index == 0)
+        parts = [len(line) for row in sheet.rows for line in text(row[index]).split("\n")] if below else []
+        needed = max(parts, default=0) if any("[" in row[index].text for row in sheet.rows) else None
+        table.add_column(
+            Text(head),
+            justify="left" if index == 0 else "right",
+            no_wrap=index == 0,
+            min_width=needed if below else None,
+        )
     for row in sheet.rows:
-        table.add_row(*(Text(f"{c.text} *", style="bold") if c.best else Text(c.text) for c in row))
+        table.add_row(*(Text(text(cell), style="bold" if cell.best else "") for cell in row))
     return table
 
 
 def csv(frame: pd.DataFrame, path: Path, columns: Sequence[str] | None = None) -> Path:
     """Write a frame; `columns` come first and exactly so, what the user grouped by beside them follows."""
     if columns is not None:
-        hidden = {"variant", "short", "survival_low", "survival_high"}
+        hidden = {"variant", "short"}
         if "configuration" in frame and not frame["configuration"].any():
             hidden.add("configuration")
         frame = frame[[*columns, *(name for name in frame.columns if name not in {*columns, *hidden})]]
