@@ -385,6 +385,11 @@ class TrainSettings(Settings):
         return self
 
 
+class TuneSettings(TrainSettings):
+    trials: Annotated[int, Field(ge=2, le=64)]
+    span: Annotated[float, Field(gt=1, le=1000)]
+
+
 class StagesSettings(Settings):
     prompts: TextList
     answers: TextList
@@ -821,6 +826,7 @@ SCHEMAS: dict[str, type[Settings]] = {
     "answers": AnswersSettings,
     "cache": CacheSettings,
     "train": TrainSettings,
+    "tune": TuneSettings,
     "evaluate": EvaluateSettings,
     "speed": SpeedSettings,
     "calibrate": CalibrateSettings,

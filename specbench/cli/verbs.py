@@ -29,6 +29,7 @@ VERBS = {
     "answers": _verb("answers", "let the target answer every prompt"),
     "cache": _verb("cache", "store the target's hidden states; plan=true only prints size and time"),
     "train": _verb("train", "train a draft, then evaluate it", experiments=True),
+    "tune": _verb("tune", "choose a method's learning rate by decoding held-out prompts"),
     "evaluate": _verb(
         "evaluate", "decode benchmarks or your prompts speculatively, with one record per prompt", experiments=True
     ),
