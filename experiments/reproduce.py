@@ -3,10 +3,11 @@
     prompts -> answers -> cache(s) -> every training of the sweep -> its evaluations -> its speed -> comparison
 
 The experiment is configs/experiment/NAME.yaml: a sweep (`hydra.sweeper.params`) and, where it is more than a sweep of
-trainings, `study`: `verb` (train, evaluate or serve) with the trainings it needs in `train`, `calibrate`, `target` (how
-to make the target first), `stages` (settings of the stages before training), `speed` (settings of a speed measurement
-of each draft), `caches`, `baseline`, and `group_by` of the comparison. Runs are named by what decides their result, so
-experiments below one `root` share them, and `specbench train -m +experiment=NAME` makes the same ones.
+trainings, `study`: `verb` (train, evaluate or serve) with the trainings it needs in `train`, `calibrate`, `tune`
+(learning rates tried for each method first), `target` (how to make the target first), `stages` (settings of the stages
+before training), `speed` (settings of a speed measurement of each draft), `caches`, `baseline`, and `group_by` of the
+comparison. Runs are named by what decides their result, so experiments below one `root` share them, and
+`specbench train -m +experiment=NAME` makes the same ones.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from typing import Any
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
-from experiments import calibrate, compare, evaluate, report, serve, speed, train
+from experiments import calibrate, compare, evaluate, report, serve, speed, train, tune
 from experiments.quickstart import stage
 from specbench.cli import checks, summary
 from specbench.cli.assembly import composed
@@ -56,7 +57,9 @@ def run(cfg: DictConfig, given: Sequence[str] | None = None) -> Path:
         for verb, overrides in before:
             stage(verb, overrides)
         trained, decoded, calibrated, timed = [], [], [], []
-        for number, (job, words) in enumerate(zip(jobs, study.trainings, strict=True), 1):
+        words_of = with_tuned_rates(study, everywhere) if study.tune else study.trainings
+        jobs = [composed("train", [*everywhere, *words]) for words in words_of] if study.tune else jobs
+        for number, (job, words) in enumerate(zip(jobs, words_of, strict=True), 1):
             say(f"reproduce {cfg.name}: run {number} of {len(jobs)}")
             with as_command(["train", *everywhere, *words, "evaluate=false"]):
                 folder, own = train.run(with_values(job, evaluate=False)), []
@@ -80,6 +83,21 @@ def run(cfg: DictConfig, given: Sequence[str] | None = None) -> Path:
     facts = {"trainings": len(jobs), "evaluations": len(decoded), "page": str(output / "report.html")}
     summary.report(f"reproduce {cfg.name}", output, time.monotonic() - began, facts)
     return output
+
+
+def with_tuned_rates(study: Study, everywhere: Sequence[str]) -> list[list[str]]:
+    """The overrides of every training with the learning rate that was found for its method: one search for all seeds
+    and protocols of a method, on the first seed."""
+    found: dict[tuple[str, ...], float] = {}
+    chosen = []
+    for words in study.trainings:
+        own = tuple(word for word in words if key(word).split(".")[0] not in ("seed", "protocol"))
+        if own not in found:
+            say(f"reproduce: {study.tune} learning rates, {' '.join(own[1:])}")
+            first = [word for word in words if key(word).split(".")[0] != "protocol"]
+            found[own] = tune.run(composed("tune", [*everywhere, *first, f"trials={study.tune}"]))
+        chosen.append([*words, f"trainer.recipe.lr={found[own]:.6g}"])
+    return chosen
 
 
 def before_training(
@@ -152,6 +170,9 @@ def plan(cfg: DictConfig, study: Study, jobs: Sequence[DictConfig]) -> None:
     each = len(study.evaluations) or len(jobs[0].temperatures)
     print(f"{cfg.name}: {study.question}")
     print(f"  {len(names)} trainings on {jobs[0].target.name}, {missing} of them to do; {each} evaluations each")
+    if study.tune:
+        searches = len({job.method.name for job in jobs})
+        print(f"  before them {searches} searches for a learning rate, of {study.tune} rates each")
     seconds, source = cost_of_a_run(Path(cfg.root), jobs[0], each)
     if seconds is None:
         print("  hours: not measured for this target; the first finished run tells")

@@ -29,7 +29,7 @@ def run(cfg: DictConfig) -> float:
     check_before("tune", cfg)
     center = cfg.trainer.recipe.lr
     rates, steps = grid(center, cfg.span, cfg.trials), cfg.trainer.max_steps
-    folder = Path(cfg.root) / "tune" / folder_name(cfg.name or f"{cfg.method.name}-{cfg.target.name}", "a folder")
+    folder = Path(cfg.root) / "tune" / folder_name(cfg.name or train.run_name(cfg), "a folder")
     with Stage("tune", folder, recorded(cfg), force=cfg.force, results=RESULTS) as stage:
         if not stage.done:
             # Every training is a run of its own on W&B, and only one can be open.

@@ -154,6 +154,7 @@ Device = Annotated[str, AfterValidator(_device), Told(DEVICE)]
 DType = Literal["float32", "bfloat16", "float16", "float64"]
 CodecName = Annotated[str, AfterValidator(_codec), Told("the name of a codec")]
 Family = Annotated[str, AfterValidator(_family), Told("the name of a family of backbones")]
+Trials = Annotated[int, Field(ge=2, le=64)]
 Taps = Annotated[list[LayerId], Field(min_length=1), AfterValidator(_ascending)]
 Stops = list[TokenId]
 TextList = list[Text]
@@ -327,6 +328,7 @@ class StudySettings(Settings):
     verb: Literal["train", "evaluate", "serve"] = "train"
     train: dict[str, Any] = Field({})
     calibrate: bool = False
+    tune: Trials | None = None
     target: TextList = Field([])
     stages: dict[str, TextList] = Field({})
     speed: TextList = Field([])
@@ -386,7 +388,7 @@ class TrainSettings(Settings):
 
 
 class TuneSettings(TrainSettings):
-    trials: Annotated[int, Field(ge=2, le=64)]
+    trials: Trials
     span: Annotated[float, Field(gt=1, le=1000)]
 
 

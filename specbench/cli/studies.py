@@ -27,7 +27,8 @@ class Study:
     """An experiment: every list of runs as the overrides of each.
 
     `evaluations` is empty where each training is evaluated as its own `temperatures` say. `target`: overrides of
-    `specbench target`, which makes the target first; empty where it is there. `stages`: overrides of the stages before
+    `specbench target`, which makes the target first; empty where it is there. `tune`: learning rates that are tried for
+    each method before its trainings; None: the recipe's is taken. `stages`: overrides of the stages before
     training, by verb; empty for those of the data set. `speed`: overrides of `specbench speed`, which times every
     draft; empty for none.
     """
@@ -38,6 +39,7 @@ class Study:
     evaluations: list[list[str]] = field(default_factory=list)
     simulations: list[list[str]] = field(default_factory=list)
     calibrate: bool = False
+    tune: int | None = None
     target: list[str] = field(default_factory=list)
     stages: Mapping[str, list[str]] = field(default_factory=dict)
     speed: list[str] = field(default_factory=list)
@@ -94,6 +96,7 @@ def study_of(name: str, given: Sequence[str] = ()) -> Study:
         runs if verb == "evaluate" else [],
         runs if verb == "serve" else [],
         study.get("calibrate", False),
+        study.get("tune"),
         list(study.get("target", [])),
         dict(study.get("stages", {})),
         list(study.get("speed", [])),
