@@ -83,7 +83,7 @@ def test_an_experiment_repeats_no_run_and_groups_by_its_axes(name: str) -> None:
     study, axes = study_of(name), written["hydra"]["sweeper"]["params"]
     combinations = study.evaluations or study.simulations or study.trainings
     assert len({tuple(job) for job in combinations}) == len(combinations)
-    told = {"method.head": "head", "method.loss": "objective"}
+    told = {"method.head": "head", "method.loss": "objective", "protocol.name": "protocol"}
     grouped = {told.get(key, key) for key in study.group_by}
     open_axes = {key for key, values in axes.items() if len(jobs({key: values})) > 1}
     assert grouped == open_axes - {"method", "seed.init", "profile"}
