@@ -4,6 +4,7 @@ from specbench.drafts.dflash import DFlash as DFlash
 from specbench.drafts.draft import Draft as Draft
 from specbench.drafts.dspark import DSpark as DSpark
 from specbench.drafts.eagle3 import Eagle3 as Eagle3
+from specbench.drafts.jetspec import JetSpec as JetSpec
 from specbench.drafts.mtp import MTP as MTP
 from specbench.drafts.p_eagle import PEagle as PEagle
 from specbench.library.answers import answer as answer
@@ -30,6 +31,7 @@ __all__ = [
     "Eagle3",
     "Estimate",
     "Evaluation",
+    "JetSpec",
     "Objective",
     "OnlineTarget",
     "Target",

@@ -84,6 +84,8 @@ TERM_SETTINGS = {
     "ce": {"ce": 0.7},
     "soft_ce": {"soft_ce": 0.7},
     "kl": {"kl": 0.7},
+    "softened kl": {"kl": 0.7, "kl_temperature": 2.5},
+    "softened kl beside a blend": {"kl": 0.7, "kl_temperature": 2.5, "blend": {"decay": 2.0, "over": "row"}},
     "reverse_kl": {"reverse_kl": 0.7},
     "js": {"js": 0.7},
     "tv": {"tv": 0.7},

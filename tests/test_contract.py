@@ -34,6 +34,8 @@ variants = pytest.mark.parametrize(
         ("dspark", "gemma4", {"causal_block": True}),
         ("dflash", "qwen3", {"causal_block": True, "window": 5, "full_layers": [1]}),
         ("dspark", "qwen3", {"window": 5, "full_layers": [0]}),
+        ("jetspec", "qwen3", {"block_input": "tokens"}),
+        ("jetspec", "qwen3", {"block_input": "tokens", "window": 3}),
         ("eagle3", "qwen3", {"fc_norm": True, "norm_output": True}),
         ("eagle3", "gemma4", {"norm_output": True, "layers": 1}),
         ("eagle3", "qwen3", {"norm_before_fc": True, "backbone": "llama"}),

@@ -268,7 +268,7 @@ def test_norm_before_residual_adds_to_the_normed_feature(tmp_path: Path) -> None
         ("dspark", "gemma4", {"backbone": "qwen3"}, "deepspec", "another family"),
         ("dspark", "gemma4", {}, "vllm", "format=deepspec"),
         ("dflash", "qwen3", {}, "vllm", "sample_from_anchor=false"),
-        ("dflash", "qwen3", {}, "sglang", "EAGLE-3 alone"),
+        ("dflash", "qwen3", {}, "sglang", "DFlash is no draft of this format"),
         ("eagle3", "qwen3", {}, "sglang", "method.backbone=llama"),
         ("eagle3", "qwen3", {"backbone": "llama", "layers": 2}, "sglang", "first layer alone"),
         ("eagle3", "qwen3", {"backbone": "llama", "taps": [0, 1]}, "vllm", "3 taps"),

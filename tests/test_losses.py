@@ -9,7 +9,7 @@ import torch
 
 from specbench.losses.further_terms import FURTHER_TERMS
 from specbench.losses.slot_weights import SlotWeight
-from specbench.losses.terms import TERMS, Blend, slot_terms
+from specbench.losses.terms import TERMS, Blend, slot_terms, softened_kl
 
 V, IDS = 11, [0, 2, 3, 7, 10]
 
@@ -49,6 +49,17 @@ def test_terms_equal_their_definitions(ids):
     for row in range(6):
         for term, value in by_hand(z[row].tolist(), t[row].tolist(), int(labels[row]), ids).items():
             assert float(found[term][row]) == pytest.approx(value, abs=1e-12), term
+
+
+@pytest.mark.parametrize("ids", [None, IDS], ids=["whole", "reduced"])
+def test_kl_at_a_temperature_equals_its_definition(ids):
+    generator, T = torch.Generator().manual_seed(4), 1.7
+    t = 2 * torch.randn(4, V, generator=generator, dtype=torch.float64)
+    z = 2 * torch.randn(4, V if ids is None else len(ids), generator=generator, dtype=torch.float64)
+    found = softened_kl(z, t, T, None if ids is None else torch.tensor(ids))
+    for row in range(4):
+        cooled = by_hand((z[row] / T).tolist(), (t[row] / T).tolist(), 0, ids)
+        assert float(found[row]) == pytest.approx(T * T * cooled["kl"], abs=1e-12)
 
 
 def test_equal_distributions_cost_nothing():

@@ -60,7 +60,9 @@ class Fresh(torch.autograd.Function):
         return objective(draft, tables, blocks).value, (hidden, draft.w2.weight)
 
 
-@pytest.mark.parametrize("term", ["ce", "soft_ce", "kl", "reverse_kl", "js", "tv", "accept", "further", "all"])
+@pytest.mark.parametrize(
+    "term", ["ce", "soft_ce", "kl", "softened kl", "reverse_kl", "js", "tv", "accept", "further", "all"]
+)
 def test_gradients_by_finite_differences(term):
     draft, _, blocks = make(ids=IDS, soft_cap=3.0)
     objective = Objective(**TERM_SETTINGS[term], slot_weight={"exp": 4.0}, chunk_rows=3)

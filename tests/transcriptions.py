@@ -179,9 +179,14 @@ def p_eagle(c: dict, w: dict, taps: Tensor, tokens: Tensor, anchor: int, slots: 
 
 def block(c: dict, w: dict, taps: Tensor, anchor_token: int, anchor: int) -> Tensor:
     """Logits (inputs - 1, V) of a block whose masks predict; taps (T, C, D)."""
-    eps, inputs = c["rms_norm_eps"], c["block_size"]
+    tokens = [anchor_token] + [c["mask_token_id"]] * (c["block_size"] - 1)
+    return torch.stack([head(c, w, row) for row in block_states(c, w, taps, tokens, anchor)[1:]])
+
+
+def block_states(c: dict, w: dict, taps: Tensor, tokens: list[int], anchor: int) -> list[Tensor]:
+    """Normed final states (D) of the inputs `tokens` of a block at `anchor`; taps (T, C, D)."""
+    eps = c["rms_norm_eps"]
     context = [rms(w["fc.weight"] @ taps[t].flatten(), w["hidden_norm.weight"], eps) for t in range(anchor)]
-    tokens = [anchor_token] + [c["mask_token_id"]] * (inputs - 1)
     x = [w["embed_tokens.weight"][token] * c.get("input_embedding_scale", 1.0) for token in tokens]
     for i in range(c["num_hidden_layers"]):
         at = f"layers.{i}"
@@ -199,4 +204,4 @@ def block(c: dict, w: dict, taps: Tensor, anchor_token: int, anchor: int) -> Ten
             z = x[j] + linear(w, f"{at}.self_attn.o_proj", mixed)
             out.append(z + mlp(c, w, at, rms(z, w[f"{at}.post_attention_layernorm.weight"], eps)))
         x = out
-    return torch.stack([head(c, w, rms(row, w["norm.weight"], eps)) for row in x[1:]])
+    return [rms(row, w["norm.weight"], eps) for row in x]

@@ -32,6 +32,7 @@ from specbench.checkpoints.exports import (
     speculators,
     tensors_of,
     vocabulary_map,
+    zlab,
 )
 from specbench.checkpoints.formats import Reading, Scales, describe, draft_ids, read
 from specbench.drafts.draft import Draft
@@ -257,6 +258,8 @@ def export_draft(
         return _write(Path(folder), *speculators(draft, verifier, positions))
     if form == "sglang":
         return _write(Path(folder), *sglang(draft, positions))
+    if form == "zlab":
+        return _write(Path(folder), *zlab(draft, reading.text.get("text_config") or reading.text, positions))
     plain = {k: v for k, v in config.items() if k != "specbench"} if "specbench" in config else dict(reading.text)
     return _write(Path(folder), plain | deepspec_fields(draft, plain), tensors_of(draft))
 

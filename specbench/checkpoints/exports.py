@@ -24,12 +24,20 @@ from specbench.drafts.draft import Draft
 from specbench.drafts.dspark import DSpark
 from specbench.drafts.eagle3 import Eagle3
 from specbench.drafts.fused_taps import FusedTaps
+from specbench.drafts.jetspec import JetSpec
 from specbench.drafts.p_eagle import PEagle
 from specbench.drafts.parallel import ParallelDraft
 from specbench.models.backbone import Backbone
 
 OWN = "specbench"  # every method; only SpecBench reads it
-FORMATS = ("deepspec", "vllm", "sglang", OWN)
+FORMATS = ("deepspec", "vllm", "sglang", "zlab", OWN)
+# The published architectures that each of them holds.
+HELD = {
+    "deepspec": ("dspark", "dflash", "eagle3"),
+    "vllm": ("dspark", "dflash", "eagle3", "p_eagle"),
+    "sglang": ("eagle3",),
+    "zlab": ("dflash", "jetspec"),
+}
 # Names that a draft's tables and vocabulary have in every format, so that no module of its own may have them.
 TAKEN = (*TABLES, "d2t", "t2d")
 # Facts of a backbone that a Llama or Qwen3 configuration has keys for, or that are looked at before.
@@ -62,15 +70,19 @@ def obstacle(draft: Draft, form: str) -> str | None:
         return None
     if published(draft) is None:
         return f"{type(draft).__name__} has no published format: only SpecBench loads it; use format={OWN}"
+    if published(draft) not in HELD[form]:
+        others = [name for name, held in HELD.items() if published(draft) in held]
+        return f"{type(draft).__name__} is no draft of this format; use format={' or '.join([*others, OWN])}"
     if draft.backbone.window is not None:
         return "a sliding window over the context has no common meaning there; train with method.window=null"
-    if isinstance(draft, ParallelDraft) and draft.causal_block:
+    if isinstance(draft, ParallelDraft) and draft.causal_block and form != "zlab":
         return "a causal block (causal_block) has no key there; train with method.draft.causal_block=false"
     if draft.backbone.logit_scale != 1.0:
         return f"scaled logits (logit_scale={draft.backbone.logit_scale:g}) have no key there"
     if draft.tables.bias is not None:
         return "the bias of the target's head has no key there"
     checks = {"deepspec": _deepspec_obstacle, "vllm": _vllm_obstacle, "sglang": _sglang_obstacle}
+    checks["zlab"] = _zlab_obstacle
     return checks[form](draft)
 
 
@@ -81,8 +93,6 @@ def published(draft: Draft) -> str | None:
 
 def _deepspec_obstacle(draft: Draft) -> str | None:
     facts = draft.backbone
-    if isinstance(draft, PEagle):
-        return "DeepSpec has no P-EAGLE; format=vllm holds this draft if its layers are Llama's"
     if isinstance(draft, ParallelDraft) and not draft.sample_from_anchor:
         return "DeepSpec's blocks predict slot 1 from the anchor; this draft predicts at mask tokens only"
     if norms_of(draft):
@@ -138,8 +148,6 @@ def _vllm_obstacle(draft: Draft) -> str | None:
 
 def _sglang_obstacle(draft: Draft) -> str | None:
     facts = draft.backbone
-    if not isinstance(draft, Eagle3):
-        return f"SGLang's published format holds EAGLE-3 alone; this draft is {type(draft).__name__}"
     if facts.sandwich or facts.soft_cap is not None or facts.embedding_scale != 1.0:
         return "SGLang's EAGLE-3 has Llama layers, no Gemma4-like layers, embedding scale or soft-cap"
     if (beyond := _beyond_plain(facts)) is not None:
@@ -151,6 +159,26 @@ def _sglang_obstacle(draft: Draft) -> str | None:
     if draft.tables.trainable:
         return "SGLang's EAGLE-3 shares the target's embedding; this draft has trained its own"
     return _eagle3_obstacle(draft, "SGLang")
+
+
+def _zlab_obstacle(draft: Draft) -> str | None:
+    assert isinstance(draft, ParallelDraft)
+    facts = draft.backbone
+    if facts.sandwich:
+        return "z-lab's drafts have Qwen3 layers; this draft's are Gemma4-like"
+    if (beyond := _beyond_plain(facts)) is not None:
+        return f"z-lab: {beyond}"
+    if not facts.head_norms:
+        return "z-lab's drafts have Qwen3 layers, with norms of queries and keys; this draft's are Llama-like"
+    if draft.tables.trainable or draft.draft_vocabulary is not None:
+        return "z-lab's drafts share the target's embedding and head; this draft has its own or a reduced vocabulary"
+    if draft.sample_from_anchor:
+        return "z-lab's drafts predict at mask tokens only; train with method.draft.sample_from_anchor=false"
+    if draft.full_layers and draft.causal_block:
+        return "layers without the causal block of the others (full_layers) have no key there"
+    if isinstance(draft, JetSpec) and draft.block_input != "masks":
+        return f"JetSpec's released blocks hold masks; this draft reads block_input={draft.block_input}"
+    return None
 
 
 def _eagle3_obstacle(draft: Draft, engine: str) -> str | None:
@@ -299,6 +327,35 @@ def speculators(
             "confidence_head_with_markov": draft.confidence_with_markov,
         }
     return config, tensors_of(draft) | vocabulary_map(draft)
+
+
+def zlab(
+    draft: Draft, text: Mapping[str, Any], positions: int | None = None
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """config.json and tensors in z-lab's DFlash format, whose drafts take embedding and head from the target; `text`:
+    the target's (or another draft's) text configuration, `positions`: how many the target has."""
+    _require(draft, "zlab")
+    assert isinstance(draft, ParallelDraft)
+    layers, facts = len(draft.layers), draft.backbone
+    inner: dict[str, Any] = {"mask_token_id": draft.mask_token_id, "target_layer_ids": list(draft.target_layer_ids)}
+    config = layer_fields(facts, positions) | {
+        "architectures": ["DFlashDraftModel"],
+        "model_type": "qwen3",
+        "num_hidden_layers": layers,
+        "layer_types": ["full_attention"] * layers,
+        "num_target_layers": text.get("num_target_layers", text["num_hidden_layers"]),
+        "rope_theta": facts.rope_theta,
+        "tie_word_embeddings": False,
+        "block_size": draft.inputs,
+        "dflash_config": inner,
+    }
+    if isinstance(draft, JetSpec):
+        inner["causal_head"] = True
+    elif draft.causal_block:
+        config["is_causal"] = True
+    if facts.soft_cap is not None:
+        config["final_logit_softcapping"] = facts.soft_cap
+    return config, {name: value for name, value in tensors_of(draft).items() if name not in TABLES}
 
 
 def sglang(draft: Draft, positions: int | None = None) -> tuple[dict[str, Any], dict[str, Tensor]]:

@@ -1,7 +1,8 @@
 """Reading of published draft checkpoints: the meaning of each format's config.json and tensor names.
 
     DeepSpec      architectures [Qwen3 or Gemma4, then DSparkModel or Eagle3Model]; tensor names are ours
-    z-lab DFlash  architectures [DFlashDraftModel], dflash_config; block_size counts the anchor; no embedding, no head
+    z-lab DFlash  architectures [DFlashDraftModel], dflash_config; block_size counts the anchor; no embedding, no head;
+                  JetSpec with dflash_config.causal_head
     speculators   speculators_model_type dspark | dflash | eagle3 | peagle, transformer_layer_config; taps are stored
                   plus one
     SGLang        architectures [LlamaForCausalLMEagle3], midlayer.*; eagle_config names the taps. With
@@ -36,6 +37,7 @@ from specbench.drafts.draft import Draft
 from specbench.drafts.dspark import MARKOV_HEADS, DSpark
 from specbench.drafts.eagle3 import Eagle3
 from specbench.drafts.installed import checked, method_named
+from specbench.drafts.jetspec import JetSpec
 from specbench.drafts.p_eagle import PEagle
 from specbench.models.backbone import Backbone
 
@@ -373,7 +375,11 @@ def _zlab(config: Keys) -> Form:
         agreed_number("final_logit_softcapping", inner, config) or None,
     )
     about = {"scales_unknown": True, "ships_tables": False, "head": "target", "scales": scales}
-    return Form(DFlash, settings, layers, layers.text(config), about)
+    kind: type[Draft] = DFlash
+    if said.get("causal_head"):  # every layer of such a draft is causal, which JetSpec does not set but is
+        kind = JetSpec
+        del settings["causal_block"]
+    return Form(kind, settings, layers, layers.text(config), about)
 
 
 def _block_attention(layers: LayerFacts, causal: bool | None, inputs: int) -> dict[str, Any]:

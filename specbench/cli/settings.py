@@ -686,7 +686,7 @@ class ExportSettings(Settings):
     root: Folder
     draft: Folder
     methods: TextList = Field(default_factory=list)
-    format: Literal["deepspec", "vllm", "sglang", "specbench"]
+    format: Literal["deepspec", "vllm", "sglang", "zlab", "specbench"]
     folder: Folder | None
     target_id: Folder | None
     evaluations: list[Folder] | None

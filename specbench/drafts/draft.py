@@ -272,28 +272,31 @@ class Draft(nn.Module):
 
     def draw_each(
         self,
-        hidden: Float[Tensor, "B K D"],
+        slots: int,
         anchor: Int[Tensor, " B"],
         sample: SampleFunction,
         logits: Callable[[int, list[Tensor]], Float[Tensor, "B 1 V"]],
     ) -> Proposal:
-        """Sample slot k (from 0) from `logits(k, previous)`; `previous`: the anchor and the k tokens before the
-        slot."""
+        """Sample slot k (from 0) from `logits(k, previous)`; `previous`: the anchor and the k tokens before the slot.
+        The proposal has no confidence yet (`scored`)."""
         previous, probabilities = [anchor], []
-        for k in range(hidden.shape[1]):
+        for k in range(slots):
             tokens, drawn = sample(logits(k, previous))
             previous.append(self.to_target(tokens[:, 0]))
             probabilities.append(drawn)
         tokens = torch.stack(previous, 1)
         drawn = None if probabilities[0] is None else self.widen(torch.cat(probabilities, 1))
-        return Proposal(tokens[:, 1:], drawn, self.confidence(hidden, tokens[:, :-1]))
+        return Proposal(tokens[:, 1:], drawn, None)
 
     def draw_at_once(
         self, hidden: Float[Tensor, "B K D"], anchor: Int[Tensor, " B"], sample: SampleFunction
     ) -> Proposal:
         """Sample all slots from one projection, for drafts whose logits do not depend on `previous`."""
         tokens, drawn = sample(self.project(hidden))
-        proposal = Proposal(self.to_target(tokens), self.widen(drawn), None)
+        return self.scored(Proposal(self.to_target(tokens), self.widen(drawn), None), hidden, anchor)
+
+    def scored(self, proposal: Proposal, hidden: Float[Tensor, "B K D"], anchor: Int[Tensor, " B"]) -> Proposal:
+        """The proposal with the draft's confidence in each of its slots, if it has a confidence head."""
         previous = torch.cat([anchor[:, None], proposal.tokens[:, :-1]], 1)
         return replace(proposal, confidence=self.confidence(hidden, previous))
 

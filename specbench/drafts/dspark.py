@@ -204,4 +204,4 @@ class DSpark(ParallelDraft):
             state, latent = self.markov_head.step(state, slots[k], previous[-1])
             return torch.addmm(base[k], latent, bias)[:, None]
 
-        return self.draw_each(hidden, anchor, sample, logits)
+        return self.scored(self.draw_each(hidden.shape[1], anchor, sample, logits), hidden, anchor)

@@ -1,4 +1,4 @@
-"""ParallelDraft: anchor in, one forward of K slots out (DFlash, DSpark).
+"""ParallelDraft: anchor in, one forward of K slots out (DFlash, DSpark, JetSpec).
 
 Shared equations: ctx = RMSNorm(W_c taps) (DSpark eq. 2); keys and values of context and block come from the same
 projections (eq. 3); every slot sees the context strictly before the anchor and its whole own block, both ways, or
@@ -25,6 +25,7 @@ from specbench.models.attention import Span, Visibility, attend, attend_flex, at
 from specbench.models.backbone import Backbone, Layer, RotaryEmbedding
 from specbench.models.embedding_head import Tables
 from specbench.models.fast.folded_layers import Stack
+from specbench.models.kv_cache import KVCache
 from specbench.models.target import Target
 from specbench.ranges import Count, LayerId, Layers, Slots
 
@@ -128,16 +129,20 @@ class ParallelDraft(Draft):
         """Context features, shared by all layers (DSpark eq. 2)."""
         return self.hidden_norm(self.fc(taps.flatten(-2)))
 
-    def block_inputs(self, anchor: Int[Tensor, "*b"], inputs: int) -> Float[Tensor, "*b I D"]:
-        """Embeddings of the anchor and the mask tokens behind it."""
-        tokens = anchor.new_full((*anchor.shape, inputs), self.mask_token_id)
+    def masked(self, anchor: Int[Tensor, "*b"]) -> Int[Tensor, "*b I"]:
+        """The anchor and the mask tokens behind it."""
+        tokens = anchor.new_full((*anchor.shape, self.inputs), self.mask_token_id)
         tokens[..., 0] = anchor
-        return self.tables.embed(tokens)
+        return tokens
+
+    def input_tokens(self, batch: Batch) -> Int[Tensor, "B N I"]:
+        """Tokens that enter the blocks of a batch."""
+        return self.masked(take(batch.tokens, batch.anchors.clamp_min(0)))
 
     def forward(self, batch: Batch) -> Blocks:
         anchors, real = batch.anchors.clamp_min(0), batch.anchors != PADDING
         position = take(batch.position, anchors)[..., None] + torch.arange(self.inputs, device=anchors.device)
-        first = take(batch.tokens, anchors)
+        tokens = self.input_tokens(batch)
         visible = Visibility(
             limit=torch.where(batch.anchors == PADDING, 0, batch.anchors),
             document=batch.document,
@@ -149,7 +154,7 @@ class ParallelDraft(Draft):
         )
         (B, N), T, Q = anchors.shape, batch.tokens.shape[1], self.inputs
         # One row of the real blocks, conversation by conversation, where no kernel skips what is masked.
-        dense = first.is_cuda or self.by_span is False or not fast.enabled()
+        dense = tokens.is_cuda or self.by_span is False or not fast.enabled()
         pieces = None if dense else spans(visible, *real.nonzero(as_tuple=True))
         flat = bool(pieces) and (self.by_span or 2 * sum(map(_work, pieces)) < B * N * (T + LAYER_KEYS))
         # By whether a layer is one of the full ones.
@@ -161,15 +166,15 @@ class ParallelDraft(Draft):
                 attend_spans,
                 {full: spans(view, *real.nonzero(as_tuple=True)) for full, view in views.items()},
             )
-            first, position = first[real][None], position[real][None]
-        elif first.is_cuda:
+            tokens, position = tokens[real][None], position[real][None]
+        elif tokens.is_cuda:
             attention = attend_flex
             masks = {full: block_mask(view, (B, N, Q, T, Q)) for full, view in views.items()}
         else:
             attention, masks = attend, {full: view.context_mask(T, Q) for full, view in views.items()}
         # A block mask includes the mask of own keys.
-        own_masks = {full: None if first.is_cuda else view.own_mask(Q, Q) for full, view in views.items()}
-        x = self.block_inputs(first, Q)
+        own_masks = {full: None if tokens.is_cuda else view.own_mask(Q, Q) for full, view in views.items()}
+        x = self.tables.embed(tokens)
         context = self.context(batch.taps.to(x.dtype))
         block_rope, context_rope = self.rope(position, x.dtype), self.rope(batch.position, x.dtype)
 
@@ -200,16 +205,20 @@ class ParallelDraft(Draft):
     def propose(
         self, state: State, anchor: Int[Tensor, " B"], sample: SampleFunction, slots: int | None = None
     ) -> Proposal:
-        x, cache = self.block_inputs(anchor, self.inputs), state.cache
-        rope = self.rope.behind(cache, self.inputs, x.dtype)
-        masks = {False: cache.visible(self.inputs, causal=self.causal_block, window=self.backbone.window)}
+        hidden = self.run_block(self.masked(anchor), state.cache)
+        return self.draw(hidden[:, self.inputs - self.block_size :][:, :slots], anchor, sample)
+
+    def run_block(self, tokens: Int[Tensor, "B I"], cache: KVCache, behind: int = 0) -> Float[Tensor, "B I D"]:
+        """Final states of inputs that stand `behind` others of their block, after the context of each row. Their keys
+        are stored and not counted; the next commit overwrites them."""
+        x, new = self.tables.embed(tokens), tokens.shape[1]
+        rope = tuple(side[:, behind:] for side in self.rope.behind(cache, behind + new, x.dtype))
+        masks = {False: cache.visible(new, behind, causal=self.causal_block, window=self.backbone.window)}
         if self.full_layers:
-            masks[True] = cache.visible(self.inputs, causal=False)
+            masks[True] = cache.visible(new, behind, causal=False)
         for i in range(len(self.layers)):
-            # The block's own keys are stored after the context and not counted; the next commit overwrites them.
-            x = self.stack.extend(i, x, rope, cache, masks[i in self.full_layers])
-        hidden = self.norm(x if self.sample_from_anchor else x[:, 1:])
-        return self.draw(hidden[:, :slots], anchor, sample)
+            x = self.stack.extend(i, x, rope, cache, masks[i in self.full_layers], behind=behind)
+        return self.norm(x)
 
     def draw(self, hidden: Float[Tensor, "B K D"], anchor: Int[Tensor, " B"], sample: SampleFunction) -> Proposal:
         """Sample the slots from left to right; a method with independent slots draws them at once."""
@@ -218,4 +227,4 @@ class ParallelDraft(Draft):
             seen = torch.stack(previous, 1)
             return self.project(self.features(hidden[:, : k + 1], seen)[:, k : k + 1])
 
-        return self.draw_each(hidden, anchor, sample, logits)
+        return self.scored(self.draw_each(hidden.shape[1], anchor, sample, logits), hidden, anchor)

@@ -14,7 +14,7 @@ With p, q as in terms.py and m = [p < q], the gradient of every term is a sum of
     d reverse_kl = p (u - sum p u)                    u = log p - log q
     d js         = p (l - sum p l) / 2                l = log p - log((p + q) / 2)
     d blend      = w d kl + (1 - w) d tv / 2
-    d further    by autograd on the rows of a tile (further_terms.py)
+    d further    by autograd on the rows of a tile (further_terms.py); d kl too at another temperature than 1
 
 so that d loss = p (slope_m m + slope_u u + slope_l l + level) + slope_q q + spike at y, in one visit of the logits.
 Where p equals q exactly, m = 0 (autograd of |p - q| takes the middle of the subgradients there).
@@ -39,7 +39,7 @@ from specbench.blocks import Blocks
 from specbench.losses.further_terms import FURTHER_TERMS
 from specbench.losses.gradients import Known
 from specbench.losses.slot_weights import SlotWeight
-from specbench.losses.terms import SMALLEST_ALPHA, Combination, SlotResults, draft_columns, grid
+from specbench.losses.terms import SMALLEST_ALPHA, Combination, SlotResults, draft_columns, grid, softened_kl
 from specbench.models.fast.projection import Linears
 
 if TYPE_CHECKING:
@@ -187,8 +187,10 @@ class RowPass:
     ):
         if combination.blend is not None and combination.blend.over == "batch":
             assert mean_alpha is not None, "a blend over the batch needs the batch's mean acceptance"
-        self.coefficients, self.blend = combination.coefficients, combination.blend
-        self.further = [name for name in self.coefficients if name in FURTHER_TERMS]
+        self.blend, self.softened = combination.blend, combination.softened
+        softened = [] if self.softened is None else ["kl"]
+        self.by_autograd = {k: c for k, c in combination.coefficients.items() if k in FURTHER_TERMS or k in softened}
+        self.coefficients = {k: c for k, c in combination.coefficients.items() if k not in self.by_autograd}
         self.ids, self.mean_alpha = ids, mean_alpha
         self._buffers: dict[str, Tensor] = {}
 
@@ -250,7 +252,7 @@ class RowPass:
 
     @property
     def _reads_target_logits(self) -> bool:
-        return bool(self.further) or not self.coefficients.keys().isdisjoint(("reverse_kl", "js"))
+        return bool(self.by_autograd) or not self.coefficients.keys().isdisjoint(("reverse_kl", "js"))
 
     def _scratch(self, name: str, shape: Sequence[int], like: Tensor) -> Tensor:
         """An uninitialised tensor of `like`'s dtype that lives as long as the pass."""
@@ -290,7 +292,7 @@ class RowPass:
         slope_m = torch.full_like(top, wanted.get("tv", 0.0))
         slope_q = torch.zeros_like(top)
         level = wanted.get("ce", 0.0) * inside.to(top.dtype)
-        u = ratio = further = None
+        u = ratio = more = None
         if blend or not wanted.keys().isdisjoint(("kl", "soft_ce", "reverse_kl", "js")):
             terms["soft_ce"] = log_norm * (1 - outside) - dot(q, z)
             if blend or "kl" in wanted:
@@ -298,9 +300,10 @@ class RowPass:
             slope_q -= wanted.get("kl", 0.0) + wanted.get("soft_ce", 0.0)
         if self._reads_target_logits:
             t = verdict.logits[of] if self.ids is None else verdict.logits[of[:, None], self.ids]
-        if self.further:
-            values, further = self._further(z, t.to(z.dtype) - target_log_norm[:, None], outside, scale)
-            terms |= values
+        differentiated: dict[str, Tensor] = {}
+        if self.by_autograd:
+            log_q = t.to(z.dtype) - target_log_norm[:, None]
+            differentiated, more = self._differentiate(z, verdict.logits, of, log_q, outside, scale)
         if "reverse_kl" in wanted or "js" in wanted:
             u = torch.sub(z, t, out=self._scratch("u", z.shape, z)).add_(
                 (target_log_norm - log_norm)[:, None]
@@ -328,7 +331,7 @@ class RowPass:
             hit=first == columns,
             label_outside=~inside,
             outside=outside,
-            terms={term: value for term, value in terms.items() if term in wanted or term == "blend"},
+            terms={term: value for term, value in terms.items() if term in wanted or term == "blend"} | differentiated,
         )
         if scale is None:
             return rows
@@ -352,23 +355,33 @@ class RowPass:
         if "ce" in wanted:
             spike = -wanted["ce"] * scale * inside
             gradient.scatter_add_(1, label, spike[:, None])
-        if further is not None:
-            gradient.add_(further)
+        if more is not None:
+            gradient.add_(more)
         if gradient is not raw:
             raw.copy_(gradient)
         return rows
 
-    def _further(
-        self, z: Float[Tensor, "r W"], log_q: Float[Tensor, "r W"], outside: Float[Tensor, " r"], scale: Tensor | None
+    def _differentiate(
+        self,
+        z: Float[Tensor, "r W"],
+        target: Float[Tensor, "u V"],
+        of: Int[Tensor, " r"],
+        log_q: Float[Tensor, "r W"],
+        outside: Float[Tensor, " r"],
+        scale: Float[Tensor, " r"] | None,
     ) -> tuple[dict[str, Tensor], Tensor | None]:
-        """Values of the further terms, and given `scale` the gradient of their scaled, weighted sum."""
+        """Values of the terms without a closed form, and given `scale` the gradient of their scaled, weighted sum."""
         with torch.set_grad_enabled(scale is not None):
             logits = z.clone().requires_grad_(scale is not None)
-            log_p = logits.log_softmax(-1)
-            values = {name: FURTHER_TERMS[name](log_p, log_q, outside) for name in self.further}
+            values = {}
+            if self.softened is not None:
+                values["kl"] = softened_kl(logits, target[of], self.softened, self.ids)
+            if further := self.by_autograd.keys() & FURTHER_TERMS.keys():
+                log_p = logits.log_softmax(-1)
+                values |= {name: FURTHER_TERMS[name](log_p, log_q, outside) for name in further}
             if scale is None:
                 return values, None
-            total = sum((self.coefficients[name] * value * scale).sum() for name, value in values.items())
+            total = sum((self.by_autograd[name] * value * scale).sum() for name, value in values.items())
             (gradient,) = torch.autograd.grad(total, logits)
         return {name: value.detach() for name, value in values.items()}, gradient
 

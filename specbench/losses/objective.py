@@ -32,7 +32,7 @@ from specbench.losses.slot_weights import SlotWeight
 from specbench.losses.terms import Blend, Combination, grid
 from specbench.metrics.slot_statistics import SlotStatistics
 from specbench.models.fast.projection import SharedLookups
-from specbench.ranges import Among, AtLeastZero, Count, Number
+from specbench.ranges import AboveZero, Among, AtLeastZero, Count, Number
 
 if TYPE_CHECKING:
     from specbench.drafts.draft import Draft
@@ -71,6 +71,8 @@ class Objective:
         ce: coefficient of cross-entropy with the true token.
         soft_ce: coefficient of cross-entropy with the target's distribution.
         kl: coefficient of KL(target, draft).
+        kl_temperature: temperature T of both distributions in `kl`, which is then T^2 KL, so that its gradient keeps
+            its size (JetSpec); no other term reads it.
         reverse_kl: coefficient of KL(draft, target).
         js: coefficient of the Jensen-Shannon divergence.
         tv: coefficient of the L1 distance of both distributions (twice the total variation).
@@ -97,6 +99,7 @@ class Objective:
         accept: AtLeastZero = 0.0,
         further: Mapping[str, Number] | None = None,
         blend: Mapping[str, Number | str] | None = None,
+        kl_temperature: AboveZero = 1.0,
         confidence: AtLeastZero = 0.0,
         detach_confidence: bool = False,
         slot_weight: str | Mapping[str, Number] = "uniform",
@@ -108,6 +111,7 @@ class Objective:
             "ce": ce,
             "soft_ce": soft_ce,
             "kl": kl,
+            "kl_temperature": kl_temperature,
             "reverse_kl": reverse_kl,
             "js": js,
             "tv": tv,
@@ -132,7 +136,10 @@ class Objective:
             if not 0 <= value < float("inf"):
                 raise ValueError(f"objective {name}={value}: give a coefficient of at least 0")
         coefficients = {name: float(value) for name, value in terms.items() if value}
-        self.combination = Combination(coefficients, None if blend is None else Blend.of(blend))
+        if not 0 < kl_temperature < float("inf"):
+            raise ValueError(f"objective kl_temperature={kl_temperature}: give a temperature above 0")
+        softened = None if kl_temperature == 1.0 or not kl else float(kl_temperature)
+        self.combination = Combination(coefficients, None if blend is None else Blend.of(blend), softened)
         if not coefficients and blend is None and not confidence:
             raise ValueError(
                 f"the objective has no term; set one of {', '.join(terms)}, further, blend or confidence above 0"

@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from specbench.blocks import Blocks
-from specbench.losses.terms import Combination, SlotResults, slot_terms
+from specbench.losses.terms import Combination, SlotResults, slot_terms, softened_kl
 
 if TYPE_CHECKING:
     from specbench.drafts.draft import Draft
@@ -35,6 +35,8 @@ def slot_losses(
     wanted = {*combination.coefficients, *(["kl"] if blend else [])}
     values = {name: value[kept] for name, value in slot_terms(logits, target, labels, ids, wanted).items()}
     active = {term: values[term] for term in combination.coefficients}
+    if combination.softened is not None:
+        active["kl"] = softened_kl(logits[kept], target[kept], combination.softened, ids)
     if blend is not None:
         share = blend.weight(values["alpha"] if blend.over == "row" else values["alpha"].mean())
         active["blend"] = share * values["kl"] + (1 - share) * (1 - values["alpha"])

@@ -71,6 +71,20 @@ def slot_terms(
     return terms
 
 
+def softened_kl(
+    draft_logits: Float[Tensor, "R W"],
+    target_logits: Float[Tensor, "R V"],
+    temperature: float,
+    ids: Int[Tensor, " W"] | None = None,
+) -> Float[Tensor, " R"]:
+    """T^2 sum q_T (log q_T - log p_T): `kl` with both distributions at temperature T. The square keeps the size of its
+    gradient (Hinton et al. 2015, arXiv 1503.02531; JetSpec, arXiv 2606.18394)."""
+    dtype = torch.promote_types(draft_logits.dtype, torch.float32)
+    log_p, log_q = ((logits.to(dtype) / temperature).log_softmax(-1) for logits in (draft_logits, target_logits))
+    log_q = log_q if ids is None else log_q[:, ids]
+    return temperature**2 * (log_q.exp() * (log_q - log_p)).sum(-1)
+
+
 def draft_columns(
     labels: Int[Tensor, " R"], ids: Int[Tensor, " W"] | None, vocabulary: int
 ) -> tuple[Int[Tensor, " R"], Bool[Tensor, " R"]]:
@@ -115,10 +129,11 @@ class Blend:
 @dataclass(frozen=True)
 class Combination:
     """Which terms make the loss of a slot: a coefficient above 0 for each, and the blend (coefficient 1) if there is
-    one."""
+    one. `softened`: the temperature of `kl` (`softened_kl`); None: 1."""
 
     coefficients: Mapping[str, float] = field(default_factory=dict)
     blend: Blend | None = None
+    softened: float | None = None
 
     @property
     def factors(self) -> dict[str, float]:

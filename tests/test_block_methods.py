@@ -1,0 +1,142 @@
+"""Block-parallel methods against plain transcriptions of their formulas, and their published folders."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from specbench.blocks import with_anchors
+from specbench.checkpoints.config_keys import FormatError
+from specbench.checkpoints.draft_folder import build_draft, export_draft, load_draft, save_draft
+from specbench.checkpoints.exports import obstacle
+from specbench.drafts.jetspec import JetSpec
+from specbench.models.backbone import backbone_of
+from specbench.models.embedding_head import Tables
+from tests import published, tiny, transcriptions
+
+K, ANCHORS = 4, (5, 9, 13)
+QWEN3 = tiny.QWEN3 | published.FACTS | {"rope_parameters": {"rope_type": "default", "rope_theta": 5e4}}
+FACTS = published.FACTS | {"rope_theta": 5e4, "num_hidden_layers": 2, "mask_token_id": tiny.MASK}
+
+
+def built(kind: type, held: dict, **settings):
+    """A draft of `kind` on those tensors, under the names of DeepSpec."""
+    tables = Tables(held["embed_tokens.weight"], held["lm_head.weight"])
+    draft = kind(backbone_of(QWEN3), tables, published.TAPS, tiny.MASK, layers=2, block_size=K, **settings)
+    own = {name: value for name, value in held.items() if name not in ("embed_tokens.weight", "lm_head.weight")}
+    draft.load_state_dict(own)
+    return draft.eval()
+
+
+def logits(draft) -> dict[int, torch.Tensor]:
+    """Training-view logits (K, V) of some anchors of one conversation."""
+    batch = with_anchors(tiny.pack([tiny.samples("qwen3")[0]]), None)
+    with torch.no_grad():
+        blocks = draft(batch)
+        found = draft.logits(blocks.hidden, blocks.previous)
+    return {a: found[0, int((batch.anchors[0] == a).nonzero())] for a in ANCHORS}
+
+
+def block(held: dict, anchor: int, tokens: list[int] | None = None, causal: bool = False, shift: bool = True):
+    """States of the outputs that predict slots 1..K, by the transcription; `tokens` enter instead of masks."""
+    sample = tiny.samples("qwen3")[0]
+    inputs = K if shift else K + 1
+    tokens = tokens or [int(sample.tokens[anchor])] + [tiny.MASK] * (inputs - 1)
+    states = transcriptions.block_states(FACTS | {"causal": causal}, held, sample.taps, tokens, anchor)
+    return states[inputs - K :]
+
+
+@pytest.mark.parametrize("shift", [True, False])
+def test_jetspec_with_masks_is_a_causal_block(shift: bool) -> None:
+    held = published.tensors("z-lab")
+    draft = built(JetSpec, held, sample_from_anchor=shift)
+    for anchor, found in logits(draft).items():
+        states = block(held, anchor, causal=True, shift=shift)
+        torch.testing.assert_close(found, torch.stack(states) @ held["lm_head.weight"].T, atol=1e-4, rtol=1e-4)
+        wrong = torch.stack(block(held, anchor, causal=False, shift=shift)) @ held["lm_head.weight"].T
+        assert (found - wrong).abs().max() > 1e-2  # a block that attends both ways is told apart
+
+
+def test_jetspec_with_tokens_reads_the_token_before_each_slot() -> None:
+    held = published.tensors("z-lab")
+    draft = built(JetSpec, held, block_input="tokens")
+    text = tiny.samples("qwen3")[0].tokens.tolist()
+    for anchor, found in logits(draft).items():
+        states = block(held, anchor, text[anchor : anchor + K], causal=True)
+        torch.testing.assert_close(found, torch.stack(states) @ held["lm_head.weight"].T, atol=1e-4, rtol=1e-4)
+
+
+def test_jetspec_refuses_to_show_a_slot_its_own_token() -> None:
+    with pytest.raises(ValueError, match="block_input=tokens with sample_from_anchor=false"):
+        built(JetSpec, published.tensors("z-lab"), block_input="tokens", sample_from_anchor=False)
+
+
+def folder_of(draft, path):
+    """The draft in the layout of this project."""
+    return save_draft(draft, path, tiny.QWEN3, draft.settings)
+
+
+def written(draft, path) -> tuple[dict, dict, object]:
+    """Configuration and tensors of a draft in z-lab's format, and the draft that they are read as."""
+    out = export_draft(folder_of(draft, path / "own"), path / "zlab", "zlab")
+    config = json.loads((out / "config.json").read_text())
+    return config, load_file(out / "model.safetensors"), load_draft(out, draft.tables)
+
+
+def assert_same(one, other) -> None:
+    assert type(one) is type(other) and one.backbone == other.backbone
+    assert one.state_dict().keys() == other.state_dict().keys()
+    assert all(torch.equal(value, other.state_dict()[key]) for key, value in one.state_dict().items())
+    for anchor, found in logits(one).items():
+        assert torch.equal(found, logits(other)[anchor])
+
+
+@pytest.mark.parametrize(
+    ("method", "settings"),
+    [("dflash", {}), ("dflash", {"causal_block": True}), ("jetspec", {})],
+)
+def test_zlabs_format_is_written_and_read_back(method: str, settings: dict, tmp_path) -> None:
+    draft = tiny.draft(method, "qwen3", sample_from_anchor=False, **settings)
+    config, tensors, again = written(draft, tmp_path)
+    assert_same(draft, again)
+    assert config["architectures"] == ["DFlashDraftModel"] and config["block_size"] == draft.block_size + 1
+    assert config["dflash_config"] == {
+        "mask_token_id": tiny.MASK,
+        "target_layer_ids": list(tiny.TAPS),
+        **({"causal_head": True} if method == "jetspec" else {}),
+    }
+    assert config.get("is_causal") is (True if settings else None)
+    assert not {"embed_tokens.weight", "lm_head.weight"} & set(tensors)
+    assert set(tensors) == {name for name in published.stored("z-lab", published.tensors("z-lab"))}
+
+
+def test_causal_head_of_zlabs_format_is_jetspec() -> None:
+    held, config = published.tensors("z-lab"), published.config("z-lab")
+    tables = Tables(held["embed_tokens.weight"], held["lm_head.weight"])
+    config["dflash_config"]["causal_head"] = True
+    found = build_draft(config, published.stored("z-lab", held), tables)
+    assert isinstance(found, JetSpec) and found.causal_block and not found.sample_from_anchor
+    for anchor, values in logits(found).items():
+        states = block(held, anchor, causal=True, shift=False)
+        torch.testing.assert_close(values, torch.stack(states) @ held["lm_head.weight"].T, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("method", "settings", "form", "reason"),
+    [
+        ("jetspec", {}, "zlab", "sample_from_anchor=false"),
+        ("jetspec", {"block_input": "tokens"}, "zlab", "sample_from_anchor=false"),
+        ("jetspec", {}, "deepspec", "JetSpec is no draft of this format; use format=zlab or specbench"),
+        ("jetspec", {"train_tables": True, "sample_from_anchor": False}, "zlab", "share the target's embedding"),
+        ("jetspec", {"backbone": "llama", "sample_from_anchor": False}, "zlab", "norms of queries and keys"),
+        ("dspark", {}, "zlab", "DSpark is no draft of this format"),
+    ],
+)
+def test_what_zlabs_format_cannot_hold_is_refused(method: str, settings: dict, form: str, reason: str, tmp_path):
+    draft = tiny.draft(method, "qwen3", **settings)
+    assert reason in obstacle(draft, form)
+    with pytest.raises(FormatError, match=reason):
+        export_draft(folder_of(draft, tmp_path), tmp_path / "out", form)
