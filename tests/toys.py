@@ -14,6 +14,7 @@ from specbench.drafts.draft import Draft
 from specbench.drafts.dspark import DSpark
 from specbench.drafts.eagle3 import Eagle3
 from specbench.drafts.hydra import Hydra
+from specbench.drafts.jetspec import JetSpec
 from specbench.drafts.medusa import Medusa
 from specbench.drafts.mtp import MTP
 from specbench.drafts.p_eagle import PEagle
@@ -38,7 +39,7 @@ CONFIG = {
 }
 METHODS: dict[str, type[Draft]] = {"dflash": DFlash, "dspark": DSpark, "eagle3": Eagle3, "mtp": MTP}
 # All of them, for tests of one method and for long ones.
-CLASSES = METHODS | {"medusa": Medusa, "hydra": Hydra, "p_eagle": PEagle}
+CLASSES = METHODS | {"medusa": Medusa, "hydra": Hydra, "p_eagle": PEagle, "jetspec": JetSpec}
 
 
 @cache
