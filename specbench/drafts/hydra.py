@@ -105,4 +105,4 @@ class Hydra(HeadsDraft):
             parts.append(self.tables.embed(previous[-1]))
             return self.project(self.numbered(self.hydra_head[k](torch.cat(parts, -1))[:, None], k))
 
-        return self.draw_each(state.feature[:, None].expand(-1, count, -1), anchor, sample, logits)
+        return self.draw_each(count, anchor, sample, logits)
