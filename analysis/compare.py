@@ -198,7 +198,11 @@ def _slot_drawings(found: Sequence[Group], resamples: int, seed: int) -> list[Dr
             one = figures.by_slot(frame[frame["domain"] == domain])
             drawings.append(Drawing(f"conditional_acceptance{tail}_{domain}", one, f"{domain} alone", on_page=False))
         decay = tables.suffix_decay(part, resamples, seed)
-        caption = f"Suffix decay: slope of log conditional acceptance a slot, weighted by rounds ({where}).{unlike}"
+        caption = (
+            f"Suffix decay: slope of log conditional acceptance a slot ({where}). Of survivors: a slot counts the "
+            "rounds that accepted every slot before it; teacher_forced.csv has the decay over every anchor beside it."
+            f"{unlike}"
+        )
         drawings.append(Drawing(f"suffix_decay{tail}", figures.bars(decay, "suffix_decay"), caption))
     return drawings
 

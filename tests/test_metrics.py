@@ -60,6 +60,19 @@ def prompts(seed: int, number: int = 12):
         yield rounds
 
 
+def slope(conditional, n) -> float:
+    """Slope of the Poisson regression of accepted counts, log link, offset log n: Newton's method in two unknowns."""
+    cells = [(k, c * m, m) for k, (c, m) in enumerate(zip(conditional, n, strict=True), 1) if m]
+    a, b = math.log(sum(passed for _, passed, _ in cells) / sum(m for *_, m in cells)), 0.0
+    for _ in range(50):
+        fitted = [(k, passed, m * math.exp(a + b * k)) for k, passed, m in cells]
+        g0, g1 = sum(y - f for _, y, f in fitted), sum(k * (y - f) for k, y, f in fitted)
+        h00, h01, h11 = (sum(k**power * f for k, _, f in fitted) for power in range(3))
+        determinant = h00 * h11 - h01**2
+        a, b = a + (h11 * g0 - h01 * g1) / determinant, b + (h00 * g1 - h01 * g0) / determinant
+    return b
+
+
 def by_hand(data) -> dict[str, float]:
     rounds = [r for prompt in data for r in prompt]
     own = [sum(c for _, _, c in prompt) / len(prompt) for prompt in data if prompt]
@@ -79,14 +92,8 @@ def by_hand(data) -> dict[str, float]:
         values[f"survival_n@{k}"], values[f"conditional_n@{k}"] = len(offered), len(reached)
         values[f"survival@{k}"] = sum(j >= k for j in offered) / len(offered)
         values[f"conditional@{k}"] = sum(j >= k for j in reached) / len(reached)
-    points = [  # (slot, log conditional, weight) where the logarithm exists
-        (k, math.log(values[f"conditional@{k}"]), values[f"conditional_n@{k}"])
-        for k in range(1, K + 1)
-        if values[f"conditional@{k}"] > 0
-    ]
-    mean = sum(w * k for k, _, w in points) / sum(w for _, _, w in points)
-    top = sum(w * (k - mean) * y for k, y, w in points)
-    values["suffix_decay"] = top / sum(w * (k - mean) ** 2 for k, _, w in points)
+    values["suffix_decay"] = slope([values[f"conditional@{k}"] for k in range(1, K + 1)],
+                                   [values[f"conditional_n@{k}"] for k in range(1, K + 1)])  # fmt: skip
     return values
 
 
@@ -102,7 +109,7 @@ def test_every_number_equals_counting(seed):
     expected, found = by_hand(data), fill(DecodingMetrics(K), data).compute()
     assert found.keys() == expected.keys()
     for name, value in expected.items():
-        assert float(found[name]) == pytest.approx(value, rel=1e-14), name
+        assert float(found[name]) == pytest.approx(value, rel=1e-9 if name == "suffix_decay" else 1e-14), name
     curve = [expected[f"conditional@{k}"] for k in range(1, K + 1)]
     assert fill(ConditionalAcceptance(K), data).compute().tolist() == pytest.approx(curve)
     assert fill(Survival(K), data).compute().tolist() == pytest.approx(
@@ -141,6 +148,15 @@ def test_survival_is_the_product_of_conditionals_when_every_round_proposes_all()
     assert conditional.cumprod(0).tolist() == pytest.approx(survived)
 
 
+def test_a_stop_token_does_not_count_against_survival_as_a_product():
+    """Rounds (2, 1) of blocks of three ended at an accepted stop token: they survived as far as they could be seen."""
+    slots = slot_counts(histogram([3, 3, 3, 2, 2], [3, 1, 0, 2, 2], 3))
+    assert functional.survival(slots).tolist() == pytest.approx([4 / 5, 3 / 5, 1 / 3])
+    assert functional.survival_product(slots).tolist() == pytest.approx([4 / 5, 4 / 5 * 3 / 4, 4 / 5 * 3 / 4 * 1])
+    none = functional.survival_product(slot_counts(histogram([2, 1], [0, 0], 2)))
+    assert none.tolist() == [0.0, 0.0]  # nothing survives slot 1, whoever proposed slot 2
+
+
 def test_what_was_never_observed_is_not_a_number():
     metric = DecodingMetrics(3)
     metric.update([(1, 0, 4)], committed=4)
@@ -148,7 +164,9 @@ def test_what_was_never_observed_is_not_a_number():
     assert (
         float(values["survival@1"]) == 0.0 and math.isnan(values["survival@2"]) and math.isnan(values["suffix_decay"])
     )
-    assert math.isnan(suffix_decay(torch.tensor([0.5, 0.0]).double(), torch.tensor([9, 4])))
+    assert math.isnan(suffix_decay(torch.tensor([0.0, 0.0]).double(), torch.tensor([9, 4])))
+    # Nothing was accepted after the first slot: no finite slope, and its worst slot is not left out.
+    assert suffix_decay(torch.tensor([0.5, 0.0]).double(), torch.tensor([9, 4])) == -functional.SLOPE_LIMIT
 
 
 @pytest.mark.parametrize("rounds", [[(2, 3, 1)], [(K + 1, 0, 1)], [(2, -1, 1)], [(2, 1, -1)]])
@@ -266,6 +284,7 @@ def test_numpy_torch_and_leading_axes_agree(cells, alpha):
         conditional, mask = conditional_acceptance(slots), alpha >= 0
         forced = functional.teacher_forced(functional.teacher_forced_sums(alpha, mask))
         yield from (*slots, *totals, conditional, functional.survival(slots), suffix_decay(conditional, slots.reached))
+        yield functional.survival_product(slots)
         yield functional.acceptance_rate(totals.accepted, totals.proposed)
         yield functional.verified_per_round(totals.proposed, totals.rounds)
         yield from (*forced, functional.expected_length(alpha, mask))

@@ -106,10 +106,21 @@ def concatenate(tables: Sequence[tuple[int, Table]]) -> tuple[pd.DataFrame, pd.D
     # Where the record stands in its own file, for what is read later (analysis.read.details).
     records["row"] = np.concatenate([np.arange(len(table.columns)) for _, table in tables])
     records["prompt_key"] = prompt_keys(records)
-    # One number a prompt, the same in every run: what statistics cluster and pair by.
-    records["prompt"] = records.groupby(list(CLUSTER), observed=True, dropna=False, sort=False).ngroup()
+    records["prompt"] = prompt_numbers(records)
     sizes = np.concatenate([table.sizes for _, table in tables])
     return records, _cells(np.repeat(np.arange(len(sizes)), sizes), np.concatenate([t.triples for _, t in tables]))
+
+
+def prompt_numbers(records: pd.DataFrame) -> np.ndarray:
+    """One number a prompt, in the order of suite, benchmark and key, whichever runs were read beside it: bootstrap
+    draws go by this order, so that a run has the same intervals everywhere (analysis.statistics.headline orders
+    alike)."""
+    found = records.groupby(list(CLUSTER), observed=True, dropna=False, sort=False).ngroup().to_numpy()
+    _, first = np.unique(found, return_index=True)
+    keys = records[list(CLUSTER)].iloc[first].astype(str).itertuples(index=False, name=None)
+    rank = np.empty(len(first), np.int64)
+    rank[[place for _, place in sorted((key, place) for place, key in enumerate(keys))]] = np.arange(len(first))
+    return rank[found] if len(first) else found
 
 
 def prompt_keys(records: pd.DataFrame) -> pd.Series:

@@ -18,7 +18,7 @@ from jaxtyping import Float
 
 from analysis.statistics.histograms import Counts, Sums
 from analysis.statistics.intervals import RESAMPLES, bounds, resample
-from specbench.metrics.functional import teacher_forced
+from specbench.metrics.functional import suffix_decay, teacher_forced
 
 SUMS = 4
 
@@ -44,7 +44,7 @@ class TeacherForcedSums:
 
 @dataclass(frozen=True)
 class Paired:
-    """Each quantity with its bounds, (K,) by slot; `length` holds the three of expected minus accepted length."""
+    """Each quantity with its bounds, (K,) by slot; `length` holds those of lengths and decays, one value each."""
 
     slots: dict[str, tuple[np.ndarray, np.ndarray, np.ndarray]]
     length: dict[str, tuple[float, float, float]]
@@ -59,6 +59,7 @@ def quantities(on: Sums, forced: Float[np.ndarray, "*axes K four"]) -> tuple[dic
     conditional  sum prod_{i<=k} alpha_i / sum prod_{i<k} alpha_i, beside conditional@k of the rounds
     survival     mean prod_{i<=k} alpha_i, beside survival@k
     expected_length  1 + sum_k survival@k, beside accepted_length
+    forced_decay  slope of log acceptance over every anchor, beside the suffix decay of the rounds that reached a slot
     """
     K = min(on.offered.shape[-1], forced.shape[-2])
     found = teacher_forced(forced, K)
@@ -73,7 +74,10 @@ def quantities(on: Sums, forced: Float[np.ndarray, "*axes K four"]) -> tuple[dic
     }
     expected = found.expected_length
     lengths = {"expected_length": expected, "accepted_length": on.accepted_length}
-    return curves, lengths | {"length_gap": expected - on.accepted_length}
+    # Every anchor counts at every slot: not only the rounds that accepted all slots before, which are easier places.
+    decays = {"forced_decay": suffix_decay(found.acceptance, forced[..., :K, 0]), "decay": on.suffix_decay}
+    decays["decay_gap"] = decays["forced_decay"] - decays["decay"]
+    return curves, lengths | {"length_gap": expected - on.accepted_length} | decays
 
 
 def paired(counts: Counts, forced: TeacherForcedSums, resamples: int = RESAMPLES, seed: int = 0) -> Paired | None:

@@ -27,14 +27,21 @@ def counts_of(records: Sequence[Mapping[str, Any]]) -> Counts:
 
 
 def _keys(records: Sequence[Mapping[str, Any]]) -> np.ndarray:
-    return np.array([f"{r['benchmark']}/{r['prompt_id']}" for r in records])
+    """The prompt of each record, as analysis.read.records names and orders them: by the hash of the first turn of its
+    conversation, by its id where no hash was recorded."""
+    first = {(r["benchmark"], r["prompt_id"]): r.get("prompt_hash") for r in records if not r.get("turn")}
+    keys = []
+    for r in records:
+        mark = first.get((r["benchmark"], r["prompt_id"]))
+        keys.append(f"{r['benchmark']}\0{mark or 'id:' + str(r['prompt_id'])}")
+    return np.array(keys)
 
 
 def headline(records: Sequence[Mapping[str, Any]], resamples: int = 2000, seed: int = 0) -> dict[str, Any]:
     """Every headline metric as {value, low, high, count}, the slot curves, and the same by benchmark.
 
     `count` is the number of rounds; a quantity without a value (no round, one prompt) is null. Records with
-    teacher-forced sums add expected_length, length_gap and a curve `teacher_forced`
+    teacher-forced sums add expected_length, length_gap, forced_decay, decay_gap and a curve `teacher_forced`
     (analysis.statistics.acceptance_gap), whose counts are anchors.
     """
     whole = _numbers(records, resamples, seed)
@@ -58,6 +65,7 @@ def _numbers(records: Sequence[Mapping[str, Any]], resamples: int, seed: int) ->
         found[name] = {"value": _number(value), "low": _number(low), "high": _number(high), "count": rounds}
     conditional = by_slot(counts, True, resamples, seed)
     survival, _, _ = by_slot(counts, False, resamples, seed)
+    product = counts.total().survival_product
     reached = counts.reached.sum(0)
     found["slots"] = [
         {
@@ -67,6 +75,7 @@ def _numbers(records: Sequence[Mapping[str, Any]], resamples: int, seed: int) ->
             "high": _number(conditional[2][k]),
             "n": int(reached[k]),
             "survival": _number(survival[k]),
+            "survival_product": _number(product[k]),
         }
         for k in range(counts.slots)
     ]
@@ -86,9 +95,8 @@ def _teacher_forced(records: Sequence[Mapping[str, Any]], counts: Counts, resamp
     def entry(triple: Sequence[Any], n: Any) -> dict[str, Any]:
         return dict(zip(("value", "low", "high"), map(_number, triple), strict=True)) | {"count": int(n)}
 
-    found: dict[str, Any] = {
-        name: entry(both.length[name], both.anchors[0]) for name in ("expected_length", "length_gap")
-    }
+    names = ("expected_length", "length_gap", "forced_decay", "decay_gap")
+    found: dict[str, Any] = {name: entry(both.length[name], both.anchors[0]) for name in names}
     found["teacher_forced"] = [
         {"slot": k + 1, "anchors": int(both.anchors[k]), "n": int(both.rounds[k])}
         | {name: _number(both.slots[name][0][k]) for name in ("acceptance", "conditional", "survival", "on_policy")}

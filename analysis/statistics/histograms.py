@@ -126,8 +126,13 @@ class Sums:
         return functional.conditional_acceptance(self.slot_counts)
 
     @property
+    def survival_product(self) -> Float[np.ndarray, "*axes K"]:
+        """The product of conditional@1 ... @k."""
+        return functional.survival_product(self.slot_counts)
+
+    @property
     def suffix_decay(self) -> Float[np.ndarray, "*axes"]:
-        """Least-squares slope of log conditional@k over k, weighted by n_k."""
+        """Slope of log conditional@k over k, by the likelihood of the counts."""
         return self.quantity("suffix_decay")
 
 

@@ -197,6 +197,14 @@ def by_slot(
     return tuple(np.where(unreached, np.nan, curve) for curve in (value, low, high))
 
 
+def survival_product(
+    counts: Counts, resamples: int = RESAMPLES, seed: int = 0
+) -> tuple[Float[np.ndarray, " K"], Float[np.ndarray, " K"], Float[np.ndarray, " K"]]:
+    """Survival as a product of conditionals, with bounds that never increase along the block."""
+    value, low, high = interval(counts, lambda sums: sums.survival_product, resamples, seed)
+    return (value, *nonincreasing_bounds(value, low, high))
+
+
 def nonincreasing_bounds(
     value: Float[np.ndarray, " K"], low: Float[np.ndarray, " K"], high: Float[np.ndarray, " K"]
 ) -> tuple[Float[np.ndarray, " K"], Float[np.ndarray, " K"]]:

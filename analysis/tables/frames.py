@@ -27,7 +27,10 @@ KEYS = ("target", "method", "suite", "benchmark", "domain", "temperature", "sche
 # low, high: of these checkpoints (prompts); method_low, method_high: of the method (prompts and trainings).
 METHOD_BOUNDS = ("method_low", "method_high")
 MEASURES = ("accepted_length", "low", "high", "per_prompt", "prompts", "rounds", "seeds", *METHOD_BOUNDS)
-SLOT_BOUNDS = ("survival_low", "survival_high", *METHOD_BOUNDS, "survival_method_low", "survival_method_high")
+SLOT_BOUNDS = (
+    *("survival_low", "survival_high", *METHOD_BOUNDS, "survival_method_low", "survival_method_high"),
+    *("survival_product", "product_low", "product_high"),
+)
 SLOT_MEASURES = ("slot", "conditional", "low", "high", "n", "survival", *SLOT_BOUNDS)
 NUMBERS = ("difference", "low", "high", "p", "paired", "shared", *METHOD_BOUNDS, "p_method", "trainings")
 P_HOLM = ("p_holm", "p_method_holm")
@@ -143,7 +146,8 @@ def _scopes(places: dict[str, list[str]]) -> list[tuple[str, list[str]]]:
 
 
 def conditional_acceptance(found: Sequence[Group], resamples: int = RESAMPLES, seed: int = 0) -> pd.DataFrame:
-    """One row per variant, benchmark and slot: conditional@k with its interval and n_k, survival@k with its own."""
+    """One row per variant, benchmark and slot: conditional@k with its interval and n_k, survival@k with its own, and
+    survival as a product of conditionals."""
     parts = _slots([(keys(group), [group]) for group in found], resamples, seed)
     return pd.concat(parts, ignore_index=True)
 
@@ -178,7 +182,8 @@ def _slots(rows: Sequence[tuple[dict[str, Any], list[Group]]], resamples: int, s
         for name, curve in (("conditional", (value, low, high)), ("survival", (survival, below, above))):
             variance, falls = shared[place][name], name == "survival"
             wider += training_seeds.widened_curve(*curve, variance, 1 / _trainings(same), falls)
-        columns = (np.arange(1, counts.slots + 1), value, low, high, n, survival, below, above, *wider)
+        product = statistics.survival_product(counts, resamples, seed)
+        columns = (np.arange(1, counts.slots + 1), value, low, high, n, survival, below, above, *wider, *product)
         tail = extra(same[0])
         lines = [head | dict(zip(SLOT_MEASURES, row, strict=True)) | tail for row in zip(*columns, strict=True)]
         made.append(pd.DataFrame(lines))

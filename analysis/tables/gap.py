@@ -17,14 +17,20 @@ from analysis.tables.positions import scopes
 from analysis.tables.sheets import Cell, Sheet, bracket, only, size
 
 LENGTH = 0  # the `slot` of a row that compares lengths
-LENGTHS = {"forced": "expected_length", "on_policy": "accepted_length", "gap": "length_gap"}
+DECAY = -1  # and of a row that compares suffix decays
+WHOLE = {
+    LENGTH: {"forced": "expected_length", "on_policy": "accepted_length", "gap": "length_gap"},
+    DECAY: {"forced": "forced_decay", "on_policy": "decay", "gap": "decay_gap"},
+}
+NAMES = {LENGTH: "length", DECAY: "decay"}
 
 
 def table(found: Sequence[Group], resamples: int = RESAMPLES, seed: int = 0) -> pd.DataFrame:
-    """One row per variant, domain and slot, and one with `slot` 0: expected beside accepted length.
+    """One row per variant, domain and slot, one with `slot` 0 (expected beside accepted length) and one with `slot` -1
+    (the decay of acceptance over every anchor beside that of the rounds that survived to a slot).
 
-    forced, on_policy: conditional acceptance (lengths where `slot` is 0); gap = forced - on_policy with the bounds of
-    the paired bootstrap over prompts; acceptance: mean alpha, what training reports; survival of both; anchors and
+    forced, on_policy: conditional acceptance (lengths, decays in those rows); gap = forced - on_policy with the bounds
+    of the paired bootstrap over prompts; acceptance: mean alpha, what training reports; survival of both; anchors and
     rounds behind them. Empty where no run was evaluated with teacher_forced=true.
     """
     rows = []
@@ -38,9 +44,10 @@ def table(found: Sequence[Group], resamples: int = RESAMPLES, seed: int = 0) -> 
         if both is None:
             continue
         head = {key: value for key, value in tables.keys(same[0]).items() if key != "benchmark"} | {"domain": domain}
-        lengths = {name: both.length[key][0] for name, key in LENGTHS.items()}
-        ends = dict(zip(("low", "high"), both.length["length_gap"][1:], strict=True))
-        rows.append(head | {"slot": LENGTH} | lengths | ends | tables.extra(same[0]))
+        for slot, names in WHOLE.items():
+            values = {name: both.length[key][0] for name, key in names.items()}
+            ends = dict(zip(("low", "high"), both.length[names["gap"]][1:], strict=True))
+            rows.append(head | {"slot": slot} | values | ends | tables.extra(same[0]))
         for k in range(len(both.anchors)):
             value = {name: float(triple[0][k]) for name, triple in both.slots.items()}
             numbers = {"slot": k + 1, "forced": value["conditional"], "on_policy": value["on_policy"]}
@@ -58,7 +65,9 @@ def sheets(found: Sequence[Group], frame: pd.DataFrame) -> list[Sheet]:
     note = (
         "Teacher-forced: on the decoded text, every anchor, the true tokens before each slot. Acceptance: mean "
         "overlap of draft and target, what training reports. Gap: teacher-forced less on-policy, 95% paired bootstrap "
-        "over prompts; above zero, training promises more than decoding keeps. Lengths: expected and accepted."
+        "over prompts; above zero, training promises more than decoding keeps. Lengths: expected and accepted. Decay: "
+        "slope of log acceptance a slot, of every anchor (teacher-forced) and of the rounds that accepted every slot "
+        "before (on-policy), which are easier places."
     )
     columns = [
         "method",
@@ -78,7 +87,7 @@ def sheets(found: Sequence[Group], frame: pd.DataFrame) -> list[Sheet]:
             [
                 Cell(row["variant"]),
                 Cell(row["domain"]),
-                Cell("length" if row["slot"] == LENGTH else str(row["slot"]), sort=row["slot"]),
+                Cell(NAMES.get(row["slot"], str(row["slot"])), sort=row["slot"]),
                 *(Cell("-" if pd.isna(row[n]) else f"{row[n]:.3f}", sort=row[n]) for n in ("acceptance", "forced")),
                 Cell("-" if pd.isna(row["on_policy"]) else f"{row['on_policy']:.3f}", sort=row["on_policy"]),
                 Cell(bracket(row["gap"], row["low"], row["high"], sign=True), sort=row["gap"]),

@@ -123,7 +123,7 @@ class Evaluation:
 
     @property
     def suffix_decay(self) -> Estimate:
-        """Slope of log conditional acceptance per slot along the block, weighted by rounds; 0: no decay."""
+        """Slope of log conditional acceptance per slot along the block; 0: no decay."""
         return self._estimate("suffix_decay")
 
     @property

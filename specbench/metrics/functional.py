@@ -188,24 +188,53 @@ def conditional_acceptance(slots: SlotCounts) -> Float[Any, "*axes K"]:
     return ratio(slots.passed, slots.reached)
 
 
-def suffix_decay(conditional: Float[Any, "*axes K"], n: Num[Any, "*axes K"]) -> Float[Any, "*axes"]:
-    """Slope of log conditional@k over k, least squares weighted by n_k. Below zero: acceptance falls along the block.
+def survival_product(slots: SlotCounts) -> Float[Any, "*axes K"]:
+    """The product of conditional@1 ... @k (E. Kaplan, P. Meier, 1958): survival where the rounds that end before slot k
+    for another reason (an accepted stop token, a short proposal) would have gone on like those that reached it.
 
-    A slot that no round reached, or at which nothing was accepted (no logarithm), has no weight; NaN if fewer than two
-    slots remain.
+    Equal to `survival` if every round proposes every slot. A stop token ends a round because it was accepted, so the
+    raw share leaves rounds that did well out of its denominator.
+
+    >>> survival_product(slot_counts(histogram([2, 2, 1, 1], [2, 1, 0, 1], slots=2))).tolist()
+    [0.75, 0.375]
+    """
+    xp = array_namespace(slots.passed, slots.reached)
+    conditional = conditional_acceptance(slots)
+    unknown = xp.isnan(conditional)
+    product = xp.where(unknown, 1.0, conditional).cumprod(-1)
+    return xp.where(unknown & (product > 0), xp.nan, product)
+
+
+SLOPE_LIMIT = 5.0  # a slope beyond this, a factor of 150 from slot to slot, is given as this
+
+
+def suffix_decay(conditional: Float[Any, "*axes K"], n: Num[Any, "*axes K"]) -> Float[Any, "*axes"]:
+    """Slope b of log conditional@k over k in the model conditional@k = exp(a + b k). Below zero: acceptance falls along
+    the block.
+
+    Maximum likelihood for accepted counts with a log link and the n_k rounds as exposure (G. Zou, 2004, "A modified
+    Poisson regression approach"): the b with sum_k k passed_k / sum_k passed_k = sum_k k n_k e^(bk) / sum_k n_k e^(bk).
+    Every slot with a round counts, also one at which nothing was accepted. The likelihood gives the slope only; its
+    interval comes from resampling prompts. Between -SLOPE_LIMIT and SLOPE_LIMIT, which stands for no finite slope; NaN
+    if fewer than two slots were reached or nothing was accepted.
 
     >>> round(float(suffix_decay(np.array([0.8, 0.4, 0.2]), np.array([100, 80, 32]))), 4)
     -0.6931
     """
     xp = array_namespace(conditional, n)
-    usable = (n > 0) & (conditional > 0)
-    weight = xp.where(usable, xp.asarray(n, dtype=xp.float64), 0.0)
-    level = xp.log(xp.where(usable, xp.asarray(conditional, dtype=xp.float64), 1.0))
+    seen = n > 0
+    reached = xp.where(seen, xp.asarray(n, dtype=xp.float64), 0.0)
+    passed = reached * xp.where(seen, xp.asarray(conditional, dtype=xp.float64), 0.0)
     slot = xp.arange(1, conditional.shape[-1] + 1, dtype=xp.float64, device=conditional.device)
-    centred = slot - ratio((weight * slot).sum(-1), weight.sum(-1))[..., None]
-    spread = xp.nansum(weight * centred**2, -1)
-    slope = xp.nansum(weight * centred * level, -1)
-    return ratio(slope, xp.where(usable.sum(-1) >= 2, spread, 0.0))
+    total = passed.sum(-1)
+    observed = ratio((passed * slot).sum(-1), xp.where(seen.sum(-1) >= 2, total, 0.0))
+    low, high = xp.zeros_like(observed) - SLOPE_LIMIT, xp.zeros_like(observed) + SLOPE_LIMIT
+    for _ in range(60):  # the expected mean increases with the slope, so halving finds it to the last bit
+        middle = (low + high) / 2
+        weight = reached * xp.exp(middle[..., None] * slot)
+        above = ratio((weight * slot).sum(-1), weight.sum(-1)) > observed
+        low, high = xp.where(above, low, middle), xp.where(above, middle, high)
+    return xp.where(xp.isnan(observed), xp.nan, (low + high) / 2)
 
 
 class RoundSums(NamedTuple):

@@ -178,7 +178,7 @@ class ConditionalAcceptance(Curve, RoundMetric):
 
 
 class SuffixDecay(Quantity):
-    """Weighted slope of log conditional@k per slot (`functional.suffix_decay`).
+    """Slope of log conditional@k per slot (`functional.suffix_decay`).
 
     >>> metric = SuffixDecay(slots=2)
     >>> metric.update([(2, 2, 1), (2, 1, 3)], committed=9)

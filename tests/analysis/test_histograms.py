@@ -6,6 +6,7 @@ from collections import defaultdict
 
 import numpy as np
 import pytest
+from scipy import optimize
 
 from analysis.statistics.histograms import Counts, Sums, count, join
 from specbench.metrics.functional import suffix_decay
@@ -51,10 +52,16 @@ def test_nothing_decoded_gives_no_number():
     assert total.conditional.shape == (0,) and np.isnan(total.suffix_decay)
 
 
-def test_suffix_decay_is_the_weighted_least_squares_slope():
+def test_suffix_decay_maximises_the_likelihood_of_the_counts():
     conditional, n = np.array([0.9, 0.8, 0.5, 0.4]), np.array([100.0, 60.0, 30.0, 2.0])
-    expected = np.polyfit(np.arange(1, 5), np.log(conditional), 1, w=np.sqrt(n))[0]
-    assert suffix_decay(conditional, n) == pytest.approx(expected, abs=1e-12)
+    slot, passed = np.arange(1, 5), conditional * n
+
+    def unlikely(parameters):
+        rate = parameters[0] + parameters[1] * slot
+        return -(passed * rate - n * np.exp(rate)).sum()
+
+    best = optimize.minimize(unlikely, [0.0, 0.0], tol=1e-12).x
+    assert suffix_decay(conditional, n) == pytest.approx(best[1], abs=1e-5)
 
 
 def test_suffix_decay_of_a_geometric_curve_is_its_rate():
@@ -62,11 +69,14 @@ def test_suffix_decay_of_a_geometric_curve_is_its_rate():
     assert suffix_decay(conditional, np.full(6, 10.0)) == pytest.approx(-0.07, abs=1e-12)
 
 
-def test_suffix_decay_leaves_out_slots_without_a_logarithm():
-    conditional = np.array([0.8, 0.6, 0.0, np.nan])
-    n = np.array([10.0, 8.0, 4.0, 0.0])
-    assert suffix_decay(conditional, n) == pytest.approx(np.log(0.6 / 0.8))
-    assert np.isnan(suffix_decay(np.array([0.8, 0.0]), np.array([5.0, 4.0])))
+def test_suffix_decay_counts_slots_where_nothing_was_accepted():
+    conditional, n = np.array([0.8, 0.6, 0.0, np.nan]), np.array([10.0, 8.0, 4.0, 0.0])
+    without = suffix_decay(conditional[:2], n[:2])
+    assert without == pytest.approx(np.log(0.6 / 0.8)) and suffix_decay(conditional, n) < without
+    assert suffix_decay(conditional[:3], n[:3]) == suffix_decay(
+        conditional, n
+    )  # a slot without a round changes nothing
+    assert np.isnan(suffix_decay(np.array([0.8]), np.array([5.0])))
 
 
 def test_equal_to_a_loop_over_rounds():

@@ -10,12 +10,13 @@ import pandas as pd
 import pytest
 
 from analysis.read import runs
+from analysis.statistics.headline import headline
 from analysis.tables import costs, groups, published, writers
 from analysis.tables import frames as tables
 from analysis.tables import sheets as layout
 from analysis.tables.groups import MixedError
 from analysis.tables.sheets import Cell, Sheet
-from tests.analysis.synthetic import DOMAINS, record, simulate, write_run
+from tests.analysis.synthetic import DOMAINS, hashed, record, simulate, write_run
 
 
 @pytest.fixture(scope="module")
@@ -60,11 +61,31 @@ def test_macro_is_the_mean_of_the_benchmarks(found):
 
 def test_conditional_acceptance_rows(found):
     frame = tables.conditional_acceptance(found, 50)
-    assert tuple(frame.columns[: len(tables.KEYS) + 12]) == (*tables.KEYS, *tables.SLOT_MEASURES)
+    assert tuple(frame.columns[: len(tables.KEYS) + 15]) == (*tables.KEYS, *tables.SLOT_MEASURES)
     part = frame[(frame["method"] == "dflash") & (frame["benchmark"] == "gsm8k")]
     assert part["slot"].tolist() == list(range(1, 8))
     np.testing.assert_allclose(part["conditional"].cumprod(), part["survival"])  # every round proposed all seven
     np.testing.assert_allclose(part["n"].to_numpy()[1:], (part["n"] * part["conditional"]).to_numpy()[:-1])
+
+
+def test_a_summary_and_a_table_give_one_interval_to_a_number(tmp_path):
+    """Whatever was read beside the run, and in whichever order its prompts stand."""
+    rows = hashed(simulate("dspark", 20))
+    alone = headline(rows[::-1])
+    write_run(tmp_path, "a", hashed(simulate("dflash", 20)))
+    write_run(tmp_path, "b", rows)
+    found = groups.collect(runs.load(tmp_path))
+    lengths, slots = tables.accepted_length(found), tables.conditional_acceptance(found)
+    decays = tables.suffix_decay(found)
+    for name in DOMAINS:
+        here = {"method": "dspark", "benchmark": name}
+        own = alone["benchmarks"][name]
+        for frame, key in ((lengths, "accepted_length"), (decays, "suffix_decay")):
+            row = frame[(frame[list(here)] == pd.Series(here)).all(axis=1)].iloc[0]
+            assert [row[key], row["low"], row["high"]] == [own[key][end] for end in ("value", "low", "high")]
+        curve = slots[(slots[list(here)] == pd.Series(here)).all(axis=1)]
+        for column in ("conditional", "low", "high", "n", "survival", "survival_product"):
+            assert curve[column].tolist() == [slot[column] for slot in own["slots"]]
 
 
 def test_domain_curve_pools_the_rounds_of_its_benchmarks(tmp_path):
