@@ -2,8 +2,8 @@
 
 An experiment: four equal methods, each trained with S seeds, on the same P prompts. A prompt has its own ease; a method
 suits a prompt by its own amount; a training moves the acceptance of all prompts, so that the accepted length of
-trainings has the standard deviation `spread`. Every rate is about the method: the truth is the mean over prompts and trainings.
-With heavy tails, a few prompts have most of the rounds, and eases are near 0 and 1.
+trainings has the standard deviation `spread`. Every rate is about the method: the truth is the mean over prompts and
+trainings. With heavy tails, a few prompts have most of the rounds, and eases are near 0 and 1.
 
 Each setting runs for SECONDS of processor time (default 12); the number of experiments is printed with it.
 """
