@@ -95,7 +95,8 @@ TERM_SETTINGS = {
     "dspark": {"ce": 0.1, "tv": 0.9, "confidence": 1.0},
     "detached": {"ce": 0.1, "confidence": 1.0, "detach_confidence": True},
     "confidence": {"confidence": 0.5},
-    "further": {"further": {"skew_kl": 0.7}},
+    "further": {"further": {"skew_kl": 0.7, "top_ce": 0.4}},
+    "feature": {"feature": 0.7, "tv": 0.2},
     "all": {
         "ce": 0.1,
         "soft_ce": 0.2,

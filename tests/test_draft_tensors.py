@@ -76,12 +76,13 @@ def test_what_is_no_weight_is_refused_by_tensor(folder, name, dtype):
 @pytest.mark.parametrize("method", tiny.LAYERED)
 def test_every_wrong_tensor_is_named_at_once(method, tmp_path):
     def change(tensors):
-        for name, dtype in ((NAME, torch.int32), ("norm.weight", torch.bool)):
+        for name, dtype in ((NAME, torch.int32), (norm, torch.bool)):
             tensors[name] = tensors[name].to(dtype)
 
+    norm = "layers.1.post_attention_layernorm.weight"
     with pytest.raises(FormatError) as caught:
         load_draft(changed(saved(method, tmp_path / "draft"), change))
-    assert f"{NAME} is int32" in str(caught.value) and "norm.weight is bool" in str(caught.value)
+    assert f"{NAME} is int32" in str(caught.value) and f"{norm} is bool" in str(caught.value)
 
 
 @pytest.mark.parametrize(

@@ -31,7 +31,8 @@ def test_every_weight_of_a_layer_is_the_targets(method, family):
             assert f"layers.{i}.{name}" in copied
             given = theirs["input_layernorm.weight" if name.startswith("hidden_norm") else name]
             torch.testing.assert_close(found[..., -given.shape[-1] :], given, rtol=0, atol=0)  # the feature's half
-    torch.testing.assert_close(draft.norm.weight, target.decoder.norm.weight, rtol=0, atol=0)
+    if draft.norm.state_dict():  # some methods have none
+        torch.testing.assert_close(draft.norm.weight, target.decoder.norm.weight, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize(("own", "other"), [("gemma", "llama"), ("llama", "gemma"), ("gemma3", "gemma2")])

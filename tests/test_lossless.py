@@ -82,6 +82,7 @@ DEFAULT = [
     ("mtp", "min-p", "fixed-1"),
     ("medusa", "warm", "fixed"),
     ("p_eagle", "top-k", "fixed"),
+    pytest.param("eagle1", "top-p", "fixed", marks=pytest.mark.long),
     pytest.param("hydra", "top-k", "fixed", marks=pytest.mark.long),
     ("small", "warm", "fixed"),
 ]

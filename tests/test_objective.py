@@ -61,7 +61,7 @@ class Fresh(torch.autograd.Function):
 
 
 @pytest.mark.parametrize(
-    "term", ["ce", "soft_ce", "kl", "softened kl", "reverse_kl", "js", "tv", "accept", "further", "all"]
+    "term", ["ce", "soft_ce", "kl", "softened kl", "reverse_kl", "js", "tv", "accept", "further", "feature", "all"]
 )
 def test_gradients_by_finite_differences(term):
     draft, _, blocks = make(ids=IDS, soft_cap=3.0)

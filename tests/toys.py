@@ -12,6 +12,7 @@ from specbench.drafts.baselines import Small
 from specbench.drafts.dflash import DFlash
 from specbench.drafts.draft import Draft
 from specbench.drafts.dspark import DSpark
+from specbench.drafts.eagle1 import Eagle1
 from specbench.drafts.eagle3 import Eagle3
 from specbench.drafts.hydra import Hydra
 from specbench.drafts.jetspec import JetSpec
@@ -39,7 +40,7 @@ CONFIG = {
 }
 METHODS: dict[str, type[Draft]] = {"dflash": DFlash, "dspark": DSpark, "eagle3": Eagle3, "mtp": MTP}
 # All of them, for tests of one method and for long ones.
-CLASSES = METHODS | {"medusa": Medusa, "hydra": Hydra, "p_eagle": PEagle, "jetspec": JetSpec}
+CLASSES = METHODS | {"eagle1": Eagle1, "medusa": Medusa, "hydra": Hydra, "p_eagle": PEagle, "jetspec": JetSpec}
 
 
 @cache

@@ -142,6 +142,30 @@ def eagle3(c: dict, w: dict, taps: Tensor, tokens: Tensor, anchor: int, steps: i
     return torch.stack(logits)
 
 
+def eagle1(c: dict, w: dict, last: Tensor, tokens: Tensor, anchor: int, steps: int) -> Tensor:
+    """Logits (steps, W) of the chain that starts from the target's last states (T, D) before `anchor`."""
+    at = "layers.0"
+
+    def joined(feature: Tensor, token: int) -> Tensor:
+        return linear(w, "fc", torch.cat([w["embed_tokens.weight"][token], feature]))
+
+    entries = []
+    for t in range(anchor):
+        y = joined(last[t], int(tokens[t + 1]))
+        entries.append((heads(c, w, at, "k", y, t), heads(c, w, at, "v", y, t)))
+    feature, logits = last[anchor - 1], []
+    for k in range(steps):
+        position = anchor - 1 + k
+        y = joined(feature, int(tokens[anchor + k]))
+        if k > 0:
+            entries.append((heads(c, w, at, "k", y, position), heads(c, w, at, "v", y, position)))
+        mixed = attention(c, heads(c, w, at, "q", y, position), *map(list, zip(*entries, strict=True)))
+        x = y + linear(w, f"{at}.self_attn.o_proj", mixed)
+        feature = x + mlp(c, w, at, rms(x, w[f"{at}.post_attention_layernorm.weight"], c["rms_norm_eps"]))
+        logits.append(head(c, w, feature))
+    return torch.stack(logits)
+
+
 def p_eagle(c: dict, w: dict, taps: Tensor, tokens: Tensor, anchor: int, slots: int) -> Tensor:
     """Logits (slots, W) of the rollout from the target states before `anchor`; taps (T, C, D). The rows are every
     position before the anchor, with its taps and the token after it, and slots - 1 masks; each sees the rows up to

@@ -99,8 +99,8 @@ def resolved(start: str, target: Target | None) -> tuple[str, str | None]:
 
 @torch.no_grad()
 def last_layers(draft: nn.Module, target: Target) -> list[str]:
-    """Copy the target's last layers into `draft.layers` and its final norm into `draft.norm`; returns the names of what
-    was copied.
+    """Copy the target's last layers into `draft.layers` and its final norm into `draft.norm`, if the draft has one;
+    returns the names of what was copied.
 
     Draft layer i of L takes target layer i - L from the end, of Gemma 4 among the layers of full attention, whose
     geometry a draft has. Where a layer's map has more input than the target's (a paired layer reads [embedding ;
@@ -132,6 +132,8 @@ def last_layers(draft: nn.Module, target: Target) -> list[str]:
             given = source[known] + shift if name.endswith("norm.weight") and shift else source[known]
             _fill(f"layers.{i}.{name}", parameter, given, layer)
             copied.append(f"layers.{i}.{name}")
+    if isinstance(draft.norm, nn.Identity):
+        return copied
     norm = getattr(target.parts.final_norm, "weight", None)
     if norm is None or norm.shape != draft.norm.weight.shape:
         raise ValueError(f"{target.name} has no final norm of the draft's width to copy; use start=random")

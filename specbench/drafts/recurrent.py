@@ -1,4 +1,4 @@
-"""RecurrentDraft: one module unrolled K steps from every anchor (EAGLE-3, MTP).
+"""RecurrentDraft: one module unrolled K steps from every anchor (EAGLE-1 and 3, HASS, MTP).
 
 A chain starts at position t = a-1 with the target's feature there and the anchor's embedding. Step k reads the output
 of step k-1 and the embedding of token a+k-1, at rope position a-1 + (k-1), and predicts a+k. It attends to the step-1
@@ -11,9 +11,11 @@ Axes: B batch, T tokens, N chains, K steps, C taps, D hidden.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Annotated
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
@@ -52,8 +54,15 @@ class RecurrentDraft(Draft):
     # Whether the layers read [embedding ; feature], and whether the first one alone does.
     paired = False
     first_layer_paired_alone = False
+    # Whether attention of the first layer reads a norm of its input, and the head a norm of the output.
+    norms_first_input = True
+    norms_output = True
     # Whether a step reads the normed output of the step before it, or its output before the norm.
     feeds_normed_output = False
+    # Steps of a chain in training; later slots are then unsupervised. None: all of them.
+    trained_steps: int | None = None
+    # Whether a step's gradient stops at the output of the step before it.
+    stops_gradient = False
 
     def __init__(
         self,
@@ -83,9 +92,14 @@ class RecurrentDraft(Draft):
             raise ValueError(f"supervision={supervision!r}: choose one of {', '.join(SUPERVISIONS)}")
         self.supervision = supervision
         self.layers = nn.ModuleList(
-            Layer(backbone, paired=self.paired and not (i and self.first_layer_paired_alone)) for i in range(layers)
+            Layer(
+                backbone,
+                paired=self.paired and not (i and self.first_layer_paired_alone),
+                norms_input=i > 0 or self.norms_first_input,
+            )
+            for i in range(layers)
         )
-        self.norm = backbone.norm(backbone.hidden_size)
+        self.norm = backbone.norm(backbone.hidden_size) if self.norms_output else nn.Identity()
         self.rope = RotaryEmbedding(backbone)
         self.stack = Stack(self.layers, backbone)
 
@@ -106,7 +120,7 @@ class RecurrentDraft(Draft):
         before = (layers - 1) * of_layer(self.layers[0], facts, keys_seen(facts, length, 0)).flops
         flops = of_parameters(self, apart).flops + before + of_keys_values(self.layers[-1])
         context = Work(of_context(self.layers, facts).kept, flops)
-        return anchors * self.block_size * step + length * context
+        return anchors * (self.trained_steps or self.block_size) * step + length * context
 
     def source(self, taps: Float[Tensor, "B T C D"], last: Float[Tensor, "B T D"]) -> Float[Tensor, "B T D"]:
         """The feature that a chain starts from, at every position."""
@@ -120,7 +134,8 @@ class RecurrentDraft(Draft):
         anchors, T = batch.anchors.clamp_min(0), batch.tokens.shape[1]
         limit = torch.where(batch.anchors == PADDING, 0, batch.anchors)
         owner, start = take(batch.document, anchors), (take(batch.position, anchors) - 1).clamp_min(0)
-        source = self.source(batch.taps.to(self.norm.weight.dtype), batch.last.to(self.norm.weight.dtype))
+        dtype = next(self.layers.parameters()).dtype
+        source = self.source(batch.taps.to(dtype), batch.last.to(dtype))
         # Combine the feature at t with the token at t+1. The last position of a conversation has no such token, and no
         # chain attends to it, because the anchor of a chain is inside its conversation.
         after = torch.cat([batch.tokens[:, 1:], batch.tokens[:, :1]], 1)
@@ -130,7 +145,8 @@ class RecurrentDraft(Draft):
         tokens = take(batch.tokens, slot_positions(batch, self.block_size)[1])
         own: list[Pairs] = [[] for _ in self.layers]
         outputs, masks, window = [], {}, self.backbone.window
-        for k in range(self.block_size):
+        steps = self.block_size if self.trained_steps is None or not self.training else self.trained_steps
+        for k in range(steps):
             position = start + k
             # Own key 0 is step 2's, one position after the chain's start.
             visible = Visibility(limit, batch.document, owner, position[..., None], batch.position, window, ahead=k - 1)
@@ -144,8 +160,13 @@ class RecurrentDraft(Draft):
             if self.feeds_normed_output:
                 feature = self.norm(feature)
             outputs.append(feature)
+            if self.stops_gradient:
+                feature = feature.detach()
         hidden = torch.stack(outputs, 2)
-        return assemble(batch, hidden if self.feeds_normed_output else self.norm(hidden), self.supervision)
+        hidden = hidden if self.feeds_normed_output else self.norm(hidden)
+        blocks = assemble(batch, F.pad(hidden, (0, 0, 0, self.block_size - steps)), self.supervision)
+        ran = torch.arange(self.block_size, device=hidden.device) < steps
+        return blocks if steps == self.block_size else replace(blocks, mask=blocks.mask & ran)
 
     def context(self, source: Tensor, after: Int[Tensor, "B T"], batch: Batch) -> Pairs:
         """Step-1 keys and values of every position and layer: a causal pass (the last layer needs no queries)."""

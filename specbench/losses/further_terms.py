@@ -23,6 +23,14 @@ from torch import Tensor, logaddexp
 
 # Share of the target in the mixture of `skew_kl`; 0.1 as in DistiLLM.
 SKEW = 0.1
+# Tokens of `top_ce`; 10 as in HASS.
+TOP = 10
+
+
+def top_ce(log_p: Float[Tensor, "R W"], log_q: Float[Tensor, "R W"], outside: Float[Tensor, " R"]) -> Tensor:
+    """-sum q log p over the 10 tokens that the target finds most likely: the top-k loss of HASS (arXiv 2408.15766)."""
+    likely, tokens = log_q.topk(min(TOP, log_q.shape[-1]))
+    return -(likely.exp() * log_p.gather(-1, tokens)).sum(-1)
 
 
 def skew_kl(log_p: Float[Tensor, "R W"], log_q: Float[Tensor, "R W"], outside: Float[Tensor, " R"]) -> Tensor:
@@ -32,5 +40,6 @@ def skew_kl(log_p: Float[Tensor, "R W"], log_q: Float[Tensor, "R W"], outside: F
 
 
 FURTHER_TERMS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
+    "top_ce": top_ce,
     "skew_kl": skew_kl,
 }

@@ -4,6 +4,7 @@
     results  = fused.slot_losses or reference.slot_losses           the terms of every supervised slot (terms.py)
     loss     = sum over slots of w_k (sum of coefficient x term)    w_k: slot_weights.py
                + confidence x BCE(confidence logit, alpha)
+               + feature x smooth-L1(hidden state of the slot, target's state)
 
 Both implementations give the same numbers: `fused` in chunks without a whole [slots x vocabulary] tensor, `reference`
 by autograd on whole logits (`specbench.fast.plain()` selects it).
@@ -78,6 +79,8 @@ class Objective:
         tv: coefficient of the L1 distance of both distributions (twice the total variation).
         accept: coefficient of -log alpha, alpha the acceptance of the slot.
         further: {NAME: coefficient} of terms in further_terms.py.
+        feature: coefficient of the distance between the draft's hidden state and the target's state that predicts the
+            same token: smooth-L1 (d^2 / 2 below 1, |d| - 1/2 above), mean over the features (EAGLE-1).
         blend: {scale, decay, over} of LK's lambda form. over="batch" needs the mean acceptance first, which costs a
             second pass over both heads.
         confidence: coefficient of the binary cross-entropy of the predicted confidence against alpha.
@@ -97,6 +100,7 @@ class Objective:
         js: AtLeastZero = 0.0,
         tv: AtLeastZero = 0.0,
         accept: AtLeastZero = 0.0,
+        feature: AtLeastZero = 0.0,
         further: Mapping[str, Number] | None = None,
         blend: Mapping[str, Number | str] | None = None,
         kl_temperature: AboveZero = 1.0,
@@ -116,6 +120,7 @@ class Objective:
             "js": js,
             "tv": tv,
             "accept": accept,
+            "feature": feature,
             "further": None if further is None else dict(further),
             "blend": None if blend is None else dict(blend),
             "confidence": confidence,
@@ -132,7 +137,7 @@ class Objective:
                 f"choose among {', '.join(FURTHER_TERMS)}"
             )
         terms |= further or {}
-        for name, value in {**terms, "confidence": confidence}.items():
+        for name, value in {**terms, "feature": feature, "confidence": confidence}.items():
             if not 0 <= value < float("inf"):
                 raise ValueError(f"objective {name}={value}: give a coefficient of at least 0")
         coefficients = {name: float(value) for name, value in terms.items() if value}
@@ -140,14 +145,16 @@ class Objective:
             raise ValueError(f"objective kl_temperature={kl_temperature}: give a temperature above 0")
         softened = None if kl_temperature == 1.0 or not kl else float(kl_temperature)
         self.combination = Combination(coefficients, None if blend is None else Blend.of(blend), softened)
-        if not coefficients and blend is None and not confidence:
+        if not coefficients and blend is None and not confidence and not feature:
             raise ValueError(
-                f"the objective has no term; set one of {', '.join(terms)}, further, blend or confidence above 0"
+                f"the objective has no term; set one of {', '.join(terms)}, feature, further, blend or confidence "
+                "above 0"
             )
         if normalise not in NORMALISATIONS:
             raise ValueError(f"normalise={normalise!r} is unknown; choose 'weights' or 'positions'")
         if chunk_rows is not None and chunk_rows < 1:
             raise ValueError(f"chunk_rows={chunk_rows}: give at least 1, or null to choose by vocabulary")
+        self.feature = float(feature)
         self.confidence, self.detach_confidence = float(confidence), detach_confidence
         self.slot_weight, self.normalise, self.chunk_rows = SlotWeight.of(slot_weight), normalise, chunk_rows
 
@@ -171,6 +178,10 @@ class Objective:
             logits, alpha = confidence[blocks.mask].to(weight.dtype), results.alpha.detach()
             terms["confidence"] = (weight * F.binary_cross_entropy_with_logits(logits, alpha, reduction="none")).sum()
             value = value + self.confidence * self.of_its_own(terms["confidence"], draft, features)
+        if self.feature:
+            ours, theirs = (state[blocks.mask].to(weight.dtype) for state in (blocks.hidden, blocks.target))
+            terms["feature"] = (weight * F.smooth_l1_loss(ours, theirs, reduction="none").mean(-1)).sum()
+            value = value + self.feature * terms["feature"]
         grids = {name: grid(getattr(results, name), mask) for name in SLOT_STATISTICS}
         scores = None if confidence is None else confidence.flatten(0, 1)
         slots = SlotStatistics.of(mask, weights, grids, scores)

@@ -442,14 +442,15 @@ class MLP(nn.Module):
 
 
 class Layer(nn.Module):
-    """One decoder layer. `paired` layers read [embedding ; feature] (2D) and add to the feature (EAGLE-3)."""
+    """One decoder layer. `paired` layers read [embedding ; feature] (2D) and add to the feature (EAGLE-3); without
+    `norms_input` attention reads the layer's input as it is (EAGLE-1)."""
 
-    def __init__(self, backbone: Backbone, paired: bool = False):
+    def __init__(self, backbone: Backbone, paired: bool = False, norms_input: bool = True):
         super().__init__()
         D = backbone.hidden_size
         self.self_attn = Attention(backbone, 2 * D if paired else D)
         self.mlp = MLP(backbone)
-        self.input_layernorm = backbone.norm(D)
+        self.input_layernorm = backbone.norm(D) if norms_input else nn.Identity()
         self.hidden_norm = backbone.norm(D) if paired else None
         self.post_attention_layernorm = backbone.norm(D)
         self.sandwich, self.residual_scale = backbone.sandwich, backbone.residual_scale

@@ -55,7 +55,8 @@ class Stack:
         if seen == self._seen:
             return
         self._seen = seen
-        if folds and foldable(self.backbone, parameters):
+        normed = not any(isinstance(layer.input_layernorm, nn.Identity) for layer in self.layers)
+        if folds and normed and foldable(self.backbone, parameters):
             with torch.inference_mode(False), torch.no_grad():
                 self._steps = Folded(self.layers, self.backbone, self.reads_context)
         else:
