@@ -23,7 +23,19 @@ from analysis.statistics.histograms import Counts
 SECTION = ("target", "suite", "temperature", "scheduler", "accounting", "thinking")
 SINGLE = ("accounting", "thinking", "suite")
 PLACE = ("domain", "benchmark")
-METHOD_ORDER = ("medusa", "hydra", "eagle1", "hass", "mtp", "eagle3", "eagle3_1", "p_eagle", "dflash", "jetspec", "dspark")
+METHOD_ORDER = (
+    "medusa",
+    "hydra",
+    "eagle1",
+    "hass",
+    "mtp",
+    "eagle3",
+    "eagle3_1",
+    "p_eagle",
+    "dflash",
+    "jetspec",
+    "dspark",
+)
 DOMAIN_ORDER = ("math", "maths", "code", "chat", "prose")
 BENCHMARK_ORDER = (
     *("gsm8k", "math500", "aime25"),
