@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import fields, replace
 
 import pytest
@@ -12,7 +13,8 @@ from specbench.decoding.loop import Limits, speculative_decode
 from specbench.decoding.sampling import Sampling
 from specbench.models.backbone import Backbone, Layer, RotaryEmbedding, backbone_of
 from specbench.models.fast import folded_layers as stack
-from specbench.models.fast.folded_layers import Folded, Plain, Stack
+from specbench.models.fast import packed_products
+from specbench.models.fast.folded_layers import Folded, Joined, Plain, Stack
 from specbench.models.kv_cache import KVCache
 from tests import tiny
 
@@ -41,30 +43,30 @@ def both(layers: list[Layer], backbone: Backbone) -> tuple[Stack, Stack]:
     return folded, plain
 
 
-def run(one: Stack, backbone: Backbone, seed: int = 0) -> list[torch.Tensor]:
+def run(one: Stack, backbone: Backbone, seed: int = 0, dtype: torch.dtype = torch.float32) -> list[torch.Tensor]:
     """Context, then extensions of ragged rows, keys behind a row that do not count, and keys alone: all outputs and
     everything that is stored."""
     generator, cache, rope = torch.Generator().manual_seed(seed), KVCache(ROWS), RotaryEmbedding(backbone)
 
     def states(size: int) -> torch.Tensor:
-        return torch.randn(ROWS, size, backbone.hidden_size, generator=generator)
+        return torch.randn(ROWS, size, backbone.hidden_size, generator=generator).to(dtype)
 
     outputs = []
     if one.reads_context:
-        one.store_context(states(6), rope.behind(cache, 6, torch.float32), cache)
+        one.store_context(states(6), rope.behind(cache, 6, dtype), cache)
     else:
         for layer in range(LAYERS):
-            one.store(layer, states(6), rope.behind(cache, 6, torch.float32), cache, states(6))
+            one.store(layer, states(6), rope.behind(cache, 6, dtype), cache, states(6))
     cache.advance(torch.tensor([6, 6, 6]))
     for size, kept in ((4, [4, 4, 4]), (3, [1, 3, 0]), (1, [1, 1, 1])):
         x, embedding = states(size), states(size)
-        turned = rope.behind(cache, size, torch.float32)
+        turned = rope.behind(cache, size, dtype)
         for layer in range(LAYERS):
             x = one.extend(layer, x, turned, cache, cache.visible(size), embedding)
         outputs.append(x)
         one.store(1, x, turned, cache, embedding)
         cache.advance(torch.tensor(kept))
-    pair = rope.behind(cache, 2, torch.float32)
+    pair = rope.behind(cache, 2, dtype)
     for k in range(2):
         turned = tuple(side[:, k : k + 1] for side in pair)
         outputs.append(one.extend(0, states(1), turned, cache, cache.visible(1, behind=k), states(1), behind=k))
@@ -89,6 +91,43 @@ def test_folded_layers_equal_their_modules(change, paired):
     backbone = replace(QWEN3, **change)
     for ours, theirs in zip(*(run(one, backbone) for one in both(layers_of(backbone, paired), backbone)), strict=True):
         torch.testing.assert_close(ours, theirs, atol=2e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("paired", [False, True])
+@pytest.mark.parametrize("change", [{}, {"head_norms": False, "attention_bias": True, "residual_scale": 0.5}])
+def test_folded_layers_with_arranged_weights_equal_their_modules(change, paired, monkeypatch):
+    monkeypatch.setattr(packed_products, "SMALL", 0)
+    backbone = replace(QWEN3, **change)
+    folded, plain = both(layers_of(backbone, paired), backbone)
+    assert folded._steps.down[0].packed
+    for ours, theirs in zip(run(folded, backbone), run(plain, backbone), strict=True):
+        torch.testing.assert_close(ours, theirs, atol=2e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("small", [0, 2**18])
+@pytest.mark.parametrize("paired", [False, True])
+@pytest.mark.parametrize("change", [{}, {"head_norms": False, "mlp_bias": True, "residual_scale": 0.5}])
+def test_joined_layers_in_bf16_equal_their_modules(change, paired, small, monkeypatch):
+    """The same roundings in the same places: products of the same numbers, in another order of additions."""
+    monkeypatch.setattr(packed_products, "SMALL", small)
+    backbone = replace(QWEN3, **change)
+    layers = [layer.bfloat16() for layer in layers_of(backbone, paired)]
+    folded, plain = both(layers, backbone)
+    assert isinstance(folded._steps, Joined)
+    for ours, theirs in zip(*(run(one, backbone, 0, torch.bfloat16) for one in (folded, plain)), strict=True):
+        assert ours.dtype == torch.bfloat16
+        assert (ours - theirs).float().norm() <= 0.01 * theirs.float().norm()
+
+
+def test_copies_of_layers_fold_their_own_weights():
+    layers = layers_of(QWEN3)
+    folded, _ = both(layers, QWEN3)
+    copied = copy.deepcopy(folded)
+    assert isinstance(copied._steps, Plain) and copied.layers[0] is not layers[0]
+    with torch.no_grad():
+        copied.layers[0].mlp.down_proj.weight.zero_()
+    copied.renew()
+    assert isinstance(copied._steps, Folded) and not torch.equal(run(copied, QWEN3)[0], run(folded, QWEN3)[0])
 
 
 def test_a_request_sees_the_weights_of_its_beginning():
@@ -117,7 +156,7 @@ def test_a_request_sees_the_weights_of_its_beginning():
         (replace(QWEN3, norm_before_residual=True), torch.float32),
         (replace(QWEN3, sandwich=True), torch.float32),
         (replace(QWEN3, layer_scalar=True), torch.float32),
-        (QWEN3, torch.bfloat16),
+        (QWEN3, torch.float16),
     ],
 )
 def test_what_folding_does_not_cover_stays_with_the_modules(backbone, dtype):

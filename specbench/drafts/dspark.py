@@ -28,6 +28,7 @@ from specbench.drafts.draft import Proposal, SampleFunction
 from specbench.drafts.parallel import ParallelDraft
 from specbench.models.backbone import Backbone
 from specbench.models.embedding_head import Tables
+from specbench.models.fast.packed_products import Kept
 from specbench.models.fast.projection import SharedLookups, add_linear_, return_memory
 from specbench.ranges import Among, Count, LayerId, Layers, Rank, Slots
 
@@ -47,6 +48,7 @@ class MarkovHead(nn.Module):
         self.markov_w1 = nn.Embedding(vocab_size, rank)
         self.markov_w2 = nn.Linear(rank, draft_vocab_size, bias=False)
         nn.init.zeros_(self.markov_w2.weight)
+        self.product = Kept()
         self.gate_proj = nn.Linear(hidden_size + rank, rank) if kind == "gated" else None
         self.joint_proj = nn.Linear(2 * rank + hidden_size, 3 * rank) if kind == "rnn" else None
 
@@ -197,11 +199,11 @@ class DSpark(ParallelDraft):
         if self.markov_head is None:
             return self.draw_at_once(hidden, anchor, sample)
         base, slots = self.tables.logits(hidden).unbind(1), hidden.unbind(1)
-        bias, state = self.markov_head.markov_w2.weight.t(), None
+        head, state = self.markov_head, None
 
         def logits(k: int, previous: list[Tensor]) -> Tensor:
             nonlocal state
-            state, latent = self.markov_head.step(state, slots[k], previous[-1])
-            return torch.addmm(base[k], latent, bias)[:, None]
+            state, latent = head.step(state, slots[k], previous[-1])
+            return head.product.added(base[k], latent, head.markov_w2.weight)[:, None]
 
         return self.scored(self.draw_each(hidden.shape[1], anchor, sample, logits), hidden, anchor)

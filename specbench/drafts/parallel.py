@@ -25,6 +25,7 @@ from specbench.models.attention import Span, Visibility, attend, attend_flex, at
 from specbench.models.backbone import Backbone, Layer, RotaryEmbedding
 from specbench.models.embedding_head import Tables
 from specbench.models.fast.folded_layers import Stack
+from specbench.models.fast.packed_products import Kept
 from specbench.models.kv_cache import KVCache
 from specbench.models.target import Target
 from specbench.ranges import Count, LayerId, Layers, Slots
@@ -100,6 +101,7 @@ class ParallelDraft(Draft):
         self.checkpointing = checkpointing
         self.fc = nn.Linear(len(self.target_layer_ids) * D, D, bias=False)
         self.hidden_norm, self.norm = backbone.norm(D), backbone.norm(D)
+        self._fused = Kept()
         self.layers = nn.ModuleList(Layer(backbone) for _ in range(layers))
         self.rope = RotaryEmbedding(backbone)
         self.stack = Stack(self.layers, backbone, reads_context=True)
@@ -127,7 +129,7 @@ class ParallelDraft(Draft):
 
     def context(self, taps: Float[Tensor, "B T C D"]) -> Float[Tensor, "B T D"]:
         """Context features, shared by all layers (DSpark eq. 2)."""
-        return self.hidden_norm(self.fc(taps.flatten(-2)))
+        return self.hidden_norm(self._fused(taps.flatten(-2), self.fc.weight))
 
     def masked(self, anchor: Int[Tensor, "*b"]) -> Int[Tensor, "*b I"]:
         """The anchor and the mask tokens behind it."""

@@ -7,6 +7,8 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from specbench.models.fast.packed_products import Kept
+
 
 class Tables(nn.Module):
     """Embedding (V, D) and head (V', D), with the target's function from final states to logits.
@@ -38,6 +40,7 @@ class Tables(nn.Module):
         self.register_buffer("bias", bias, persistent=False)
         self.embedding_scale, self.soft_cap, self.trainable = embedding_scale, soft_cap, trainable
         self.logit_scale = logit_scale
+        self._product = Kept()
 
     @property
     def plain_head(self) -> bool:
@@ -54,7 +57,7 @@ class Tables(nn.Module):
 
     def logits(self, hidden: Float[Tensor, "*b D"]) -> Float[Tensor, "*b W"]:
         """Vocabulary logits (..., V') of final states (..., D), with the bias, factor and soft-cap of the target."""
-        return self.adjust(F.linear(hidden, self.head, self.bias))
+        return self.adjust(self._product(hidden, self.head, self.bias))
 
     def adjust(self, logits: Float[Tensor, "*b W"]) -> Float[Tensor, "*b W"]:
         """The factor and soft-cap that follow the head."""

@@ -60,6 +60,7 @@ VIEW = (
     "kv_cache",
     "fast/direct_pass",
     "fast/folded_layers",
+    "fast/packed_products",
     "backbone",
     "rope",
     "attention",

@@ -2,8 +2,8 @@
 
 A decoding step of a small target, or of any target at batch 1, is bound by what the interpreter spends around each
 operation. The library's own pass stays the reference: the self-check of a target (models/selfcheck.py) compares the two
-when it is loaded, and `specbench.fast.plain()` selects the library's. Only fp32 goes this way, because in shorter
-formats the two round the norms differently.
+when it is loaded, and `specbench.fast.plain()` selects the library's. Targets in fp32 and bf16 go this way; in bf16 the
+two round differently, as two implementations of one model do, and agree within the rounding that the check allows.
 
 Axes: B rows, S new tokens, C taps, D hidden.
 """
@@ -32,7 +32,7 @@ def facts_of(config: Mapping[str, Any], dtype: torch.dtype) -> Backbone | None:
     """The layer of a target of this configuration (the library's, defaults included) where DirectPass can run it."""
     kind = config.get("model_type", "")
     family = MODEL_TYPES.get(kind)
-    if dtype != torch.float32 or family not in PRE_NORM or kind in OF_EXPERTS:
+    if dtype not in (torch.float32, torch.bfloat16) or family not in PRE_NORM or kind in OF_EXPERTS:
         return None
     if declared_kind(config) not in ("default", *KINDS) or 0 in (config.get("no_rope_layers") or ()):
         return None
