@@ -62,8 +62,6 @@ def run(cfg: DictConfig) -> Path:
     if cfg.what == "train":
         return trainspeed.run(cfg)
     place = draft_place(cfg.draft)
-    if cfg.slots is not None and place is not None:
-        raise ValueError(f"slots={cfg.slots} is for baselines; lengths=[...] measures shorter proposals of this draft")
     about = record_of(cfg.draft, place, cfg.target.name)
     config = recorded(cfg)
     with stage_of(cfg, about) as stage:
@@ -85,9 +83,9 @@ def run(cfg: DictConfig) -> Path:
             pd.DataFrame(held).to_csv(folder / "simulation_check.csv", index=False)
             timed = clock.pop("batches")
             pd.DataFrame(timed).to_csv(folder / "clock.csv", index=False)
-            metrics = _predicted(rows, clock, draft.block_size, cfg.batch_size) | clock
+            metrics = _predicted(rows, clock, cfg.slots or draft.block_size, cfg.batch_size) | clock
             metrics["simulation_ratio"] = {str(row["requests"]): row["ratio"] for row in held}
-            metrics["scheduler_seconds"] = _schedule(profile, max(cfg.batch_sizes), draft.block_size)
+            metrics["scheduler_seconds"] = _schedule(profile, max(cfg.batch_sizes), cfg.slots or draft.block_size)
             wandb.rows("costs", rows)
             wandb.rows("simulation_check", held)
             wandb.rows("clock", timed)
@@ -185,7 +183,7 @@ def measure(
 ) -> tuple[list[dict], dict[str, Any], CostProfile]:
     """Cost rows, the wall clock against plain decoding, and the profile of whole engine steps; each of `parts` is kept
     and printed as soon as it is measured."""
-    sizes, K = list(cfg.batch_sizes), draft.block_size
+    sizes, K = list(cfg.batch_sizes), cfg.slots or draft.block_size
     lengths = sorted({k for k in cfg.lengths if k <= K} | {K})
     repeats = {"context": cfg.context, "repeats": cfg.repeats, "warmup": cfg.warmup}
     if len(prompts) < max(sizes):
@@ -207,7 +205,14 @@ def measure(
             f"{len(asked)} prompts against the clock",
             lambda: _with_intervals(
                 wall_clock(
-                    target, draft, asked, how.sampling, how.limits, cfg.clock_repeats, library=cfg.clock_library
+                    target,
+                    draft,
+                    asked,
+                    how.sampling,
+                    how.limits,
+                    cfg.clock_repeats,
+                    slots=cfg.slots,
+                    library=cfg.clock_library,
                 ),
                 named,
             ),

@@ -107,8 +107,12 @@ def test_the_stage_measures_and_leaves_a_profile_to_serve_from(tmp_path, monkeyp
     owner = load_target(cfg.target, "cpu")
     draft = build_draft(method, cfg.target, owner.config, owner.tables)
     save_draft(draft, tmp_path / "draft", owner.config, draft_settings(method, cfg.target))
-    with pytest.raises(ValueError, match=r"slots=2 is for baselines; lengths="):
-        speed.run(OmegaConf.merge(cfg, {"slots": 2}))
+    with pytest.raises(ValueError, match=r"slots=4: the block of draft=.* holds 3"):
+        speed.run(OmegaConf.merge(cfg, {"slots": 4, "name": "more"}))
+    shorter = speed.run(OmegaConf.merge(cfg, {"slots": 2, "name": "shorter", "check": []}))
+    assert json.loads((shorter / "summary.json").read_text())["protocol"]["slots"] == 2
+    lines = pd.read_csv(shorter / "costs.csv")
+    assert set(lines[lines.part == "propose"].length) == {1, 2}  # of three slots, two are proposed and no more timed
     # Stopped after the clock and the first costs: both are printed and kept, and the same command does not repeat them.
     with monkeypatch.context() as stopped, pytest.raises(RuntimeError, match="stopped"):
         stopped.setattr(speed, "step_cost", lambda *_, **__: (_ for _ in ()).throw(RuntimeError("stopped")))
