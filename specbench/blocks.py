@@ -57,7 +57,8 @@ class Batch:
 
     `document`: the sample ordinal of each token, -1 on padding. `position`: its index in its conversation. `anchors`:
     row indices in ascending order, -1 where a row has fewer than N. `seed`: what they were drawn with, for all other
-    random choices of a training step (`generator`).
+    random choices of a training step (`generator`). `policy`: draws the tokens before a slot from the draft (an
+    OnPolicy of specbench.drafts.on_policy; None: they are those of the text).
     """
 
     tokens: Int[Tensor, "B T"]
@@ -68,13 +69,14 @@ class Batch:
     last: Float[Tensor, "B T D"]
     anchors: Int[Tensor, "B N"] | None = None
     seed: tuple[int, ...] = (0,)
+    policy: Any = None
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Batch:
         """The batch on `device`, its states in `dtype`."""
         moved = {name: getattr(self, name).to(device) for name in ("tokens", "loss_mask", "document", "position")}
         states = {name: getattr(self, name).to(device=device, dtype=dtype) for name in ("taps", "last")}
         anchors = None if self.anchors is None else self.anchors.to(device)
-        return Batch(**moved, **states, anchors=anchors, seed=self.seed)
+        return Batch(**moved, **states, anchors=anchors, seed=self.seed, policy=self.policy)
 
 
 @dataclass(frozen=True)

@@ -102,6 +102,9 @@ class Draft(nn.Module):
     # state for one that reads them at all positions.
     reads_taps = True
     reads_last = False
+    # Whether `forward` itself reads the tokens before a slot (not only `features`); it then asks `Batch.policy` for
+    # them, where there is one.
+    reads_previous = False
     # The released evaluator ends an Eagle3 proposal at its first proposed stop token (accounting "deepspec" only).
     halts_on_stop = False
     # Which slots training supervises: one of blocks.SUPERVISIONS.

@@ -51,6 +51,7 @@ class RecurrentDraft(Draft):
         ValueError: `supervision` has another value.
     """
 
+    reads_previous = True
     # Whether the layers read [embedding ; feature], and whether the first one alone does.
     paired = False
     first_layer_paired_alone = False
@@ -146,7 +147,15 @@ class RecurrentDraft(Draft):
         own: list[Pairs] = [[] for _ in self.layers]
         outputs, masks, window = [], {}, self.backbone.window
         steps = self.block_size if self.trained_steps is None or not self.training else self.trained_steps
+        previous = [tokens[..., 0]]
         for k in range(steps):
+            if k:
+                token = tokens[..., k]
+                if batch.policy is not None:
+                    with torch.no_grad():
+                        seen = outputs if self.feeds_normed_output else [self.norm(one) for one in outputs]
+                        token = batch.policy.token(self, torch.stack(seen, 2), torch.stack(previous, 2), token)
+                previous.append(token)
             position = start + k
             # Own key 0 is step 2's, one position after the chain's start.
             visible = Visibility(limit, batch.document, owner, position[..., None], batch.position, window, ahead=k - 1)
@@ -156,7 +165,7 @@ class RecurrentDraft(Draft):
                 shape = (*anchors.shape, 1, T, k)
                 masks = {key: block_mask(visible, shape) if source.is_cuda else visible.context_mask(T, 1)}
             own_mask = None if source.is_cuda else visible.own_mask(1, k)
-            feature = self.step(feature, tokens[..., k], position, context, own, masks[key], own_mask, first=k == 0)
+            feature = self.step(feature, previous[k], position, context, own, masks[key], own_mask, first=k == 0)
             if self.feeds_normed_output:
                 feature = self.norm(feature)
             outputs.append(feature)
@@ -165,6 +174,7 @@ class RecurrentDraft(Draft):
         hidden = torch.stack(outputs, 2)
         hidden = hidden if self.feeds_normed_output else self.norm(hidden)
         blocks = assemble(batch, F.pad(hidden, (0, 0, 0, self.block_size - steps)), self.supervision)
+        blocks = replace(blocks, previous=torch.cat([torch.stack(previous, 2), tokens[..., steps:]], 2))
         ran = torch.arange(self.block_size, device=hidden.device) < steps
         return blocks if steps == self.block_size else replace(blocks, mask=blocks.mask & ran)
 

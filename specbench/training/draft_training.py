@@ -28,6 +28,7 @@ from specbench.blocks import Batch, with_anchors
 from specbench.data.loading.target_cache import TargetCache, TrainingStep
 from specbench.drafts.draft import Draft
 from specbench.drafts.installed import checked, full_name, method_named
+from specbench.drafts.on_policy import OnPolicy
 from specbench.files.atomic import plain
 from specbench.files.redaction import redacted
 from specbench.files.torch_checkpoints import read_checkpoint
@@ -46,6 +47,7 @@ from specbench.ranges import (
     Share,
     ShareAboveZero,
     ShareWithin,
+    Temperature,
 )
 
 # What a checkpoint keeps of the target's tables, where it keeps them.
@@ -101,6 +103,10 @@ class DraftTraining(L.LightningModule):
         compile: compile the draft with torch.compile.
         ema: decay of an exponential moving average of the weights, which is then validated, probed and written. None:
             off.
+        on_policy: probability that the token before a slot is the draft's own draw instead of the text's
+            (specbench.drafts.on_policy). 0: teacher-forced.
+        on_policy_ramp: share of the steps over which this probability rises linearly from 0.
+        on_policy_temperature: of these draws; 0: the most likely token.
         tables_from: where the target's tables can be read again, {"target": ID, "revision": R} or {"cache": FOLDER}.
             None: a checkpoint contains the tables. A password in an address is not stored; load such a checkpoint with
             `target=`.
@@ -123,6 +129,9 @@ class DraftTraining(L.LightningModule):
         log_every: Count = 10,
         compile: bool = False,
         ema: ShareWithin | None = None,
+        on_policy: Share = 0.0,
+        on_policy_ramp: Share = 0.5,
+        on_policy_temperature: Temperature = 1.0,
         tables_from: Mapping[str, str | None] | None = None,
     ):
         super().__init__()
@@ -147,6 +156,13 @@ class DraftTraining(L.LightningModule):
         self.recipe = {"lr": lr, "betas": tuple(betas), "weight_decay": weight_decay}
         self.max_steps, self.warmup_share, self.gradient_clip = max_steps, warmup, gradient_clip
         self.layer_decay, self.anchor_seed, self.log_every = layer_decay, anchor_seed, log_every
+        self.on_policy, self.on_policy_ramp, self.on_policy_temperature = (
+            on_policy,
+            on_policy_ramp,
+            on_policy_temperature,
+        )
+        drawn = {"on_policy": on_policy, "on_policy_ramp": on_policy_ramp}
+        drawn |= {"on_policy_temperature": on_policy_temperature}
         self.save_hyperparameters(
             plain(
                 {
@@ -159,7 +175,9 @@ class DraftTraining(L.LightningModule):
                     "training": self.recipe
                     | {"max_steps": max_steps, "warmup": warmup, "gradient_clip": gradient_clip}
                     | {"layer_decay": layer_decay, "anchor_seed": anchor_seed, "log_every": log_every}
-                    | {"compile": compile, "ema": ema, "tables_from": self.tables_from},
+                    | {"compile": compile, "ema": ema, "tables_from": self.tables_from}
+                    # Left out at 0, so that a training of an earlier version goes on.
+                    | (drawn if on_policy else {}),
                 }
             )
         )
@@ -281,19 +299,31 @@ class DraftTraining(L.LightningModule):
         )
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
-    def loss(self, draft: Draft, batch: Batch, epoch: int) -> Loss:
-        """Loss sums of one micro-batch; its anchors depend on the anchor seed, the epoch and each conversation."""
+    def share_on_policy(self, step: int) -> float:
+        """Probability of a drawn token at an optimiser step."""
+        ramp = self.on_policy_ramp * self.steps_in_all
+        return self.on_policy * (min(1.0, step / ramp) if ramp else 1.0)
+
+    def loss(self, draft: Draft, batch: Batch, epoch: int, on_policy: float = 0.0) -> Loss:
+        """Loss sums of one micro-batch; its anchors depend on the anchor seed, the epoch and each conversation, and so
+        do the tokens that are drawn in place of the text's with probability `on_policy`."""
         batch = with_anchors(batch, draft.anchors_per_sample, (self.anchor_seed, epoch), draft.supervision)
         batch = batch.to(self.device, self.target_tables.embedding.dtype)
         positions = batch.tokens.numel()
-        return self.objective(draft, self.target_tables, draft(batch), positions=positions)
+        if on_policy:
+            policy = OnPolicy.of(batch, draft.block_size, on_policy, self.on_policy_temperature)
+            batch = dataclasses.replace(batch, policy=policy)
+        blocks = draft(batch)
+        if on_policy and not draft.reads_previous:
+            blocks = policy.blocks(draft, blocks)
+        return self.objective(draft, self.target_tables, blocks, positions=positions)
 
     def training_step(self, step: TrainingStep, index: int) -> None:
         optimizer, total = self.optimizers(), torch.zeros((), dtype=torch.float64, device=self.device)
         value, supervised = torch.zeros_like(total), torch.zeros_like(total)
         optimizer.zero_grad()
         for batch in step.micro:
-            loss = self.loss(self.draft, batch, step.epoch)
+            loss = self.loss(self.draft, batch, step.epoch, self.share_on_policy(step.number))
             # Not manual_backward: gradients are summed over ranks once, below, after all micro-batches.
             loss.value.backward()
             total += loss.weight.double()
