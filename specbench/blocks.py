@@ -57,8 +57,8 @@ class Batch:
 
     `document`: the sample ordinal of each token, -1 on padding. `position`: its index in its conversation. `anchors`:
     row indices in ascending order, -1 where a row has fewer than N. `seed`: what they were drawn with, for all other
-    random choices of a training step (`generator`). `policy`: draws the tokens before a slot from the draft (an
-    OnPolicy of specbench.drafts.on_policy; None: they are those of the text).
+    random choices of a training step (`generator`). `previous`: the token before each slot (None: the text's), or
+    `policy`, an OnPolicy of specbench.drafts.on_policy that draws them in the forward pass.
     """
 
     tokens: Int[Tensor, "B T"]
@@ -69,6 +69,7 @@ class Batch:
     last: Float[Tensor, "B T D"]
     anchors: Int[Tensor, "B N"] | None = None
     seed: tuple[int, ...] = (0,)
+    previous: Int[Tensor, "B N K"] | None = None
     policy: Any = None
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Batch:
@@ -76,7 +77,7 @@ class Batch:
         moved = {name: getattr(self, name).to(device) for name in ("tokens", "loss_mask", "document", "position")}
         states = {name: getattr(self, name).to(device=device, dtype=dtype) for name in ("taps", "last")}
         anchors = None if self.anchors is None else self.anchors.to(device)
-        return Batch(**moved, **states, anchors=anchors, seed=self.seed, policy=self.policy)
+        return Batch(**moved, **states, anchors=anchors, seed=self.seed, previous=self.previous, policy=self.policy)
 
 
 @dataclass(frozen=True)
@@ -205,6 +206,11 @@ def slot_positions(
     return index, before, usable.cumprod(-1).bool()
 
 
+def previous_tokens(batch: Batch, slots: int) -> Int[Tensor, "B N K"]:
+    """The token before every slot: token a+k-1 of the text, unless the batch says otherwise."""
+    return take(batch.tokens, slot_positions(batch, slots)[1]) if batch.previous is None else batch.previous
+
+
 def unshifted_mask(batch: Batch, slots: int) -> Bool[Tensor, "B N K"]:
     """Supervision of the released EAGLE-3 code: slot k uses the loss mask of token a+k-2, if the state at a+k-1
     exists."""
@@ -226,7 +232,7 @@ def assemble(batch: Batch, hidden: Float[Tensor, "B N K D"], supervision: str = 
     return Blocks(
         hidden=hidden,
         target=take(batch.last, before),
-        previous=take(batch.tokens, before),
+        previous=previous_tokens(batch, hidden.shape[2]),
         labels=take(batch.tokens, index),
         mask=unshifted_mask(batch, hidden.shape[2]) if supervision == "unshifted" else mask,
         source=first + before,

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import pytest
 import torch
 from torch import nn
@@ -46,7 +44,7 @@ def made(share: float, temperature: float, seed: int = 0, length: int | None = N
     draft = Counter(tiny.draft("dflash", "qwen3").backbone, owner.tables, tiny.TAPS, anchors=None)
     batch = with_anchors(tiny.pack(tiny.samples("qwen3", lengths=(24, 17, 9, 12)), length=length), None, (seed,))
     policy = OnPolicy.of(batch, draft.block_size, share, temperature)
-    return draft, batch, policy.blocks(draft, draft(batch))
+    return draft, batch, policy.forward(draft, batch)
 
 
 def test_a_draft_that_counts_is_fed_its_own_counting() -> None:
@@ -92,8 +90,7 @@ def test_draws_depend_on_the_seed_and_the_conversation_alone() -> None:
         places = (batch.anchors >= 0).nonzero().tolist()
         at = {(b, n): int(batch.anchors[b, n]) for b, n in places}
         return {
-            (int(batch.document[b, a]), int(batch.position[b, a])): previous[b, n].tolist()
-            for (b, n), a in at.items()
+            (int(batch.document[b, a]), int(batch.position[b, a])): previous[b, n].tolist() for (b, n), a in at.items()
         }
 
     assert chosen(1, None) == chosen(1, 40)
@@ -110,6 +107,10 @@ def test_draws_depend_on_the_seed_and_the_conversation_alone() -> None:
         ("dspark", {"markov_head": "rnn"}),
         ("dflash", {}),
         ("p_eagle", {}),
+        ("medusa", {}),
+        ("hydra", {}),
+        ("jetspec", {"block_input": "tokens"}),
+        ("jetspec", {}),
     ],
 )
 def test_training_on_policy_sees_the_logits_of_a_round(method: str, settings: dict) -> None:
@@ -118,9 +119,7 @@ def test_training_on_policy_sees_the_logits_of_a_round(method: str, settings: di
     batch = with_anchors(tiny.pack([sample]), None)
     with torch.no_grad():
         policy = OnPolicy.of(batch, draft.block_size, 1.0, 0.0)
-        blocks = draft(dataclasses.replace(batch, policy=policy))
-        if not draft.reads_previous:
-            blocks = policy.blocks(draft, blocks)
+        blocks = policy.forward(draft, batch)
         logits = draft.logits(blocks.hidden, blocks.previous)
         different = 0
         for n in (0, 5, 11):

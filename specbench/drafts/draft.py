@@ -102,9 +102,10 @@ class Draft(nn.Module):
     # state for one that reads them at all positions.
     reads_taps = True
     reads_last = False
-    # Whether `forward` itself reads the tokens before a slot (not only `features`); it then asks `Batch.policy` for
-    # them, where there is one.
+    # Whether `forward` itself, not only `features`, reads the tokens before the slots (blocks.previous_tokens), and
+    # whether it draws them where `Batch.policy` says so (else on-policy training takes a pass for each slot).
     reads_previous = False
+    draws_previous = False
     # The released evaluator ends an Eagle3 proposal at its first proposed stop token (accounting "deepspec" only).
     halts_on_stop = False
     # Which slots training supervises: one of blocks.SUPERVISIONS.

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from specbench.blocks import Batch, Blocks, Context, assemble, slot_positions, take
+from specbench.blocks import Batch, Blocks, Context, assemble, previous_tokens, take
 from specbench.drafts.draft import Draft, State
 from specbench.models.backbone import Backbone
 from specbench.models.embedding_head import Tables
@@ -93,8 +93,7 @@ class HeadsDraft(Draft):
     def forward(self, batch: Batch) -> Blocks:
         before = (batch.anchors - 1).clamp_min(0)
         feature = take(batch.last, before).to(next(self.parameters()).dtype)
-        previous = take(batch.tokens, slot_positions(batch, self.block_size)[1])
-        return assemble(batch, self.outputs(feature, previous))
+        return assemble(batch, self.outputs(feature, previous_tokens(batch, self.block_size)))
 
     def commit(self, state: State, context: Context, tokens: Int[Tensor, "B S"]) -> State:
         rows = torch.arange(len(tokens), device=tokens.device)

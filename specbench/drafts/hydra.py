@@ -45,6 +45,8 @@ class Chained(nn.Module):
 class Hydra(HeadsDraft):
     """Chained heads: a slot sees the tokens before it, by their embeddings. Arguments: see `HeadsDraft`."""
 
+    reads_previous = True
+
     def __init__(
         self,
         backbone: Backbone,

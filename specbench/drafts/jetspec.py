@@ -21,7 +21,7 @@ from typing import Annotated
 from jaxtyping import Int
 from torch import Tensor
 
-from specbench.blocks import Batch, slot_positions, take
+from specbench.blocks import Batch, previous_tokens
 from specbench.drafts.draft import Proposal, SampleFunction, State
 from specbench.drafts.parallel import ParallelDraft
 from specbench.models.backbone import Backbone
@@ -84,12 +84,13 @@ class JetSpec(ParallelDraft):
                 "set sample_from_anchor=true"
             )
         self.block_input = block_input
+        self.reads_previous = block_input == "tokens"
 
     def input_tokens(self, batch: Batch) -> Int[Tensor, "B N I"]:
         """Anchor and masks, or the token before every slot."""
         if self.block_input == "masks":
             return super().input_tokens(batch)
-        return take(batch.tokens, slot_positions(batch, self.block_size)[1])
+        return previous_tokens(batch, self.block_size)
 
     def propose(
         self, state: State, anchor: Int[Tensor, " B"], sample: SampleFunction, slots: int | None = None

@@ -19,7 +19,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from specbench.blocks import PADDING, Batch, Blocks, generator, take
+from specbench.blocks import PADDING, Batch, Blocks, generator, previous_tokens, take
 from specbench.ranges import Share, Slots, Temperature
 
 if TYPE_CHECKING:
@@ -77,11 +77,18 @@ class OnPolicy:
             len(below[0]) - 1
         )
 
-    def blocks(self, draft: Draft, blocks: Blocks) -> Blocks:
-        """The blocks of a draft whose forward pass does not read the slots' tokens, with drawn previous tokens."""
-        previous = [blocks.previous[..., 0]]
-        for k in range(1, blocks.previous.shape[-1]):
-            seen = torch.stack(previous, -1)
-            previous.append(self.token(draft, blocks.hidden[..., :k, :].detach(), seen, blocks.previous[..., k]))
+    def forward(self, draft: Draft, batch: Batch) -> Blocks:
+        """The draft's training view with drawn tokens. A forward pass that reads the tokens and does not draw them is
+        repeated for every slot, without gradient."""
+        if draft.draws_previous:
+            return draft(replace(batch, policy=self))
+        previous = previous_tokens(batch, draft.block_size).clone()
+        blocks = None if draft.reads_previous else draft(batch)
+        for k in range(1, draft.block_size):
+            with torch.no_grad():
+                hidden = (draft(replace(batch, previous=previous)) if blocks is None else blocks).hidden.detach()
+            previous[..., k] = self.token(draft, hidden[..., :k, :], previous[..., :k], previous[..., k])
+        if blocks is None:
+            return draft(replace(batch, previous=previous))
         # Lookups that were made before are those of the text's tokens.
-        return replace(blocks, previous=torch.stack(previous, -1), lookups=None)
+        return replace(blocks, previous=previous, lookups=None)

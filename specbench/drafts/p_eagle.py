@@ -62,6 +62,7 @@ class PEagle(FusedTaps):
     published_format = "p_eagle"
     first_layer_paired_alone = True
     reads_previous = False
+    draws_previous = False
     tap_modules = ("fc", "fc_norm", "input_norm", "mask_hidden")
 
     def __init__(

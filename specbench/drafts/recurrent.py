@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from specbench.blocks import PADDING, SUPERVISIONS, Batch, Blocks, Context, assemble, slot_positions, take
+from specbench.blocks import PADDING, SUPERVISIONS, Batch, Blocks, Context, assemble, previous_tokens, take
 from specbench.drafts.draft import Draft, Proposal, SampleFunction, State
 from specbench.drafts.initialisation import last_layers
 from specbench.drafts.work import Work, keys_seen, of_context, of_keys_values, of_layer, of_parameters
@@ -52,6 +52,7 @@ class RecurrentDraft(Draft):
     """
 
     reads_previous = True
+    draws_previous = True
     # Whether the layers read [embedding ; feature], and whether the first one alone does.
     paired = False
     first_layer_paired_alone = False
@@ -143,7 +144,7 @@ class RecurrentDraft(Draft):
         context = self.context(source, after, batch)
         before = (anchors - 1).clamp_min(0)
         feature = take(source, before)
-        tokens = take(batch.tokens, slot_positions(batch, self.block_size)[1])
+        tokens = previous_tokens(batch, self.block_size)
         own: list[Pairs] = [[] for _ in self.layers]
         outputs, masks, window = [], {}, self.backbone.window
         steps = self.block_size if self.trained_steps is None or not self.training else self.trained_steps

@@ -312,10 +312,9 @@ class DraftTraining(L.LightningModule):
         positions = batch.tokens.numel()
         if on_policy:
             policy = OnPolicy.of(batch, draft.block_size, on_policy, self.on_policy_temperature)
-            batch = dataclasses.replace(batch, policy=policy)
-        blocks = draft(batch)
-        if on_policy and not draft.reads_previous:
-            blocks = policy.blocks(draft, blocks)
+            blocks = policy.forward(draft, batch)
+        else:
+            blocks = draft(batch)
         return self.objective(draft, self.target_tables, blocks, positions=positions)
 
     def training_step(self, step: TrainingStep, index: int) -> None:
