@@ -1,6 +1,7 @@
 from specbench.data.loading.online import OnlineTarget as OnlineTarget
 from specbench.data.loading.target_cache import TargetCache as TargetCache
 from specbench.drafts.dflash import DFlash as DFlash
+from specbench.drafts.domino import Domino as Domino
 from specbench.drafts.draft import Draft as Draft
 from specbench.drafts.dspark import DSpark as DSpark
 from specbench.drafts.eagle3 import Eagle3 as Eagle3
@@ -26,6 +27,7 @@ __all__ = [
     "DFlash",
     "DSpark",
     "DecodeProbe",
+    "Domino",
     "Draft",
     "DraftTraining",
     "Eagle3",

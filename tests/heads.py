@@ -37,6 +37,9 @@ class Draft(nn.Module):
         self.heights.append(len(features))
         return self.tables.logits(features[:, :D]) + self.w2(features[:, D:])
 
+    def project_base(self, features):
+        return self.tables.logits(features[:, :D])
+
     def projection_parameters(self):
         return [*self.w2.parameters(), *([self.tables.head] if self.tables.trainable else [])]
 
@@ -55,10 +58,10 @@ def make(seed=0, dtype=torch.float64, size=V, **settings):
     return draft, tables, Blocks(hidden, torch.randn(B, N, K, D, dtype=dtype), previous, labels, mask)
 
 
-def plainly(objective, draft, tables, blocks):
+def plainly(objective, draft, tables, blocks, **settings):
     """The loss by autograd on whole logits."""
     with fast.plain():
-        return objective(draft, tables, blocks)
+        return objective(draft, tables, blocks, **settings)
 
 
 def gradients(loss, draft, blocks):
@@ -107,5 +110,11 @@ TERM_SETTINGS = {
         "accept": 0.7,
         "further": {"skew_kl": 0.8},
     },
+}
+BASES = {
+    "base of all": {**TERM_SETTINGS["all"], "base": {"add": 0.6}},
+    "base of dspark": {**TERM_SETTINGS["dspark"], "base": {"start": 0.8, "share": 1.0}},
+    "base of a blend": {"blend": {"scale": 0.9, "decay": 2.0}, "base": {"add": 0.6}},
+    "base of softened kl": {"kl": 0.7, "kl_temperature": 2.5, "base": {"add": 0.6}},
 }
 WEIGHTS = ["uniform", {"exp": 4.0}, {"power": 0.8}, {"dpace": 0.5}, "first_failure"]

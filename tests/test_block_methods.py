@@ -12,6 +12,7 @@ from specbench.blocks import with_anchors
 from specbench.checkpoints.config_keys import FormatError
 from specbench.checkpoints.draft_folder import build_draft, export_draft, load_draft, save_draft
 from specbench.checkpoints.exports import obstacle
+from specbench.drafts.domino import Domino
 from specbench.drafts.jetspec import JetSpec
 from specbench.models.backbone import backbone_of
 from specbench.models.embedding_head import Tables
@@ -74,6 +75,63 @@ def test_jetspec_refuses_to_show_a_slot_its_own_token() -> None:
         built(JetSpec, published.tensors("z-lab"), block_input="tokens", sample_from_anchor=False)
 
 
+def gru(held: dict, embeddings: list[torch.Tensor]) -> torch.Tensor:
+    """The state after the embeddings, by torch's own GRU."""
+    weights = {name: held[f"prefix_gru.{name}"] for name in ("weight_ih_l0", "weight_hh_l0")}
+    size = len(weights["weight_hh_l0"]) // 3
+    net = torch.nn.GRU(len(embeddings[0]), size, bias=False, batch_first=True)
+    net.load_state_dict(weights)
+    with torch.no_grad():
+        return net(torch.stack(embeddings)[None])[1][0, 0]
+
+
+def domino(held: dict, anchor: int, prefix: int, shift: bool, state_off: int = 0, label_off: int = 0) -> torch.Tensor:
+    """Logits (K, V) of Domino's formulas. `state_off` more tokens enter the state, `label_off` shifts the hidden state
+    that is read beside it: both are 0 in the method."""
+    sample, states = tiny.samples("qwen3")[0], block(held, anchor, shift=shift)
+    rows = []
+    for k in range(1, K + 1):
+        logits = held["lm_head.weight"] @ states[k - 1]
+        if k >= 1 + prefix:
+            before = sample.tokens[anchor : max(anchor + 1, anchor + k + state_off)]
+            state = gru(held, [held["embed_tokens.weight"][token] for token in before])
+            hidden = states[min(max(k - 1 + label_off, 0), K - 1)]
+            latent = held["embed_proj.0.weight"] @ torch.cat([hidden, state])
+            logits = logits + held["embed_proj.2.weight"] @ (latent * torch.sigmoid(latent))
+        rows.append(logits)
+    return torch.stack(rows)
+
+
+def domino_tensors(size: int = 10, rank: int = 6) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(3)
+    shapes = {"prefix_gru.weight_ih_l0": (3 * size, published.D), "prefix_gru.weight_hh_l0": (3 * size, size)}
+    shapes |= {"embed_proj.0.weight": (rank, published.D + size), "embed_proj.2.weight": (published.V, rank)}
+    own = {name: 0.5 * torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+    return published.tensors("z-lab") | own
+
+
+@pytest.mark.parametrize(("prefix", "shift"), [(1, True), (0, True), (1, False), (2, False)])
+def test_domino_gives_the_formulas_logits_and_no_shifted_ones(prefix: int, shift: bool) -> None:
+    held = domino_tensors()
+    sizes = {"correction_rank": 6, "gru_size": 10, "prefix": prefix, "sample_from_anchor": shift}
+    for anchor, found in logits(built(Domino, held, **sizes)).items():
+        torch.testing.assert_close(found, domino(held, anchor, prefix, shift), atol=1e-4, rtol=1e-4)
+        for wrong in ({"state_off": -1}, {"state_off": 1}, {"label_off": -1}, {"label_off": 1}):
+            assert (found - domino(held, anchor, prefix, shift, **wrong)).abs().max() > 1e-2, wrong
+        for other in (prefix - 1, prefix + 1):
+            assert (found - domino(held, anchor, other, shift)).abs().max() > 1e-2 or other < 0
+
+
+def test_dominos_base_logits_are_those_without_the_correction() -> None:
+    draft = tiny.draft("domino", "qwen3")
+    batch = with_anchors(tiny.batch("qwen3"), 3)
+    with torch.no_grad():
+        blocks = draft(batch)
+        features = draft.features(blocks.hidden, blocks.previous)
+        assert torch.equal(draft.project_base(features), draft.tables.logits(blocks.hidden))
+        assert (draft.project_base(features) - draft.project(features))[..., draft.prefix :, :].abs().max() > 0.1
+
+
 def folder_of(draft, path):
     """The draft in the layout of this project."""
     return save_draft(draft, path, tiny.QWEN3, draft.settings)
@@ -113,6 +171,28 @@ def test_zlabs_format_is_written_and_read_back(method: str, settings: dict, tmp_
     assert set(tensors) == {name for name in published.stored("z-lab", published.tensors("z-lab"))}
 
 
+@pytest.mark.parametrize("shift", [True, False])
+def test_dominos_format_is_written_and_read_back(shift: bool, tmp_path) -> None:
+    draft = tiny.draft("domino", "qwen3", sample_from_anchor=shift)
+    config, tensors, again = written(draft, tmp_path)
+    assert_same(draft, again)
+    assert config["architectures"] == ["DominoDraftModel"] and config["block_size"] == K + (not shift)
+    expected = {"projector_type": "domino", "emb_dim": 6, "gru_hidden_dim": 10, "pure_draft_prefix_len": 1}
+    expected |= {"mask_token_id": tiny.MASK, "target_layer_ids": list(tiny.TAPS), "shift_label": shift}
+    assert config["dflash_config"] == expected
+    assert set(tensors) == set(published.stored("z-lab", domino_tensors()))
+    # Older files name DFlash's class, and the size of the correction a second time.
+    named = config | {"architectures": ["DFlashDraftModel"], "emb_dim": 6}
+    assert_same(draft, build_draft(named, tensors, draft.tables))
+    for wrong, reason in (({"emb_dim": 7}, "contradicts"), ({"is_causal": True}, "attends both ways")):
+        with pytest.raises(FormatError, match=reason):
+            build_draft(config | wrong, tensors, draft.tables)
+    for key in ("gru_hidden_dim", "emb_dim"):
+        cut = {name: value for name, value in expected.items() if name != key}
+        with pytest.raises(FormatError, match=key):
+            build_draft(config | {"dflash_config": cut}, tensors, draft.tables)
+
+
 def test_causal_head_of_zlabs_format_is_jetspec() -> None:
     held, config = published.tensors("z-lab"), published.config("z-lab")
     tables = Tables(held["embed_tokens.weight"], held["lm_head.weight"])
@@ -132,6 +212,7 @@ def test_causal_head_of_zlabs_format_is_jetspec() -> None:
         ("jetspec", {}, "deepspec", "JetSpec is no draft of this format; use format=zlab or specbench"),
         ("jetspec", {"train_tables": True, "sample_from_anchor": False}, "zlab", "share the target's embedding"),
         ("jetspec", {"backbone": "llama", "sample_from_anchor": False}, "zlab", "norms of queries and keys"),
+        ("domino", {}, "vllm", "Domino is no draft of this format; use format=zlab or specbench"),
         ("dspark", {}, "zlab", "DSpark is no draft of this format"),
     ],
 )

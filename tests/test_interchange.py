@@ -42,8 +42,7 @@ def made(method: str, family: str = "qwen3", ids: torch.Tensor | None = None, **
         if key in settings:
             cfg[key] = settings.pop(key)
     taps = settings.pop("taps", list(tiny.TAPS))
-    small = {"layers": 1, "block_size": 4, "markov_rank": 6}
-    small = {key: size for key, size in small.items() if key in cfg.draft}
+    small = {key: size for key, size in (tiny.SMALL | {"layers": 1}).items() if key in cfg.draft}
     cfg.draft = OmegaConf.merge(cfg.draft, small, settings)
     owner = tiny.target(family)
     about = OmegaConf.create({"target_layer_ids": taps, "mask_token_id": tiny.MASK})

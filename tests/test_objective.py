@@ -13,7 +13,7 @@ from torch import nn
 from specbench.blocks import Blocks
 from specbench.losses.objective import Objective
 from specbench.models.embedding_head import Tables
-from tests.heads import IDS, TERM_SETTINGS, WEIGHTS, D, K, assert_same, make, plainly
+from tests.heads import BASES, IDS, TERM_SETTINGS, WEIGHTS, D, K, assert_same, make, plainly
 
 FIXTURE = Path(__file__).parent / "fixtures" / "dspark_losses.safetensors"
 
@@ -27,6 +27,48 @@ def test_chunks_equal_the_whole(terms, slot_weight):
             draft, tables, blocks = make(ids=ids, train_head=train_head, soft_cap=soft_cap)
             expected = plainly(objective, draft, tables, blocks)
             assert_same(objective(draft, tables, blocks), expected, draft, blocks, 1e-12)
+
+
+@pytest.mark.parametrize("terms", BASES.values(), ids=BASES)
+@pytest.mark.parametrize("slot_weight", [{"exp": 4.0}, {"dpace": 0.5}], ids=str)
+def test_chunks_equal_the_whole_with_a_loss_of_the_base_logits(terms, slot_weight):
+    objective = Objective(**terms, slot_weight=slot_weight, chunk_rows=5)
+    for ids in (None, IDS):
+        draft, tables, blocks = make(ids=ids, train_head=True, soft_cap=3.0)
+        expected = plainly(objective, draft, tables, blocks, progress=0.4)
+        assert_same(objective(draft, tables, blocks, progress=0.4), expected, draft, blocks, 1e-12)
+
+
+def test_base_and_final_loss_are_mixed_as_far_as_the_training_is():
+    """The loss of each kind of logits computed alone, and their sum by hand; every slot has its weight in both."""
+
+    class Base(nn.Module):
+        def __init__(self, draft):
+            super().__init__()
+            self.draft, self.draft_vocabulary, self.confidence = draft, None, lambda *_: None
+            self.features, self.project = draft.features, draft.project_base
+            self.projection_parameters = draft.projection_parameters
+
+    draft, tables, blocks = make()
+    settings = {"ce": 0.3, "tv": 0.5, "slot_weight": {"exp": 4.0}}
+    plain = Objective(**settings)
+    final, base = (float(plain(one, tables, blocks).value) for one in (draft, Base(draft)))
+    assert abs(final - base) > 0.1
+    falling = Objective(**settings, base={"start": 0.8, "share": 0.5})
+    for progress, weight in ((0.0, 0.8), (0.125, 0.6), (0.25, 0.4), (0.5, 0.0), (1.0, 0.0)):
+        found = falling(draft, tables, blocks, progress=progress)
+        assert float(found.value) == pytest.approx((1 - weight) * final + weight * base, abs=1e-12)
+        assert float(found.weight) == float(plain(draft, tables, blocks).weight)
+    added = Objective(**settings, base={"add": 0.7})(draft, tables, blocks, progress=0.3)
+    assert float(added.value) == pytest.approx(final + 0.7 * base, abs=1e-12)
+
+
+@pytest.mark.parametrize(
+    "base", [{}, {"start": 1.0}, {"add": 0.0}, {"start": 1.0, "share": 0.0}, {"add": 1, "start": 1}]
+)
+def test_settings_of_the_base_loss_that_cannot_be(base):
+    with pytest.raises(ValueError, match="objective base="):
+        Objective(ce=1.0, base=base)
 
 
 @pytest.mark.parametrize("terms", [TERM_SETTINGS["dspark"], TERM_SETTINGS["all"]], ids=["dspark", "all"])

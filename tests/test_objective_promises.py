@@ -101,7 +101,8 @@ def test_bf16_logits_are_judged_in_fp32():
     z, t = (torch.randn(9, 700, generator=generator).bfloat16() for _ in range(2))
     wide, labels, scale = z.float(), torch.arange(9), torch.rand(9, generator=generator)
     combination = Objective(**TERM_SETTINGS["all"]).combination
-    low, high = (RowPass(combination)(logits, t, labels, scale) for logits in (z, wide))
+    passes = [RowPass(combination) for _ in range(2)]
+    low, high = (one(logits, one.judge(t), labels, scale) for one, logits in zip(passes, (z, wide), strict=True))
     for name in low.terms:
         assert torch.equal(low.terms[name], high.terms[name])
     assert torch.equal(z, wide.bfloat16())
@@ -140,9 +141,8 @@ def test_argmax_takes_the_first_of_equals():
 def test_disjoint_distributions_have_finite_loss_and_gradient():
     logits, target = torch.full((1, 600), -60.0), torch.full((1, 600), -60.0)
     logits[0, 0] = target[0, 1] = 60.0
-    rows = RowPass(Combination({"accept": 1.0, "kl": 1.0}, Blend(over="row")))(
-        logits, target, torch.tensor([1]), torch.ones(1)
-    )
+    one = RowPass(Combination({"accept": 1.0, "kl": 1.0}, Blend(over="row")))
+    rows = one(logits, one.judge(target), torch.tensor([1]), torch.ones(1))
     assert float(rows.terms["accept"]) == pytest.approx(-math.log(1e-10))
     assert logits.isfinite().all() and logits[0, 0] == pytest.approx(1.0 + 1.0)  # kl and its blend: p - q
 

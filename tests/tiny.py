@@ -129,7 +129,7 @@ def across(methods: Iterable[str] = METHODS, *further: object) -> list:
 
 
 TAPS = (0, 2, 3)
-SMALL = {"layers": 2, "block_size": 4, "markov_rank": 6}
+SMALL = {"layers": 2, "block_size": 4, "markov_rank": 6, "correction_rank": 6, "gru_size": 10}
 
 
 @cache

@@ -10,6 +10,7 @@ import torch
 from specbench.decoding.sampling import Sampling, warp
 from specbench.drafts.baselines import Small
 from specbench.drafts.dflash import DFlash
+from specbench.drafts.domino import Domino
 from specbench.drafts.draft import Draft
 from specbench.drafts.dspark import DSpark
 from specbench.drafts.eagle1 import Eagle1
@@ -41,6 +42,7 @@ CONFIG = {
 METHODS: dict[str, type[Draft]] = {"dflash": DFlash, "dspark": DSpark, "eagle3": Eagle3, "mtp": MTP}
 # All of them, for tests of one method and for long ones.
 CLASSES = METHODS | {"eagle1": Eagle1, "medusa": Medusa, "hydra": Hydra, "p_eagle": PEagle, "jetspec": JetSpec}
+CLASSES |= {"domino": Domino}
 
 
 @cache
@@ -57,6 +59,8 @@ def draft(method: str, slots: int = 3, **settings) -> Draft | Small:
         return Small(Target.from_config(CONFIG, [], seed=4, stop_token_ids=[]), VOCABULARY, slots)
     if method == "dspark":
         settings = {"markov_rank": 4, **settings}
+    if method == "domino":
+        settings = {"correction_rank": 4, "gru_size": 6, **settings}
     with torch.random.fork_rng():
         torch.manual_seed(7)
         made = CLASSES[method](

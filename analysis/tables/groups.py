@@ -34,6 +34,7 @@ METHOD_ORDER = (
     "p_eagle",
     "dflash",
     "jetspec",
+    "domino",
     "dspark",
 )
 DOMAIN_ORDER = ("math", "maths", "code", "chat", "prose")

@@ -20,6 +20,7 @@ from torch import Tensor
 from specbench.checkpoints.config_keys import FormatError
 from specbench.checkpoints.draft_files import TABLES
 from specbench.checkpoints.formats import EAGLE_FLAGS
+from specbench.drafts.domino import Domino
 from specbench.drafts.draft import Draft
 from specbench.drafts.dspark import DSpark
 from specbench.drafts.eagle3 import Eagle3
@@ -36,7 +37,7 @@ HELD = {
     "deepspec": ("dspark", "dflash", "eagle3"),
     "vllm": ("dspark", "dflash", "eagle3", "p_eagle"),
     "sglang": ("eagle3",),
-    "zlab": ("dflash", "jetspec"),
+    "zlab": ("dflash", "jetspec", "domino"),
 }
 # Names that a draft's tables and vocabulary have in every format, so that no module of its own may have them.
 TAKEN = (*TABLES, "d2t", "t2d")
@@ -172,7 +173,7 @@ def _zlab_obstacle(draft: Draft) -> str | None:
         return "z-lab's drafts have Qwen3 layers, with norms of queries and keys; this draft's are Llama-like"
     if draft.tables.trainable or draft.draft_vocabulary is not None:
         return "z-lab's drafts share the target's embedding and head; this draft has its own or a reduced vocabulary"
-    if draft.sample_from_anchor:
+    if draft.sample_from_anchor and not isinstance(draft, Domino):
         return "z-lab's drafts predict at mask tokens only; train with method.draft.sample_from_anchor=false"
     if draft.full_layers and draft.causal_block:
         return "layers without the causal block of the others (full_layers) have no key there"
@@ -349,6 +350,10 @@ def zlab(
         "block_size": draft.inputs,
         "dflash_config": inner,
     }
+    if isinstance(draft, Domino):
+        config["architectures"] = ["DominoDraftModel"]
+        inner |= {"projector_type": "domino", "emb_dim": draft.rank, "gru_hidden_dim": draft.gru_size}
+        inner |= {"pure_draft_prefix_len": draft.prefix, "shift_label": draft.sample_from_anchor}
     if isinstance(draft, JetSpec):
         inner["causal_head"] = True
     elif draft.causal_block:

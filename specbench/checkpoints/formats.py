@@ -2,7 +2,8 @@
 
     DeepSpec      architectures [Qwen3 or Gemma4, then DSparkModel or Eagle3Model]; tensor names are ours
     z-lab DFlash  architectures [DFlashDraftModel], dflash_config; block_size counts the anchor; no embedding, no head;
-                  JetSpec with dflash_config.causal_head
+                  JetSpec with dflash_config.causal_head; Domino with architectures [DominoDraftModel] or
+                  dflash_config.projector_type domino, whose block_size with shift_label is that of its slots
     speculators   speculators_model_type dspark | dflash | eagle3 | peagle, transformer_layer_config; taps are stored
                   plus one
     SGLang        architectures [LlamaForCausalLMEagle3], midlayer.*; eagle_config names the taps. With
@@ -33,6 +34,7 @@ from torch import Tensor
 from specbench.checkpoints.config_keys import REASONS, FormatError, Keys, agreed, agreed_flag, agreed_number
 from specbench.checkpoints.layer_config import LayerFacts, gemma4_layers_of, layers_of
 from specbench.drafts.dflash import DFlash
+from specbench.drafts.domino import Domino
 from specbench.drafts.draft import Draft
 from specbench.drafts.dspark import MARKOV_HEADS, DSpark
 from specbench.drafts.eagle3 import Eagle3
@@ -277,13 +279,13 @@ def _form(config: Keys, tensors: Collection[str]) -> Form:
             return _deepspec(config, family, tensors, _deepspec_block)
         if architecture == f"{family}Eagle3Model":
             return _deepspec(config, family, tensors, _deepspec_eagle3)
-    if architecture == "DFlashDraftModel":
-        return _zlab(config)
+    if architecture in ("DFlashDraftModel", "DominoDraftModel"):
+        return _zlab(config, architecture)
     if architecture == "LlamaForCausalLMEagle3":
         return _sglang(config)
     raise FormatError(
         f"architecture {architecture!r} is no draft format known here; known: Qwen3 and Gemma4 with DSparkModel or "
-        "Eagle3Model, DFlashDraftModel, LlamaForCausalLMEagle3, speculators and SpecBench's own"
+        "Eagle3Model, DFlashDraftModel, DominoDraftModel, LlamaForCausalLMEagle3, speculators and SpecBench's own"
     )
 
 
@@ -346,7 +348,7 @@ def _with_heads(config: Keys, settings: dict[str, Any]) -> tuple[type[Draft], di
     }
 
 
-def _zlab(config: Keys) -> Form:
+def _zlab(config: Keys, architecture: str) -> Form:
     inner, layers = config.section("dflash_config"), layers_of(config, "qwen3")
     for place in (inner, config):
         place.integers("target_layer_ids"), place.integer("mask_token_id"), place.integer("block_size")
@@ -356,7 +358,11 @@ def _zlab(config: Keys) -> Form:
             inner.needed(key)
     config.get("tie_word_embeddings")  # the target's, whose tables are shared
     _same_width(config, layers)
-    slots = found["block_size"] - 1  # the published block counts the anchor, which predicts nothing in this form
+    usual = "domino" if architecture == "DominoDraftModel" else "dflash"
+    domino = inner.choice("projector_type", [usual, "domino"], usual) == "domino"
+    # The published block counts the anchor, which predicts nothing in this form but for Domino's shift_label.
+    from_anchor = domino and inner.flag("shift_label")
+    slots = found["block_size"] - (not from_anchor)
     named = {"is_causal": config, "causal": inner, "causal_head": inner}
     said = {key: place.flag(key) for key, place in named.items() if key in place}
     if len(set(said.values())) > 1:
@@ -366,9 +372,9 @@ def _zlab(config: Keys) -> Form:
         "mask_token_id": found["mask_token_id"],
         "layers": layers.count,
         "block_size": slots,
-        "sample_from_anchor": False,
+        "sample_from_anchor": from_anchor,
     }
-    settings |= _block_attention(layers, next(iter(said.values()), None), slots + 1)
+    settings |= _block_attention(layers, next(iter(said.values()), None), found["block_size"])
     scales = Scales(
         agreed_number("input_embedding_scale", inner, config) or 1.0,
         agreed_number("output_multiplier", inner, config) or 1.0,
@@ -379,7 +385,23 @@ def _zlab(config: Keys) -> Form:
     if said.get("causal_head"):  # every layer of such a draft is causal, which JetSpec does not set but is
         kind = JetSpec
         del settings["causal_block"]
+    if domino:
+        kind, settings = Domino, settings | _domino(inner, config, settings)
     return Form(kind, settings, layers, layers.text(config), about)
+
+
+def _domino(inner: Keys, config: Keys, settings: dict[str, Any]) -> dict[str, Any]:
+    """The settings of Domino's correction. Errors: FormatError for a block attention that it does not have."""
+    if settings.keys() & {"causal_block", "full_layers"} or "causal_head" in inner:
+        raise FormatError("config.json: a Domino draft here attends both ways in its block, in all layers alike")
+    config.integer("emb_dim"), inner.integer("emb_dim")
+    if (rank := agreed("emb_dim", inner, config)) is None:
+        inner.needed("emb_dim")
+    return {
+        "correction_rank": rank,
+        "gru_size": inner.integer(inner.needed("gru_hidden_dim")),
+        "prefix": inner.integer("pure_draft_prefix_len", 0),
+    }
 
 
 def _block_attention(layers: LayerFacts, causal: bool | None, inputs: int) -> dict[str, Any]:

@@ -262,6 +262,11 @@ class Draft(nn.Module):
         """Logits of each row of features; the only operation of a draft with an axis of vocabulary size."""
         return self.tables.logits(features)
 
+    def project_base(self, features: Float[Tensor, "*r F"]) -> Float[Tensor, "*r W"] | None:
+        """Logits of each row before the method corrects them; None for a method that has no such logits. A loss can
+        supervise them too (`objective.base`). They read no parameter that `project` does not read."""
+        return None
+
     def logits(self, hidden: Float[Tensor, "*b K D"], previous: Int[Tensor, "*b K"]) -> Float[Tensor, "*b K W"]:
         """Draft logits of whole blocks."""
         return self.project(self.features(hidden, previous))

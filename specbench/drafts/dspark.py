@@ -1,7 +1,7 @@
 """DSpark (Cheng et al. 2026): a block-parallel draft with a low-rank Markov head between neighbouring slots.
 
     context features, block attention (eq. 2, 3)            -> parallel.ParallelDraft
-    logits_k = U_k + B_k (eq. 4)                            -> DSpark.project
+    logits_k = U_k + B_k (eq. 4)                            -> ParallelDraft.project
     B_k = W1[x_{k-1}] W2 (eq. 5)                            -> MarkovHead, kind "vanilla"
     B_k = (sigmoid(G [h_k ; W1[x]] + b) * W1[x]) W2         -> MarkovHead, kind "gated"
     s_k = sigmoid(g) s_{k-1} + (1 - sigmoid(g)) tanh(c), B_k = W2 tanh(o) (eq. 6) -> MarkovHead, kind "rnn"
@@ -29,7 +29,7 @@ from specbench.drafts.parallel import ParallelDraft
 from specbench.models.backbone import Backbone
 from specbench.models.embedding_head import Tables
 from specbench.models.fast.packed_products import Kept
-from specbench.models.fast.projection import SharedLookups, add_linear_, return_memory
+from specbench.models.fast.projection import SharedLookups, return_memory
 from specbench.ranges import Among, Count, LayerId, Layers, Rank, Slots
 
 MARKOV_HEADS = ("vanilla", "gated", "rnn")
@@ -176,16 +176,9 @@ class DSpark(ParallelDraft):
         """[hidden ; Markov latent]: the vocabulary-sized work is left to `project`."""
         return hidden if self.markov_head is None else torch.cat([hidden, self.markov_head(hidden, previous)], -1)
 
-    def project(self, features: Float[Tensor, "*r F"]) -> Float[Tensor, "*r W"]:
-        if self.markov_head is None:
-            return self.tables.logits(features)
-        hidden, latent = features.split([self.backbone.hidden_size, self.markov_head.rank], -1)
-        # In place, so that a chunk of the objective needs no second tensor of vocabulary size.
-        return add_linear_(self.tables.logits(hidden), latent, self.markov_head.markov_w2.weight)
-
-    def projection_parameters(self) -> list[nn.Parameter]:
-        markov = [] if self.markov_head is None else [self.markov_head.markov_w2.weight]
-        return [*super().projection_parameters(), *markov]
+    @property
+    def correction(self) -> nn.Linear | None:
+        return None if self.markov_head is None else self.markov_head.markov_w2
 
     def confidence(self, hidden: Float[Tensor, "*b K D"], previous: Int[Tensor, "*b K"]) -> Tensor | None:
         if self.confidence_head is None:

@@ -26,6 +26,7 @@ from specbench.models.backbone import Backbone, Layer, RotaryEmbedding
 from specbench.models.embedding_head import Tables
 from specbench.models.fast.folded_layers import Stack
 from specbench.models.fast.packed_products import Kept
+from specbench.models.fast.projection import add_linear_
 from specbench.models.kv_cache import KVCache
 from specbench.models.target import Target
 from specbench.ranges import Count, LayerId, Layers, Slots
@@ -105,6 +106,26 @@ class ParallelDraft(Draft):
         self.layers = nn.ModuleList(Layer(backbone) for _ in range(layers))
         self.rope = RotaryEmbedding(backbone)
         self.stack = Stack(self.layers, backbone, reads_context=True)
+
+    @property
+    def correction(self) -> nn.Linear | None:
+        """The map (W, R) from a slot's latent to a bias of its base logits, if the method has one: `features` are then
+        [hidden ; latent]."""
+        return None
+
+    def project(self, features: Float[Tensor, "*r F"]) -> Float[Tensor, "*r W"]:
+        base = self.tables.logits(features[..., : self.backbone.hidden_size])
+        if self.correction is None:
+            return base
+        # In place, so that a chunk of the objective needs no second tensor of vocabulary size.
+        return add_linear_(base, features[..., self.backbone.hidden_size :], self.correction.weight)
+
+    def project_base(self, features: Float[Tensor, "*r F"]) -> Float[Tensor, "*r W"] | None:
+        return None if self.correction is None else self.tables.logits(features[..., : self.backbone.hidden_size])
+
+    def projection_parameters(self) -> list[nn.Parameter]:
+        correction = [] if self.correction is None else [self.correction.weight]
+        return [*super().projection_parameters(), *correction]
 
     def layers_in_order(self) -> Sequence[nn.Module]:
         return list(self.layers)

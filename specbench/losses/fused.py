@@ -62,10 +62,13 @@ def slot_losses(
     combination: Combination,
     slot_weight: SlotWeight,
     chunk_rows: int | None = None,
-) -> tuple[SlotResults, Callable[[Tensor], Tensor]]:
-    """Results of the supervised slots, and a function that attaches the computed gradient to the summed loss.
+    factors: tuple[float, float] = (1.0, 0.0),
+) -> tuple[SlotResults, SlotResults | None, Callable[[Tensor], Tensor]]:
+    """Results of the supervised slots by the final logits and by the base logits, and a function that attaches the
+    computed gradient to the summed loss.
 
-    chunk_rows: rows of vocabulary size held at once (None: by vocabulary and device; at least one block).
+    chunk_rows: rows of vocabulary size held at once (None: by vocabulary and device; at least one block). factors: of
+    the loss of the final and of the base logits; base logits are computed only if theirs is not 0.
     """
     rows = features[blocks.mask]
     learn = [parameter for parameter in draft.projection_parameters() if parameter.requires_grad]
@@ -76,11 +79,12 @@ def slot_losses(
         mean_alpha = None
         if combination.blend is not None and combination.blend.over == "batch":
             mean_alpha = visit(RowPass(Combination(), ids), linears)[0].alpha.mean()
-        results, outer = visit(RowPass(combination, ids, mean_alpha), linears, learning)
+        visit.factors = factors
+        results, base, outer = visit(RowPass(combination, ids, mean_alpha), linears, learning)
         gradients = [outer, *linears.totals()] if learning else []
     if not learning:
-        return results, lambda value: value
-    return results, lambda value: Known.apply(value, gradients, rows, *learn)
+        return results, base, lambda value: value
+    return results, base, lambda value: Known.apply(value, gradients, rows, *learn)
 
 
 class Chunks:
@@ -97,6 +101,7 @@ class Chunks:
     ):
         self.draft, self.tables, self.features, self.slot_weight = draft, tables, features, slot_weight
         self.target_linears = Linears()
+        self.factors = (1.0, 0.0)
         self.rows = chunk_rows
         self.mask = blocks.mask.flatten(0, 1)
         self.target, self.labels = blocks.target[blocks.mask], blocks.labels[blocks.mask]
@@ -110,35 +115,70 @@ class Chunks:
         self.spans = list(_spans(self.mask.sum(-1).tolist(), self.rows))
         self.target_linears.room = min(self.rows, len(self.target))
 
-    def __call__(self, row_pass: RowPass, linears: Linears, learning: bool = False) -> tuple[SlotResults, Tensor]:
-        """Results of all rows, and if `learning` the gradient of the features (else empty)."""
+    def __call__(
+        self, row_pass: RowPass, linears: Linears, learning: bool = False
+    ) -> tuple[SlotResults, SlotResults | None, Tensor]:
+        """Results of all rows by the final and by the base logits, and if `learning` the gradient of the features (else
+        empty)."""
         linears.room = self.target_linears.room
         parts = [self.chunk(row_pass, linears, learning, rows, blocks) for rows, blocks in self.spans]
-        return SlotResults.join([rows for rows, _ in parts]), torch.cat([outer for _, outer in parts])
+        final, base, outer = zip(*parts, strict=True)
+        return (
+            SlotResults.join(list(final)),
+            SlotResults.join(list(base)) if self.factors[1] else None,
+            torch.cat(outer),
+        )
 
     def chunk(
         self, row_pass: RowPass, linears: Linears, learning: bool, rows: slice, blocks: slice
-    ) -> tuple[SlotResults, Tensor]:
-        """One chunk of whole blocks, forward and backward."""
-        features = self.features[rows].detach().requires_grad_(learning)
-        with torch.set_grad_enabled(learning), linears:
-            logits = self.draft.project(features)
+    ) -> tuple[SlotResults, SlotResults | None, Tensor]:
+        """One chunk of whole blocks, forward and backward: the final logits, then in the same memory the base ones."""
         states, of = self.distinct(rows)
         with self.target_linears:
-            target = self.tables.logits(states)
-        if not learning:
-            return row_pass(logits, target, self.labels[rows], of=of), self.features[:0]
-        # Written to in place: if something saved these logits for its backward, autograd refuses rather than errs.
-        gradient = logits.detach().contiguous()
-        if gradient.untyped_storage().data_ptr() == features.untyped_storage().data_ptr():
-            gradient = gradient.clone()
-        scale = torch.ones_like(self.static[rows]) if self.slot_weight.dynamic else self.static[rows]
-        results = row_pass(gradient, target, self.labels[rows], scale, of)
+            verdict = row_pass.judge(self.tables.logits(states))
+        labels, static, (final, base) = self.labels[rows], self.static[rows], self.factors
+        scale = torch.ones_like(static) if self.slot_weight.dynamic else static
+        judged = (verdict, labels, of)
+        results, logits, features, gradient = self.differentiate(
+            self.draft.project, row_pass, linears, judged, rows, final * scale if learning else None
+        )
+        weight = static
         if self.slot_weight.dynamic:
             mask = self.mask[blocks]
-            weight = self.slot_weight.weigh(mask, grid(results.probability, mask), grid(results.hit, mask))
-            gradient.mul_(weight[mask][:, None])
-        return results, linears.back(features, logits, gradient)
+            weight = self.slot_weight.weigh(mask, grid(results.probability, mask), grid(results.hit, mask))[mask]
+            if learning:
+                gradient.mul_(weight[:, None])
+        outer = linears.back(features, logits, gradient) if learning else self.features[:0]
+        if not base:
+            return results, None, outer
+        others, logits, features, gradient = self.differentiate(
+            self.draft.project_base, row_pass, linears, judged, rows, base * weight if learning else None
+        )
+        if learning:
+            outer = outer + linears.back(features, logits, gradient)
+        return results, others, outer
+
+    def differentiate(
+        self,
+        project: Callable[[Tensor], Tensor],
+        row_pass: RowPass,
+        linears: Linears,
+        judged: tuple[TargetRows, Tensor, Tensor | None],
+        rows: slice,
+        scale: Float[Tensor, " r"] | None,
+    ) -> tuple[SlotResults, Tensor, Tensor, Tensor]:
+        """Results of these rows by the logits of `project`, these logits, their features, and given `scale`, a factor
+        on each row's loss, the gradient of the logits, which lies in their memory."""
+        learning = scale is not None
+        features = self.features[rows].detach().requires_grad_(learning)
+        with torch.set_grad_enabled(learning), linears:
+            logits = project(features)
+        # Written to in place: if something saved these logits for its backward, autograd refuses rather than errs.
+        gradient = logits.detach().contiguous() if learning else logits
+        if gradient.untyped_storage().data_ptr() == features.untyped_storage().data_ptr():
+            gradient = gradient.clone()
+        verdict, labels, of = judged
+        return row_pass(gradient, verdict, labels, scale, of), logits, features, gradient
 
     def distinct(self, rows: slice) -> tuple[Tensor, Tensor | None]:
         """A copy of the distinct target states (u, D) of these rows, and which of them each row has."""
@@ -174,6 +214,7 @@ class TargetRows:
     log_norm: Float[Tensor, " u"]
     cross: Float[Tensor, " u"] | None
     logits: Float[Tensor, "u V"] | None
+    vocabulary: int
 
 
 class RowPass:
@@ -197,7 +238,7 @@ class RowPass:
     def __call__(
         self,
         draft_logits: Float[Tensor, "r W"],
-        target_logits: Float[Tensor, "u V"],
+        verdict: TargetRows,
         labels: Int[Tensor, " r"],
         scale: Float[Tensor, " r"] | None = None,
         of: Int[Tensor, " r"] | None = None,
@@ -205,26 +246,25 @@ class RowPass:
         """Results of the rows; given `scale`, a factor on each row's loss, the gradient replaces `draft_logits`.
 
         `of` names the target row of every draft row (None: they stand side by side): what concerns the target alone
-        is computed once for each of its rows. `target_logits` is overwritten where its dtype allows. Both logits may be
-        of any floating dtype; they need not have the same.
+        is computed once for each of its rows, by `judge`. The logits of draft and target may be of any floating dtype;
+        they need not have the same.
         """
-        columns, inside = draft_columns(labels, self.ids, target_logits.shape[1])
-        verdict = self._judge(target_logits)
+        columns, inside = draft_columns(labels, self.ids, verdict.vocabulary)
         parts = []
-        for tile in _tiles(len(labels), target_logits):
+        for tile in _tiles(len(labels), verdict.vocabulary, draft_logits.device):
             picked = torch.arange(tile.start, tile.stop, device=labels.device) if of is None else of[tile]
             rows = (draft_logits[tile], verdict, picked, columns[tile], inside[tile])
             parts.append(self._tile(*rows, None if scale is None else scale[tile]))
         return SlotResults.join(parts)
 
-    def _judge(self, logits: Float[Tensor, "u V"]) -> TargetRows:
-        """The results of the target, row by row, in place if possible."""
+    def judge(self, logits: Float[Tensor, "u V"]) -> TargetRows:
+        """The results of the target, row by row; `logits` is overwritten where its dtype allows."""
         wide, ids, wanted = torch.promote_types(logits.dtype, torch.float32), self.ids, self.coefficients
         in_place = logits.dtype == wide and ids is None and not self._reads_target_logits
         width = logits.shape[1] if ids is None else len(ids)
         q = logits if in_place else self._scratch("verdict", (len(logits), width), logits.new_empty(0, dtype=wide))
         parts = []
-        for tile in _tiles(len(logits), logits):
+        for tile in _tiles(len(logits), logits.shape[1], logits.device):
             t = logits[tile].to(wide)
             top, first = _top(t)
             whole = q[tile] if ids is None else self._scratch("q whole", t.shape, t)
@@ -248,7 +288,8 @@ class RowPass:
                 cross = product.sum(-1) - (log_norm - top) * (1 - outside)
             parts.append((first, outside, log_norm, cross))
         first, outside, log_norm, cross = (torch.cat(part) for part in zip(*parts, strict=True))
-        return TargetRows(q, first, outside, log_norm, cross, logits if self._reads_target_logits else None)
+        kept = logits if self._reads_target_logits else None
+        return TargetRows(q, first, outside, log_norm, cross, kept, logits.shape[1])
 
     @property
     def _reads_target_logits(self) -> bool:
@@ -386,9 +427,9 @@ class RowPass:
         return {name: value.detach() for name, value in values.items()}, gradient
 
 
-def _tiles(rows: int, like: Tensor) -> Iterator[slice]:
+def _tiles(rows: int, vocabulary: int, device: torch.device) -> Iterator[slice]:
     """Consecutive rows that are visited together (one empty tile if there are none)."""
-    height = max(1, TILE_BYTES // (4 * like.shape[1]) if like.device.type == "cpu" else rows)
+    height = max(1, TILE_BYTES // (4 * vocabulary) if device.type == "cpu" else rows)
     return (slice(start, min(start + height, rows)) for start in range(0, max(1, rows), height))
 
 

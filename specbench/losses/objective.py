@@ -5,6 +5,7 @@
     loss     = sum over slots of w_k (sum of coefficient x term)    w_k: slot_weights.py
                + confidence x BCE(confidence logit, alpha)
                + feature x smooth-L1(hidden state of the slot, target's state)
+               and the same sum by the base logits, if asked for    base_loss.py
 
 Both implementations give the same numbers: `fused` in chunks without a whole [slots x vocabulary] tensor, `reference`
 by autograd on whole logits (`specbench.fast.plain()` selects it).
@@ -27,6 +28,7 @@ from torch import Tensor
 from specbench import fast
 from specbench.blocks import Blocks
 from specbench.losses import fused, reference
+from specbench.losses.base_loss import BaseLoss
 from specbench.losses.further_terms import FURTHER_TERMS
 from specbench.losses.gradients import leaves, without
 from specbench.losses.slot_weights import SlotWeight
@@ -83,6 +85,8 @@ class Objective:
             same token: smooth-L1 (d^2 / 2 below 1, |d| - 1/2 above), mean over the features (EAGLE-1).
         blend: {scale, decay, over} of LK's lambda form. over="batch" needs the mean acceptance first, which costs a
             second pass over both heads.
+        base: {start, share} or {add} of `BaseLoss`: the same terms of the draft's base logits, beside or instead of
+            those of its final logits. The draft needs base logits.
         confidence: coefficient of the binary cross-entropy of the predicted confidence against alpha.
         detach_confidence: the confidence term trains only the confidence head.
         slot_weight: "uniform", {"exp": g}, {"power": beta}, {"dpace": a} or "first_failure".
@@ -104,6 +108,7 @@ class Objective:
         further: Mapping[str, Number] | None = None,
         blend: Mapping[str, Number | str] | None = None,
         kl_temperature: AboveZero = 1.0,
+        base: Mapping[str, Number] | None = None,
         confidence: AtLeastZero = 0.0,
         detach_confidence: bool = False,
         slot_weight: str | Mapping[str, Number] = "uniform",
@@ -123,6 +128,7 @@ class Objective:
             "feature": feature,
             "further": None if further is None else dict(further),
             "blend": None if blend is None else dict(blend),
+            "base": None if base is None else dict(base),
             "confidence": confidence,
             "detach_confidence": detach_confidence,
             "slot_weight": slot_weight if isinstance(slot_weight, str) else dict(slot_weight),
@@ -155,25 +161,40 @@ class Objective:
         if chunk_rows is not None and chunk_rows < 1:
             raise ValueError(f"chunk_rows={chunk_rows}: give at least 1, or null to choose by vocabulary")
         self.feature = float(feature)
+        self.base = None if base is None else BaseLoss.of(base)
         self.confidence, self.detach_confidence = float(confidence), detach_confidence
         self.slot_weight, self.normalise, self.chunk_rows = SlotWeight.of(slot_weight), normalise, chunk_rows
 
-    def __call__(self, draft: Draft, tables: Tables, blocks: Blocks, positions: int | None = None) -> Loss:
-        """The loss of `blocks` (sums). `tables` is the target's head; `positions` is read by normalise="positions"."""
+    def __call__(
+        self, draft: Draft, tables: Tables, blocks: Blocks, positions: int | None = None, progress: float = 1.0
+    ) -> Loss:
+        """The loss of `blocks` (sums). `tables` is the target's head; `positions` is read by normalise="positions",
+        `progress`, the share of the training that is done, by `base`."""
+        factors = (1.0, 0.0) if self.base is None else self.base.factors(progress)
         with blocks.lookups or (SharedLookups() if fast.enabled() else nullcontext()):
             features = draft.features(blocks.hidden, blocks.previous)
             confidence = self.predict(draft, blocks)
+        if self.base is not None and draft.project_base(features.flatten(0, 2)[:0]) is None:
+            raise ValueError(f"objective base={self.settings['base']}: {type(draft).__name__} has no base logits here")
         inputs = (draft, tables, blocks, features, self.combination)
         if fast.enabled():
-            results, with_gradient = fused.slot_losses(*inputs, self.slot_weight, self.chunk_rows)
+            results, base, with_gradient = fused.slot_losses(*inputs, self.slot_weight, self.chunk_rows, factors)
         else:
-            results, with_gradient = reference.slot_losses(*inputs)
+            results, base, with_gradient = reference.slot_losses(*inputs, factors)
         mask = blocks.mask.flatten(0, 1)
         weights = self.slot_weight.weigh(mask, grid(results.probability, mask), grid(results.hit, mask))
         weight = weights[mask]
         terms = {term: (weight * value).sum() for term, value in results.terms.items()}
-        factors = self.combination.factors
-        value = with_gradient(sum((factors[term] * amount for term, amount in terms.items()), weight.new_zeros(())))
+        coefficients = self.combination.factors
+
+        def combined(amounts: Mapping[str, Tensor]) -> Tensor:
+            return sum((coefficients[term] * amount for term, amount in amounts.items()), weight.new_zeros(()))
+
+        total = factors[0] * combined(terms)
+        if base is not None:
+            terms["base"] = combined({term: (weight * value).sum() for term, value in base.terms.items()})
+            total = total + factors[1] * terms["base"]
+        value = with_gradient(total)
         if self.confidence:
             logits, alpha = confidence[blocks.mask].to(weight.dtype), results.alpha.detach()
             terms["confidence"] = (weight * F.binary_cross_entropy_with_logits(logits, alpha, reduction="none")).sum()

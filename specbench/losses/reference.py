@@ -21,13 +21,37 @@ if TYPE_CHECKING:
 
 
 def slot_losses(
-    draft: Draft, tables: Tables, blocks: Blocks, features: Float[Tensor, "B N K F"], combination: Combination
-) -> tuple[SlotResults, Callable[[Tensor], Tensor]]:
+    draft: Draft,
+    tables: Tables,
+    blocks: Blocks,
+    features: Float[Tensor, "B N K F"],
+    combination: Combination,
+    factors: tuple[float, float] = (1.0, 0.0),
+) -> tuple[SlotResults, SlotResults | None, Callable[[Tensor], Tensor]]:
     """Results of the supervised slots with [slots x vocabulary] tensors; their terms carry gradients by themselves."""
-    kept, ids, blend = blocks.mask.flatten(), draft.draft_vocabulary, combination.blend
-    logits = draft.project(features.flatten(0, 2))
+    rows = features.flatten(0, 2)
     with torch.no_grad():
         target = tables.logits(blocks.target.flatten(0, 2))
+    final = results_of(draft.project(rows), target, draft, blocks, combination)
+    base = None
+    if factors[1]:
+        mean_alpha = final.alpha.detach().mean()
+        base = results_of(draft.project_base(rows), target, draft, blocks, combination, mean_alpha)
+    return final, base, lambda value: value
+
+
+def results_of(
+    logits: Float[Tensor, "S W"],
+    target: Float[Tensor, "S V"],
+    draft: Draft,
+    blocks: Blocks,
+    combination: Combination,
+    mean_alpha: Float[Tensor, ""] | None = None,
+) -> SlotResults:
+    """Results of the supervised slots by the logits of all S slots. `mean_alpha` is what a blend over the batch reads
+    (None: that of these logits)."""
+    kept, ids, blend = blocks.mask.flatten(), draft.draft_vocabulary, combination.blend
+    with torch.no_grad():
         top, target_top = logits.argmax(-1), target.argmax(-1)
         top = top if ids is None else ids[top]
     labels = blocks.labels.flatten()
@@ -38,9 +62,10 @@ def slot_losses(
     if combination.softened is not None:
         active["kl"] = softened_kl(logits[kept], target[kept], combination.softened, ids)
     if blend is not None:
-        share = blend.weight(values["alpha"] if blend.over == "row" else values["alpha"].mean())
+        mean_alpha = values["alpha"].mean() if mean_alpha is None else mean_alpha
+        share = blend.weight(values["alpha"] if blend.over == "row" else mean_alpha)
         active["blend"] = share * values["kl"] + (1 - share) * (1 - values["alpha"])
-    results = SlotResults(
+    return SlotResults(
         ce=values["ce"],
         probability=torch.where(inside[kept], torch.exp(-values["ce"]), 0.0),
         tv=values["tv"],
@@ -51,4 +76,3 @@ def slot_losses(
         outside=values["outside"],
         terms=active,
     )
-    return results, lambda value: value

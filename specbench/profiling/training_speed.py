@@ -225,7 +225,7 @@ def statistics_step(shape: StepShape) -> Callable[[], Tensor]:
     def step() -> Tensor:
         # One search per row for the draft. Slots with the same state share that of the target, which is not counted.
         for _ in range(round(2 * rounds)):
-            for tile in _tiles(len(chunk), chunk):
+            for tile in _tiles(len(chunk), chunk.shape[1], chunk.device):
                 _top(chunk[tile])
         return SlotStatistics.of(mask, grids["ce"], grids, grids["tv"]).alpha
 

@@ -184,6 +184,8 @@ class DraftTraining(L.LightningModule):
         self.train_slots = SlotMetrics(draft.block_size)
         self.val_slots = SlotMetrics(draft.block_size)
         self.supervised = 0
+        # Share of the training that is done, which a loss can depend on; 1 outside of training.
+        self.progress = 1.0
         if ema is not None and not 0 < ema < 1:
             raise ValueError(f"ema={ema}: give a decay between 0 and 1, such as 0.999, or null")
         self.ema, self.average = ema, None
@@ -315,11 +317,12 @@ class DraftTraining(L.LightningModule):
             blocks = policy.forward(draft, batch)
         else:
             blocks = draft(batch)
-        return self.objective(draft, self.target_tables, blocks, positions=positions)
+        return self.objective(draft, self.target_tables, blocks, positions=positions, progress=self.progress)
 
     def training_step(self, step: TrainingStep, index: int) -> None:
         optimizer, total = self.optimizers(), torch.zeros((), dtype=torch.float64, device=self.device)
         value, supervised = torch.zeros_like(total), torch.zeros_like(total)
+        self.progress = step.number / self.steps_in_all
         optimizer.zero_grad()
         for batch in step.micro:
             loss = self.loss(self.draft, batch, step.epoch, self.share_on_policy(step.number))
@@ -383,6 +386,7 @@ class DraftTraining(L.LightningModule):
             gradient.copy_(part)
 
     def validation_step(self, step: TrainingStep, index: int) -> None:
+        self.progress = 1.0
         with ordinary():
             for batch in step.micro:
                 self.val_slots.update(self.loss(self.published, batch, 0).slots)
