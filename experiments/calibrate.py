@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -59,13 +60,14 @@ def run(cfg: DictConfig) -> Path:
                     named = zip(lines, conversations(lines), strict=True)
                     lines = [json_line(line) for line, prompt in named if prompt in kept]
                     write_text(stage.work / judged.name, "".join(lines))
-                print(table.to_string(index=False, float_format="%.4f", na_rep="-"))
+                print(printed(table))
                 before, after = _errors(rows)
                 facts = {
                     "prompts_fitted": len({p.prompt for p in fitted}),
                     "prompts_judged": len({p.prompt for p in held_out}),
                     "ece_before": before,
                     "ece_after": after,
+                    "ece_of_a_perfect_head": _mean(row["ece_floor"] for row in rows if row["calibrated"]),
                     "temperatures_at_the_edge_of_the_grid": len(calibration.at_edge),
                 }
                 wandb.rows("slots", table.to_dict("records"))
@@ -75,6 +77,20 @@ def run(cfg: DictConfig) -> Path:
     if cfg.draft is not None:
         _place(Calibration.load(folder / "calibration.json"), Path(cfg.draft), test, cfg.bins, folder)
     return folder
+
+
+def printed(table: pd.DataFrame) -> str:
+    """The rows for a terminal: the ECE beside the most that a perfect head would show (95%), and the root mean square
+    error without noise with its interval."""
+    ends = zip(table["rms"], table["rms_low"], table["rms_high"], strict=True)
+    words = ["-" if pd.isna(low) else f"{rms:.3f} [{low:.3f}, {high:.3f}]" for rms, low, high in ends]
+    kept = table.drop(columns=["ece_floor", "rms", "rms_low", "rms_high"]).rename(columns={"ece_band": "ece of noise"})
+    return kept.assign(**{"error without noise [95%]": words}).to_string(index=False, float_format="%.4f", na_rep="-")
+
+
+def _mean(values: Iterable[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known else None
 
 
 def _errors(rows: list[dict[str, Any]]) -> tuple[float, float]:

@@ -10,6 +10,7 @@ from scipy.stats import mannwhitneyu
 from torchmetrics.functional.classification import binary_calibration_error
 
 from specbench.decoding.calibration import GRID, Calibrated, Calibration, by_slot, fit, probabilities, reliability
+from specbench.decoding.calibration_error import calibration_noise
 from specbench.decoding.scheduling import HardwareAware, StaticThreshold
 from specbench.evaluation.recorded_rounds import digest, flatten, from_lines, read_rounds, split
 
@@ -57,6 +58,50 @@ def test_slot_numbers_against_scipy_and_by_hand():
         assert row["auroc"] == pytest.approx(u / (y.sum() * (~y).sum()), abs=1e-6)
         assert row["brier"] == pytest.approx(np.mean((p - y) ** 2))
         assert sum(row["reliability"]["count"]) == row["n"]
+
+
+def test_a_perfect_head_stays_in_the_band_of_noise_and_has_no_error_without_it():
+    """200 perfect heads on 300 rounds of 30 prompts: the ECE is about .08 and exceeds its 95% band in 5% of them (above
+    22 with probability 1e-4), and the interval of the error without noise holds zero (below 178 likewise)."""
+    generator = np.random.default_rng(4)
+    above, zero, errors, floors = 0, 0, [], []
+    for _ in range(200):
+        predicted = generator.random(300)
+        observed = generator.random(300) < predicted
+        noise = calibration_noise(predicted, observed, names(300))
+        errors.append(float(reliability(predicted, observed).ece))
+        floors.append(noise.floor)
+        above += errors[-1] > noise.band
+        zero += noise.low == 0
+    assert np.mean(errors) == pytest.approx(0.076, abs=0.01) and np.mean(floors) == pytest.approx(0.076, abs=0.01)
+    assert above <= 22 and zero >= 178
+
+
+def test_the_error_without_noise_covers_the_true_one():
+    """A head that says .1, .5 or .9 where .2, .5 and .8 of the rounds are accepted, by prompts of several eases: the
+    true root mean square is sqrt(2/3) / 10. 200 experiments; below 178 with probability 1e-4 for an interval of 95%."""
+    generator = np.random.default_rng(5)
+    inside, estimates = 0, []
+    for _ in range(200):
+        said = generator.choice([0.1, 0.5, 0.9], 600)
+        chance = np.select([said == 0.1, said == 0.9], [0.2, 0.8], 0.5) + np.repeat(generator.normal(0, 0.05, 60), 10)
+        noise = calibration_noise(said, generator.random(600) < chance, names(600))
+        inside += noise.low <= np.sqrt(2 / 3) / 10 <= noise.high
+        estimates.append(noise.rms)
+    assert inside >= 178 and np.mean(estimates) == pytest.approx(np.sqrt(2 / 3) / 10, abs=0.005)
+
+
+def test_the_squared_error_without_noise_by_hand():
+    """Two prompts in one bin: residuals 2 of 4 rounds and 0 of 4. Bias 2/8, of which each is 1 off; variance 2 (1 + 1)
+    / 64."""
+    said = np.full(8, 0.5)
+    observed = np.array([1, 1, 1, 1, 1, 1, 0, 0], dtype=bool)
+    noise = calibration_noise(said, observed, ["a"] * 4 + ["b"] * 4, bins=1)
+    assert noise.rms == pytest.approx(np.sqrt(max(0, (2 / 8) ** 2 - 2 * 2 / 64)))
+    assert noise.floor == pytest.approx(np.sqrt(2) * np.mean([2, 0]) / 8, rel=0.1)
+    assert np.isnan(calibration_noise(said, observed, ["a"] * 8).rms)
+    with pytest.raises(ValueError, match="no observation of this slot"):
+        calibration_noise(said[:0], observed[:0], [])
 
 
 def test_a_slot_that_was_not_proposed_is_not_observed():

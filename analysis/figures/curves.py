@@ -52,7 +52,8 @@ def reliability(rows: Sequence[dict], slots: Sequence[int] | None = None) -> Fig
     """Reliability diagrams before and after calibration, a panel per slot: predicted survival against the observed
     rate.
 
-    The area of a dot grows with its share of the rounds; the expected calibration error (ECE) is printed above.
+    The area of a dot grows with its share of the rounds; the expected calibration error (ECE) is printed above, and
+    below it the ECE that a head without error would exceed one time in twenty (of the last side drawn).
 
     Args:
         rows: what `specbench calibrate` writes to reliability.json: slot, calibrated, n, ece and reliability (count,
@@ -67,12 +68,12 @@ def reliability(rows: Sequence[dict], slots: Sequence[int] | None = None) -> Fig
     slots = few if slots is None else list(slots)
     width = COLUMN if len(slots) <= 2 else PAGE
     # Panels are square: their width decides the height, and above and below stand legend, title and label.
-    figure = Figure(figsize=(width, (width - 0.45) / max(2, len(slots)) + 0.95))
+    figure = Figure(figsize=(width, (width - 0.45) / max(2, len(slots)) + 1.1))
     grid = figure.subplots(1, len(slots), squeeze=False, sharey=True)
     looked = {False: ("#D55E00", "s", "--", "before"), True: ("#0072B2", "o", "-", "after")}
     for ax, slot in zip(grid.flat, slots, strict=True):
         ax.plot([0, 1], [0, 1], color=GREY, linewidth=0.7, zorder=1)
-        errors = []
+        errors, bands = [], []
         for row in (row for row in rows if row["slot"] == slot):
             color, marker, line, name = looked[bool(row["calibrated"])]
             count, predicted, observed = (np.asarray(row["reliability"][k]) for k in ("count", "predicted", "observed"))
@@ -82,7 +83,9 @@ def reliability(rows: Sequence[dict], slots: Sequence[int] | None = None) -> Fig
             dot = {"color": color, "marker": marker, "linewidths": 0.3, "edgecolors": "white", "zorder": 3}
             ax.scatter(predicted[seen], observed[seen], area, label=name, **dot)
             errors.append(f"{row['ece']:.3f}")
-        ax.set(title=f"slot {slot}\nECE {' → '.join(errors)}", xlabel="predicted survival")
+            bands.append(row.get("ece_band"))
+        noise = f"\nperfect head: below {bands[-1]:.3f}" if bands and bands[-1] is not None else ""
+        ax.set(title=f"slot {slot}\nECE {' → '.join(errors)}{noise}", xlabel="predicted survival")
         ax.set(xlim=(0, 1), ylim=(0, 1), aspect="equal")
         ax.set_xticks((0, 0.5, 1), ("0", "0.5", "1"))
         ax.set_yticks((0, 0.5, 1), ("0", "0.5", "1"))

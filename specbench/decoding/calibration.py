@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
+from specbench.decoding.calibration_error import calibration_noise
 from specbench.decoding.scheduling import Scheduler
 from specbench.files.atomic import read_object, write_json
 from specbench.metrics.functional import (
@@ -31,6 +32,8 @@ from specbench.metrics.functional import (
 )
 
 SCHEMA = "specbench.calibration/1"
+# What a row says of the noise in its calibration error.
+NOISE = ("ece_floor", "ece_band", "rms", "rms_low", "rms_high")
 GRID = tuple(float(10 ** (step / 100)) for step in range(-100, 101))  # 0.1 to 10 in steps of 2.3%, 1 among them
 
 
@@ -56,8 +59,11 @@ def by_slot(
     accepted: Int[np.ndarray, " R"],
     proposed: Int[np.ndarray, " R"],
     bins: int = BINS,
+    prompts: Sequence[str] | None = None,
 ) -> list[dict]:
-    """One row per slot: slot, n, survival, predicted, ece, auroc, brier and reliability (count, predicted, observed).
+    """One row per slot: slot, n, survival, predicted, ece, auroc, brier and reliability (count, predicted, observed);
+    with the prompt of each round also ece_floor and ece_band, what a head without error would show, and rms, rms_low
+    and rms_high, the error without that noise (specbench/decoding/calibration_error.py).
 
     `confidence` are probabilities of conditional acceptance; their product up to each slot is evaluated. A slot that no
     round proposed has n = 0 and None for every number; auroc is None if all rounds have the same outcome.
@@ -66,7 +72,7 @@ def by_slot(
     rows = []
     for k in range(1, confidence.shape[1] + 1):
         seen = events.seen[:, k - 1]
-        row = dict.fromkeys(("survival", "predicted", "ece", "auroc", "brier", "reliability"))
+        row = dict.fromkeys(("survival", "predicted", "ece", *NOISE, "auroc", "brier", "reliability"))
         if seen.any():
             p, y = events.predicted[seen, k - 1], events.passed[seen, k - 1]
             diagram = reliability(p, y, bins)
@@ -81,6 +87,10 @@ def by_slot(
                     "observed": diagram.observed.tolist(),
                 },
             }
+            if prompts is not None:
+                noise = calibration_noise(p, y, [prompts[r] for r in np.flatnonzero(seen)], bins)
+                values = (noise.floor, noise.band, noise.rms, noise.low, noise.high)
+                row |= {name: None if np.isnan(v) else v for name, v in zip(NOISE, values, strict=True)}
             if 0 < y.sum() < len(y):
                 row["auroc"] = float(auroc(p, y))
         rows.append({"slot": k, "n": int(seen.sum()), **row})
@@ -129,7 +139,9 @@ class Calibration:
             )
         sides = ((False, probabilities(logits)), (True, self.apply(logits)))
         return [
-            {"calibrated": flag, **row} for flag, values in sides for row in by_slot(values, accepted, proposed, bins)
+            {"calibrated": flag, **row}
+            for flag, values in sides
+            for row in by_slot(values, accepted, proposed, bins, prompts)
         ]
 
     def save(self, path: str | Path) -> None:

@@ -46,5 +46,5 @@ def reliability(run: RunFolder) -> list[dict[str, Any]]:
     if not prompts or any(prompt.logits is None for prompt in prompts):
         return []
     rounds = flatten(prompts)
-    rows = by_slot(probabilities(rounds.logits), rounds.accepted, rounds.proposed)
+    rows = by_slot(probabilities(rounds.logits), rounds.accepted, rounds.proposed, prompts=rounds.prompts)
     return [{"calibrated": False, **row} for row in rows]

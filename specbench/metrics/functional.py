@@ -229,10 +229,10 @@ def suffix_decay(conditional: Float[Any, "*axes K"], n: Num[Any, "*axes K"]) -> 
     total = passed.sum(-1)
     observed = ratio((passed * slot).sum(-1), xp.where(seen.sum(-1) >= 2, total, 0.0))
     low, high = xp.zeros_like(observed) - SLOPE_LIMIT, xp.zeros_like(observed) + SLOPE_LIMIT
-    for _ in range(60):  # the expected mean increases with the slope, so halving finds it to the last bit
+    beyond = reached * (slot - observed[..., None])
+    for _ in range(56):  # the expected mean increases with the slope, so halving finds it to the last bit
         middle = (low + high) / 2
-        weight = reached * xp.exp(middle[..., None] * slot)
-        above = ratio((weight * slot).sum(-1), weight.sum(-1)) > observed
+        above = (beyond * xp.exp(middle[..., None] * slot)).sum(-1) > 0
         low, high = xp.where(above, low, middle), xp.where(above, middle, high)
     return xp.where(xp.isnan(observed), xp.nan, (low + high) / 2)
 

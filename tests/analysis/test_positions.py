@@ -175,4 +175,4 @@ def test_a_comparison_has_the_tables_and_the_figures(found, tmp_path):
     assert {f"{name}.csv" for name in tables} <= names
     assert {"accepted_length_by_place.png", "accepted_histogram.pdf", "token_classes.png"} <= names
     assert "Teacher-forced against on-policy acceptance" in (tmp_path / "out" / "report.html").read_text()
-    assert list(pd.read_csv(tmp_path / "out" / "teacher_forced.csv")["slot"].unique()) == [0, 1, 2, 3]
+    assert list(pd.read_csv(tmp_path / "out" / "teacher_forced.csv")["slot"].unique()) == [0, -1, 1, 2, 3]
