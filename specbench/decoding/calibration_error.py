@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Float
@@ -93,7 +94,7 @@ def _square(
     squares: Float[np.ndarray, "*axes B"],
     crossed: Float[np.ndarray, "*axes B"],
     counts: Float[np.ndarray, "*axes B"],
-) -> Float[np.ndarray, "*axes"]:
+) -> Float[Any, "*axes"]:
     """Mean over observations of their bin's squared error less its variance over prompts, from sums over prompts."""
     bias = np.nan_to_num(ratio(residual, n))
     variance = np.nan_to_num(ratio(squares - 2 * bias * crossed + bias**2 * counts, n**2)) * _correction(n, counts)
@@ -101,7 +102,7 @@ def _square(
 
 
 def _correction(n: Float[np.ndarray, "*axes B"], counts: Float[np.ndarray, "*axes B"]) -> Float[np.ndarray, "*axes B"]:
-    """m / (m - 1) for the m prompts that a bin has in effect, because its own error was estimated; 1 for a single one."""
+    """m / (m - 1) for the m prompts that a bin has in effect, because its own error was estimated; 1 for one."""
     prompts = np.nan_to_num(ratio(n**2, counts))
     several = prompts > 1.001
     return np.where(several, prompts / np.where(several, prompts - 1, 1.0), 1.0)
