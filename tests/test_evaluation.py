@@ -172,7 +172,7 @@ def test_both_from_the_command_line(tmp_path, capsys, monkeypatch):
     assert all(row["teacher_forced"] == [[9.0 - k] * 4 for k in (1, 2, 3)] and row["audit"] == [] for row in rows)
     assert all(sum(c for _, _, c in row["by_round"]) == row["committed"] for row in rows)
     assert [row["prompt_hash"] for row in rows] == [digest(line["prompt_ids"]) for line in lines]
-    assert pq.read_schema(run / "records.parquet").metadata[b"schema"] == b"specbench.records/2"
+    assert pq.read_schema(run / "records.parquet").metadata[b"schema"] == b"specbench.records/3"
     stated = {"slots": 3, "max_new_tokens": 9, "stop_token_ids": [], "dtype": "float32", "batch_size": 16, "top_p": 1.0}
     assert stated.items() <= summary["protocol"].items() and set(summary["metrics"]) >= {
         "tokens_per_second_per_request"

@@ -20,6 +20,7 @@ HISTOGRAM = "histogram"
 READ = pa.schema([field for field in COLUMNS if field.name != HISTOGRAM])
 TEXT = [field.name for field in READ if pa.types.is_string(field.type)]
 HASH = OPTIONAL.field("prompt_hash")  # null in older files
+NODES = OPTIONAL.field("nodes")  # of chains: the tokens proposed
 CLUSTER = ("suite", "benchmark", "prompt_key")
 IDENTITY = ("source", "benchmark", "prompt_id", "turn", "seed", "temperature", "scheduler", "method", "target")
 
@@ -52,12 +53,16 @@ def read_table(file: Path) -> Table:
         missing = [name for name in COLUMNS.names if name not in present]
         if missing:
             raise ValueError(f"{file.name} lacks the column {', '.join(missing)}")
-        hashes = [HASH.name] if HASH.name in present else []
-        table = parquet.read([*COLUMNS.names, *hashes], use_threads=False)
+        more = [field.name for field in (HASH, NODES) if field.name in present]
+        table = parquet.read([*COLUMNS.names, *more], use_threads=False)
     sizes, triples = _unpack(table[HISTOGRAM], file.name)
     columns = [_cast(table[field.name], field, file.name) for field in READ]
-    columns.append(_cast(table[HASH.name], HASH, file.name) if hashes else pa.nulls(len(table), HASH.type))
-    return Table(pa.table(columns, READ.append(HASH)), sizes, triples)
+    for field in (HASH, NODES):
+        held = field.name in more
+        columns.append(_cast(table[field.name], field, file.name) if held else pa.nulls(len(table), field.type))
+    proposed = columns[READ.get_field_index("proposed")]
+    columns[-1] = pc.coalesce(columns[-1], proposed)
+    return Table(pa.table(columns, READ.append(HASH).append(NODES)), sizes, triples)
 
 
 def _cast(column: pa.ChunkedArray, field: pa.Field, name: str) -> pa.ChunkedArray:
@@ -95,7 +100,7 @@ def _sizes(lists: pa.ListArray) -> np.ndarray:
 def concatenate(tables: Sequence[tuple[int, Table]]) -> tuple[pd.DataFrame, pd.DataFrame]:
     """The records of many runs and their histogram cells in long form; the number is each table's row in `runs`."""
     if not tables:
-        records = READ.append(HASH).empty_table().to_pandas()
+        records = READ.append(HASH).append(NODES).empty_table().to_pandas()
         cells = np.zeros((0, 3), np.int64)
         nothing = {name: np.zeros(0, np.int64) for name in ("source", "row", "prompt_key", "prompt")}
         return records.assign(**nothing), _cells(np.zeros(0, np.int64), cells)
@@ -171,6 +176,14 @@ def check(records: pd.DataFrame, cells: pd.DataFrame) -> None:
         if len(off):
             at = int(off[0])
             _refuse(records, at, f"says {name} = {records[name].iloc[at]}, its histogram {numbers[at]}")
+    off = np.flatnonzero(records["nodes"].to_numpy() < records["proposed"].to_numpy())
+    if len(off):
+        at = int(off[0])
+        _refuse(
+            records,
+            at,
+            f"says nodes = {records['nodes'].iloc[at]}, and its trees have {expected['proposed'][at]} levels",
+        )
     committed = records["committed"].to_numpy()
     off = np.flatnonzero((committed < accepted) | (committed > accepted + rounds))
     if len(off):

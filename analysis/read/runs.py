@@ -168,11 +168,12 @@ class Runs:
         statistic."""
         cells = [self.cells[name].to_numpy() for name in ("record", "proposed", "accepted", "count")]
         prompts, committed = self.records["prompt"].to_numpy(), self.records["committed"].to_numpy()
+        beyond = (self.records["nodes"] - self.records["proposed"]).to_numpy()
         if rows is not None:
             places, sizes = self._places(rows)
             cells = [np.repeat(np.arange(len(rows)), sizes), *(cell[places] for cell in cells[1:])]
-            prompts, committed = prompts[rows], committed[rows]
-        return count(prompts, committed, *cells)
+            prompts, committed, beyond = prompts[rows], committed[rows], beyond[rows]
+        return count(prompts, committed, *cells, beyond)
 
 
 def load(

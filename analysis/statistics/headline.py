@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -23,7 +24,8 @@ def counts_of(records: Sequence[Mapping[str, Any]]) -> Counts:
     cells = [(i, *cell) for i, record in enumerate(records) for cell in record["histogram"]]
     table = np.array(cells, dtype=np.int64).reshape(-1, 4)
     committed = np.array([r["committed"] for r in records], dtype=float)
-    return count(keys, committed, *table.T)
+    beyond = np.array([(r.get("nodes") or r["proposed"]) - r["proposed"] for r in records], dtype=float)
+    return count(keys, committed, *table.T, beyond)
 
 
 def _keys(records: Sequence[Mapping[str, Any]]) -> np.ndarray:
@@ -79,7 +81,33 @@ def _numbers(records: Sequence[Mapping[str, Any]], resamples: int, seed: int) ->
         }
         for k in range(counts.slots)
     ]
-    return found | _teacher_forced(records, counts, resamples, seed)
+    return found | _of_trees(records) | _teacher_forced(records, counts, resamples, seed)
+
+
+def _of_trees(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Conditional acceptance in token trees: `ranks`, of the child of a rank at a depth where the node that was reached
+    has one, and `depths`, of any child where it has some; n counts these nodes."""
+    offered: Counter[tuple[int, int]] = Counter()
+    accepted: Counter[tuple[int, int]] = Counter()
+    for record in records:
+        for depth, rank, seen, taken in record.get("by_rank") or ():
+            offered[depth, rank] += seen
+            accepted[depth, rank] += taken
+    if not offered:
+        return {}
+    ranks = [
+        {"depth": depth, "rank": rank, "conditional": accepted[depth, rank] / n, "n": n}
+        for (depth, rank), n in sorted(offered.items())
+    ]
+    depths = [
+        {
+            "depth": d,
+            "any_child": sum(k for (at, _), k in accepted.items() if at == d) / offered[d, 0],
+            "n": offered[d, 0],
+        }
+        for d in sorted({depth for depth, _ in offered})
+    ]
+    return {"depths": depths, "ranks": ranks}
 
 
 def _teacher_forced(records: Sequence[Mapping[str, Any]], counts: Counts, resamples: int, seed: int) -> dict[str, Any]:

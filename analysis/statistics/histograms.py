@@ -143,6 +143,7 @@ def count(
     cell_proposed: Int[np.ndarray, " C"],
     cell_accepted: Int[np.ndarray, " C"],
     cell_count: Int[np.ndarray, " C"],
+    beyond: np.ndarray | None = None,
 ) -> Counts:
     """Sum records into one row per prompt.
 
@@ -151,6 +152,7 @@ def count(
         committed: (records,) tokens committed.
         cell_record, cell_proposed, cell_accepted, cell_count: the histograms in long form, C cells; `cell_record` is
             the position of the record that a cell belongs to.
+        beyond: (records,) nodes of token trees beyond one a level; they count as proposed. None: chains.
     """
     keys, cluster = np.unique(prompts, return_inverse=True)
     slots = int(cell_proposed.max(initial=0))
@@ -160,7 +162,10 @@ def count(
     histogram = np.bincount(index, weights=cell_count, minlength=len(keys) * width).astype(float)
     histogram = histogram.reshape(-1, slots + 1, slots + 1)
     summed = np.bincount(cluster, weights=committed, minlength=len(keys)).astype(float)
-    return Counts(keys, summed, *functional.round_totals(histogram), *functional.slot_counts(histogram))
+    rounds, proposed, accepted = functional.round_totals(histogram)
+    if beyond is not None:
+        proposed = proposed + np.bincount(cluster, weights=beyond, minlength=len(keys))
+    return Counts(keys, summed, rounds, proposed, accepted, *functional.slot_counts(histogram))
 
 
 def join(parts: Sequence[Counts]) -> Counts:

@@ -51,11 +51,11 @@ def costs(found: Sequence[Group], every: Runs) -> pd.DataFrame:
         for own in grouping.variants(part).values():
             records = pd.concat([group.runs.records for group in own])
             rounds = records["rounds"].sum()
-            sums = records[["seconds", "proposed", "accepted"]].sum()
+            sums = records[["seconds", "nodes", "accepted"]].sum()
             rates = {
                 "seconds_per_round": sums["seconds"] / rounds if rounds else np.nan,
-                "verified_per_round": (sums["proposed"] + rounds) / rounds if rounds else np.nan,
-                "acceptance_rate": sums["accepted"] / sums["proposed"] if sums["proposed"] else np.nan,
+                "verified_per_round": (sums["nodes"] + rounds) / rounds if rounds else np.nan,
+                "acceptance_rate": sums["accepted"] / sums["nodes"] if sums["nodes"] else np.nan,
             }
             about = records.drop_duplicates("source").set_index("source")[["scheduler", "temperature"]]
             runs = every.runs.loc[sorted(about.index)].to_dict("index")
@@ -96,6 +96,9 @@ def _belongs(run: dict[str, Any], about: dict[str, Any], speed: dict[str, Any]) 
         return False
     timed = speed.get(f"{SUMMARY}protocol.scheduler")
     if about["scheduler"] != ("fixed" if _absent(timed) else timed):
+        return False
+    trees = [row.get(f"{SUMMARY}protocol.tree") for row in (run, speed)]
+    if not all(map(_absent, trees)) and trees[0] != trees[1]:
         return False
     heat = speed.get(f"{SUMMARY}protocol.temperature", speed.get("temperature"))
     if not _absent(heat) and heat != about["temperature"]:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -33,7 +33,12 @@ ACCOUNTINGS = ("specbench", "deepspec")
 
 @dataclass(frozen=True)
 class Round:
-    """One round of one request. `tokens` are what it commits; times are those of its whole batch, in seconds."""
+    """One round of one request. `tokens` are what it commits; times are those of its whole batch, in seconds.
+
+    A round of a token tree proposes as many tokens as the tree is deep; `nodes` are all that were verified, `ranks`
+    those of the accepted ones among their siblings, and `widths` the children of each node that was reached, the
+    anchor's first. None: a chain.
+    """
 
     proposed: int
     accepted: int
@@ -44,6 +49,9 @@ class Round:
     seconds: float
     stop: bool
     commit_seconds: float = 0.0
+    nodes: int | None = None
+    ranks: tuple[int, ...] | None = None
+    widths: tuple[int, ...] | None = None
 
     @property
     def committed(self) -> int:
@@ -92,7 +100,7 @@ class Limits:
 
 
 @dataclass
-class _Lanes:
+class Lanes:
     """The running requests, one per row of the batch."""
 
     requests: list[Decoded]
@@ -101,17 +109,17 @@ class _Lanes:
     draft: Any
     sampler: Sampler
 
-    def select(self, rows: list[int]) -> _Lanes:
+    def select(self, rows: list[int]) -> Lanes:
         index = torch.tensor(rows, device=self.anchor.device)
         draft = None if self.draft is None else self.draft.select(index)
         kept = [self.requests[r] for r in rows]
-        return _Lanes(kept, self.anchor[index], self.target.select(index), draft, self.sampler.select(rows))
+        return Lanes(kept, self.anchor[index], self.target.select(index), draft, self.sampler.select(rows))
 
-    def merge(self, other: _Lanes) -> _Lanes:
+    def merge(self, other: Lanes) -> Lanes:
         draft = None if self.draft is None else self.draft.merge(other.draft)
         anchor = torch.cat([self.anchor, other.anchor])
         sampler = self.sampler.merge(other.sampler)
-        return _Lanes(self.requests + other.requests, anchor, self.target.merge(other.target), draft, sampler)
+        return Lanes(self.requests + other.requests, anchor, self.target.merge(other.target), draft, sampler)
 
 
 def speculative_decode(
@@ -135,7 +143,15 @@ def speculative_decode(
     if not scheduler.lossless:
         raise ValueError(f"scheduler {scheduler.label} is not lossless and can be used in simulations only")
     scheduler.reset()
-    yield from _run(target, draft, prompts, sampling, limits, seeds, scheduler, slots)
+    yield from run(
+        target,
+        draft,
+        prompts,
+        sampling,
+        limits,
+        seeds,
+        lambda lanes: _round(target, draft, lanes, limits, scheduler, slots),
+    )
 
 
 def decode(
@@ -147,17 +163,34 @@ def decode(
 ) -> Iterator[Decoded]:
     """Plain decoding: one forward pass of the target per token. It is the baseline, and generates answers in this
     process."""
-    yield from _run(target, None, prompts, sampling, limits, seeds, FixedLength(), None)
+    yield from run(
+        target,
+        None,
+        prompts,
+        sampling,
+        limits,
+        seeds,
+        lambda lanes: _round(target, None, lanes, limits, FixedLength(), None),
+    )
 
 
-def _run(target, draft, prompts, sampling, limits, seeds, scheduler, slots) -> Iterator[Decoded]:
+def run(
+    target: Target,
+    draft: Proposer | None,
+    prompts: Sequence[Sequence[int]],
+    sampling: Sampling,
+    limits: Limits,
+    seeds: Sequence[int] | None,
+    step: Callable[[Lanes], None],
+) -> Iterator[Decoded]:
+    """Decode every prompt, `step` after `step` of all running requests; they join and leave between two steps."""
     empty = [i for i, prompt in enumerate(prompts) if len(prompt) == 0]
     if empty:
         raise ValueError(f"prompt {empty[0]} has no token; every prompt needs at least one")
     target.require(prompts, limits.max_new_tokens)
     seeds = list(range(len(prompts))) if seeds is None else seeds
     waiting = deque(Decoded(i, list(map(int, prompt))) for i, prompt in enumerate(prompts))
-    lanes: _Lanes | None = None
+    lanes: Lanes | None = None
     while waiting or lanes is not None:
         joining = _admit(waiting, lanes, limits)
         if joining:
@@ -170,7 +203,7 @@ def _run(target, draft, prompts, sampling, limits, seeds, scheduler, slots) -> I
                 request.prefill_seconds = joined
         done = _done(lanes, limits)
         if not done:
-            _round(target, draft, lanes, limits, scheduler, slots)
+            step(lanes)
             done = _done(lanes, limits)
         for r in done:
             yield _finish(lanes.requests[r], limits)
@@ -179,13 +212,13 @@ def _run(target, draft, prompts, sampling, limits, seeds, scheduler, slots) -> I
             lanes = lanes.select(alive) if alive else None
 
 
-def _done(lanes: _Lanes, limits: Limits) -> list[int]:
+def _done(lanes: Lanes, limits: Limits) -> list[int]:
     """Rows whose text ended at a stop token or reached its maximum length."""
     texts = [request.output_ids for request in lanes.requests]
     return [r for r, ids in enumerate(texts) if ids[-1] in limits.stop_token_ids or len(ids) >= limits.last_round_at]
 
 
-def _admit(waiting: deque[Decoded], lanes: _Lanes | None, limits: Limits) -> list[Decoded]:
+def _admit(waiting: deque[Decoded], lanes: Lanes | None, limits: Limits) -> list[Decoded]:
     """Requests that can join now: free rows, and room in the token budget (a single request always fits).
 
     They join in groups of at least an eighth of the batch, because every join costs a prefill and a copy of the caches.
@@ -219,7 +252,7 @@ def _alike(requests: list[Decoded]) -> list[list[Decoded]]:
 
 
 @torch.inference_mode()
-def _begin(target: Target, draft: Proposer | None, requests: list[Decoded], sampling: Sampling, seeds) -> _Lanes:
+def _begin(target: Target, draft: Proposer | None, requests: list[Decoded], sampling: Sampling, seeds) -> Lanes:
     """Prefill: every request gets its first token, which belongs to no round."""
     started = time.perf_counter()
     lengths = torch.tensor([len(r.prompt_ids) for r in requests], device=target.device)
@@ -234,11 +267,11 @@ def _begin(target: Target, draft: Proposer | None, requests: list[Decoded], samp
     for request, token in zip(requests, anchor.tolist(), strict=True):
         request.output_ids.append(token)
         request.seconds += clock(target.device) - started
-    return _Lanes(requests, anchor, state, drafted, sampler)
+    return Lanes(requests, anchor, state, drafted, sampler)
 
 
 @torch.inference_mode()
-def _round(target: Target, draft: Proposer | None, lanes: _Lanes, limits: Limits, scheduler: Scheduler, slots) -> None:
+def _round(target: Target, draft: Proposer | None, lanes: Lanes, limits: Limits, scheduler: Scheduler, slots) -> None:
     """One forward of the target for the whole batch."""
     started = time.perf_counter()
     device, B = lanes.anchor.device, len(lanes.requests)
@@ -286,7 +319,7 @@ def _round(target: Target, draft: Proposer | None, lanes: _Lanes, limits: Limits
         _book(request, row, int(lengths[b]), scores, times, limits, draft is not None)
 
 
-def _lengths(proposal: Proposal, draft: Proposer, lanes: _Lanes, limits: Limits, scheduler: Scheduler) -> np.ndarray:
+def _lengths(proposal: Proposal, draft: Proposer, lanes: Lanes, limits: Limits, scheduler: Scheduler) -> np.ndarray:
     confidence = None
     if proposal.confidence is not None:
         confidence = torch.sigmoid(proposal.confidence.float()).cpu().numpy()

@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -297,7 +297,8 @@ def best_first_tree(expansion: Expansion, budget: int, depth: int) -> TokenTree:
             break
         which = inside.int().sort(dim=-1, descending=True, stable=True).indices[:, :count]
         growth.expand(which, budget, inside.gather(1, which), keep=budget)
-    return growth.tree(budget)
+    # Whatever the other requests' trees are: rounds of a request take the same uniforms beside any neighbour.
+    return replace(growth.tree(budget), levels=depth)
 
 
 def shared_tree(expansion: Expansion, width: int, depth: int, budget: int) -> TokenTree:

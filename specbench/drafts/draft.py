@@ -20,6 +20,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from specbench.blocks import Batch, Blocks, Context
+from specbench.drafts.expansion import Expansion, Replay
 from specbench.drafts.initialisation import AUTO, STARTS, first_weights, randomise
 from specbench.drafts.work import Work, of_forward, of_parameters
 from specbench.models.backbone import Backbone, backbone_of, chosen
@@ -249,6 +250,18 @@ class Draft(nn.Module):
     ) -> Proposal:
         """Propose `slots` (default: block_size) tokens after `anchor`; the state is not changed."""
         raise NotImplementedError
+
+    def expand(self, state: State, anchor: Int[Tensor, " B"], slots: int | None = None) -> Expansion:
+        """The child logits of a token tree after `anchor`, of at most `slots` levels (default: block_size).
+
+        By default the draft is asked for a proposal along every path; if it draws all slots at once, one proposal is
+        enough. A method that knows a shorter way overrides this. The state is not changed.
+        """
+
+        def propose(requests: Int[Tensor, " R"], sample: SampleFunction, count: int) -> Proposal:
+            return self.propose(state.select(requests), anchor[requests], sample, count)
+
+        return Replay(propose, len(anchor), min(slots or self.block_size, self.block_size), anchor.device)
 
     def commit(self, state: State, context: Context, tokens: Int[Tensor, "B S"]) -> State:
         """Read the target's true states of the committed tokens, the old anchor first."""

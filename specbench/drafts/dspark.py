@@ -24,7 +24,8 @@ from torch import Tensor, nn
 
 from specbench import fast
 from specbench.blocks import Batch, Blocks, slot_positions, take
-from specbench.drafts.draft import Proposal, SampleFunction
+from specbench.drafts.draft import Proposal, SampleFunction, State
+from specbench.drafts.expansion import Expansion
 from specbench.drafts.parallel import ParallelDraft
 from specbench.models.backbone import Backbone
 from specbench.models.embedding_head import Tables
@@ -200,3 +201,34 @@ class DSpark(ParallelDraft):
             return head.product.added(base[k], latent, head.markov_w2.weight)[:, None]
 
         return self.scored(self.draw_each(hidden.shape[1], anchor, sample, logits), hidden, anchor)
+
+    def expand(self, state: State, anchor: Int[Tensor, " B"], slots: int | None = None) -> Expansion:
+        """Base logits of all slots once, and the bias of the token before for each node."""
+        if self.markov_head is None:
+            return super().expand(state, anchor, slots)
+        return Biased(self.markov_head, self.block(state, anchor)[:, :slots], anchor, self)
+
+
+class Biased:
+    """The expansion of a draft with a Markov head."""
+
+    marginals = None
+
+    def __init__(self, head: MarkovHead, hidden: Float[Tensor, "B K D"], anchor: Int[Tensor, " B"], draft: DSpark):
+        self.head, self.hidden, self.anchor, self.draft = head, hidden, anchor[:, None], draft
+        self.base, self.depth, self.level = draft.tables.logits(hidden), hidden.shape[1], 0
+        self.memory: Tensor | None = None
+
+    def root(self) -> Float[Tensor, "B 1 W"]:
+        return self._slot(self.anchor)
+
+    def below(self, rows: Int[Tensor, "B M"], parents: Int[Tensor, "B M"]) -> Float[Tensor, "B M W"]:
+        if self.memory is not None:
+            self.memory = self.memory.gather(1, parents[..., None].expand(-1, -1, self.memory.shape[2]))
+        self.level += 1
+        return self._slot(self.draft.to_target(rows))
+
+    def _slot(self, previous: Int[Tensor, "B M"]) -> Float[Tensor, "B M W"]:
+        hidden = self.hidden[:, self.level, None].expand(-1, previous.shape[1], -1)
+        self.memory, latent = self.head.step(self.memory, hidden, previous)
+        return self.base[:, self.level, None] + latent @ self.head.markov_w2.weight.t()

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from specbench import fast
 from specbench.blocks import PADDING, Batch, Blocks, Context, assemble, take
 from specbench.drafts.draft import Draft, Proposal, SampleFunction, State
+from specbench.drafts.expansion import Expansion, Replay
 from specbench.drafts.initialisation import as_mean, last_layers
 from specbench.drafts.work import Work, keys_seen, of_context, of_layer
 from specbench.models.attention import Span, Visibility, attend, attend_flex, attend_spans, block_mask, spans
@@ -228,8 +229,20 @@ class ParallelDraft(Draft):
     def propose(
         self, state: State, anchor: Int[Tensor, " B"], sample: SampleFunction, slots: int | None = None
     ) -> Proposal:
-        hidden = self.run_block(self.masked(anchor), state.cache)
-        return self.draw(hidden[:, self.inputs - self.block_size :][:, :slots], anchor, sample)
+        return self.draw(self.block(state, anchor)[:, :slots], anchor, sample)
+
+    def expand(self, state: State, anchor: Int[Tensor, " B"], slots: int | None = None) -> Expansion:
+        """One pass of the layers for the whole tree; only the drawing of slots is repeated for the paths."""
+        hidden = self.block(state, anchor)[:, :slots]
+
+        def propose(requests: Int[Tensor, " R"], sample: SampleFunction, count: int) -> Proposal:
+            return self.draw(hidden[requests, :count], anchor[requests], sample)
+
+        return Replay(propose, len(anchor), hidden.shape[1], anchor.device)
+
+    def block(self, state: State, anchor: Int[Tensor, " B"]) -> Float[Tensor, "B K D"]:
+        """The normed outputs of all slots after `anchor`."""
+        return self.run_block(self.masked(anchor), state.cache)[:, self.inputs - self.block_size :]
 
     def run_block(self, tokens: Int[Tensor, "B I"], cache: KVCache, behind: int = 0) -> Float[Tensor, "B I D"]:
         """Final states of inputs that stand `behind` others of their block, after the context of each row. Their keys

@@ -21,10 +21,12 @@ from torch import Tensor, nn
 
 from specbench.blocks import PADDING, SUPERVISIONS, Batch, Blocks, Context, assemble, previous_tokens, take
 from specbench.drafts.draft import Draft, Proposal, SampleFunction, State
+from specbench.drafts.expansion import Expansion
 from specbench.drafts.initialisation import last_layers
 from specbench.drafts.work import Work, keys_seen, of_context, of_keys_values, of_layer, of_parameters
 from specbench.models.attention import Visibility, attend, attend_flex, block_mask
 from specbench.models.backbone import Backbone, Layer, Rope, RotaryEmbedding
+from specbench.models.branches import Branches
 from specbench.models.embedding_head import Tables
 from specbench.models.fast.folded_layers import Stack
 from specbench.models.kv_cache import KVCache
@@ -264,6 +266,10 @@ class RecurrentDraft(Draft):
         drawn = None if probabilities[0] is None else self.widen(torch.cat(probabilities, 1))
         return Proposal(tokens[:, 1:], drawn, self.confidence(torch.cat(hidden, 1), tokens[:, :-1]))
 
+    def expand(self, state: State, anchor: Int[Tensor, " B"], slots: int | None = None) -> Expansion:
+        """One step of all nodes of a level; each reads its parent's output and attends to its own branch."""
+        return Unrolled(self, state, anchor, min(slots or self.block_size, self.block_size))
+
     def step_stored(
         self, feature: Float[Tensor, "B 1 D"], token: Int[Tensor, "B 1"], rope: Rope, cache: KVCache, k: int
     ) -> Float[Tensor, "B 1 D"]:
@@ -273,3 +279,39 @@ class RecurrentDraft(Draft):
         for i in range(len(self.layers)):
             x = self.stack.extend(i, x, rope, cache, mask, embedding, behind=k)
         return x
+
+
+class Unrolled:
+    """The expansion of a recurrent draft. The keys of all nodes so far lie behind the context's, uncounted."""
+
+    marginals = None
+
+    def __init__(self, draft: RecurrentDraft, state: State, anchor: Int[Tensor, " B"], depth: int):
+        self.draft, self.cache, self.depth = draft, state.cache, depth
+        self.anchor, self.outputs = anchor[:, None], state.feature[:, None]
+        self.levels = anchor.new_zeros(len(anchor), 0)
+        self.seen = torch.zeros(len(anchor), 1, 0, dtype=torch.bool, device=anchor.device)
+
+    def root(self) -> Float[Tensor, "B 1 W"]:
+        return self._step(self.anchor, torch.zeros_like(self.anchor), 0)
+
+    def below(self, rows: Int[Tensor, "B M"], parents: Int[Tensor, "B M"]) -> Float[Tensor, "B M W"]:
+        return self._step(self.draft.to_target(rows), parents, self.level + 1)
+
+    def _step(self, tokens: Int[Tensor, "B M"], parents: Int[Tensor, "B M"], level: int) -> Float[Tensor, "B M W"]:
+        (B, M), behind, draft, self.level = tokens.shape, self.levels.shape[1], self.draft, level
+        self.levels = torch.cat([self.levels, self.levels.new_full((B, M), level)], 1)
+        inherited = self.seen.gather(1, parents[..., None].expand(-1, -1, behind))
+        own = torch.eye(M, dtype=torch.bool, device=tokens.device).expand(B, -1, -1)
+        self.seen = torch.cat([inherited, own], 2)
+        feature = self.outputs.gather(1, parents[..., None].expand(-1, -1, self.outputs.shape[2]))
+        embedding = draft.tables.embed(tokens)
+        mask = self.cache.branching(Branches(self.levels, self.seen), draft.backbone.window)
+        rope = draft.rope.behind(self.cache, level + 1, feature.dtype, self.levels[:, behind:])
+        x = draft.enter(feature, embedding)
+        for i in range(len(draft.layers)):
+            x = draft.stack.extend(i, x, rope, self.cache, mask, embedding, behind=behind)
+        hidden = draft.norm(x)
+        self.outputs = hidden if draft.feeds_normed_output else x
+        # Every node is a block of one slot.
+        return draft.project(draft.features(hidden[:, :, None], tokens[:, :, None])[:, :, 0])

@@ -23,6 +23,8 @@ from specbench.data.prompts.benchmarks import TURNS, Prompt
 from specbench.decoding.loop import Decoded, Limits, decode, speculative_decode
 from specbench.decoding.sampling import Sampling
 from specbench.decoding.scheduling import FixedLength, Scheduler
+from specbench.decoding.tree_loop import tree_decode
+from specbench.decoding.tree_shapes import TreeShape
 from specbench.drafts.draft import Proposer
 from specbench.evaluation.audit import audit
 from specbench.evaluation.recorded_rounds import digest
@@ -42,7 +44,7 @@ class Protocol:
     """How prompts are decoded. It is part of the identity of every result.
 
     `teacher_forced` adds the teacher-forced acceptance of each text to its record; `audit` adds its largest deviation
-    from the greedy text of the target.
+    from the greedy text of the target. `tree`: proposals are token trees of this shape; None: chains.
     """
 
     sampling: Sampling = field(default_factory=Sampling)
@@ -54,6 +56,7 @@ class Protocol:
     seed: int = 0
     teacher_forced: bool = False
     audit: bool = False
+    tree: TreeShape | None = None
 
     def __post_init__(self) -> None:
         if self.turns not in TURNS:
@@ -62,6 +65,11 @@ class Protocol:
             raise ValueError(
                 f"audit=true compares greedy texts and temperature={self.sampling.temperature:g} draws them; set "
                 "temperature=0"
+            )
+        if self.tree is not None and self.scheduler.label != "fixed":
+            raise ValueError(
+                f"scheduler={self.scheduler.label} shortens chains and tree={self.tree.label} has branches: use "
+                "scheduler=fixed with a tree, whose budget is its size, or tree=chain"
             )
 
     def facts(self, dtype: str, block_size: int | None) -> dict[str, Any]:
@@ -78,6 +86,7 @@ class Protocol:
             "stop_token_ids": list(self.limits.stop_token_ids),
             "scheduler": self.scheduler.label,
             "slots": self.slots or block_size,
+            **({} if self.tree is None else {"tree": self.tree.label, "rule": self.tree.rule}),
             "accounting": self.limits.accounting,
             "thinking": THINKING[self.thinking],
             "turns": self.turns,
@@ -110,6 +119,17 @@ def histogram(done: Decoded) -> list[list[int]]:
     return [[proposed, accepted, count] for (proposed, accepted), count in sorted(counts.items())]
 
 
+def by_rank(done: Decoded) -> list[list[int]]:
+    """Sorted [depth, rank, offered, accepted] over a request's rounds with trees: how many of the nodes that were
+    reached had a child of this rank at this depth, and how often it was accepted."""
+    offered: Counter[tuple[int, int]] = Counter()
+    accepted: Counter[tuple[int, int]] = Counter()
+    for one in done.rounds:
+        offered.update((depth, rank) for depth, width in enumerate(one.widths, 1) for rank in range(width))
+        accepted.update(enumerate(one.ranks, 1))
+    return [[*place, count, accepted[place]] for place, count in sorted(offered.items())]
+
+
 def answer(
     target: Target,
     draft: Proposer | None,
@@ -133,6 +153,9 @@ def answer(
         seeds = [turn_seed(protocol.seed, p.seed, turn) for p in pending]
         if draft is None:
             finished = decode(target, inputs, protocol.sampling, protocol.limits, seeds)
+        elif protocol.tree is not None:
+            how = protocol.sampling, protocol.limits, protocol.tree, seeds, protocol.slots
+            finished = tree_decode(target, draft, inputs, *how)
         else:
             finished = speculative_decode(
                 target, draft, inputs, protocol.sampling, protocol.limits, seeds, protocol.scheduler, protocol.slots
@@ -197,6 +220,14 @@ def _record(prompt: Prompt, turn: int, done: Decoded, protocol: Protocol, labels
         "draft_seconds": [r.draft_seconds for r in done.rounds],
         "verify_seconds": [r.verify_seconds for r in done.rounds],
     }
+    if protocol.tree is not None:
+        nodes = [r.nodes for r in done.rounds]
+        record |= {"tree": protocol.tree.label, "nodes": sum(nodes), "by_rank": by_rank(done)}
+        rounds |= {
+            "nodes": nodes,
+            "ranks": [list(r.ranks) for r in done.rounds],
+            "widths": [list(r.widths) for r in done.rounds],
+        }
     if done.rounds and done.rounds[0].confidence is not None:
         rounds["confidence"] = [list(r.confidence) for r in done.rounds]
     return Answered(record, rounds)
@@ -286,7 +317,8 @@ class DraftEvaluation(L.LightningModule):
             self._count(answered)
 
     def _count(self, answered: Answered) -> None:
-        self.decoding.update(answered.record["histogram"], answered.record["committed"])
+        record = answered.record
+        self.decoding.update(record["histogram"], record["committed"], record.get("nodes"))
         if self.progress is not None:
             self.progress(answered)
 

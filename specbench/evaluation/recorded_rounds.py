@@ -86,6 +86,11 @@ def from_lines(lines: Iterable[Mapping[str, Any]], name: str = "rounds") -> list
     width = max((len(row) for line in lines for row in line.get("confidence") or ()), default=0)
     prompts = []
     for index, (line, prompt) in enumerate(zip(lines, conversations(lines), strict=True)):
+        if "nodes" in line:
+            raise ValueError(
+                f"{name} line {index + 1}: these rounds verified token trees, and what is computed from recorded rounds "
+                "cuts chains; decode with tree=chain"
+            )
         proposed, accepted = (np.asarray(line[key], dtype=np.int64) for key in ("proposed", "accepted"))
         seconds = np.asarray(line["seconds"], dtype=np.float64)
         if not len(proposed) == len(accepted) == len(seconds):

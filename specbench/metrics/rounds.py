@@ -53,8 +53,9 @@ class RoundMetric(Metric):
     """Counts of rounds over prompts and ranks, from which the classes below are computed. `slots`: the longest proposal
     K.
 
-    update(rounds, committed) takes one prompt: its histogram or its (proposed, accepted, count) triples, and the
-    tokens that its rounds committed. Keyword arguments are those of `torchmetrics.Metric` (sync_on_compute,
+    update(rounds, committed, nodes) takes one prompt: its histogram or its (proposed, accepted, count) triples, the
+    tokens that its rounds committed, and the nodes of its token trees, of which slots are the levels (None: chains,
+    whose nodes are the tokens proposed). Keyword arguments are those of `torchmetrics.Metric` (sync_on_compute,
     dist_sync_on_step, process_group, ...).
     """
 
@@ -69,11 +70,11 @@ class RoundMetric(Metric):
             raise ValueError(f"slots={slots}: a block holds at least one slot")
         self.slots = slots
         self.add_state("histogram", torch.zeros(slots + 1, slots + 1, dtype=torch.int64), dist_reduce_fx="sum")
-        # committed tokens, prompts with a round, prompts without one
-        self.add_state("counts", torch.zeros(3, dtype=torch.int64), dist_reduce_fx="sum")
+        # committed tokens, prompts with a round, prompts without one, nodes of trees beyond one a level
+        self.add_state("counts", torch.zeros(4, dtype=torch.int64), dist_reduce_fx="sum")
         self.add_state("ratios", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
 
-    def update(self, rounds: Tensor | np.ndarray | Triples, committed: int) -> None:
+    def update(self, rounds: Tensor | np.ndarray | Triples, committed: int, nodes: int | None = None) -> None:
         counts = rounds if isinstance(rounds, (Tensor, np.ndarray)) else histogram_of(rounds, self.slots)
         counts = torch.as_tensor(counts).to(self.histogram)
         if counts.shape != self.histogram.shape:
@@ -82,8 +83,11 @@ class RoundMetric(Metric):
         number, most = int(totals.rounds), int(totals.accepted)
         if not 0 <= committed <= most + number:
             raise ValueError(f"{number} rounds that accept {most} tokens cannot commit {committed}")
+        beyond = 0 if nodes is None else nodes - int(totals.proposed)
+        if beyond < 0:
+            raise ValueError(f"trees of {nodes} nodes cannot have {int(totals.proposed)} levels")
         self.histogram += counts
-        self.counts += torch.tensor([committed, number > 0, number == 0], device=self.counts.device)
+        self.counts += torch.tensor([committed, number > 0, number == 0, beyond], device=self.counts.device)
         self.ratios += committed / number if number else 0.0
 
     def update_rounds(self, proposed: Sequence[int], accepted: Sequence[int], committed: Sequence[int]) -> None:
@@ -103,8 +107,9 @@ class RoundMetric(Metric):
     @property
     def sums(self) -> RoundSums:
         """What the quantities of functional.py are computed from."""
-        committed, with_rounds, _ = self.counts
-        return RoundSums(committed, *round_totals(self.histogram), self.ratios, with_rounds, self.slot_counts)
+        committed, with_rounds, _, beyond = self.counts
+        rounds, proposed, accepted = round_totals(self.histogram)
+        return RoundSums(committed, rounds, proposed + beyond, accepted, self.ratios, with_rounds, self.slot_counts)
 
     def plot(self, val: Any = None, ax: Any = None) -> Any:
         """Figure and axes of the value, or of the values of several steps."""
@@ -238,7 +243,7 @@ class RoundCounts(RoundMetric):
     higher_is_better = None
 
     def compute(self) -> dict[str, Tensor]:
-        committed, with_rounds, without = self.counts
+        committed, with_rounds, without, _ = self.counts
         values = {"rounds": self.rounds, "committed": committed, "prompts": with_rounds + without}
         values["prompts_without_rounds"] = without
         for k, (offered, reached) in enumerate(zip(*self.slot_counts[:2], strict=True), start=1):

@@ -382,13 +382,17 @@ class RotaryEmbedding(nn.Module):
         cos, sin = cos.to(dtype), sin.to(dtype)
         return torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)
 
-    def behind(self, cache: KVCache, size: int, dtype: torch.dtype) -> Rope:
-        """Of the `size` positions behind each row of a cache, from a table that grows with need."""
+    def behind(self, cache: KVCache, size: int, dtype: torch.dtype, depth: Int[Tensor, "B S"] | None = None) -> Rope:
+        """Of the `size` positions behind each row of a cache, from a table that grows with need; `depth`: of the
+        positions so far behind it, below `size`."""
         end, device = cache.longest + size, self.frequencies.device
         table = self._table
         if table is None or len(table[0]) < end or (table[0].dtype, table[0].device) != (dtype, device):
             with torch.inference_mode(False), torch.no_grad():
                 table = self._table = self(torch.arange(max(256, 2 * end), device=device), dtype)
+        if depth is not None:
+            at = cache.lengths[:, None] + depth
+            return table[0][at], table[1][at]
         if cache.even:
             return table[0][None, end - size : end], table[1][None, end - size : end]
         at = cache.lengths[:, None] + torch.arange(size, device=device)

@@ -9,6 +9,8 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
+from specbench.models.branches import Branches
+
 
 class KVCache:
     """Keys and values of several layers with one length per row, passed as (B, T, G, d).
@@ -67,6 +69,32 @@ class KVCache:
         if window is not None:
             seen = seen & (position - stored < window)
         return seen.expand(-1, new, -1)[:, None]
+
+    def branching(self, branches: Branches, window: int | None = None) -> Bool[Tensor, "B 1 M T"]:
+        """The mask of the last M of the S tokens of `branches`, all of which were written after each row's length.
+
+        They attend to all earlier entries of their row and to their own branch; with `window`, to nothing at a position
+        further back than window - 1.
+        """
+        size = branches.depth.shape[1]
+        place = torch.arange(self.longest + size, device=self.lengths.device) - self.lengths[:, None]
+        inside = place.clamp(0, size - 1)
+        own = branches.seen.gather(2, inside[:, None].expand(-1, branches.seen.shape[1], -1))
+        seen = (place < 0)[:, None] | (own & ((place >= 0) & (place < size))[:, None])
+        if window is not None:
+            position = branches.depth[:, -branches.seen.shape[1] :]
+            back = position[..., None] - torch.where(place < 0, place, branches.depth.gather(1, inside))[:, None]
+            seen = seen & (back < window)
+        return seen[:, None]
+
+    def keep(self, path: Int[Tensor, "B P"]) -> None:
+        """Move the entries at the places `path` behind each row's length to the places 0..P-1; none is counted."""
+        source = (self.lengths[:, None] + path)[:, None, :, None]
+        target = self._places(0, path.shape[1])
+        for stores in (self.keys, self.values):
+            for stored in stores.values():
+                at = source.expand(-1, stored.shape[1], -1, stored.shape[3])
+                stored.scatter_(2, target.expand_as(at), stored.gather(2, at))
 
     def select(self, rows: Int[Tensor, " R"]) -> KVCache:
         """A cache of the chosen rows."""

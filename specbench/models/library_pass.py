@@ -21,6 +21,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
+from specbench.models.branches import Branches
 from specbench.models.kv_cache import KVCache
 
 PROBED_TOKENS = 6
@@ -139,14 +140,22 @@ class Masks:
 
 
 @contextmanager
-def masks_by_row(lengths: Int[Tensor, " B"], even: bool, seen: Masks | None = None) -> Iterator[None]:
-    """Context in which masks count the new tokens of row b from lengths[b]; rows of one length (`even`) need no change.
+def masks_by_row(cache: KVCache, seen: Masks | None = None, branches: Branches | None = None) -> Iterator[None]:
+    """Context in which masks count the new tokens of each row from its own length; rows of one length need no change.
+    With `branches`, tokens are masked by their positions, and those of other branches are not seen.
 
     It changes the local table of mask functions in transformers and restores it at the end, also after errors.
     """
+    lengths, even = cache.lengths, cache.even and branches is None
     if even and seen is None:
         yield
         return
+    if branches is not None:
+        own = cache.branching(branches)[:, 0]
+        position = lengths[:, None] + branches.depth
+        place = torch.arange(own.shape[2], device=lengths.device)
+        inside = (place - lengths[:, None]).clamp(0, branches.depth.shape[1] - 1)
+        key_position = torch.where(place < lengths[:, None], place, position.gather(1, inside))
 
     def by_row(original):
         def mask(*, mask_function, attention_mask=None, **settings):
@@ -157,7 +166,10 @@ def masks_by_row(lengths: Int[Tensor, " B"], even: bool, seen: Masks | None = No
                 return original(mask_function=mask_function, attention_mask=attention_mask, **settings)
 
             def shifted(row, head, query, key):
-                return mask_function(row, head, query + lengths[row], key)
+                if branches is None:
+                    return mask_function(row, head, query + lengths[row], key)
+                inner = mask_function(row, head, position[row, query], key_position[row, key])
+                return inner & own[row, query, key]
 
             settings |= {"q_offset": 0, "allow_is_causal_skip": False}
             return original(mask_function=shifted, attention_mask=attention_mask, **settings)
@@ -176,11 +188,17 @@ def masks_by_row(lengths: Int[Tensor, " B"], even: bool, seen: Masks | None = No
 
 
 def run(
-    parts: Anatomy, cache: KVCache, tokens: Int[Tensor, "B S"], seen: Masks | None = None
+    parts: Anatomy,
+    cache: KVCache,
+    tokens: Int[Tensor, "B S"],
+    seen: Masks | None = None,
+    branches: Branches | None = None,
 ) -> Float[Tensor, "B S D"]:
-    """Final states of S tokens per row, whose keys and values are written to `cache` after each row's length."""
-    position = cache.lengths[:, None] + torch.arange(tokens.shape[1], device=tokens.device)
-    with masks_by_row(cache.lengths, cache.even, seen):
+    """Final states of S tokens per row, whose keys and values are written to `cache` after each row's length;
+    `branches`: the tokens form a tree."""
+    depth = torch.arange(tokens.shape[1], device=tokens.device) if branches is None else branches.depth
+    position = cache.lengths[:, None] + depth
+    with masks_by_row(cache, seen, branches):
         out = parts.decoder(input_ids=tokens, past_key_values=Bridge(cache), use_cache=True, **_placed(parts, position))
     return final_states(out)
 

@@ -28,6 +28,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerBa
 from specbench import fast
 from specbench.blocks import Context
 from specbench.models import selfcheck
+from specbench.models.branches import Branches
 from specbench.models.embedding_head import Tables
 from specbench.models.fast.direct_pass import DirectPass
 from specbench.models.kv_cache import KVCache
@@ -74,6 +75,12 @@ class TargetState:
     def advance(self, counts: Int[Tensor, " B"] | int) -> None:
         """Count `counts` of the tokens extended last; not advancing is rolling back."""
         self.cache.advance(counts)
+
+    @torch.inference_mode()
+    def keep(self, path: Int[Tensor, "B P"]) -> None:
+        """Of the tree that was extended last, move the tokens at the places `path` to its beginning; none is
+        counted."""
+        self.cache.keep(path)
 
     def select(self, rows: Int[Tensor, " R"]) -> TargetState:
         """The chosen requests."""
@@ -317,8 +324,11 @@ class Target:
         return state, Context(context.taps, context.last, lengths)
 
     @torch.inference_mode()
-    def extend(self, state: TargetState, tokens: Int[Tensor, "B S"]) -> Context:
-        """Target states of S further tokens per row. They are part of the text only after `state.advance(counts)`."""
+    def extend(self, state: TargetState, tokens: Int[Tensor, "B S"], branches: Branches | None = None) -> Context:
+        """Target states of S further tokens per row. They are part of the text only after `state.advance(counts)`.
+
+        branches: the tokens form a tree; `state.keep(path)` then moves one path of it to the front, before `advance`.
+        """
         changes = self._beyond(state.cache.longest + tokens.shape[1])
         if changes and not self.recomputes:
             state.forget_keys()
@@ -329,14 +339,16 @@ class Target:
         cache, size = state.cache, tokens.shape[1]
         if self.recomputes or self.rope_limit is not None:
             stored = self._remember(cache, tokens)
+        if branches is not None and (self.recomputes or changes):
+            raise ValueError(f"{self.name} cannot read a tree: {self.no_trees_because(cache.longest + size)}")
         if self.by_prefix or changes:
             taps, last = self._prefixes(stored, cache.lengths, size)
         elif self.recomputes:
             taps, last = self._recompute(stored, cache.lengths, size)
         elif self.decodes_directly:
-            taps, last = self.direct(cache, tokens, self.target_layer_ids)
+            taps, last = self.direct(cache, tokens, self.target_layer_ids, branches)
         else:
-            taps, last = self._by_library(cache, tokens)
+            taps, last = self._by_library(cache, tokens, branches)
         return Context(taps, last, torch.full((len(tokens),), size, device=self.device))
 
     @torch.inference_mode()
@@ -356,8 +368,24 @@ class Target:
         )
         return out[0, len(prompt) :].tolist()
 
-    def _by_library(self, cache: KVCache, tokens: Int[Tensor, "B S"]) -> tuple[Tensor, Tensor]:
-        last = run(self.parts, cache, tokens, self.masks)
+    def no_trees_because(self, longest: int) -> str | None:
+        """Why trees of tokens cannot be read in texts of up to `longest` tokens, the tree's included; None where they
+        can."""
+        if self.recomputes:
+            return f"{self.recomputed_because}, and every branch would be a pass over the whole text"
+        if self._beyond(longest):
+            return (
+                f"its rope changes with texts of more than {self.rope_limit} tokens, and prompt, answer and tree have "
+                f"up to {longest}"
+            )
+        if "position_ids" not in self.parts.takes and not self.decodes_directly:
+            return "its decoder takes no positions, and the tokens of one depth share one"
+        return None
+
+    def _by_library(
+        self, cache: KVCache, tokens: Int[Tensor, "B S"], branches: Branches | None = None
+    ) -> tuple[Tensor, Tensor]:
+        last = run(self.parts, cache, tokens, self.masks, branches)
         return self._taps(last), last
 
     def _whole(self, tokens: Int[Tensor, "B T"]) -> tuple[Tensor, Tensor]:

@@ -23,9 +23,9 @@ MIRROR = "record"
 WRITTEN = (*(file for file in MIRRORED if file != "config.yaml"), "rounds.jsonl", "dirty.diff", "tracking.json")
 STEP = "trainer/global_step"  # the step that curves on W&B are drawn over
 
-# Of records.parquet, in the metadata of the file. Version 1 stated none and had no prompt_hash.
-RECORDS_SCHEMA = "specbench.records/2"
-RECORDS_READABLE = (None, RECORDS_SCHEMA)
+# Of records.parquet, in the metadata of the file. Version 1 stated none and had no prompt_hash; version 2 had no trees.
+RECORDS_SCHEMA = "specbench.records/3"
+RECORDS_READABLE = (None, "specbench.records/2", RECORDS_SCHEMA)
 COLUMNS = pa.schema(
     [
         *((name, pa.string()) for name in ("run", "method", "target", "suite", "benchmark", "domain", "prompt_id")),
@@ -50,6 +50,10 @@ OPTIONAL = pa.schema(
         ("by_round", pa.list_(pa.list_(pa.int32()))),  # [proposed, accepted, committed], in order
         ("token_classes", pa.string()),  # a letter of TOKEN_CLASSES an output token
         ("teacher_forced", pa.list_(pa.list_(pa.float64()))),  # a slot: anchors, alpha, survived, reached
+        # Of rounds with token trees, whose levels `proposed` and `histogram` count; `nodes`: all that was verified.
+        ("tree", pa.string()),  # kind and size of the trees
+        ("nodes", pa.int64()),
+        ("by_rank", pa.list_(pa.list_(pa.int64()))),  # [depth, rank, offered, accepted]
         ("audit", pa.list_(pa.float64())),  # [] or position, gap, spacing of the first token that differs
     ]
 )

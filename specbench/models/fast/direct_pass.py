@@ -19,6 +19,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from specbench.models.backbone import ACTIVATIONS, FAMILIES, MODEL_TYPES, OF_EXPERTS, Backbone, Layer, RotaryEmbedding
+from specbench.models.branches import Branches
 from specbench.models.fast.folded_layers import Stack
 from specbench.models.kv_cache import KVCache
 from specbench.models.rope import KINDS, declared_kind
@@ -74,15 +75,19 @@ class DirectPass:
         return None if None in layers else cls(facts, decoder, layers, windows)
 
     def __call__(
-        self, cache: KVCache, tokens: Int[Tensor, "B S"], taps: tuple[int, ...]
+        self, cache: KVCache, tokens: Int[Tensor, "B S"], taps: tuple[int, ...], branches: Branches | None = None
     ) -> tuple[Float[Tensor, "B S C D"], Float[Tensor, "B S D"]]:
-        """Outputs of the layers in `taps` (-1: the embedding) and the final states of S tokens written to `cache`."""
+        """Outputs of the layers in `taps` (-1: the embedding) and the final states of S tokens written to `cache`;
+        `branches`: the tokens form a tree."""
         size, scale = tokens.shape[1], self.facts.embedding_scale
-        masks = {window: cache.visible(size, window=window) for window in set(self.windows)}
+        if branches is None:
+            masks = {window: cache.visible(size, window=window) for window in set(self.windows)}
+        else:
+            masks = {window: cache.branching(branches, window) for window in set(self.windows)}
         x = F.embedding(tokens, self.embedding.weight)
         if scale != 1.0:
             x = x * scale
-        rope = self.rope.behind(cache, size, x.dtype)
+        rope = self.rope.behind(cache, size, x.dtype, None if branches is None else branches.depth)
         found = {-1: x}
         for i, window in enumerate(self.windows):
             found[i] = x = self.stack.extend(i, x, rope, cache, masks[window])
