@@ -276,7 +276,25 @@ def _axis_drawings(
         if decay["suffix_decay"].notna().any():  # a draft that is never accepted has no curve
             slope = figures.along(decay, key, "suffix_decay", panel="benchmark", log=log)
             drawings.append(Drawing(f"suffix_decay_by_{name}", slope, f"Suffix decay {words}"))
+        timed = _speedups(frames["costs"], group_by)
+        if timed[key].nunique() > 1:
+            drawn = figures.along(timed, key, "speedup", panel=None, log=log)
+            said = f"Speedup measured and predicted from the cost of a round, {words}"
+            drawings.append(Drawing(f"speedup_by_{name}", drawn, said))
     return drawings
+
+
+def _speedups(costs: pd.DataFrame, group_by: Sequence[str]) -> pd.DataFrame:
+    """The speedups of the rows that were timed, measured and predicted, in the columns that `figures.along` reads."""
+    parts = []
+    for kind in ("measured", "predicted"):
+        value = costs[f"speedup_{kind}"]
+        bounds = [costs[f"speedup_{bound}"] if kind == "measured" else value for bound in ("low", "high")]
+        names = costs["method"].astype(str) + ("" if kind == "measured" else " (predicted)")
+        keys = {key: costs[key] for key in group_by if key in costs}
+        columns = {"method": names, "speedup": value, "low": bounds[0], "high": bounds[1], "n": 1}
+        parts.append(pd.DataFrame(columns | keys).assign(short=""))
+    return pd.concat(parts).dropna(subset=["speedup"])
 
 
 def _run_drawings(read: Runs, calibrations: Sequence[str | os.PathLike[str]]) -> list[Drawing]:

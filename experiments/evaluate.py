@@ -83,7 +83,10 @@ def protocol_of(cfg: DictConfig, stop_token_ids: Sequence[int]) -> Protocol:
     for name, asked in (("teacher_forced", forced), ("audit", audit)):
         if asked and cfg.draft == PLAIN:
             raise ValueError(f"{name}=true examines what a draft proposes and draft={PLAIN} proposes nothing")
-    return Protocol(sampling, limits, scheduler, cfg.slots, cfg.suite.turns, cfg.thinking, cfg.seed, forced, audit)
+    tree = None if cfg.get("tree") is None else instantiate(cfg.tree, _convert_="all")
+    return Protocol(
+        sampling, limits, scheduler, cfg.slots, cfg.suite.turns, cfg.thinking, cfg.seed, forced, audit, tree
+    )
 
 
 def _evaluate(cfg: DictConfig, stage: Stage, folder: Path | None, about: DraftRecord) -> None:

@@ -5,9 +5,9 @@
 The experiment is configs/experiment/NAME.yaml: a sweep (`hydra.sweeper.params`) and, where it is more than a sweep of
 trainings, `study`: `verb` (train, evaluate or serve) with the trainings it needs in `train`, `calibrate`, `tune`
 (learning rates tried for each method first), `target` (how to make the target first), `stages` (settings of the stages
-before training), `speed` (settings of a speed measurement of each draft), `caches`, `baseline`, and `group_by` of the
-comparison. Runs are named by what decides their result, so experiments below one `root` share them, and
-`specbench train -m +experiment=NAME` makes the same ones.
+before training), `speed` (settings of a speed measurement of each draft, with each tree of its evaluations), `caches`,
+`baseline`, and `group_by` of the comparison. Runs are named by what decides their result, so experiments below one
+`root` share them, and `specbench train -m +experiment=NAME` makes the same ones.
 """
 
 from __future__ import annotations
@@ -62,13 +62,15 @@ def run(cfg: DictConfig, given: Sequence[str] | None = None) -> Path:
         for number, (job, words) in enumerate(zip(jobs, words_of, strict=True), 1):
             say(f"reproduce {cfg.name}: run {number} of {len(jobs)}")
             with as_command(["train", *everywhere, *words, "evaluate=false"]):
-                folder, own = train.run(with_values(job, evaluate=False)), []
+                folder, own, trees = train.run(with_values(job, evaluate=False)), [], []
             for overrides in study.evaluations or [[f"temperature={t}"] for t in job.temperatures]:
-                own.append(evaluate.run(train.evaluation_of(job, folder, overrides)))
+                asked = train.evaluation_of(job, folder, overrides)
+                own.append(evaluate.run(asked))
+                trees += [] if asked.tree in trees else [asked.tree]
             trained.append(folder)
             decoded += own
             if study.speed:
-                timed.append(speed.run(speed_of(job, folder, study.speed)))
+                timed += [speed.run(speed_of(job, folder, study.speed, tree)) for tree in trees]
             if study.calibrate:
                 for rounds in own:
                     asked = [*beside, f"rounds={rounds}", f"name={rounds.name}"]
@@ -118,13 +120,13 @@ def before_training(
     return stages
 
 
-def speed_of(job: DictConfig, folder: Path, overrides: Sequence[str]) -> DictConfig:
+def speed_of(job: DictConfig, folder: Path, overrides: Sequence[str], tree: DictConfig | None = None) -> DictConfig:
     """The configuration of a speed measurement of the draft that `job` trained in `folder`, on the prompts of its
-    evaluation."""
+    evaluation; `tree`: with the token trees of an evaluation."""
     child, own = composed("speed", overrides), OmegaConf.to_container(job, resolve=True)
     for group in ("root", "force", "target", "suite"):
         OmegaConf.update(child, group, own[group], merge=False)
-    child.draft = str(folder)
+    child.draft, child.tree = str(folder), tree
     if job.method.draft._target_ not in installed():
         child.methods = [job.method.draft._target_]
     return child

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from specbench.decoding.cost_profile import CostProfile
 from specbench.decoding.loop import Limits
 from specbench.decoding.sampling import Sampling
 from specbench.decoding.scheduling import HardwareAware
+from specbench.decoding.tree_shapes import TreeShape
 from specbench.drafts.baselines import Baseline
 from specbench.drafts.draft import Draft
 from specbench.evaluation.draft_evaluation import Protocol
@@ -40,6 +42,7 @@ from specbench.profiling.decoding_speed import (
     scheduler_cost,
     step_cost,
     target_cost,
+    tree_cost,
     wall_clock,
 )
 from specbench.profiling.kept_parts import KeptParts
@@ -83,7 +86,9 @@ def run(cfg: DictConfig) -> Path:
             pd.DataFrame(held).to_csv(folder / "simulation_check.csv", index=False)
             timed = clock.pop("batches")
             pd.DataFrame(timed).to_csv(folder / "clock.csv", index=False)
-            metrics = _predicted(rows, clock, cfg.slots or draft.block_size, cfg.batch_size) | clock
+            how = _protocol(cfg, target)
+            nodes = None if how.tree is None else how.tree.nodes
+            metrics = _predicted(rows, clock, cfg.slots or draft.block_size, cfg.batch_size, nodes) | clock
             metrics["simulation_ratio"] = {str(row["requests"]): row["ratio"] for row in held}
             metrics["scheduler_seconds"] = _schedule(profile, max(cfg.batch_sizes), cfg.slots or draft.block_size)
             wandb.rows("costs", rows)
@@ -101,7 +106,7 @@ def run(cfg: DictConfig) -> Path:
                 speedup_high=clock["speedup_high"],
                 lineage={"draft": weights_of(draft), "parents": about.parents, "target": target.weights_hash},
                 # What the speedup belongs to: a comparison shows it beside nothing else.
-                protocol=_protocol(cfg, target).facts(str(target.dtype), draft.block_size),
+                protocol=how.facts(str(target.dtype), draft.block_size),
                 training_seed=about.seed,
             )
         shown = ("speedup", "speedup_low", "speedup_high", "speedup_processor", "predicted_speedup", "accepted_length")
@@ -122,7 +127,8 @@ def stage_of(cfg: DictConfig, about: DraftRecord | None = None) -> Stage:
         about = record_of(cfg.draft, draft_place(cfg.draft), cfg.target.name)
     name = cfg.name
     if name is None and about is not None:
-        name = f"{about.method}-{cfg.target.name}-s{about.seed}"
+        tree = "" if cfg.tree is None else f"-{instantiate(cfg.tree, _convert_='all').label}"
+        name = f"{about.method}-{cfg.target.name}{tree}-s{about.seed}"
     folder = Path(cfg.root) / "runs" / "speed" / folder_name(name, "a run folder")
     return Stage("speed", folder, cfg, force=cfg.force, results=RESULTS)
 
@@ -143,6 +149,11 @@ def check(cfg: DictConfig) -> None:
         raise ValueError(
             f"clock_library=true with batch_size={cfg.batch_size} and temperature={cfg.temperature}: the library's "
             "generation is timed at batch_size=1 and temperature=0 only"
+        )
+    if cfg.tree_budgets and (cfg.tree is None or "budget" not in cfg.tree):
+        raise ValueError(
+            f"tree_budgets={list(cfg.tree_budgets)} times trees of other budgets, and this tree has none: use "
+            "tree=best_first, dynamic or top_w"
         )
     Limits(cfg.max_new_tokens, (), cfg.batch_size)
     Sampling(cfg.temperature)
@@ -192,8 +203,9 @@ def measure(
         say(f"speed: the suite holds {len(prompts)} prompts: all are decoded against the clock")
     how, clocked = _protocol(cfg, target), min(len(prompts), cfg.clock_prompts)
     asked, named = _spread(prompts, clocked), _spread(benchmarks, clocked)
+    trees = _trees(how.tree, cfg.tree_budgets)
     rows: list[dict] = []
-    with Progress("speed", 3 * len(sizes) + 1, "measurements") as bar:
+    with Progress("speed", (3 + bool(trees)) * len(sizes) + 1, "measurements") as bar:
 
         def part(name: str, measured: Callable[[], Any], line: Callable[[Any], str]) -> Any:
             found = parts.take(name, measured, line)
@@ -211,8 +223,9 @@ def measure(
                     how.sampling,
                     how.limits,
                     cfg.clock_repeats,
-                    slots=cfg.slots,
-                    library=cfg.clock_library,
+            how = _protocol(cfg, target)
+            nodes = None if how.tree is None else how.tree.nodes
+            metrics = _predicted(rows, clock, cfg.slots or draft.block_size, cfg.batch_size, nodes) | clock
                 ),
                 named,
             ),
@@ -223,6 +236,8 @@ def measure(
             of = f"{size} request{'s' if size > 1 else ''}"
             rows += part(f"target, {of}", lambda o=one, s=steps: target_cost(target, o, s, **repeats), costs_line)
             rows += part(f"draft, {of}", lambda o=one: draft_cost(target, draft, o, lengths, **repeats), costs_line)
+            if trees:
+                rows += part(f"trees, {of}", lambda o=one: tree_cost(target, draft, trees, o, **repeats), costs_line)
             rows += part(
                 f"engine, {of}",
                 lambda o=one: step_cost(target, draft, prompts, o, [0, *lengths], cfg.step_tokens),
@@ -245,7 +260,16 @@ def _with_intervals(clock: dict[str, Any], benchmarks: Sequence[str]) -> dict[st
 def _protocol(cfg: DictConfig, target: Target) -> Protocol:
     """How prompts are decoded for time measurements: whole proposals, the first turn."""
     limits = Limits(cfg.max_new_tokens, target.stop_token_ids, cfg.batch_size)
-    return Protocol(Sampling(cfg.temperature), limits, slots=cfg.slots, turns="first", thinking=cfg.thinking)
+    tree = None if cfg.tree is None else instantiate(cfg.tree, _convert_="all")
+    return Protocol(Sampling(cfg.temperature), limits, slots=cfg.slots, turns="first", thinking=cfg.thinking, tree=tree)
+
+
+def _trees(tree: TreeShape | None, budgets: Sequence[int]) -> list[TreeShape]:
+    """The tree and its like of other budgets, by number of nodes."""
+    if tree is None:
+        return []
+    like = [replace(tree, budget=budget) for budget in budgets]
+    return sorted({each.nodes: each for each in (*like, tree)}.values(), key=lambda each: each.nodes)
 
 
 def _next(cfg: DictConfig, folder: Path, draft: Draft | Baseline) -> str:
@@ -253,7 +277,8 @@ def _next(cfg: DictConfig, folder: Path, draft: Draft | Baseline) -> str:
     for file in sorted((Path(cfg.root) / "runs" / "evaluate").glob("[!.]*/summary.json")):
         about, rounds = read_json(file, {}), file.with_name("rounds.jsonl")
         same = about.get("lineage", {}).get("draft") == weights_of(draft) and about.get("status") == "finished"
-        if not same or about.get("protocol", {}).get("scheduler") != "fixed" or not rounds.is_file():
+        how = about.get("protocol", {})
+        if not same or how.get("scheduler") != "fixed" or how.get("tree") is not None or not rounds.is_file():
             continue
         settings = {"name": folder.name, "rounds": str(file.parent), "profile": "file"}
         settings |= {"profile__path": str(folder / "profile.json"), "concurrency": list(cfg.batch_sizes)}
@@ -285,15 +310,22 @@ def _spread(prompts: Sequence[Any], count: int) -> list[Any]:
     return [prompts[i * len(prompts) // count] for i in range(count)]
 
 
-def _predicted(rows: list[dict], clock: dict[str, Any], K: int, batch: int) -> dict[str, Any]:
-    """The speedup that the cost curves predict at the largest measured batch not above the decoded one."""
+def _predicted(rows: list[dict], clock: dict[str, Any], K: int, batch: int, nodes: int | None = None) -> dict[str, Any]:
+    """The speedup that the cost curves predict at the largest measured batch not above the decoded one, for chains of K
+    slots or for trees of `nodes`."""
     size = max((r["requests"] for r in rows if r["requests"] <= batch), default=min(r["requests"] for r in rows))
 
     def seconds(part: str, length: int) -> float:
         return next(r["seconds"] for r in rows if (r["part"], r["requests"], r["length"]) == (part, size, length))
 
-    drafting = seconds("propose", K) + seconds("commit", K)
-    predicted = predicted_speedup(clock["accepted_length"], drafting, seconds("target", K + 1), seconds("target", 1))
+    if nodes is None:
+        drafting, verifying = seconds("propose", K) + seconds("commit", K), seconds("target", K + 1)
+    else:
+        drafting, verifying = (
+            seconds("tree_draft", nodes) + seconds("tree_commit", nodes),
+            seconds("tree_verify", nodes),
+        )
+    predicted = predicted_speedup(clock["accepted_length"], drafting, verifying, seconds("target", 1))
     return {"predicted_speedup": predicted, "predicted_at_batch": size}
 
 

@@ -29,6 +29,7 @@ TAKEN_BY = {
     "profile": "serve",
     "scheduler": "evaluate",
     "suite": "evaluate",
+    "tree": "evaluate",
     "stages": "reproduce",
     "suite/benchmark": None,
     "experiment": None,

@@ -109,6 +109,12 @@ def test_best_first_finds_the_most_probable_nodes_of_all(independent, budget):
             assert joint == pytest.approx(every_path(row, independent)[path], abs=1e-5)
 
 
+def test_best_first_of_width_one_is_the_most_likely_chain():
+    for independent in (True, False):
+        found = paths_of(best_first_tree(Table(1, independent), 9, DEPTH, width=1), 0)
+        assert set(found) == best(every_path(0, independent, width=1), 9) and len(found) == DEPTH
+
+
 def test_the_heap_gives_paths_in_descending_order():
     log_probs = np.sort(np.random.default_rng(0).normal(size=(4, 3)) - 3, axis=1)[:, ::-1]
     sums = [
@@ -253,7 +259,7 @@ def test_drawn_children_of_one_level_give_the_targets_law_exactly(children):
 
 
 def test_a_deterministic_tree_of_one_level_gives_the_targets_law_exactly():
-    points = (torch.arange(GRID) + 0.5) / GRID
+    points = (torch.arange(8) + 0.5) / 8
     uniforms = torch.cartesian_prod(points, points)
     tree = one_level([[2, 0]] * len(uniforms), P)
     found = deterministic_tree(tree, torch.tensor([float(x) for x in Q]).expand(len(uniforms), 3, 3), uniforms)

@@ -76,6 +76,8 @@ def identity(verb: str, config: DictConfig | Mapping[str, Any], inputs: Mapping[
     settings = without(recorded(config), without_effect(verb))
     if not settings.get("callbacks", True):
         del settings["callbacks"]  # settings that do not affect the result
+    if settings.get("tree", ...) is None:
+        del settings["tree"]  # chains, as runs had before there were trees
     found = {}
     for key in INPUTS:
         for path, value in matching(settings, key):

@@ -180,6 +180,7 @@ SuiteArguments = Annotated[
     dict[str, Any], AfterValidator(_benchmarks), Built(kind="specbench.data.prompts.benchmarks.Benchmarks")
 ]
 SchedulerArguments = Annotated[dict[str, Any], Built(kind="specbench.decoding.scheduling.Scheduler")]
+TreeArguments = Annotated[dict[str, Any], Built(kind="specbench.decoding.tree_shapes.TreeShape", tried=True)]
 ProfileArguments = Annotated[dict[str, Any], Built(kind="specbench.decoding.cost_profile.CostProfile")]
 PatienceArguments = Annotated[dict[str, Any], Built(kind="specbench.data.answers.servers.Patience")]
 SourceArguments = Annotated[dict[str, Any], Built(given=("dropped",))]
@@ -411,6 +412,7 @@ class EvaluateSettings(Settings):
     target: TargetSettings
     suite: SuiteArguments
     scheduler: SchedulerArguments
+    tree: TreeArguments | None
     tracking: TrackingArguments
     study: StudySettings | None = None
     root: Folder
@@ -451,6 +453,18 @@ class EvaluateSettings(Settings):
             )
         if self.slots is not None and self.draft == "plain":
             raise ValueError(f"slots={self.slots} with draft=plain: plain decoding proposes nothing; leave slots out")
+        if self.tree is not None:
+            if self.draft in ("plain", "ngram", "oracle") or self.draft.startswith("small:"):
+                raise ValueError(f"draft={self.draft} with a tree: it has no token tree; use tree=chain")
+            if self.accounting != "specbench":
+                raise ValueError(
+                    f"accounting={self.accounting} with a tree: it counts chains; use accounting=specbench"
+                )
+            if self.confidence_threshold is not None:
+                raise ValueError(
+                    f"confidence_threshold={self.confidence_threshold} with a tree: it cuts chains; set the budget of "
+                    "the tree, or use tree=chain"
+                )
         return self
 
 
@@ -475,6 +489,8 @@ class SpeedSettings(Settings):
     tracking: TrackingArguments
     target: TargetSettings
     suite: SuiteArguments
+    tree: TreeArguments | None
+    tree_budgets: Annotated[list[Count], AfterValidator(_distinct)]
     root: Folder
     name: Name | None
     force: bool
@@ -510,6 +526,8 @@ class SpeedSettings(Settings):
             )
         if self.draft == "plain":
             raise ValueError("draft=plain is what every draft is timed against; name another one")
+        if self.tree is not None and (self.draft in ("ngram", "oracle") or str(self.draft).startswith("small:")):
+            raise ValueError(f"draft={self.draft} with a tree: it has no token tree; use tree=chain")
         return self
 
 

@@ -1,7 +1,7 @@
 """Settings of token trees: which builder (trees.py), of which size, under which rule (tree_verification.py).
 
-A class of this file is named by a YAML file of configs/tree. `Chain` stands for proposals without branches, which the
-loop of chains decodes.
+A class of this file is named by a YAML file of configs/tree. Proposals without branches are no tree: the loop of chains
+decodes them (tree=chain).
 """
 
 from __future__ import annotations
@@ -66,11 +66,6 @@ class TreeShape(ABC):
                 "drawn children must all be kept, or the text loses the target's distribution; use "
                 "rule=deterministic_tree, or tree=static or tree=dynamic"
             )
-
-
-@dataclass(frozen=True)
-class Chain:
-    """No tree: proposals are chains, verified slot by slot."""
 
 
 @dataclass(frozen=True)
@@ -141,11 +136,13 @@ class BestFirst(TreeShape):
 
     Args:
         budget: nodes.
+        width: most children of a node; 1 gives the draft's most likely chain. None: the budget.
         depth: levels, at most the draft's slots. None: the draft's slots.
         rule: "deterministic_tree".
     """
 
     budget: Count = 32
+    width: Count | None = None
     depth: Count | None = None
     rule: Rule = "deterministic_tree"
     drawable: ClassVar[bool] = False
@@ -155,14 +152,16 @@ class BestFirst(TreeShape):
 
     @property
     def label(self) -> str:
-        return self._named("best-first", self.budget, *([] if self.depth is None else [f"d{self.depth}"]))
+        limits = [f"{name}{value}" for name, value in (("w", self.width), ("d", self.depth)) if value is not None]
+        return self._named("best-first", self.budget, *limits)
 
     @property
     def nodes(self) -> int:
         return self.budget
 
     def grow(self, expansion: Expansion, choose: Choose) -> TokenTree:
-        return best_first_tree(expansion, self.budget, expansion.depth if self.depth is None else self.depth)
+        depth = expansion.depth if self.depth is None else self.depth
+        return best_first_tree(expansion, self.budget, depth, self.width)
 
 
 @dataclass(frozen=True)

@@ -277,16 +277,18 @@ def dynamic_tree(
     return growth.tree(budget if prune else None)
 
 
-def best_first_tree(expansion: Expansion, budget: int, depth: int) -> TokenTree:
+def best_first_tree(expansion: Expansion, budget: int, depth: int, width: int | None = None) -> TokenTree:
     """The tree of the `budget` most probable nodes of all that are at most `depth` levels deep, exactly.
 
     If slots are independent, best first over their marginals gives it. Otherwise it grows level by level: a node whose
-    parent is not among the `budget` most probable nodes found so far cannot be among those of all.
+    parent is not among the `budget` most probable nodes found so far cannot be among those of all. `width`: the most
+    children of a node (None: no limit).
     """
+    width = budget if width is None else min(width, budget)
     depth, logits = min(depth, expansion.depth), expansion.root()
     if expansion.marginals is not None:
-        return best_first(expansion.marginals[:, :depth], budget, budget)
-    growth = _Growth(expansion, most_likely, logits, budget)
+        return best_first(expansion.marginals[:, :depth], budget, width)
+    growth = _Growth(expansion, most_likely, logits, width)
     for _ in range(1, depth):
         joint = torch.cat([level.joint for level in growth.levels], 1)
         last = growth.levels[-1].joint.shape[1]
@@ -296,7 +298,7 @@ def best_first_tree(expansion: Expansion, budget: int, depth: int) -> TokenTree:
         if count == 0:
             break
         which = inside.int().sort(dim=-1, descending=True, stable=True).indices[:, :count]
-        growth.expand(which, budget, inside.gather(1, which), keep=budget)
+        growth.expand(which, width, inside.gather(1, which), keep=budget)
     # Whatever the other requests' trees are: rounds of a request take the same uniforms beside any neighbour.
     return replace(growth.tree(budget), levels=depth)
 

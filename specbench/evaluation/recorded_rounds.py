@@ -88,8 +88,8 @@ def from_lines(lines: Iterable[Mapping[str, Any]], name: str = "rounds") -> list
     for index, (line, prompt) in enumerate(zip(lines, conversations(lines), strict=True)):
         if "nodes" in line:
             raise ValueError(
-                f"{name} line {index + 1}: these rounds verified token trees, and what is computed from recorded rounds "
-                "cuts chains; decode with tree=chain"
+                f"{name} line {index + 1}: these rounds verified token trees, and schedules and simulations cut "
+                "chains; decode with tree=chain"
             )
         proposed, accepted = (np.asarray(line[key], dtype=np.int64) for key in ("proposed", "accepted"))
         seconds = np.asarray(line["seconds"], dtype=np.float64)

@@ -31,6 +31,7 @@ from specbench.data.prompts.suites import suite_of
 from specbench.decoding.loop import Limits
 from specbench.decoding.sampling import Sampling
 from specbench.decoding.scheduling import FixedLength, Scheduler
+from specbench.decoding.tree_shapes import TreeShape
 from specbench.drafts.baselines import Baseline, Small
 from specbench.drafts.draft import Draft
 from specbench.evaluation.audit import verdict
@@ -179,6 +180,7 @@ def evaluate(
     turns: str | None = None,
     thinking: bool | None = None,
     scheduler: Scheduler | None = None,
+    tree: TreeShape | None = None,
     slots: int | None = None,
     accounting: str = "specbench",
     teacher_forced: bool = False,
@@ -211,6 +213,7 @@ def evaluate(
         turns: "all" or "first" user turns. None: that of the suite.
         thinking: passed to the chat template. None: not passed.
         scheduler: decides how many proposed tokens are verified. None: all.
+        tree: proposals are token trees of this shape (specbench/decoding/tree_shapes.py). None: chains.
         slots: tokens proposed per round. None: the block of the draft.
         accounting: "specbench" or "deepspec": how rounds at the end of a text are counted (docs/evaluation.md).
         teacher_forced: also compute teacher-forced acceptance on the decoded texts.
@@ -249,6 +252,7 @@ def evaluate(
             thinking,
             seed,
             teacher_forced,
+            tree=tree,
         )
         mark = PLAIN if draft is None else weights_of(draft)[:8]
         name = place.name if folder is not None else f"{label}-{target.name}-{chosen.name}-t{temperature:g}-{mark}"

@@ -18,9 +18,11 @@ import torch
 
 from specbench.blocks import Context
 from specbench.decoding.cost_profile import CostProfile
-from specbench.decoding.loop import Decoded, Limits, clock, decode, speculative_decode
+from specbench.decoding.loop import Decoded, Lanes, Limits, clock, decode, speculative_decode
 from specbench.decoding.sampling import Sampler, Sampling
 from specbench.decoding.scheduling import FixedLength, Scheduler
+from specbench.decoding.tree_loop import descend, grow, tree_decode
+from specbench.decoding.tree_shapes import TreeShape
 from specbench.drafts.draft import Proposer
 from specbench.models.target import Target
 
@@ -134,6 +136,61 @@ def draft_cost(
     return rows
 
 
+@torch.inference_mode()
+def tree_cost(
+    target: Target,
+    draft: Proposer,
+    shapes: Sequence[TreeShape],
+    batch_sizes: Sequence[int],
+    context: int = 128,
+    repeats: int = 20,
+    warmup: int = 3,
+) -> list[dict]:
+    """Seconds of the parts of a greedy round with a token tree of each shape, for B requests: `tree_draft` makes the
+    tree, `tree_verify` reads it and finds the accepted path, `tree_commit` keeps a path of all levels.
+
+    Rows as target_cost's, `length` being the most nodes of the shape.
+    """
+    rows = []
+    for B in batch_sizes:
+        tokens, counts = _prompts(target, B, context)
+        held, states = target.prefill(tokens, counts)
+        begun, every = draft.begin(states, tokens), torch.arange(B, device=target.device)
+        lanes = Lanes([], _tokens(target, B, 1)[:, 0], held, begun, Sampler(Sampling(), range(B)))
+        for shape in shapes:
+            tree = grow(draft, lanes, shape)
+            block = torch.cat([lanes.anchor[:, None], tree.tokens], 1)
+            path = torch.arange(min(tree.levels + 1, block.shape[1]), device=target.device).expand(B, -1)
+
+            def verify(_, tree=tree, block=block, held=held, lanes=lanes):
+                read = target.extend(held, block, tree.branches())
+                return read, descend(tree, target.logits(read.last), lanes)
+
+            read = verify(None)[0]
+            size = torch.full_like(counts, path.shape[1])
+            kept = Context(read.taps[:, : path.shape[1]], read.last[:, : path.shape[1]], size)
+
+            def commit(state, kept=kept, path=path, block=block, held=held):
+                held.keep(path)
+                draft.commit(state, kept, block[:, : path.shape[1]])
+
+            parts = {
+                "tree_draft": timed(
+                    lambda _, shape=shape, lanes=lanes: grow(draft, lanes, shape), target.device, repeats, warmup
+                ),
+                "tree_verify": timed(verify, target.device, repeats, warmup),
+                "tree_commit": timed(
+                    commit,
+                    target.device,
+                    repeats,
+                    warmup,
+                    prepare=lambda state=begun, every=every: state.select(every),
+                ),
+            }
+            rows += [_row(part, B, shape.nodes, context, timing) for part, timing in parts.items()]
+    return rows
+
+
 def step_cost(
     target: Target,
     draft: Proposer,
@@ -218,6 +275,7 @@ def wall_clock(
     scheduler: Scheduler | None = None,
     slots: int | None = None,
     library: bool = False,
+    tree: TreeShape | None = None,
 ) -> dict:
     """The measured speedup: plain and speculative decoding of the same prompts, interleaved in this process.
 
@@ -233,7 +291,7 @@ def wall_clock(
     speedup of each repeat alone. batches: one row a batch with first (index of its first prompt), prompts, tokens,
     rounds, committed and seconds of each way, from which intervals over prompts follow. With `library` (batch 1 and
     temperature 0 only) the library's own generation of the same prompts takes its turn: library_tokens_per_second, and
-    what either loop reaches of it as loop_plain and loop_speculative.
+    what either loop reaches of it as loop_plain and loop_speculative. `tree`: proposals are token trees of this shape.
 
     Raises:
         ValueError: `library` with other settings, or no prompt was answered with more than one token.
@@ -249,6 +307,8 @@ def wall_clock(
         if way == "library":
             generated = (target.generate(p, limits.max_new_tokens, limits.stop_token_ids) for p in asked)
             return [Decoded(i, list(p), ids) for i, (p, ids) in enumerate(zip(asked, generated, strict=True))]
+        if tree is not None:
+            return list(tree_decode(target, draft, asked, sampling, limits, tree, None, slots))
         return list(speculative_decode(target, draft, asked, sampling, limits, None, scheduler, slots))
 
     for _ in range(warmup):
