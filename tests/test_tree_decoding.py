@@ -11,7 +11,10 @@ import pytest
 import torch
 
 import specbench.decoding.tree_loop
+from analysis.read.runs import load
+from analysis.statistics.headline import headline
 from specbench import fast
+from specbench.data.prompts.benchmarks import Prompt
 from specbench.decoding import trees
 from specbench.decoding.loop import Decoded, Limits, decode, speculative_decode
 from specbench.decoding.sampling import Sampler, Sampling, draw
@@ -20,8 +23,14 @@ from specbench.decoding.tree_shapes import BestFirst, DynamicTree, StaticTree, T
 from specbench.decoding.tree_verification import Descent
 from specbench.decoding.trees import TokenTree
 from specbench.drafts.draft import Draft
+from specbench.evaluation.draft_evaluation import Protocol, answer
+from specbench.evaluation.recorded_rounds import from_lines
+from specbench.metrics.rounds import DecodingMetrics
+from specbench.models.attention import attend_stored
 from specbench.models.branches import Branches
+from specbench.models.kv_cache import KVCache
 from specbench.models.target import Target
+from specbench.runs.run_folder import RunFolder
 from tests import families, tiny, toys
 from tests.test_lossless import ALARM, LENGTH, MANY, MOST, PROMPT, SAMPLINGS, p_value
 from tests.test_trees import BRANCHY
@@ -342,3 +351,62 @@ def test_uniforms_are_those_of_each_request():
     alone = Sampler(Sampling(1.0), [2])
     logits = torch.randn(2, 3, 5, generator=torch.Generator().manual_seed(0))
     assert torch.equal(trees.drawn(sampler)(logits, 2).rows[1:], trees.drawn(alone)(logits[1:], 2).rows)
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_flex_attention_over_the_branches_equals_the_dense_pass(device):
+    if device == "cuda" and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    cache, generator = KVCache(3, device), torch.Generator().manual_seed(2)
+    normal = lambda *shape: torch.randn(*shape, generator=generator).to(device)  # noqa: E731
+    cache.write(0, normal(3, 20, 2, 16), normal(3, 20, 2, 16))
+    cache.advance(torch.tensor([20, 7, 13], device=device))
+    branches = Branches.of(torch.tensor(PARENTS, device=device), LEVELS)
+    size = branches.depth.shape[1]
+    query, stored = normal(3, size, 4, 16), cache.write(0, normal(3, size, 2, 16), normal(3, size, 2, 16))
+    for window in (None, 6):
+        mask = cache.branching(branches, window)
+        seen = lambda b, h, q, k, mask=mask: mask[b, 0, q, k]  # noqa: E731
+        blocks = create_block_mask(seen, 3, None, size, mask.shape[-1], device=device)
+        sides = (query, *stored)
+        found = flex_attention(*(side.transpose(1, 2) for side in sides), block_mask=blocks, enable_gqa=True)
+        wanted = attend_stored(query, stored, mask, 16**-0.5)
+        assert torch.allclose(found.transpose(1, 2), wanted, atol=1e-5)
+
+
+def test_records_count_levels_nodes_and_ranks(tmp_path):
+    """The record of a prompt and the tables that are read back, against the rounds themselves."""
+    prompts = [Prompt(str(i), "one", "chat", None, (0, 3, 1 + i), seed=i) for i in range(3)]
+    protocol = Protocol(Sampling(1.0), Limits(20, batch_size=3), tree=SHAPES["best_first"])
+    names = {"run": "r", "method": "eagle3", "target": "toy", "suite": "s", "seed": 0}
+    done = list(answer(toys.target(), toys.draft("eagle3"), prompts, protocol, names))
+    for one in done:
+        record, rounds = one.record, one.rounds
+        assert record["tree"] == "best-first-8" and record["nodes"] == sum(rounds["nodes"]) > record["proposed"]
+        assert record["by_round"] == [
+            list(r) for r in zip(*(rounds[k] for k in ("proposed", "accepted", "committed")), strict=True)
+        ]
+        for depth, rank, offered, accepted in record["by_rank"]:
+            assert offered == sum(len(w) >= depth and w[depth - 1] > rank for w in rounds["widths"])
+            assert accepted == sum(len(r) >= depth and r[depth - 1] == rank for r in rounds["ranks"])
+        assert sum(row[3] for row in record["by_rank"]) == record["accepted"]
+        with pytest.raises(ValueError, match="verified token trees"):
+            from_lines([rounds])
+    with RunFolder(tmp_path, "evaluate", "r", {}) as run:
+        run.write_records([one.record for one in done])
+        run.finish()
+    total = load([run.path]).counts().total()
+    rounds, nodes, accepted = (sum(one.record[name] for one in done) for name in ("rounds", "nodes", "accepted"))
+    assert total.verified_per_round == pytest.approx(nodes / rounds + 1)
+    assert total.acceptance_rate == pytest.approx(accepted / nodes)
+    found, metrics = headline([one.record for one in done], 20), DecodingMetrics(3)
+    for one in done:
+        metrics.update(one.record["histogram"], one.record["committed"], one.record["nodes"])
+    assert found["verified_per_round"]["value"] == pytest.approx(float(metrics.compute()["verified_per_round"]))
+    first = [row for row in found["ranks"] if row["depth"] == 1]
+    assert found["depths"][0]["n"] == rounds == first[0]["n"]
+    assert found["depths"][0]["any_child"] == pytest.approx(
+        sum(row["conditional"] * row["n"] for row in first) / rounds
+    )

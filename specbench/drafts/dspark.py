@@ -204,7 +204,7 @@ class DSpark(ParallelDraft):
 
     def expand(self, state: State, anchor: Int[Tensor, " B"], slots: int | None = None) -> Expansion:
         """Base logits of all slots once, and the bias of the token before for each node."""
-        if self.markov_head is None:
+        if self.markov_head is None or type(self).draw is not DSpark.draw:
             return super().expand(state, anchor, slots)
         return Biased(self.markov_head, self.block(state, anchor)[:, :slots], anchor, self)
 

@@ -232,7 +232,11 @@ class ParallelDraft(Draft):
         return self.draw(self.block(state, anchor)[:, :slots], anchor, sample)
 
     def expand(self, state: State, anchor: Int[Tensor, " B"], slots: int | None = None) -> Expansion:
-        """One pass of the layers for the whole tree; only the drawing of slots is repeated for the paths."""
+        """One pass of the layers for the whole tree; only the drawing of slots is repeated for the paths.
+
+        A subclass that proposes in another way is asked for proposals."""
+        if type(self).propose is not ParallelDraft.propose:
+            return super().expand(state, anchor, slots)
         hidden = self.block(state, anchor)[:, :slots]
 
         def propose(requests: Int[Tensor, " R"], sample: SampleFunction, count: int) -> Proposal:

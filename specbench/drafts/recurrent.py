@@ -267,7 +267,11 @@ class RecurrentDraft(Draft):
         return Proposal(tokens[:, 1:], drawn, self.confidence(torch.cat(hidden, 1), tokens[:, :-1]))
 
     def expand(self, state: State, anchor: Int[Tensor, " B"], slots: int | None = None) -> Expansion:
-        """One step of all nodes of a level; each reads its parent's output and attends to its own branch."""
+        """One step of all nodes of a level; each reads its parent's output and attends to its own branch.
+
+        A subclass that proposes in another way is asked for proposals."""
+        if type(self).propose is not RecurrentDraft.propose:
+            return super().expand(state, anchor, slots)
         return Unrolled(self, state, anchor, min(slots or self.block_size, self.block_size))
 
     def step_stored(
