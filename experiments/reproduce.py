@@ -66,7 +66,7 @@ def run(cfg: DictConfig, given: Sequence[str] | None = None) -> Path:
             for overrides in study.evaluations or [[f"temperature={t}"] for t in job.temperatures]:
                 asked = train.evaluation_of(job, folder, overrides)
                 own.append(evaluate.run(asked))
-                trees += [] if asked.tree in trees else [asked.tree]
+                trees += [] if asked.get("tree") in trees else [asked.get("tree")]
             trained.append(folder)
             decoded += own
             if study.speed:

@@ -127,7 +127,7 @@ def stage_of(cfg: DictConfig, about: DraftRecord | None = None) -> Stage:
         about = record_of(cfg.draft, draft_place(cfg.draft), cfg.target.name)
     name = cfg.name
     if name is None and about is not None:
-        tree = "" if cfg.tree is None else f"-{instantiate(cfg.tree, _convert_='all').label}"
+        tree = "" if cfg.get("tree") is None else f"-{instantiate(cfg.tree, _convert_='all').label}"
         name = f"{about.method}-{cfg.target.name}{tree}-s{about.seed}"
     folder = Path(cfg.root) / "runs" / "speed" / folder_name(name, "a run folder")
     return Stage("speed", folder, cfg, force=cfg.force, results=RESULTS)
@@ -150,7 +150,7 @@ def check(cfg: DictConfig) -> None:
             f"clock_library=true with batch_size={cfg.batch_size} and temperature={cfg.temperature}: the library's "
             "generation is timed at batch_size=1 and temperature=0 only"
         )
-    if cfg.tree_budgets and (cfg.tree is None or "budget" not in cfg.tree):
+    if cfg.get("tree_budgets") and (cfg.get("tree") is None or "budget" not in cfg.tree):
         raise ValueError(
             f"tree_budgets={list(cfg.tree_budgets)} times trees of other budgets, and this tree has none: use "
             "tree=best_first, dynamic or top_w"
@@ -203,7 +203,7 @@ def measure(
         say(f"speed: the suite holds {len(prompts)} prompts: all are decoded against the clock")
     how, clocked = _protocol(cfg, target), min(len(prompts), cfg.clock_prompts)
     asked, named = _spread(prompts, clocked), _spread(benchmarks, clocked)
-    trees = _trees(how.tree, cfg.tree_budgets)
+    trees = _trees(how.tree, cfg.get("tree_budgets") or ())
     rows: list[dict] = []
     with Progress("speed", (3 + bool(trees)) * len(sizes) + 1, "measurements") as bar:
 
@@ -260,7 +260,7 @@ def _with_intervals(clock: dict[str, Any], benchmarks: Sequence[str]) -> dict[st
 def _protocol(cfg: DictConfig, target: Target) -> Protocol:
     """How prompts are decoded for time measurements: whole proposals, the first turn."""
     limits = Limits(cfg.max_new_tokens, target.stop_token_ids, cfg.batch_size)
-    tree = None if cfg.tree is None else instantiate(cfg.tree, _convert_="all")
+    tree = None if cfg.get("tree") is None else instantiate(cfg.tree, _convert_="all")
     return Protocol(Sampling(cfg.temperature), limits, slots=cfg.slots, turns="first", thinking=cfg.thinking, tree=tree)
 
 

@@ -412,7 +412,7 @@ class EvaluateSettings(Settings):
     target: TargetSettings
     suite: SuiteArguments
     scheduler: SchedulerArguments
-    tree: TreeArguments | None
+    tree: TreeArguments | None = None
     tracking: TrackingArguments
     study: StudySettings | None = None
     root: Folder
@@ -489,8 +489,8 @@ class SpeedSettings(Settings):
     tracking: TrackingArguments
     target: TargetSettings
     suite: SuiteArguments
-    tree: TreeArguments | None
-    tree_budgets: Annotated[list[Count], AfterValidator(_distinct)]
+    tree: TreeArguments | None = None
+    tree_budgets: Annotated[list[Count], AfterValidator(_distinct)] = Field(default_factory=list)
     root: Folder
     name: Name | None
     force: bool
