@@ -223,9 +223,9 @@ def measure(
                     how.sampling,
                     how.limits,
                     cfg.clock_repeats,
-            how = _protocol(cfg, target)
-            nodes = None if how.tree is None else how.tree.nodes
-            metrics = _predicted(rows, clock, cfg.slots or draft.block_size, cfg.batch_size, nodes) | clock
+                    slots=cfg.slots,
+                    library=cfg.clock_library,
+                    tree=how.tree,
                 ),
                 named,
             ),
