@@ -118,8 +118,9 @@ def along(
         ax.set_xlabel(label or axis.rpartition(".")[2].replace("_", " "))
         if log:
             ax.set_xscale("log")
-        elif len(ticks := sorted(set(part[axis]))) <= 8:
+        if len(ticks := sorted(set(part[axis]))) <= 8:
             ax.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+            ax.minorticks_off()
         if place % columns == 0:
             ax.set_ylabel(value.replace("_", " ") + (" (log per slot)" if value == "suffix_decay" else ""))
     for ax in list(grid.flat)[len(panels) :]:
