@@ -54,6 +54,7 @@ PUBLIC = {
     "Eagle3": "specbench.drafts.eagle3",
     "PEagle": "specbench.drafts.p_eagle",
     "MTP": "specbench.drafts.mtp",
+    "DFlash2": "specbench.drafts.dflash2",
     "Domino": "specbench.drafts.domino",
     "JetSpec": "specbench.drafts.jetspec",
     "Objective": "specbench.losses.objective",

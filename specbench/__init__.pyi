@@ -1,6 +1,7 @@
 from specbench.data.loading.online import OnlineTarget as OnlineTarget
 from specbench.data.loading.target_cache import TargetCache as TargetCache
 from specbench.drafts.dflash import DFlash as DFlash
+from specbench.drafts.dflash2 import DFlash2 as DFlash2
 from specbench.drafts.domino import Domino as Domino
 from specbench.drafts.draft import Draft as Draft
 from specbench.drafts.dspark import DSpark as DSpark
@@ -25,6 +26,7 @@ from specbench.training.draft_training import DraftTraining as DraftTraining
 __all__ = [
     "MTP",
     "DFlash",
+    "DFlash2",
     "DSpark",
     "DecodeProbe",
     "Domino",

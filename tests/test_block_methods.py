@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 
 import pytest
 import torch
@@ -12,8 +13,10 @@ from specbench.blocks import with_anchors
 from specbench.checkpoints.config_keys import FormatError
 from specbench.checkpoints.draft_folder import build_draft, export_draft, load_draft, save_draft
 from specbench.checkpoints.exports import obstacle
+from specbench.drafts.dflash2 import DFlash2
 from specbench.drafts.domino import Domino
 from specbench.drafts.jetspec import JetSpec
+from specbench.losses.objective import Objective
 from specbench.models.backbone import backbone_of
 from specbench.models.embedding_head import Tables
 from tests import published, tiny, transcriptions
@@ -132,6 +135,92 @@ def test_dominos_base_logits_are_those_without_the_correction() -> None:
         assert (draft.project_base(features) - draft.project(features))[..., draft.prefix :, :].abs().max() > 0.1
 
 
+def dflash2_tensors(rank: int = 6) -> dict[str, torch.Tensor]:
+    generator, D = torch.Generator().manual_seed(4), published.D
+    shapes = {f"candidate_selector.{side}_codebook": (published.V, rank) for side in ("predecessor", "successor")}
+    shapes["candidate_selector.hidden_projection.weight"] = (rank, D)
+    own = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+    for i in range(2):
+        for place in ("attention", "mlp"):
+            name = f"layers.{i}.{place}_conv"
+            noise = torch.randn(2, 2, D, generator=generator)
+            own[f"{name}.base_kernel"] = torch.tensor([1.0, 0.0])[:, None] + 0.3 * noise
+            own[f"{name}.kernel_projection.weight"] = 0.1 * torch.randn(2 * 2 * D // 16, D, generator=generator)
+    return published.tensors("z-lab") | own
+
+
+@pytest.mark.parametrize("shift", [True, False])
+def test_dflash2_gives_the_formulas_scores_of_its_candidates(shift: bool) -> None:
+    held, sample = dflash2_tensors(), tiny.samples("qwen3")[0]
+    draft = built(DFlash2, held, selector_rank=6, candidates=5, sample_from_anchor=shift)
+    inputs = K if shift else K + 1
+    for anchor, found in logits(draft).items():
+        text = sample.tokens.tolist()
+        tokens = [text[anchor]] + [tiny.MASK] * (inputs - 1)
+        c = FACTS | {"conv_group_size": 16}
+        states = transcriptions.dflash2_states(c, held, sample.taps, tokens, anchor)[inputs - K :]
+        plain = block(held, anchor, shift=shift)
+        assert (torch.stack(states) - torch.stack(plain)).abs().max() > 0.1  # the convolutions matter
+        for k, hidden in enumerate(states):
+            base = held["lm_head.weight"] @ hidden
+            scores = transcriptions.selected(held, hidden, base, text[anchor + k], 5)
+            assert set(found[k].isfinite().nonzero().flatten().tolist()) == set(scores)
+            for token, score in scores.items():
+                assert float(found[k, token]) == pytest.approx(score, abs=2e-4, rel=1e-4)
+            other = transcriptions.selected(held, hidden, base, (text[anchor + k] + 1) % published.V, 5)
+            assert max(abs(other[token] - score) for token, score in scores.items()) > 1e-2
+
+
+def test_a_new_dflash2_is_dflash_on_its_candidates() -> None:
+    held = published.tensors("z-lab")
+    tables = Tables(held["embed_tokens.weight"], held["lm_head.weight"])
+    sizes = {"layers": 2, "block_size": K, "candidates": 5}
+    fresh = DFlash2(backbone_of(QWEN3), tables, published.TAPS, tiny.MASK, **sizes)
+    known = {name: value for name, value in held.items() if name in fresh.state_dict()}
+    missing = fresh.load_state_dict(known, strict=False)
+    assert not missing.unexpected_keys
+    for anchor, found in logits(fresh.eval()).items():
+        expected = torch.stack(block(held, anchor)) @ held["lm_head.weight"].T
+        best = expected.topk(5, -1)
+        torch.testing.assert_close(found.gather(-1, best.indices), best.values, atol=1e-4, rtol=1e-4)
+        assert (found.isfinite().sum(-1) == 5).all()
+
+
+def test_a_label_outside_of_the_candidates_adds_nothing_and_keeps_its_weight() -> None:
+    draft, tables = tiny.draft("dflash2", "qwen3", candidates=4), tiny.target("qwen3").tables
+    batch = with_anchors(tiny.batch("qwen3"), 4)
+    with torch.no_grad():
+        blocks = draft(batch)
+        scores = draft.logits(blocks.hidden, blocks.previous)
+        loss = Objective(ce=1.0, slot_weight={"exp": 7.0})(draft, tables, blocks)
+    total = weight = 0.0
+    outside = 0
+    for b, n, k in blocks.mask.nonzero().tolist():
+        row, w = scores[b, n, k].double(), math.exp(-k / 7)
+        label = row[blocks.labels[b, n, k]]
+        weight += w
+        outside += int(not label.isfinite())
+        total += 0.0 if not label.isfinite() else w * float(row.exp().sum().log() - label)
+    assert 0 < outside < int(blocks.mask.sum())
+    assert float(loss.value) == pytest.approx(total, rel=1e-5) and float(loss.weight) == pytest.approx(weight)
+    assert int(loss.slots.labelled.sum()) == int(blocks.mask.sum()) - outside
+    with pytest.raises(ValueError, match="objective kl: the law of DFlash2 is 0 outside of its 4 candidates"):
+        Objective(kl=1.0)(draft, tables, blocks)
+
+
+def test_detached_base_logits_get_no_gradient_from_the_selected_law() -> None:
+    tables, batch = tiny.target("qwen3").tables, with_anchors(tiny.batch("qwen3"), 4)
+    moved = {}
+    for detach in (False, True):
+        draft = tiny.draft("dflash2", "qwen3", detach_base=detach, train_tables=True)
+        blocks = draft(batch)
+        Objective(ce=1.0)(draft, tables, blocks).value.backward()
+        moved[detach] = draft.tables.head.grad, draft.candidate_selector.successor_codebook.grad
+    assert moved[True][0] is None or moved[True][0].abs().max() == 0
+    assert moved[False][0].abs().max() > 0
+    torch.testing.assert_close(moved[True][1], moved[False][1])
+
+
 def folder_of(draft, path):
     """The draft in the layout of this project."""
     return save_draft(draft, path, tiny.QWEN3, draft.settings)
@@ -193,6 +282,25 @@ def test_dominos_format_is_written_and_read_back(shift: bool, tmp_path) -> None:
             build_draft(config | {"dflash_config": cut}, tensors, draft.tables)
 
 
+def test_dflash2s_format_is_written_and_read_back(tmp_path) -> None:
+    draft = tiny.draft("dflash2", "qwen3", sample_from_anchor=False)
+    config, tensors, again = written(draft, tmp_path)
+    assert_same(draft, again)
+    expected = {"conv_kernel_size": 2, "conv_group_size": 16, "selector_rank": 6, "selector_top_k": 16}
+    expected |= {"mask_token_id": tiny.MASK, "target_layer_ids": list(tiny.TAPS), "block_size": K + 1}
+    assert config["architectures"] == ["DFlash2DraftModel"] and config["dflash_config"] == expected
+    assert set(tensors) == set(published.stored("z-lab", dflash2_tensors()))
+    assert tensors["layers.0.mlp_conv.base_kernel"].shape == (2, 2, published.D)
+    assert tensors["layers.0.mlp_conv.kernel_projection.weight"].shape == (2 * 2 * published.D // 16, published.D)
+    for key in ("conv_group_size", "selector_top_k"):
+        cut = {name: value for name, value in expected.items() if name != key}
+        with pytest.raises(FormatError, match=key):
+            build_draft(config | {"dflash_config": cut}, tensors, draft.tables)
+    for key, value in (("conv_kernel_size", 3), ("projector_type", "domino")):
+        with pytest.raises(FormatError, match=key):
+            build_draft(config | {"dflash_config": expected | {key: value}}, tensors, draft.tables)
+
+
 def test_causal_head_of_zlabs_format_is_jetspec() -> None:
     held, config = published.tensors("z-lab"), published.config("z-lab")
     tables = Tables(held["embed_tokens.weight"], held["lm_head.weight"])
@@ -212,6 +320,7 @@ def test_causal_head_of_zlabs_format_is_jetspec() -> None:
         ("jetspec", {}, "deepspec", "JetSpec is no draft of this format; use format=zlab or specbench"),
         ("jetspec", {"train_tables": True, "sample_from_anchor": False}, "zlab", "share the target's embedding"),
         ("jetspec", {"backbone": "llama", "sample_from_anchor": False}, "zlab", "norms of queries and keys"),
+        ("dflash2", {}, "zlab", "sample_from_anchor=false"),
         ("domino", {}, "vllm", "Domino is no draft of this format; use format=zlab or specbench"),
         ("dspark", {}, "zlab", "DSpark is no draft of this format"),
     ],

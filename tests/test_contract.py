@@ -35,6 +35,7 @@ variants = pytest.mark.parametrize(
         ("dflash", "qwen3", {"causal_block": True, "window": 5, "full_layers": [1]}),
         ("dspark", "qwen3", {"window": 5, "full_layers": [0]}),
         ("jetspec", "qwen3", {"block_input": "tokens"}),
+        ("dflash2", "qwen3", {"sample_from_anchor": False, "candidates": 3}),
         ("domino", "qwen3", {"sample_from_anchor": False, "prefix": 0}),
         ("jetspec", "qwen3", {"block_input": "tokens", "window": 3}),
         ("eagle3", "qwen3", {"fc_norm": True, "norm_output": True}),

@@ -80,6 +80,7 @@ DEFAULT = [
     ("dspark", "all", "hardware"),
     ("eagle3", "top-k", "fixed"),
     ("mtp", "min-p", "fixed-1"),
+    ("dflash2", "warm", "fixed"),
     ("medusa", "warm", "fixed"),
     ("p_eagle", "top-k", "fixed"),
     pytest.param("eagle1", "top-p", "fixed", marks=pytest.mark.long),

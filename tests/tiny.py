@@ -129,7 +129,7 @@ def across(methods: Iterable[str] = METHODS, *further: object) -> list:
 
 
 TAPS = (0, 2, 3)
-SMALL = {"layers": 2, "block_size": 4, "markov_rank": 6, "correction_rank": 6, "gru_size": 10}
+SMALL = {"layers": 2, "block_size": 4, "markov_rank": 6, "correction_rank": 6, "gru_size": 10, "selector_rank": 6}
 
 
 @cache
@@ -155,7 +155,7 @@ def draft(method: str, family: str, seed: int = 0, **settings):
         for name, parameter in built.named_parameters():
             if "norm" in name:
                 parameter.data.uniform_(0.5, 1.5)
-            elif "markov_w2" in name:
+            elif any(zero in name for zero in ("markov_w2", "successor_codebook", "predecessor_codebook")):
                 parameter.data.normal_(std=0.5)
     return built.eval()
 

@@ -10,6 +10,7 @@ import torch
 from specbench.decoding.sampling import Sampling, warp
 from specbench.drafts.baselines import Small
 from specbench.drafts.dflash import DFlash
+from specbench.drafts.dflash2 import DFlash2
 from specbench.drafts.domino import Domino
 from specbench.drafts.draft import Draft
 from specbench.drafts.dspark import DSpark
@@ -42,7 +43,7 @@ CONFIG = {
 METHODS: dict[str, type[Draft]] = {"dflash": DFlash, "dspark": DSpark, "eagle3": Eagle3, "mtp": MTP}
 # All of them, for tests of one method and for long ones.
 CLASSES = METHODS | {"eagle1": Eagle1, "medusa": Medusa, "hydra": Hydra, "p_eagle": PEagle, "jetspec": JetSpec}
-CLASSES |= {"domino": Domino}
+CLASSES |= {"domino": Domino, "dflash2": DFlash2}
 
 
 @cache
@@ -59,6 +60,8 @@ def draft(method: str, slots: int = 3, **settings) -> Draft | Small:
         return Small(Target.from_config(CONFIG, [], seed=4, stop_token_ids=[]), VOCABULARY, slots)
     if method == "dspark":
         settings = {"markov_rank": 4, **settings}
+    if method == "dflash2":
+        settings = {"selector_rank": 4, "candidates": 3, "conv_group": 4, **settings}
     if method == "domino":
         settings = {"correction_rank": 4, "gru_size": 6, **settings}
     with torch.random.fork_rng():
@@ -75,7 +78,7 @@ def draft(method: str, slots: int = 3, **settings) -> Draft | Small:
         made.randomise(std=0.1)
         made.start_from(owner)
         for name, parameter in made.named_parameters():
-            if "markov_w2" in name:
+            if "markov_w2" in name or "codebook" in name:
                 parameter.data.normal_(std=0.7)
     return made.eval()
 

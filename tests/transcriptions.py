@@ -229,3 +229,48 @@ def block_states(c: dict, w: dict, taps: Tensor, tokens: list[int], anchor: int)
             out.append(z + mlp(c, w, at, rms(z, w[f"{at}.post_attention_layernorm.weight"], eps)))
         x = out
     return [rms(row, w["norm.weight"], eps) for row in x]
+
+
+def two_taps(w: dict, name: str, side: int, read: list[Tensor], values: list[Tensor], group: int) -> list[Tensor]:
+    """One convolution of DFlash2, channel by channel."""
+    base, changing = w[f"{name}.base_kernel"], w[f"{name}.kernel_projection.weight"]
+    groups, out = len(values[0]) // group, []
+    for t, row in enumerate(values):
+        before = values[t - 1] if t > 0 else torch.zeros_like(row)
+        made = []
+        for channel in range(len(row)):
+            at = side * 2 * groups + channel // group
+            own, other = (changing[at + tap * groups] @ read[t] for tap in (0, 1))
+            own, other = own + base[side, 0, channel], other + base[side, 1, channel]
+            made.append(own * row[channel] + other * before[channel])
+        out.append(torch.stack(made))
+    return out
+
+
+def dflash2_states(c: dict, w: dict, taps: Tensor, tokens: list[int], anchor: int) -> list[Tensor]:
+    """Normed final states (D) of a block whose layers convolve; every slot sees the whole block."""
+    eps, group = c["rms_norm_eps"], c["conv_group_size"]
+    context = [rms(w["fc.weight"] @ taps[t].flatten(), w["hidden_norm.weight"], eps) for t in range(anchor)]
+    x = [w["embed_tokens.weight"][token] for token in tokens]
+    for i in range(c["num_hidden_layers"]):
+        at = f"layers.{i}"
+        read = [rms(row, w[f"{at}.input_layernorm.weight"], eps) for row in x]
+        y = two_taps(w, f"{at}.attention_conv", 0, read, read, group)
+        rows = [*enumerate(context), *((anchor + j, row) for j, row in enumerate(y))]
+        keys, values = ([heads(c, w, at, kind, row, p) for p, row in rows] for kind in "kv")
+        seen = [attention(c, heads(c, w, at, "q", row, anchor + j), keys, values) for j, row in enumerate(y)]
+        out = [linear(w, f"{at}.self_attn.o_proj", row) for row in seen]
+        x = [a + b for a, b in zip(x, two_taps(w, f"{at}.attention_conv", 1, read, out, group), strict=True)]
+        read = [rms(row, w[f"{at}.post_attention_layernorm.weight"], eps) for row in x]
+        out = [mlp(c, w, at, row) for row in two_taps(w, f"{at}.mlp_conv", 0, read, read, group)]
+        x = [a + b for a, b in zip(x, two_taps(w, f"{at}.mlp_conv", 1, read, out, group), strict=True)]
+    return [rms(row, w["norm.weight"], eps) for row in x]
+
+
+def selected(w: dict, hidden: Tensor, base: Tensor, before: int, count: int) -> dict[int, float]:
+    """Scores of DFlash2's candidates, by token."""
+    chosen = sorted(range(len(base)), key=lambda token: -float(base[token]))[:count]
+    gate = w["candidate_selector.predecessor_codebook"][before] * (
+        w["candidate_selector.hidden_projection.weight"] @ hidden
+    )
+    return {b: float(base[b] + w["candidate_selector.successor_codebook"][b] @ gate) for b in chosen}

@@ -35,6 +35,7 @@ METHOD_ORDER = (
     "dflash",
     "jetspec",
     "domino",
+    "dflash2",
     "dspark",
 )
 DOMAIN_ORDER = ("math", "maths", "code", "chat", "prose")

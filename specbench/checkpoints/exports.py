@@ -20,6 +20,7 @@ from torch import Tensor
 from specbench.checkpoints.config_keys import FormatError
 from specbench.checkpoints.draft_files import TABLES
 from specbench.checkpoints.formats import EAGLE_FLAGS
+from specbench.drafts.dflash2 import TAPS, DFlash2
 from specbench.drafts.domino import Domino
 from specbench.drafts.draft import Draft
 from specbench.drafts.dspark import DSpark
@@ -37,7 +38,7 @@ HELD = {
     "deepspec": ("dspark", "dflash", "eagle3"),
     "vllm": ("dspark", "dflash", "eagle3", "p_eagle"),
     "sglang": ("eagle3",),
-    "zlab": ("dflash", "jetspec", "domino"),
+    "zlab": ("dflash", "jetspec", "domino", "dflash2"),
 }
 # Names that a draft's tables and vocabulary have in every format, so that no module of its own may have them.
 TAKEN = (*TABLES, "d2t", "t2d")
@@ -354,6 +355,10 @@ def zlab(
         config["architectures"] = ["DominoDraftModel"]
         inner |= {"projector_type": "domino", "emb_dim": draft.rank, "gru_hidden_dim": draft.gru_size}
         inner |= {"pure_draft_prefix_len": draft.prefix, "shift_label": draft.sample_from_anchor}
+    if isinstance(draft, DFlash2):
+        config["architectures"] = ["DFlash2DraftModel"]
+        inner |= {"conv_kernel_size": TAPS, "conv_group_size": draft.conv_group, "selector_rank": draft.selector_rank}
+        inner |= {"selector_top_k": draft.candidates, "block_size": config.pop("block_size")}
     if isinstance(draft, JetSpec):
         inner["causal_head"] = True
     elif draft.causal_block:

@@ -3,7 +3,8 @@
     DeepSpec      architectures [Qwen3 or Gemma4, then DSparkModel or Eagle3Model]; tensor names are ours
     z-lab DFlash  architectures [DFlashDraftModel], dflash_config; block_size counts the anchor; no embedding, no head;
                   JetSpec with dflash_config.causal_head; Domino with architectures [DominoDraftModel] or
-                  dflash_config.projector_type domino, whose block_size with shift_label is that of its slots
+                  dflash_config.projector_type domino, whose block_size with shift_label is that of its slots; DFlash2
+                  with architectures [DFlash2DraftModel]
     speculators   speculators_model_type dspark | dflash | eagle3 | peagle, transformer_layer_config; taps are stored
                   plus one
     SGLang        architectures [LlamaForCausalLMEagle3], midlayer.*; eagle_config names the taps. With
@@ -34,6 +35,7 @@ from torch import Tensor
 from specbench.checkpoints.config_keys import REASONS, FormatError, Keys, agreed, agreed_flag, agreed_number
 from specbench.checkpoints.layer_config import LayerFacts, gemma4_layers_of, layers_of
 from specbench.drafts.dflash import DFlash
+from specbench.drafts.dflash2 import TAPS, DFlash2
 from specbench.drafts.domino import Domino
 from specbench.drafts.draft import Draft
 from specbench.drafts.dspark import MARKOV_HEADS, DSpark
@@ -279,13 +281,14 @@ def _form(config: Keys, tensors: Collection[str]) -> Form:
             return _deepspec(config, family, tensors, _deepspec_block)
         if architecture == f"{family}Eagle3Model":
             return _deepspec(config, family, tensors, _deepspec_eagle3)
-    if architecture in ("DFlashDraftModel", "DominoDraftModel"):
+    if architecture in ("DFlashDraftModel", "DominoDraftModel", "DFlash2DraftModel"):
         return _zlab(config, architecture)
     if architecture == "LlamaForCausalLMEagle3":
         return _sglang(config)
     raise FormatError(
         f"architecture {architecture!r} is no draft format known here; known: Qwen3 and Gemma4 with DSparkModel or "
-        "Eagle3Model, DFlashDraftModel, DominoDraftModel, LlamaForCausalLMEagle3, speculators and SpecBench's own"
+        "Eagle3Model, DFlashDraftModel, DFlash2DraftModel, DominoDraftModel, LlamaForCausalLMEagle3, speculators and "
+        "SpecBench's own"
     )
 
 
@@ -385,15 +388,26 @@ def _zlab(config: Keys, architecture: str) -> Form:
     if said.get("causal_head"):  # every layer of such a draft is causal, which JetSpec does not set but is
         kind = JetSpec
         del settings["causal_block"]
-    if domino:
-        kind, settings = Domino, settings | _domino(inner, config, settings)
+    if domino or architecture == "DFlash2DraftModel":
+        if settings.keys() & {"causal_block", "full_layers"} or "causal_head" in inner:
+            raise FormatError("config.json: such a draft here attends both ways in its block, in all layers alike")
+        if domino and architecture == "DFlash2DraftModel":
+            raise FormatError("config.json: projector_type=domino asks for Domino and architectures for DFlash2")
+        kind, own = (Domino, _domino(inner, config)) if domino else (DFlash2, _dflash2(inner))
+        settings |= own
     return Form(kind, settings, layers, layers.text(config), about)
 
 
-def _domino(inner: Keys, config: Keys, settings: dict[str, Any]) -> dict[str, Any]:
-    """The settings of Domino's correction. Errors: FormatError for a block attention that it does not have."""
-    if settings.keys() & {"causal_block", "full_layers"} or "causal_head" in inner:
-        raise FormatError("config.json: a Domino draft here attends both ways in its block, in all layers alike")
+def _dflash2(inner: Keys) -> dict[str, Any]:
+    """The settings of DFlash2's convolutions and selector, each of which the format names."""
+    if (taps := inner.integer(inner.needed("conv_kernel_size"))) != TAPS:
+        raise FormatError(f"config.json: dflash_config.conv_kernel_size={taps}: convolutions here have {TAPS} taps")
+    named = {"conv_group": "conv_group_size", "selector_rank": "selector_rank", "candidates": "selector_top_k"}
+    return {setting: inner.integer(inner.needed(key)) for setting, key in named.items()}
+
+
+def _domino(inner: Keys, config: Keys) -> dict[str, Any]:
+    """The settings of Domino's correction."""
     config.integer("emb_dim"), inner.integer("emb_dim")
     if (rank := agreed("emb_dim", inner, config)) is None:
         inner.needed("emb_dim")

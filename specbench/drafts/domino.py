@@ -120,8 +120,8 @@ class Domino(ParallelDraft):
         )
 
     @property
-    def correction(self) -> nn.Linear:
-        return self.embed_proj[2]
+    def correction(self) -> nn.Parameter:
+        return self.embed_proj[2].weight
 
     def latent(self, hidden: Float[Tensor, "*b D"], state: Float[Tensor, "*b G"]) -> Float[Tensor, "*b R"]:
         return self.embed_proj[:2](torch.cat([hidden, state], -1))
@@ -141,6 +141,8 @@ class Domino(ParallelDraft):
             entered = self.prefix_gru.enter(self.tables.embed(previous[-1]).to(hidden.dtype))
             state = self.prefix_gru.step(state, entered)
             own = base[:, k : k + 1]
-            return own if k < self.prefix else own + self.correction(self.latent(hidden[:, k : k + 1], state[:, None]))
+            return (
+                own if k < self.prefix else own + self.embed_proj[2](self.latent(hidden[:, k : k + 1], state[:, None]))
+            )
 
         return self.draw_each(hidden.shape[1], anchor, sample, logits)

@@ -111,6 +111,8 @@ class Draft(nn.Module):
     halts_on_stop = False
     # Which slots training supervises: one of blocks.SUPERVISIONS.
     supervision = "predicted"
+    # Tokens that a slot can propose, if its law is 0 for all others (logits of -inf); None: any.
+    candidates: int | None = None
     # Modules that keep the initial weights of their constructor, also with start=random.
     keeps_first_weights: tuple[str, ...] = ()
     # Modules that read the taps; their weights are useless for other taps. None: unknown, so any module can be one.

@@ -178,8 +178,8 @@ class DSpark(ParallelDraft):
         return hidden if self.markov_head is None else torch.cat([hidden, self.markov_head(hidden, previous)], -1)
 
     @property
-    def correction(self) -> nn.Linear | None:
-        return None if self.markov_head is None else self.markov_head.markov_w2
+    def correction(self) -> nn.Parameter | None:
+        return None if self.markov_head is None else self.markov_head.markov_w2.weight
 
     def confidence(self, hidden: Float[Tensor, "*b K D"], previous: Int[Tensor, "*b K"]) -> Tensor | None:
         if self.confidence_head is None:

@@ -64,6 +64,8 @@ class ParallelDraft(Draft):
     """
 
     by_span: bool | None = None
+    # The class of the layers; one of a subclass is run by its modules in decoding, not folded.
+    layer_kind: type[Layer] = Layer
     tap_modules = ("fc", "hidden_norm")
 
     def __init__(
@@ -104,14 +106,14 @@ class ParallelDraft(Draft):
         self.fc = nn.Linear(len(self.target_layer_ids) * D, D, bias=False)
         self.hidden_norm, self.norm = backbone.norm(D), backbone.norm(D)
         self._fused = Kept()
-        self.layers = nn.ModuleList(Layer(backbone) for _ in range(layers))
+        self.layers = nn.ModuleList(self.layer_kind(backbone) for _ in range(layers))
         self.rope = RotaryEmbedding(backbone)
         self.stack = Stack(self.layers, backbone, reads_context=True)
 
     @property
-    def correction(self) -> nn.Linear | None:
-        """The map (W, R) from a slot's latent to a bias of its base logits, if the method has one: `features` are then
-        [hidden ; latent]."""
+    def correction(self) -> nn.Parameter | None:
+        """The weight (W, R) of the map from a slot's latent to a bias of its base logits, if the method has one:
+        `features` are then [hidden ; latent]."""
         return None
 
     def project(self, features: Float[Tensor, "*r F"]) -> Float[Tensor, "*r W"]:
@@ -119,13 +121,13 @@ class ParallelDraft(Draft):
         if self.correction is None:
             return base
         # In place, so that a chunk of the objective needs no second tensor of vocabulary size.
-        return add_linear_(base, features[..., self.backbone.hidden_size :], self.correction.weight)
+        return add_linear_(base, features[..., self.backbone.hidden_size :], self.correction)
 
     def project_base(self, features: Float[Tensor, "*r F"]) -> Float[Tensor, "*r W"] | None:
         return None if self.correction is None else self.tables.logits(features[..., : self.backbone.hidden_size])
 
     def projection_parameters(self) -> list[nn.Parameter]:
-        correction = [] if self.correction is None else [self.correction.weight]
+        correction = [] if self.correction is None else [self.correction]
         return [*super().projection_parameters(), *correction]
 
     def layers_in_order(self) -> Sequence[nn.Module]:

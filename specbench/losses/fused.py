@@ -326,7 +326,9 @@ class RowPass:
 
         alpha = torch.minimum(p, q, out=m).sum(-1)
         tv = 2 * (1 - alpha)
-        ce = torch.where(inside, log_norm - z.gather(1, label)[:, 0], 0.0)
+        chosen = z.gather(1, label)[:, 0]
+        inside = inside & (chosen > -torch.inf)  # else the label is none of the draft's candidates
+        ce = torch.where(inside, log_norm - chosen, 0.0)
         terms: dict[str, Tensor] = {"ce": ce, "tv": tv}
 
         # d loss / d logits = p * (slope_m m + slope_u u + slope_l l + level) + slope_q q + spike at the label

@@ -174,6 +174,8 @@ class Objective:
         with blocks.lookups or (SharedLookups() if fast.enabled() else nullcontext()):
             features = draft.features(blocks.hidden, blocks.previous)
             confidence = self.predict(draft, blocks)
+        if getattr(draft, "candidates", None) is not None:
+            self.require_terms_of_candidates(draft)
         if self.base is not None and draft.project_base(features.flatten(0, 2)[:0]) is None:
             raise ValueError(f"objective base={self.settings['base']}: {type(draft).__name__} has no base logits here")
         inputs = (draft, tables, blocks, features, self.combination)
@@ -208,6 +210,16 @@ class Objective:
         slots = SlotStatistics.of(mask, weights, grids, scores)
         found = {term: amount.detach() for term, amount in terms.items()}
         return Loss(value, self.divisor(weight, positions), found, slots)
+
+    def require_terms_of_candidates(self, draft: Draft) -> None:
+        """Refuse terms that are infinite where the draft's law is 0."""
+        infinite = sorted(set(self.combination.coefficients) - {"ce", "tv", "accept"})
+        infinite += [] if self.combination.blend is None else ["blend"]
+        if infinite:
+            raise ValueError(
+                f"objective {', '.join(infinite)}: the law of {type(draft).__name__} is 0 outside of its "
+                f"{draft.candidates} candidates, where this is infinite; use ce, tv and accept"
+            )
 
     def predict(self, draft: Draft, blocks: Blocks) -> Float[Tensor, "B N K"] | None:
         """The draft's confidence logits, with gradient only where they are trained; None without such a head."""

@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from specbench.blocks import Blocks
-from specbench.losses.terms import Combination, SlotResults, slot_terms, softened_kl
+from specbench.losses.terms import Combination, SlotResults, draft_columns, slot_terms, softened_kl
 
 if TYPE_CHECKING:
     from specbench.drafts.draft import Draft
@@ -55,7 +55,8 @@ def results_of(
         top, target_top = logits.argmax(-1), target.argmax(-1)
         top = top if ids is None else ids[top]
     labels = blocks.labels.flatten()
-    inside = torch.ones_like(kept) if ids is None else torch.isin(labels, ids)
+    columns, inside = draft_columns(labels, ids, target.shape[-1])
+    inside = inside & (logits.detach().gather(1, columns.clamp_min(0)[:, None])[:, 0] > -torch.inf)
     wanted = {*combination.coefficients, *(["kl"] if blend else [])}
     values = {name: value[kept] for name, value in slot_terms(logits, target, labels, ids, wanted).items()}
     active = {term: values[term] for term in combination.coefficients}

@@ -34,7 +34,7 @@ def slot_terms(
 ) -> dict[str, Float[Tensor, " R"]]:
     """The `wanted` terms of every row in nats, and always ce, tv, alpha and the `outside` mass; differentiable.
 
-    ce          -log p(y), 0 where y is outside of the draft's vocabulary
+    ce          -log p(y), 0 where y is outside of the draft's vocabulary or candidates
     soft_ce     -sum q log p                                    EAGLE-3 (arXiv 2503.01840)
     kl          sum q (log q - log p)                           soft_ce less the target's entropy
     reverse_kl  sum p (log p - log q)                           as in DistillSpec (arXiv 2310.08461)
@@ -52,6 +52,7 @@ def slot_terms(
         log_q, q = log_q[:, ids], q[:, ids]
         outside = 1 - q.sum(-1)
     chosen = log_p.gather(1, columns.clamp_min(0)[:, None])[:, 0]
+    inside = inside & (chosen > -torch.inf)
     terms = {"ce": torch.where(inside, -chosen, 0.0), "tv": (p - q).abs().sum(-1) + outside, "outside": outside}
     terms["alpha"] = torch.minimum(p, q).sum(-1) if "accept" in wanted else 1 - terms["tv"] / 2
     if "soft_ce" in wanted:
@@ -151,7 +152,7 @@ class SlotResults:
     alpha: Float[Tensor, " R"]
     agreement: Bool[Tensor, " R"]  # draft and target have the same most likely token
     hit: Bool[Tensor, " R"]  # the draft's most likely token is y
-    label_outside: Bool[Tensor, " R"]
+    label_outside: Bool[Tensor, " R"]  # y is outside of the draft's vocabulary or candidates
     outside: Float[Tensor, " R"]
     terms: dict[str, Tensor]
 

@@ -477,14 +477,22 @@ class Layer(nn.Module):
         """Residual, feed-forward and residual after attention."""
         if self.adds_to_normed:
             x = self.hidden_norm(x)
-        seen = self.self_attn.o_proj(seen.flatten(-2))
+        attended = self.attended(x, seen)
         if self.sandwich:
-            x = self.add(x, self.post_attention_layernorm(seen))
-            x = self.add(x, self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(x))))
+            x = self.add(x, self.post_attention_layernorm(attended))
+            x = self.add(x, self.post_feedforward_layernorm(self.fed_forward(self.pre_feedforward_layernorm(x))))
         else:
-            x = self.add(x, seen)
-            x = self.add(x, self.mlp(self.post_attention_layernorm(x)))
+            x = self.add(x, attended)
+            x = self.add(x, self.fed_forward(self.post_attention_layernorm(x)))
         return x if self.layer_scalar is None else x * self.layer_scalar
+
+    def attended(self, x: Float[Tensor, "*b D"], seen: Float[Tensor, "*b H d"]) -> Float[Tensor, "*b D"]:
+        """The output of the attention sublayer, whose input x is; a subclass can change it."""
+        return self.self_attn.o_proj(seen.flatten(-2))
+
+    def fed_forward(self, x: Float[Tensor, "*b D"]) -> Float[Tensor, "*b D"]:
+        """The output of the feed-forward sublayer; a subclass can change it."""
+        return self.mlp(x)
 
     def add(self, x: Float[Tensor, "*b D"], change: Float[Tensor, "*b D"]) -> Float[Tensor, "*b D"]:
         """The residual stream after a sublayer."""
