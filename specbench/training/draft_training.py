@@ -146,6 +146,8 @@ class DraftTraining(L.LightningModule):
                 "supervision=unshifted reaches one token beyond every conversation, where there is no label: "
                 "use soft_ce, kl or tv with a static slot weight"
             )
+        if draft.candidates is not None:
+            objective.require_terms_of_candidates(draft)
         self.draft, self.objective = draft, objective
         # In a tuple, so that the target's tables are neither a second copy in checkpoints nor wrapped by a strategy.
         self._target_tables = (target_tables if target_tables is not None else _tables_of(draft),)
