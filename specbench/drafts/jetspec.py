@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from specbench.blocks import Batch, previous_tokens
@@ -103,3 +103,7 @@ class JetSpec(ParallelDraft):
             return self.project(self.run_block(previous[-1][:, None], state.cache, behind=k))
 
         return self.draw_each(self.block_size if slots is None else slots, anchor, sample, logits)
+
+    def draw(self, hidden: Float[Tensor, "B K D"], anchor: Int[Tensor, " B"], sample: SampleFunction) -> Proposal:
+        """All slots at once, so that the parents of a depth share their candidates."""
+        return self.draw_at_once(hidden, anchor, sample)
