@@ -1,6 +1,7 @@
 """Drafts without training: lossless through the whole loop, exact where the answer is known."""
 
 import json
+import random
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,9 @@ from experiments.cli import main
 from specbench.blocks import Context
 from specbench.decoding.loop import Limits, decode, speculative_decode
 from specbench.decoding.sampling import Sampler, Sampling, warp
-from specbench.drafts.baselines import BASELINES, NGram, Small, baseline, lookup, pinned, short_name, small
+from specbench.drafts.baselines import BASELINES, NGram, Small, Suffix, baseline, lookup, pinned, short_name, small
+from specbench.drafts.suffix_automaton import ROOT, SuffixAutomaton
+from specbench.library.evaluation import evaluate
 from specbench.models.target import Target, save
 from specbench.runs.run_folder import read_lines, read_summary
 from tests import tiny
@@ -87,8 +90,68 @@ def test_sampled_text_has_the_targets_distribution(name):
     assert chisquare(seen[support].numpy(), expected.numpy()).pvalue > 1e-4
 
 
+def continued(texts: list[list[int]], text: list[int], token: int, count: int):
+    """What `SuffixAutomaton.follow` gives, by looking at every place of every suffix in every text."""
+    own, tokens, shares = [*text, token], [], []
+    for _ in range(count):
+        following: dict[int, int] = {}
+        for size in range(len(own), 0, -1):
+            for known in texts:
+                for i in range(len(known) - size):
+                    if known[i : i + size] == own[-size:]:
+                        following[known[i + size]] = following.get(known[i + size], 0) + 1
+            if following:
+                break
+        best = min(following, key=lambda t: (-following[t], t)) if following else (tokens or [token])[-1]
+        tokens.append(best)
+        shares.append(following[best] / sum(following.values()) if following else 0.0)
+        own = [*own, best] if following else own
+    return tokens, shares
+
+
+def test_a_suffix_automaton_says_what_a_search_of_all_texts_says():
+    """Texts of three tokens that grow in turns, so that suffixes of all lengths occur in several of them."""
+    draw = random.Random(0)
+    for _ in range(60):
+        automaton, texts = SuffixAutomaton(), [[] for _ in range(draw.randint(1, 3))]
+        last = [ROOT] * len(texts)
+        for _ in range(draw.randint(1, 20)):
+            i, new = draw.randrange(len(texts)), [draw.randrange(3) for _ in range(draw.randint(1, 4))]
+            last[i], texts[i] = automaton.extend(last[i], new), texts[i] + new
+            token = draw.randrange(4)
+            assert automaton.follow(last[i], token, 4) == continued(texts, texts[i], token, 4)
+
+
+def draws_nothing(logits):
+    raise AssertionError("a deterministic draft has no logits to draw from")
+
+
+def test_suffix_decoding_reads_its_own_text_or_that_of_all_requests():
+    for shared, found in ((False, [5, 5, 5]), (True, [6, 7, 8])):
+        draft = Suffix(3, shared=shared)
+        draft.begin(_context(4), torch.tensor([[5, 6, 7, 8]]))
+        state = draft.begin(_context(4), torch.tensor([[1, 2, 3, 4]]))
+        proposal = draft.propose(state, torch.tensor([5]), draws_nothing)
+        assert proposal.tokens.tolist() == [found] and proposal.probabilities is None
+        sure = torch.sigmoid(proposal.confidence)[0]
+        assert (sure > 0.999).all() if shared else (sure < 0.001).all()
+
+
+def test_a_threshold_shortens_what_has_seldom_followed():
+    """After 1 came 2 twice and 3 once, and 9 after both 1 2: shares of 2/3 and 1. Nothing has followed 7 1."""
+    state = Suffix(2).begin(_context(9), torch.tensor([[1, 2, 9, 1, 3, 1, 2, 9, 7]]))
+    proposal = Suffix(2).propose(state, torch.tensor([1]), draws_nothing)
+    assert proposal.tokens.tolist() == [[2, 9]]
+    torch.testing.assert_close(torch.sigmoid(proposal.confidence), torch.tensor([[2 / 3, 1 - 1e-4]]))
+
+
+def test_acceptance_on_texts_that_a_draft_has_read_is_refused():
+    with pytest.raises(ValueError, match=r"teacher_forced=True with suffix.*draft=suffix"):
+        evaluate(tiny.target("qwen3"), Suffix(3, shared=True), teacher_forced=True)
+
+
 def test_unknown_baselines_are_refused():
-    with pytest.raises(ValueError, match="ngram, oracle"):
+    with pytest.raises(ValueError, match="ngram, suffix, suffix_all, oracle"):
         baseline("nothing", tiny.target("qwen3"))
 
 

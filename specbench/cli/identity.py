@@ -29,7 +29,7 @@ INPUTS = (
     "scheduler.calibration.path",
 )
 # Values of these settings that do not name a file, even if a file of this name exists.
-WORDS = ("target", "random", "plain", "ngram", "oracle")
+WORDS = ("target", "random", "plain", "ngram", "suffix", "suffix_all", "oracle")
 PREFIX = "small:"  # of a draft that is a small language model
 
 SAMPLED = 1 << 28  # bytes above which only the size and a part of a file are hashed

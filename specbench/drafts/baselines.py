@@ -1,10 +1,11 @@
 """Baselines: drafts that need no training, with the same decoding loop, records and time measurement as trained ones.
 
     NGram        prompt lookup: what followed the longest recent suffix when it last occurred (Saxena 2023)
+    Suffix       suffix decoding: what most often followed the longest known suffix (Oliaro et al. 2024)
     OracleDraft  the target's own greedy continuation: every slot is accepted at temperature 0, the upper bound
     Small        a complete language model with the same tokenizer (Leviathan et al. 2023; Chen et al. 2023)
 
-    The first two propose without probabilities, that is with a one-hot distribution, so decoding is lossless at every
+    The first three propose without probabilities, that is with a one-hot distribution, so decoding is lossless at every
     temperature. Their time is that of this implementation; that of the oracle includes running the target.
 
 Axes: B requests, S tokens, K slots, R tokens not yet run, V vocabulary.
@@ -23,17 +24,22 @@ from torch import Tensor, nn
 
 from specbench.blocks import Context
 from specbench.drafts.draft import Proposal, SampleFunction
+from specbench.drafts.suffix_automaton import ROOT, SuffixAutomaton
 from specbench.models.target import Target, TargetState
 
-BASELINES = ("ngram", "oracle")
+BASELINES = ("ngram", "suffix", "suffix_all", "oracle")
 SMALL = "small:"
 SLOTS = 7
+# Confidences of `Suffix` stay this far from 0 and 1: their logits are finite.
+LEAST_SHARE = 1e-4
 
 
 class Baseline(nn.Module):
     """Attributes of a draft that the decoding loop needs, in addition to begin, propose and commit."""
 
     halts_on_stop = False
+    # Whether proposals for a request depend on the texts of others.
+    reads_other_requests = False
     # Digest of the proposing weights, if they are not the target's.
     weights_hash: str | None = None
 
@@ -104,6 +110,60 @@ class NGram(Baseline):
         pairs = zip(state.rows, anchor.tolist(), strict=True)
         found = [lookup([*row, first], count, self.longest) for row, first in pairs]
         return Proposal(torch.tensor(found, device=anchor.device), None, None)
+
+
+@dataclass
+class SuffixTexts:
+    """Every request's automaton (one for all of them if shared) and the state of its last token, without its anchor."""
+
+    automata: list[SuffixAutomaton]
+    last: list[int]
+
+    def select(self, rows: Int[Tensor, " R"]) -> SuffixTexts:
+        """The texts of the chosen rows."""
+        chosen = rows.tolist()
+        return SuffixTexts([self.automata[r] for r in chosen], [self.last[r] for r in chosen])
+
+    def merge(self, other: SuffixTexts) -> SuffixTexts:
+        """Both states' texts."""
+        return SuffixTexts(self.automata + other.automata, self.last + other.last)
+
+
+class Suffix(Baseline):
+    """Suffix decoding (arXiv 2411.04975). Its confidence is the share of a token among what has followed the suffix so
+    far, so that a threshold scheduler shortens uncertain proposals, as the paper does.
+
+    Args:
+        block_size: proposed tokens.
+        shared: read the prompts and answers of all requests so far, not those of the request alone. Proposals then
+            depend on which requests came before, and a prompt that is answered again finds its earlier answer.
+
+    Deviations from the paper: the longest known suffix is followed, where the paper compares suffixes by a score; a
+    chain is proposed, not a tree; and shared texts include prompts and running answers, where the paper's global tree
+    holds finished answers alone.
+    """
+
+    def __init__(self, block_size: int = SLOTS, shared: bool = False):
+        super().__init__(block_size)
+        self.reads_other_requests = shared
+        self._shared = SuffixAutomaton() if shared else None
+
+    def begin(self, context: Context, tokens: Int[Tensor, "B T"]) -> SuffixTexts:
+        automata = [self._shared or SuffixAutomaton() for _ in tokens]
+        return self.commit(SuffixTexts(automata, [ROOT] * len(automata)), context, tokens)
+
+    def commit(self, state: SuffixTexts, context: Context, tokens: Int[Tensor, "B S"]) -> SuffixTexts:
+        new = zip(state.automata, state.last, tokens.tolist(), context.lengths.tolist(), strict=True)
+        return SuffixTexts(state.automata, [automaton.extend(last, ids[:n]) for automaton, last, ids, n in new])
+
+    def propose(
+        self, state: SuffixTexts, anchor: Int[Tensor, " B"], sample: SampleFunction, slots: int | None = None
+    ) -> Proposal:
+        count = self.block_size if slots is None else min(slots, self.block_size)
+        rows = zip(state.automata, state.last, anchor.tolist(), strict=True)
+        found = [automaton.follow(last, first, count) for automaton, last, first in rows]
+        tokens, shares = (torch.tensor(part, device=anchor.device) for part in zip(*found, strict=True))
+        return Proposal(tokens, None, torch.logit(shares, eps=LEAST_SHARE))
 
 
 class OracleDraft(Baseline):
@@ -272,4 +332,6 @@ def baseline(name: str, target: Target, block_size: int = SLOTS) -> Baseline:
         return small(name.removeprefix(SMALL), target, block_size)
     if name not in BASELINES:
         raise ValueError(f"draft={name}: the baselines are {', '.join(BASELINES)} and {SMALL}FOLDER")
+    if name.startswith("suffix"):
+        return Suffix(block_size, shared=name == "suffix_all")
     return NGram(block_size) if name == "ngram" else OracleDraft(target, block_size)

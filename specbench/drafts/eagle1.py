@@ -47,6 +47,7 @@ class Eagle1(RecurrentDraft):
         ValueError: `trained_steps` is larger than `block_size`.
     """
 
+    published_format = "eagle1"
     tap_modules = ()
     reads_taps = False
     reads_last = True

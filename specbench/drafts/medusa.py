@@ -30,6 +30,8 @@ from specbench.ranges import Count, Slots
 class Medusa(HeadsDraft):
     """Independent heads: no slot sees the tokens of the others. Arguments: see `HeadsDraft`."""
 
+    published_format = "medusa"
+
     def __init__(
         self,
         backbone: Backbone,

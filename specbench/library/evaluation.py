@@ -234,6 +234,11 @@ def evaluate(
     label = method or (PLAIN if draft is None else type(draft).__name__.lower())
     if teacher_forced and draft is None:
         raise ValueError("teacher_forced=True examines what a draft proposes, and draft=None proposes nothing")
+    if teacher_forced and getattr(draft, "reads_other_requests", False):
+        raise ValueError(
+            f"teacher_forced=True with {label}: it keeps the decoded answers and would read those that it is asked "
+            "about; use draft=suffix, or teacher_forced=False"
+        )
     if slots is not None and draft is not None and not 1 <= slots <= draft.block_size:
         raise ValueError(f"slots={slots}: the block of this draft holds {draft.block_size}; ask for 1 to so many")
     place = Path(tempfile.mkdtemp(prefix="specbench-")) if folder is None else Path(folder)
