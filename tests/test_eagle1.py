@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from specbench import fast
 from specbench.blocks import with_anchors
+from specbench.checkpoints.config_keys import FormatError
+from specbench.checkpoints.draft_folder import build_draft, export_draft, load_draft, save_draft
 from specbench.losses.objective import Objective
 from tests import published, tiny, transcriptions
+from tests.test_interchange import made
 
 
 @pytest.mark.parametrize(("backbone", "bias"), [("qwen3", True), ("llama", False)])
@@ -30,6 +36,53 @@ def test_logits_are_those_of_the_formulas(backbone: str, bias: bool) -> None:
         anchor = int(batch.anchors[0, n])
         wanted = transcriptions.eagle1(c, held, sample.last, sample.tokens, anchor, draft.block_size)
         torch.testing.assert_close(found[n], wanted, atol=1e-4, rtol=1e-4)
+
+
+def test_its_published_form_gives_the_formulas_logits(tmp_path: Path) -> None:
+    """Out to SGLang's folder, whose tensors the transcription reads; in again, also under the name of the release."""
+    draft, kept, config = made("eagle1", backbone="llama")
+    draft.fc.bias.data.normal_(std=0.3, generator=torch.Generator().manual_seed(2))
+    save_draft(draft, tmp_path / "own", config, kept)
+    out = export_draft(tmp_path / "own", tmp_path / "out", "sglang")
+    written, held = json.loads((out / "config.json").read_text()), load_file(out / "model.safetensors")
+    assert written["architectures"] == ["LlamaForCausalLMEagle"] and written["num_hidden_layers"] == 1
+    layer = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.gate_proj")
+    layer += ("mlp.up_proj", "mlp.down_proj", "post_attention_layernorm")
+    assert set(held) == {"fc.weight", "fc.bias", *(f"layers.0.{name}.weight" for name in layer)}
+    tables = tiny.target("qwen3").tables
+    whole = held | {"embed_tokens.weight": tables.embedding, "lm_head.weight": tables.head}
+    c = published.FACTS | {"rope_theta": draft.backbone.rope_theta, "rms_norm_eps": draft.backbone.norm_eps}
+    sample = tiny.samples("qwen3")[0]
+    batch = with_anchors(tiny.pack([sample]), None)
+    as_released = {**written, "architectures": ["LlamaForCausalLM"]}
+    loaded = [
+        load_draft(out, tables),
+        build_draft(as_released, held | {"embed_tokens.weight": tables.embedding}, tables),
+    ]
+    for one in (draft, *loaded):
+        with torch.no_grad():
+            blocks = one.eval()(batch)
+            found = one.logits(blocks.hidden, blocks.previous)[0, 3, :4]  # the folder's chain has 7 steps
+        wanted = transcriptions.eagle1(c, whole, sample.last, sample.tokens, int(batch.anchors[0, 3]), 4)
+        torch.testing.assert_close(found, wanted, atol=1e-4, rtol=1e-4)
+    unbiased = {name: t for name, t in held.items() if name != "fc.bias"}
+    assert build_draft({**written, "bias": False}, unbiased, tables).fc.bias is None
+    with pytest.raises(FormatError, match=r"missing \['fc.bias'\]"):
+        build_draft(written, unbiased, tables)
+    with pytest.raises(FormatError, match="hot_vocab_size"):
+        build_draft({**written, "hot_vocab_size": 16}, held, tables)
+
+
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [({}, "backbone=llama"), ({"backbone": "llama", "fc_bias": False}, "fc_bias=true")],
+    ids=["layers", "bias"],
+)
+def test_what_sglang_cannot_decode_is_not_written(settings: dict, reason: str, tmp_path: Path) -> None:
+    draft, kept, config = made("eagle1", **settings)
+    save_draft(draft, tmp_path / "own", config, kept)
+    with pytest.raises(FormatError, match=reason):
+        export_draft(tmp_path / "own", tmp_path / "out", "sglang")
 
 
 def test_training_runs_and_supervises_the_trained_steps_alone() -> None:

@@ -5,14 +5,19 @@ Nothing of the package computes the expected values but the target's tables, whi
 
 from __future__ import annotations
 
+import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from specbench import fast
 from specbench.blocks import with_anchors
+from specbench.checkpoints.config_keys import FormatError
+from specbench.checkpoints.draft_folder import build_draft, export_draft, load_draft, save_draft
 from specbench.decoding.loop import Limits, decode, speculative_decode
 from specbench.decoding.sampling import Sampling
 from specbench.drafts.hydra import Hydra
@@ -20,6 +25,7 @@ from specbench.drafts.initialisation import first_weights
 from specbench.drafts.medusa import Medusa
 from specbench.losses.objective import Objective
 from tests import tiny
+from tests.test_interchange import made
 
 IDS = torch.tensor([1, 2, 3, 5, 8, 13, 21, 34, 55, 89])
 
@@ -161,6 +167,71 @@ def test_heads_start_as_the_targets_own_on_its_state(kind: type, copied: int) ->
     begun = first_weights(draft, "random", target)
     heads = draft.medusa_head if kind is Medusa else draft.hydra_head
     assert begun.copied == [] and 0.01 < float(heads[0][0].linear.weight.detach().std()) < 0.03
+
+
+def trained_logits(draft) -> Tensor:
+    batch = with_anchors(tiny.batch("qwen3"), 4)
+    with torch.no_grad():
+        blocks = draft(batch)
+        return draft.logits(blocks.hidden, blocks.previous)[blocks.mask]
+
+
+def released(draft) -> tuple[dict, dict[str, Tensor]]:
+    """config.json and tensors of the release's format, from the draft's own tensors."""
+    tensors, own = draft.state_dict(), draft.depth
+    held = {name: t for name, t in tensors.items() if name.startswith("medusa_head.")}
+    held |= {f"medusa_head.{k}.{own}.weight": tensors[f"vocabulary_heads.{k}"] for k in range(draft.block_size)}
+    config = {"medusa_num_heads": 4, "medusa_num_layers": own, "base_model_name_or_path": "me/target"}
+    return config | {"transformers_version": "4.35.0"}, held
+
+
+@pytest.mark.parametrize("prefix", ["medusa_head.", ""])
+def test_heads_in_the_format_of_the_release_load(prefix: str) -> None:
+    tables, draft = tiny.target("qwen3").tables, varied("medusa", "qwen3", own_heads=True, depth=2)
+    config, held = released(draft)
+    held = {prefix + name.removeprefix("medusa_head."): t for name, t in held.items()}
+    loaded = build_draft(config, held, tables)
+    assert loaded.settings["own_heads"] and (loaded.block_size, loaded.depth) == (4, 2)
+    assert torch.equal(trained_logits(loaded), trained_logits(draft))
+    with pytest.raises(FormatError, match="medusa_choices"):
+        build_draft(config | {"medusa_choices": 63}, held, tables)
+    with pytest.raises(FormatError, match=r"unknown \['medusa_head.0.1.norm'\]"):
+        build_draft(config, held | {"medusa_head.0.1.norm": torch.ones(2)}, tables)
+    held.pop(f"{prefix}3.2.weight")
+    with pytest.raises(FormatError, match=r"missing \['vocabulary_heads.3'\]"):
+        build_draft(config, held, tables)
+
+
+@pytest.mark.parametrize("ids", [None, IDS], ids=["whole", "reduced"])
+@pytest.mark.parametrize("own", [True, False])
+def test_vllm_reads_the_same_logits(own: bool, ids: Tensor | None, tmp_path: Path) -> None:
+    """vLLM's steps from the written folder: x + SiLU(layer(x)), one table or one a head, ids by token_map."""
+    draft, kept, config = made("medusa", own_heads=own, ids=ids)
+    for name, parameter in draft.named_parameters():
+        parameter.data += 0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(len(name)))
+    save_draft(draft, tmp_path / "own", config, kept)
+    out = export_draft(tmp_path / "own", tmp_path / "out", "vllm", tables=tiny.target("qwen3").tables)
+    written, held = json.loads((out / "config.json").read_text()), load_file(out / "model.safetensors")
+    assert written["architectures"] == ["MedusaModel"] and written["num_heads"] == 4
+    assert written["truncated_vocab_size"] == (96 if ids is None else 10) and ("token_map" in held) == (ids is not None)
+    sample = tiny.samples("qwen3")[0]
+    batch = with_anchors(tiny.pack([sample]), None)
+    with torch.no_grad():
+        blocks = draft(batch)
+        found = draft.logits(blocks.hidden, blocks.previous)[0, 3]
+    for k in range(written["num_heads"]):
+        x = sample.last[int(batch.anchors[0, 3]) - 1]
+        for i in range(written["num_hidden_layers"]):
+            y = held[f"blocks.{k}.layers.{i}.weight"] @ x + held[f"blocks.{k}.layers.{i}.bias"]
+            x = x + y * torch.sigmoid(y)
+        table = held[f"lm_heads.{0 if written['original_lm_head'] else k}.weight"]
+        torch.testing.assert_close(found[k], table @ x, atol=1e-4, rtol=1e-4)
+    loaded = load_draft(out, tiny.target("qwen3").tables)
+    assert torch.equal(trained_logits(loaded), trained_logits(draft))
+    assert (loaded.draft_vocabulary is None) == (ids is None)
+    for form in ("deepspec", "sglang"):
+        with pytest.raises(FormatError, match="format=vllm or specbench"):
+            export_draft(tmp_path / "own", tmp_path / form, form)
 
 
 def test_one_vocabulary_head_is_trained_or_every_slots_own() -> None:

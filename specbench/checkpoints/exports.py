@@ -20,13 +20,16 @@ from torch import Tensor
 from specbench.checkpoints.config_keys import FormatError
 from specbench.checkpoints.draft_files import TABLES
 from specbench.checkpoints.formats import EAGLE_FLAGS
+from specbench.checkpoints.medusa_format import medusa_obstacle, medusa_vllm
 from specbench.drafts.dflash2 import TAPS, DFlash2
 from specbench.drafts.domino import Domino
 from specbench.drafts.draft import Draft
 from specbench.drafts.dspark import DSpark
+from specbench.drafts.eagle1 import Eagle1
 from specbench.drafts.eagle3 import Eagle3
 from specbench.drafts.fused_taps import FusedTaps
 from specbench.drafts.jetspec import JetSpec
+from specbench.drafts.medusa import Medusa
 from specbench.drafts.p_eagle import PEagle
 from specbench.drafts.parallel import ParallelDraft
 from specbench.models.backbone import Backbone
@@ -36,8 +39,8 @@ FORMATS = ("deepspec", "vllm", "sglang", "zlab", OWN)
 # The published architectures that each of them holds.
 HELD = {
     "deepspec": ("dspark", "dflash", "eagle3"),
-    "vllm": ("dspark", "dflash", "eagle3", "p_eagle"),
-    "sglang": ("eagle3",),
+    "vllm": ("dspark", "dflash", "eagle3", "p_eagle", "medusa"),
+    "sglang": ("eagle3", "eagle1"),
     "zlab": ("dflash", "jetspec", "domino", "dflash2"),
 }
 # Names that a draft's tables and vocabulary have in every format, so that no module of its own may have them.
@@ -126,6 +129,8 @@ def _beyond_plain(facts: Backbone) -> str | None:
 
 def _vllm_obstacle(draft: Draft) -> str | None:
     facts = draft.backbone
+    if isinstance(draft, Medusa):
+        return medusa_obstacle(draft)
     if facts.sandwich or facts.soft_cap is not None or facts.embedding_scale != 1.0:
         return (
             "speculators has no Gemma4-like layers, embedding scale or soft-cap; format=deepspec holds this draft, and "
@@ -156,11 +161,23 @@ def _sglang_obstacle(draft: Draft) -> str | None:
         return f"SGLang: {beyond}"
     if "norm_before_fc" in norms_of(draft):
         return "SGLang's EAGLE-3 has no norm of all taps together (norm_before_fc); format=vllm holds it"
+    if isinstance(draft, Eagle1):
+        return _eagle1_obstacle(draft)
     if facts.norm_before_residual:
         return "SGLang's EAGLE-3 adds to the feature as it is; this draft adds to the normed feature"
     if draft.tables.trainable:
         return "SGLang's EAGLE-3 shares the target's embedding; this draft has trained its own"
     return _eagle3_obstacle(draft, "SGLang")
+
+
+def _eagle1_obstacle(draft: Eagle1) -> str | None:
+    if draft.backbone.head_norms:
+        return "SGLang's EAGLE-1 has Llama layers without norms of queries and keys; train with method.backbone=llama"
+    if draft.fc.bias is None:
+        return "SGLang's EAGLE-1 has a bias in the map of embedding and feature; train with method.draft.fc_bias=true"
+    if draft.tables.trainable or draft.draft_vocabulary is not None:
+        return "SGLang's EAGLE-1 shares the target's embedding and head; this draft has its own or a reduced vocabulary"
+    return None
 
 
 def _zlab_obstacle(draft: Draft) -> str | None:
@@ -275,6 +292,8 @@ def speculators(
     Errors: FormatError with the reason.
     """
     _require(draft, "vllm")
+    if isinstance(draft, Medusa):
+        return medusa_vllm(draft)
     facts, name = draft.backbone, type(draft).__name__
     text = layer_fields(facts, positions) | {
         "model_type": "qwen3" if facts.head_norms else "llama",
@@ -372,6 +391,18 @@ def sglang(draft: Draft, positions: int | None = None) -> tuple[dict[str, Any], 
     """config.json and tensors in SGLang's EAGLE-3 format, without the embedding, which it takes from the target;
     `positions`: how many the target has."""
     _require(draft, "sglang")
+    if isinstance(draft, Eagle1):
+        shared = {
+            "architectures": ["LlamaForCausalLMEagle"],
+            "model_type": "llama",
+            "num_hidden_layers": len(draft.layers),
+            "rope_theta": draft.backbone.rope_theta,
+            "tie_word_embeddings": False,
+            "bias": True,
+            "torch_dtype": str(draft.fc.weight.dtype).removeprefix("torch."),
+        }
+        own = {name: value for name, value in tensors_of(draft).items() if name not in TABLES}
+        return layer_fields(draft.backbone, positions) | shared, own
     config = (
         layer_fields(draft.backbone, positions)
         | norms_of(draft)

@@ -9,15 +9,18 @@
                   plus one
     SGLang        architectures [LlamaForCausalLMEagle3], midlayer.*; eagle_config names the taps. With
                   parallel_drafting, or a mask token under one of MASK_TOKENS, it is the P-EAGLE that vLLM decodes
+    EAGLE-1       architectures [LlamaForCausalLMEagle], or [LlamaForCausalLM] with a tensor fc.weight (as released); fc
+                  has a bias unless `bias` is false; embedding and head are the target's where they are not there
+    Medusa        see medusa_format.py
 
-The last two may cut the draft's vocabulary: row i of the head is token i + d2t[i], and t2d marks those tokens. Every
-key of a configuration and every tensor is used, known not to matter (configkeys.py, IRRELEVANT_TENSORS), or an error by
-name. Where a key is absent, the format's own library decides what it means: speculators models/{dspark,dflash,eagle3}/
-{config,core,attention}.py; z-lab dflash/model.py (a layer that slides attends causally inside its block unless
-`is_causal` says otherwise; logits are the target's head's, times output_multiplier, then capped); SGLang
-models/llama_eagle3.py and set_eagle3_layers_to_capture; vLLM models/{llama_eagle3,qwen3_dflash}.py (the window of a
-sliding layer bounds how far back a query sees) and transformers_utils/configs/speculators/algos.py; for P-EAGLE
-speculators models/peagle/{config,core}.py. Read on 2026-11-22, 2026-11-26 and 2026-11-27.
+speculators and SGLang may cut the draft's vocabulary: row i of the head is token i + d2t[i], and t2d marks those
+tokens. Every key of a configuration and every tensor is used, known not to matter (configkeys.py, IRRELEVANT_TENSORS),
+or an error by name. Where a key is absent, the format's own library decides what it means: speculators
+models/{dspark,dflash,eagle3}/ {config,core,attention}.py; z-lab dflash/model.py (a layer that slides attends causally
+inside its block unless `is_causal` says otherwise; logits are the target's head's, times output_multiplier, then
+capped); SGLang models/llama_eagle3.py and set_eagle3_layers_to_capture; vLLM models/{llama_eagle3,qwen3_dflash}.py (the
+window of a sliding layer bounds how far back a query sees) and transformers_utils/configs/speculators/algos.py; for
+P-EAGLE speculators models/peagle/{config,core}.py. Read on 2026-11-22, 2026-11-26 and 2026-11-27.
 
 Axes: V vocabulary, W draft vocabulary, C taps, D hidden.
 """
@@ -34,14 +37,17 @@ from torch import Tensor
 
 from specbench.checkpoints.config_keys import REASONS, FormatError, Keys, agreed, agreed_flag, agreed_number
 from specbench.checkpoints.layer_config import LayerFacts, gemma4_layers_of, layers_of
+from specbench.checkpoints.medusa_format import medusa_backbone, medusa_settings, medusa_tensors
 from specbench.drafts.dflash import DFlash
 from specbench.drafts.dflash2 import TAPS, DFlash2
 from specbench.drafts.domino import Domino
 from specbench.drafts.draft import Draft
 from specbench.drafts.dspark import MARKOV_HEADS, DSpark
+from specbench.drafts.eagle1 import Eagle1
 from specbench.drafts.eagle3 import Eagle3
 from specbench.drafts.installed import checked, method_named
 from specbench.drafts.jetspec import JetSpec
+from specbench.drafts.medusa import Medusa
 from specbench.drafts.p_eagle import PEagle
 from specbench.models.backbone import Backbone
 
@@ -204,6 +210,8 @@ def read(
         renamed[_ours(key)] = value
     form = understand(config, taps, renamed)
     backbone = form.layers.backbone
+    if form.kind is Medusa:
+        renamed = medusa_tensors(renamed, form.settings)
     for key in [k for k in renamed if k in IRRELEVANT_TENSORS or k.endswith(FREQUENCIES)]:
         frequencies = renamed.pop(key)
         if key.endswith(FREQUENCIES):
@@ -221,6 +229,8 @@ def understand(config: Config, taps: list[int] | None = None, tensors: Collectio
     keys.settle()
     settings = dict(form.settings)
     settings["target_layer_ids"] = settings["target_layer_ids"] or taps
+    if not settings["target_layer_ids"] and not form.kind.reads_taps:
+        settings["target_layer_ids"] = [0]  # a draft names its taps, also one that reads none
     if not settings["target_layer_ids"]:
         raise FormatError(
             "config.json does not say which target layers the draft reads; give target_layer_ids=[...] to "
@@ -283,12 +293,20 @@ def _form(config: Keys, tensors: Collection[str]) -> Form:
             return _deepspec(config, family, tensors, _deepspec_eagle3)
     if architecture in ("DFlashDraftModel", "DominoDraftModel", "DFlash2DraftModel"):
         return _zlab(config, architecture)
+    if "medusa_num_heads" in config or architecture == "MedusaModel":
+        settings, width, vocabulary = medusa_settings(config, tensors)
+        backbone, plain = medusa_backbone(width, vocabulary)
+        rows = config.integer("truncated_vocab_size")
+        about = {"scales_unknown": True, "ships_tables": False, "head": "target", "draft_vocabulary": rows}
+        return Form(Medusa, settings, LayerFacts(0, backbone, {}), plain, about)
+    if architecture == "LlamaForCausalLMEagle" or (architecture == "LlamaForCausalLM" and "fc.weight" in tensors):
+        return _eagle1(config)
     if architecture == "LlamaForCausalLMEagle3":
         return _sglang(config)
     raise FormatError(
         f"architecture {architecture!r} is no draft format known here; known: Qwen3 and Gemma4 with DSparkModel or "
-        "Eagle3Model, DFlashDraftModel, DFlash2DraftModel, DominoDraftModel, LlamaForCausalLMEagle3, speculators and "
-        "SpecBench's own"
+        "Eagle3Model, DFlashDraftModel, DFlash2DraftModel, DominoDraftModel, LlamaForCausalLMEagle3, "
+        "LlamaForCausalLMEagle, Medusa's, speculators and SpecBench's own"
     )
 
 
@@ -556,6 +574,16 @@ def _sglang(config: Keys) -> Form:
     # The format does not say how far the draft was unrolled in training; 7 steps is the published table's length.
     settings = taps | {"layers": _one_layer(layers), "block_size": 7}
     return Form(Eagle3, settings | _eagle_flags(config, inner), layers, layers.text(config), about)
+
+
+def _eagle1(config: Keys) -> Form:
+    layers = layers_of(config, "llama", False, "llama")
+    _same_width(config, layers)
+    config.get("tie_word_embeddings")  # the target's, whose head is shared
+    # The format does not say how many steps are drafted; 7 is the published table's length.
+    settings = {"target_layer_ids": None, "layers": layers.count, "block_size": 7, "fc_bias": config.flag("bias", True)}
+    about = {"scales_unknown": True, "ships_tables": False, "head": "target"}
+    return Form(Eagle1, settings, layers, layers.text(config), about)
 
 
 def agreed_token(tokens: Mapping[str, int | None]) -> int | None:
