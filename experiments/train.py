@@ -39,6 +39,7 @@ from specbench.data.cache.lookup import find_cache
 from specbench.data.cache.remote_shards import is_command, is_remote
 from specbench.data.loading.frequent_tokens import frequent_tokens
 from specbench.data.loading.online import OnlineTarget
+from specbench.data.loading.replay import Replay
 from specbench.data.loading.step_data import StepData
 from specbench.data.loading.target_cache import TargetCache
 from specbench.data.prompts import preparation as prompts
@@ -239,19 +240,24 @@ def open_data(cfg: DictConfig, target: Target | None) -> StepData:
         return OnlineTarget(
             target, answers_of(cfg), cfg.cache_dtype, max_length=about.max_length, thinking=about.thinking, **order
         )
-    folder = cfg.cache or _found_cache(cfg)
     method = get_class(cfg.method.draft._target_)
-    return TargetCache(
-        folder,
-        taps=list(cfg.target.target_layer_ids) if method.reads_taps else [],
-        needs_all_last=method.reads_last,
-        expect={"target": cfg.target.name},
-        dtype=cfg.cache_dtype,
-        on_damage=cfg.on_damage,
-        local_folder=_copy_of(cfg.root, str(folder)) if is_remote(folder) else None,
-        **order,
-        **streaming_of(cfg),
-    )
+
+    def opened(folder: str | Path) -> TargetCache:
+        return TargetCache(
+            folder,
+            taps=list(cfg.target.target_layer_ids) if method.reads_taps else [],
+            needs_all_last=method.reads_last,
+            expect={"target": cfg.target.name},
+            dtype=cfg.cache_dtype,
+            on_damage=cfg.on_damage,
+            local_folder=_copy_of(cfg.root, str(folder)) if is_remote(folder) else None,
+            **order,
+            **streaming_of(cfg),
+        )
+
+    data = opened(cfg.cache or _found_cache(cfg))
+    # Records of earlier versions lack the setting.
+    return data if cfg.get("replay") is None else Replay(data, opened(cfg.replay), cfg.replay_share)
 
 
 def _copy_of(root: str, place: str) -> Path:

@@ -355,6 +355,8 @@ class TrainSettings(Settings):
     name: Name | None
     cache: Folder | None
     cache_codec: CodecName | None
+    replay: Folder | None = None
+    replay_share: ShareWithin = 0.25
     stream: bool = False
     shuffle_buffer: Count = 100
     online: bool
@@ -379,6 +381,8 @@ class TrainSettings(Settings):
             raise ValueError("temperatures=[]: give at least one, or evaluate=false")
         if self.online and self.stream:
             raise ValueError("online=true with stream=true: one computes states, the other reads a cache; choose one")
+        if self.replay is not None and (self.online or self.stream):
+            raise ValueError(f"replay={self.replay} reads two caches by index: set online=false and stream=false")
         devices = self.trainer.lightning.devices
         if self.stream and not isinstance(devices, int):
             raise ValueError(
