@@ -85,7 +85,7 @@ def _main(words: list[str], verbs: Mapping[str, Verb], package: str) -> int:
 
     verb = verbs[name]
     if verb.takes:
-        overrides = [word if "=" in word or word[:1] == "~" else f"{verb.takes}={word}" for word in overrides]
+        overrides = composing.named(overrides, verb.takes, verb.several)
     overrides = composing.readable(overrides, sweep="multirun" in options)
     with config_groups.configs(package):
         if "help" in options:

@@ -41,6 +41,7 @@ BANNED = {"utils", "common", "base", "core", "helpers", "manager", "misc"}
 # What analysis shares beside specbench/files: modules without torch, as test_analysis_runs_without_torch sees to.
 SHARED = (
     "specbench.metrics.functional",
+    "specbench.runs.result_schema",
     "specbench.runs.run_schema",
     "specbench.runs.settings_without_effect",
     "specbench.runs.wandb_account",

@@ -23,6 +23,7 @@ from specbench.cli.recording import recorded
 from specbench.cli.schema import takes_text
 from specbench.cli.settings import SCHEMAS, check_settings, takes
 from specbench.cli.sizes import offer_sizes
+from specbench.cli.target_argument import quoted
 from specbench.files.redaction import redacted
 
 MANY_JOBS = 256
@@ -174,6 +175,15 @@ def values(override: Override) -> list[Any]:
     if not override.is_discrete_sweep():
         return []
     return [Override._convert_value(value) for value in override.sweep_iterator(transformer=Transformer.identity)]
+
+
+def named(words: Sequence[str], key: str, several: bool) -> list[str]:
+    """The words of a command line with `key=` before those that are no setting; `several` of them are one list."""
+    settings = [word for word in words if "=" in word or word[:1] == "~"]
+    bare = [word for word in words if word not in settings]
+    if several and len(bare) > 1:
+        return [f"{key}=[{','.join(map(quoted, bare))}]", *settings]
+    return [*(f"{key}={word}" for word in bare), *settings]
 
 
 def first_job(overrides: Sequence[str]) -> list[str]:

@@ -146,6 +146,9 @@ PRECISIONS = Literal[
 ]
 
 Text = Annotated[str, Field(min_length=1), Told("a text")]
+Signature = Annotated[
+    str, Field(pattern=r"^[^<>\x00-\x1f\x7f]+ <[^<>\s]+>$", max_length=400), Told("who signs, as NAME <ADDRESS>")
+]
 Name = Annotated[
     str, Field(min_length=1), AfterValidator(_named), Told("a name for a folder: a text without '/', not '.' or '..'")
 ]
@@ -729,6 +732,46 @@ class ImportSettings(Settings):
     force: bool
 
 
+class SubmitSettings(Settings):
+    runs: Place
+    results: Folder
+    signed_off_by: Signature
+    place: Text | None
+    force: bool
+
+    @model_validator(mode="after")
+    def _something_is_submitted(self) -> SubmitSettings:
+        if self.runs == []:
+            raise ValueError("runs=[]: name at least one run folder of an evaluation")
+        return self
+
+
+class CheckSubmissionSettings(Settings):
+    target: TargetSettings | None = None
+    files: Place
+    draft: Folder | None
+    methods: TextList = Field(default_factory=list)
+    prompts: Folder | None
+    decode: Count
+    seed: Seed | None
+    verified_by: Signature | None
+    fast: bool = True
+    device: Device
+
+    @model_validator(mode="after")
+    def _something_is_checked(self) -> CheckSubmissionSettings:
+        if self.files == []:
+            raise ValueError("files=[]: name at least one result file")
+        return self
+
+
+class LeaderboardSettings(Settings):
+    results: Folder
+    root: Folder
+    folder: Folder
+    title: Text
+
+
 class SyncSettings(Settings):
     root: Folder
     run: Folder | None
@@ -859,6 +902,9 @@ SCHEMAS: dict[str, type[Settings]] = {
     "report": ReportSettings,
     "export": ExportSettings,
     "import": ImportSettings,
+    "submit": SubmitSettings,
+    "check_submission": CheckSubmissionSettings,
+    "leaderboard": LeaderboardSettings,
     "sync": SyncSettings,
     "rerun": RerunSettings,
     "reproduce": ReproduceSettings,

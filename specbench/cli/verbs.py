@@ -14,6 +14,7 @@ class Verb:
     does: str
     module: str
     takes: str | None = None  # the setting that a word without "=" gives
+    several: bool = False  # whether several such words are a list
     filters: bool = False  # whether KEY=... is short for filters.KEY=...
     experiments: bool = False  # whether +experiment=NAME sets its axes
 
@@ -40,6 +41,11 @@ VERBS = {
     "report": _verb("report", "one HTML page, and a W&B report if there is a key", filters=True),
     "export": _verb("export", "write a draft in a published format"),
     "import": _verb("import", "read a draft from a published format", "import_draft"),
+    "submit": _verb("submit", "write results as small files that others can check", takes="runs", several=True),
+    "check-submission": _verb(
+        "check_submission", "check results, and decode prompts again", takes="files", several=True
+    ),
+    "leaderboard": _verb("leaderboard", "a static site from a folder of results", takes="results"),
     "sync": _verb("sync", "upload offline W&B runs and verify that they arrived"),
     "rerun": _verb("rerun", "repeat a run from its record and compare the numbers"),
     "reproduce": _verb("reproduce", "an experiment, its tables and its report in one command", takes="name"),
