@@ -120,8 +120,7 @@ def placed(own: Sequence[Submitted]) -> list[Row]:
         protocols.setdefault(protocol_of(one), []).append(one)
     rows = []
     for number, part in enumerate(protocols.values()):
-        known: dict[tuple[str, str], int] = {}
-        strata = [_strata(one, known) for one in part]
+        strata = [_strata(one) for one in part]
         found = ranks([one.result.macro for one in part], strata)
         alone = sum(rank is not None for rank in found) < 2
         rows += [Row(one, _letter(number), rank, alone) for one, rank in zip(part, found, strict=True)]
@@ -134,11 +133,11 @@ def placed(own: Sequence[Submitted]) -> list[Row]:
     return sorted(rows, key=order)
 
 
-def _strata(one: Submitted, known: dict[tuple[str, str], int]) -> list[Any] | None:
+def _strata(one: Submitted) -> list[Any] | None:
     if not one.lines:
         return None
     names = sorted(one.result.suite.benchmarks)
-    return [counts_of_lines([line for line in one.lines if line.benchmark == name], known) for name in names]
+    return [counts_of_lines([line for line in one.lines if line.benchmark == name]) for name in names]
 
 
 def _letter(number: int) -> str:

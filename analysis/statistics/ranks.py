@@ -36,7 +36,7 @@ def ranks(macros: Sequence[Quantity], strata: Sequence[Sequence[Counts] | None])
 
     Args:
         macros: the macro average of every result.
-        strata: its counts by benchmark, with prompts numbered alike in all results; None without records.
+        strata: its counts by benchmark, the same benchmarks in the same order; None without records.
     """
     placed = [i for i, macro in enumerate(macros) if macro.standard_error is not None]
     pairs = list(combinations(placed, 2))

@@ -82,10 +82,9 @@ def rounded(found: object, digits: int) -> object:
     return round(found, digits) + 0.0 if isinstance(found, float) else found
 
 
-def counts_of_lines(lines: Sequence[RecordLine], known: dict[tuple[str, str], int] | None = None) -> Counts:
-    """Sums by prompt. `known` numbers the prompts and is extended; share it to pair several results by prompt."""
-    known = {} if known is None else known
-    keys = np.array([known.setdefault((line.benchmark, line.prompt), len(known)) for line in lines], dtype=np.int64)
+def counts_of_lines(lines: Sequence[RecordLine]) -> Counts:
+    """Sums by prompt, in the order of benchmark and prompt digest, which is that of every table and summary."""
+    keys = np.array([f"{line.benchmark}\0{line.prompt}" for line in lines])
     cells = np.array([(i, *cell) for i, line in enumerate(lines) for cell in line.histogram], dtype=np.int64)
     committed = np.array([line.committed for line in lines], dtype=float)
     return count(keys, committed, *cells.reshape(-1, 4).T)
