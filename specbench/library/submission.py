@@ -230,8 +230,8 @@ def _training(run: Path) -> dict[str, Any]:
 
 
 def _budget(protocol: Mapping[str, Any] | None) -> str:
-    """The budget that a comparison gave to every method, or that of the method's own recipe."""
-    return f"{protocol['name']}, {protocol['amount']:g}" if protocol else "its own recipe"
+    """The budget that a comparison gave to every method, or that of the trainer."""
+    return f"{protocol['name']}, {protocol['amount']:g}" if protocol else "the trainer's steps"
 
 
 def _command(words: Sequence[str]) -> list[str]:
