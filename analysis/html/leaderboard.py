@@ -24,10 +24,10 @@ from analysis.html import curve
 from analysis.html.page import CSS, SCRIPT
 from analysis.read.configurations import written
 from analysis.read.results import RECOMPUTED, REPORTED, VERIFIED, Submitted
-from analysis.statistics.ranks import Rank, ranks
+from analysis.statistics.ranks import RankRange, ranks
 from analysis.statistics.result_numbers import counts_of_lines
 from specbench.files.atomic import write_json, write_text
-from specbench.runs.result_schema import Quantity, dumped
+from specbench.runs.result_schema import ResultQuantity, dumped
 
 DATA = "leaderboard.json"  # marks a folder as a site, which a new one may replace
 # Settings of a protocol that do not decide which results are compared: they belong to the draft or to the speed.
@@ -66,12 +66,12 @@ document.querySelectorAll(".filters").forEach(form => {
 
 
 @dataclass(frozen=True)
-class Row:
+class BoardRow:
     """A result on its board: its protocol by letter, and its rank among the results of that protocol."""
 
     one: Submitted
     letter: str
-    rank: Rank | None
+    rank: RankRange | None
     alone: bool  # whether no other result has a rank under its protocol
 
 
@@ -113,7 +113,7 @@ def protocol_of(one: Submitted) -> tuple[Any, ...]:
     return (result.source and result.source.title, tuple(kept), sets, result.target.weights)
 
 
-def placed(own: Sequence[Submitted]) -> list[Row]:
+def placed(own: Sequence[Submitted]) -> list[BoardRow]:
     """The rows of a board: by measured speedup, then by accepted length; ranked within their protocol."""
     protocols: dict[tuple[Any, ...], list[Submitted]] = {}
     for one in own:
@@ -123,9 +123,9 @@ def placed(own: Sequence[Submitted]) -> list[Row]:
         strata = [_strata(one) for one in part]
         found = ranks([one.result.macro for one in part], strata)
         alone = sum(rank is not None for rank in found) < 2
-        rows += [Row(one, _letter(number), rank, alone) for one, rank in zip(part, found, strict=True)]
+        rows += [BoardRow(one, _letter(number), rank, alone) for one, rank in zip(part, found, strict=True)]
 
-    def order(row: Row) -> tuple[bool, float, float, str]:
+    def order(row: BoardRow) -> tuple[bool, float, float, str]:
         speedup = row.one.result.speedup
         fast = 0.0 if speedup is None else speedup.measured
         return (speedup is None, -fast, -row.one.result.macro.value, row.one.result.name)
@@ -185,7 +185,7 @@ def _index(
     )
 
 
-def _board(key: tuple[str, str], rows: Sequence[Row], links: Mapping[str, str], title: str) -> str:
+def _board(key: tuple[str, str], rows: Sequence[BoardRow], links: Mapping[str, str], title: str) -> str:
     benchmarks = list(dict.fromkeys(name for row in rows for name in row.one.result.suite.benchmarks))
     columns = [("draft", True), ("rank", False), ("accepted length", False), *((name, False) for name in benchmarks)]
     columns += [("suffix decay", False), ("speedup", False), ("parameters", False), ("prompts", False)]
@@ -226,7 +226,7 @@ def _board(key: tuple[str, str], rows: Sequence[Row], links: Mapping[str, str], 
     )
 
 
-def _board_row(row: Row, benchmarks: Sequence[str], links: Mapping[str, str]) -> str:
+def _board_row(row: BoardRow, benchmarks: Sequence[str], links: Mapping[str, str]) -> str:
     result = row.one.result
     own = result.suite.benchmarks
     best = " class=best" if row.rank is not None and row.rank.worst == 1 and not row.alone else ""
@@ -243,7 +243,7 @@ def _board_row(row: Row, benchmarks: Sequence[str], links: Mapping[str, str]) ->
         cells.append(f'<td data-sort="{sort}">{_short(value)}</td>')
     decay, speedup = result.suffix_decay, result.speedup
     cells.append(f'<td data-sort="{decay.value if decay else ""}">{_bracketed(decay)}</td>')
-    fast = None if speedup is None else Quantity(value=speedup.measured, low=speedup.low, high=speedup.high)
+    fast = None if speedup is None else ResultQuantity(value=speedup.measured, low=speedup.low, high=speedup.high)
     cells.append(f'<td data-sort="{fast.value if fast else ""}">{_bracketed(fast)}</td>')
     size = result.draft.parameters
     cells.append(f'<td data-sort="{size or ""}">{_million(size)}</td>')
@@ -389,7 +389,7 @@ def _speedup(one: Submitted) -> str | None:
     found = one.result.speedup
     if found is None:
         return None
-    said = _bracketed(Quantity(value=found.measured, low=found.low, high=found.high))
+    said = _bracketed(ResultQuantity(value=found.measured, low=found.low, high=found.high))
     said += f" at batch {found.batch_size}" if found.batch_size else ""
     return said + (f", predicted {found.predicted:.2f}" if found.predicted is not None else "")
 
@@ -400,14 +400,14 @@ def _model(model: Any) -> str:
     return ", ".join(filter(None, (model.name, place, weights)))
 
 
-def _measured(found: Quantity | None) -> str:
+def _measured(found: ResultQuantity | None) -> str:
     """2.05 ± 0.03 [1.99, 2.11]."""
     if found is None:
         return "–"
     return f"{_short(found)}{_interval(found)}"
 
 
-def _short(found: Quantity | None) -> str:
+def _short(found: ResultQuantity | None) -> str:
     """2.05 ± 0.03."""
     if found is None:
         return "–"
@@ -415,12 +415,12 @@ def _short(found: Quantity | None) -> str:
     return f"{found.value:.2f}{error}"
 
 
-def _bracketed(found: Quantity | None, unit: str = "") -> str:
+def _bracketed(found: ResultQuantity | None, unit: str = "") -> str:
     """-0.03 [-0.06, -0.01]."""
     return "–" if found is None else f"{found.value:.2f}{_interval(found)}{' ' + unit if unit else ''}"
 
 
-def _interval(found: Quantity) -> str:
+def _interval(found: ResultQuantity) -> str:
     return "" if found.low is None else f' <span class="soft">[{found.low:.2f}, {found.high:.2f}]</span>'
 
 
@@ -454,7 +454,7 @@ def _command(words: Sequence[str]) -> str:
     return shlex.join(words)
 
 
-def _as_data(row: Row) -> dict[str, Any]:
+def _as_data(row: BoardRow) -> dict[str, Any]:
     """The row of leaderboard.json."""
     result = row.one.result
     return {

@@ -17,11 +17,11 @@ from scipy import special
 
 from analysis.statistics.histograms import Counts
 from analysis.statistics.intervals import LEVEL, PairingError, difference, holm
-from specbench.runs.result_schema import Quantity
+from specbench.runs.result_schema import ResultQuantity
 
 
 @dataclass(frozen=True)
-class Rank:
+class RankRange:
     """The best and the worst rank that the data allow; 1 is best."""
 
     best: int
@@ -31,7 +31,7 @@ class Rank:
         return str(self.best) if self.best == self.worst else f"{self.best}–{self.worst}"
 
 
-def ranks(macros: Sequence[Quantity], strata: Sequence[Sequence[Counts] | None]) -> list[Rank | None]:
+def ranks(macros: Sequence[ResultQuantity], strata: Sequence[Sequence[Counts] | None]) -> list[RankRange | None]:
     """Ranks by macro-averaged accepted length; 1 + the results that are better, to n - those that are worse.
 
     Args:
@@ -50,11 +50,11 @@ def ranks(macros: Sequence[Quantity], strata: Sequence[Sequence[Counts] | None])
             better[behind] += 1
             worse[ahead] += 1
     size = len(placed)
-    return [Rank(1 + int(better[i]), size - int(worse[i])) if i in placed else None for i in range(len(macros))]
+    return [RankRange(1 + int(better[i]), size - int(worse[i])) if i in placed else None for i in range(len(macros))]
 
 
 def _compared(
-    a: Quantity, b: Quantity, left: Sequence[Counts] | None, right: Sequence[Counts] | None
+    a: ResultQuantity, b: ResultQuantity, left: Sequence[Counts] | None, right: Sequence[Counts] | None
 ) -> tuple[float, float]:
     """The difference a - b and its p-value."""
     if left is not None and right is not None:

@@ -18,7 +18,7 @@ import numpy as np
 
 from analysis.statistics.histograms import Counts, Sums, count
 from analysis.statistics.intervals import bounds, by_slot, interval, macro_draws, resample
-from specbench.runs.result_schema import OfBenchmark, Quantity, RecordLine, SlotRate, dumped
+from specbench.runs.result_schema import OfBenchmark, RecordLine, ResultQuantity, SlotRate, dumped
 
 ALL = "all"
 
@@ -28,8 +28,8 @@ class ResultNumbers:
     """Everything in a result that follows from its records."""
 
     benchmarks: dict[str, OfBenchmark]
-    macro: Quantity
-    suffix_decay: Quantity | None
+    macro: ResultQuantity
+    suffix_decay: ResultQuantity | None
     curves: dict[str, list[SlotRate]]
 
 
@@ -126,7 +126,7 @@ def prompt_set(lines: Sequence[RecordLine]) -> str:
     return hashlib.sha256("\n".join(sorted({line.prompt for line in lines})).encode()).hexdigest()[:8]
 
 
-def _accepted_length(counts: Counts, resamples: int, seed: int) -> Quantity:
+def _accepted_length(counts: Counts, resamples: int, seed: int) -> ResultQuantity:
     draws = Sums(resample(counts.features(), resamples, seed)).accepted_length
     prompts = _with_rounds(counts)
     low, high = (float(bound) for bound in bounds(draws, prompts))
@@ -160,8 +160,8 @@ def _with_rounds(counts: Counts) -> int:
     return int((counts.rounds > 0).sum())
 
 
-def _quantity(value: float, low: float, high: float, error: float | None = None) -> Quantity:
+def _quantity(value: float, low: float, high: float, error: float | None = None) -> ResultQuantity:
     known = math.isfinite(low) and math.isfinite(high)
-    return Quantity(
+    return ResultQuantity(
         value=value, low=low if known else None, high=high if known else None, standard_error=error if known else None
     )

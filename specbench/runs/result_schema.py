@@ -27,9 +27,9 @@ RECORDS_ENDING, VERIFIED_ENDING = ".records.jsonl", ".verified.json"
 ROUNDING = 1e-6
 
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{8,64}$")]
-Line = Annotated[str, Field(min_length=1, max_length=400, pattern=r"^[^\x00-\x1f\x7f]+$")]
-Plain = str | int | float | bool | None
-Facts = dict[str, Plain | list[int] | list[str]]
+OneLine = Annotated[str, Field(min_length=1, max_length=400, pattern=r"^[^\x00-\x1f\x7f]+$")]
+PlainValue = str | int | float | bool | None
+ResultFacts = dict[str, PlainValue | list[int] | list[str]]
 
 
 class Part(BaseModel):
@@ -38,7 +38,7 @@ class Part(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
-class Quantity(Part):
+class ResultQuantity(Part):
     """A number with its 95% interval and its standard error, both over prompts; None where there is none."""
 
     value: float
@@ -47,7 +47,7 @@ class Quantity(Part):
     standard_error: float | None = Field(None, ge=0)
 
     @model_validator(mode="after")
-    def _in_order(self) -> Quantity:
+    def _in_order(self) -> ResultQuantity:
         if (self.low is None) != (self.high is None) or (self.low is not None and self.low > self.high):
             raise ValueError(f"an interval from {self.low} to {self.high}: takes both bounds in order, or neither")
         return self
@@ -57,37 +57,37 @@ class SlotRate(Part):
     """Conditional acceptance of slot k; `rounds`: how many reached it, None where a publication does not say."""
 
     slot: int = Field(ge=1)
-    conditional: Quantity
+    conditional: ResultQuantity
     rounds: int | None = Field(None, ge=0)
 
 
 class OfBenchmark(Part):
     """One benchmark: which prompts, by version and by the digest of their tokens, and its accepted length."""
 
-    domain: Line
+    domain: OneLine
     version: int | None = None
     dataset: str | None = None
     revision: str | None = None
     prompts: int | None = Field(None, ge=1)
     prompt_set: Digest | None = None
     rounds: int | None = Field(None, ge=0)
-    accepted_length: Quantity
+    accepted_length: ResultQuantity
 
 
 class OfSuite(Part):
     """The suite by its full name, and how its prompts were drawn."""
 
-    name: Line
+    name: OneLine
     limit: int | None = None
     turns: str | None = None
     seed: int | None = None
-    benchmarks: dict[Line, OfBenchmark] = Field(min_length=1)
+    benchmarks: dict[OneLine, OfBenchmark] = Field(min_length=1)
 
 
 class ModelIdentity(Part):
     """Which weights: `place` is a hub id or a path inside the package (None: a folder that nobody else has)."""
 
-    name: Line
+    name: OneLine
     place: str | None = None
     revision: str | None = None
     weights: str | None = None
@@ -98,7 +98,7 @@ class DraftIdentity(ModelIdentity):
 
     parameters: int | None = None
     slots: int | None = None
-    training: Facts = {}
+    training: ResultFacts = {}
 
 
 class Speedup(Part):
@@ -111,20 +111,20 @@ class Speedup(Part):
     batch_size: int | None = None
 
 
-class Place(Part):
+class RecordsPlace(Part):
     """Where the per-prompt records lie (a file beside the result, or an address) and their digest."""
 
     schema_: Literal["specbench.result-records/1"] = Field(alias="schema")
-    place: Line
+    place: OneLine
     sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
     lines: int = Field(ge=1)
 
 
-class Source(Part):
+class Publication(Part):
     """The publication of numbers that were not measured with this program."""
 
-    title: Line
-    where: Line
+    title: OneLine
+    where: OneLine
     note: str | None = None
 
 
@@ -140,24 +140,24 @@ class Result(Part):
 
     schema_: Literal["specbench.result/1"] = Field(alias="schema")
     name: Annotated[str, Field(pattern=r"^[\w][\w.+-]{0,180}$")]
-    signed_off_by: Line
+    signed_off_by: OneLine
     date: Annotated[str, Field(pattern=r"^\d{4}-\d\d-\d\d$")]
-    source: Source | None = None
+    source: Publication | None = None
     draft: DraftIdentity
     target: ModelIdentity
     suite: OfSuite
-    protocol: Facts
+    protocol: ResultFacts
     seeds: dict[str, int]
-    hardware: Facts
+    hardware: ResultFacts
     definitions: dict[str, Digest]  # analysis.statistics.result_numbers.definitions
     bootstrap: Bootstrap | None = None
-    macro: Quantity
-    suffix_decay: Quantity | None = None
-    curves: dict[Line, list[SlotRate]] = {}
+    macro: ResultQuantity
+    suffix_decay: ResultQuantity | None = None
+    curves: dict[OneLine, list[SlotRate]] = {}
     speedup: Speedup | None = None
-    records: Place | None = None
+    records: RecordsPlace | None = None
     command: list[str] = []
-    code: Facts = {}
+    code: ResultFacts = {}
     versions: dict[str, str | None] = {}
 
     @model_validator(mode="after")
@@ -201,9 +201,9 @@ class Verification(Part):
     result_sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
     prompts: int = Field(ge=1)
     seed: int = Field(ge=0)
-    verified_by: Line
+    verified_by: OneLine
     date: Annotated[str, Field(pattern=r"^\d{4}-\d\d-\d\d$")]
-    hardware: Facts
+    hardware: ResultFacts
 
 
 def read_result(path: str | Path) -> Result:
