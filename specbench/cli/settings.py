@@ -701,6 +701,26 @@ class CompareSettings(Settings):
         return self
 
 
+class PowerSettings(Settings):
+    root: Folder
+    name: Name
+    runs: Place
+    filters: FiltersSettings
+    where: Annotated[str | TextList, Told("conditions such as key=value or key!=value, or a list of them")]
+    group_by: Annotated[Text | TextList, Told("a key, or a list of keys")]
+    gap: AboveZero
+    power: Annotated[float, Field(gt=0, lt=1), Told("a probability between 0 and 1")]
+    prompts: list[Annotated[int, Field(ge=2), Told("two prompts or more")]]
+    seeds: list[Annotated[int, Field(ge=3), Told("three seeds or more, as a verdict about methods needs")]]
+    spread: AboveZero | None
+
+    @model_validator(mode="after")
+    def _there_are_seeds(self) -> PowerSettings:
+        if not self.seeds:
+            raise ValueError("seeds=[]: name the numbers of trainings to plan for, e.g. seeds=[3,5]")
+        return self
+
+
 class ReportSettings(CompareSettings):
     title: Text | None
     entity: Text | None
@@ -899,6 +919,7 @@ SCHEMAS: dict[str, type[Settings]] = {
     "calibrate": CalibrateSettings,
     "serve": ServeSettings,
     "compare": CompareSettings,
+    "power": PowerSettings,
     "report": ReportSettings,
     "export": ExportSettings,
     "import": ImportSettings,

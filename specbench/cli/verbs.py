@@ -38,6 +38,7 @@ VERBS = {
     "calibrate": _verb("calibrate", "calibrate the confidence head by one temperature per slot"),
     "serve": _verb("serve", "simulate throughput and speed per user under load", experiments=True),
     "compare": _verb("compare", "tables and figures of any runs", filters=True),
+    "power": _verb("power", "prompts and seeds that resolve a gap, from pilot runs", filters=True),
     "report": _verb("report", "one HTML page, and a W&B report if there is a key", filters=True),
     "export": _verb("export", "write a draft in a published format"),
     "import": _verb("import", "read a draft from a published format", "import_draft"),
