@@ -119,7 +119,7 @@ def compare(
     drawings: list[Drawing] = []
     if draw:
         begin("figures by slot")
-        drawings += _slot_drawings(found, resamples, seed)
+        drawings += [*_price_drawings(found, frames), *_slot_drawings(found, resamples, seed)]
         begin("figures by place")
         drawings += _place_drawings(found, frames)
         begin("figures of axes and runs")
@@ -179,7 +179,7 @@ def _more_sheets(found: Sequence[Group], frames: dict[str, pd.DataFrame]) -> lis
     return [
         gap.sheets(found, frames["teacher_forced"]),
         layout.differences(found, frames["differences"]),
-        [layout.spread(frames["seeds"])],
+        [layout.spread(frames["seeds"])] if (frames["seeds"]["n"] > 1).any() else [],  # one training has no spread
         layout.costs(found, frames["costs"]),
         [layout.published(reproduced)] if len(reproduced) else [],
     ]
@@ -204,6 +204,24 @@ def _slot_drawings(found: Sequence[Group], resamples: int, seed: int) -> list[Dr
             f"{unlike}"
         )
         drawings.append(Drawing(f"suffix_decay{tail}", figures.bars(decay, "suffix_decay"), caption))
+    return drawings
+
+
+def _price_drawings(found: Sequence[Group], frames: Mapping[str, pd.DataFrame]) -> list[Drawing]:
+    """Accepted length beside its price, where drafts were timed: at the smallest batch of each section."""
+    drawings = []
+    for section, _, tail in _tails(found):
+        timed = layout.only(frames["costs"], section).dropna(subset=["proposal_seconds"])
+        if not len(timed):
+            continue
+        batch = timed["speedup_batch"].min()
+        timed = timed if pd.isna(batch) else timed[timed["speedup_batch"] == batch]
+        about = "" if pd.isna(batch) else f", batch {batch:g}"
+        caption = (
+            f"Accepted length and speed against the price of a proposal, on the machine that timed them "
+            f"({grouping.title(section)}{about}). Line: what no other row beats in both."
+        )
+        drawings.append(Drawing(f"price{tail}", figures.price(timed), caption))
     return drawings
 
 

@@ -17,34 +17,40 @@ from analysis.tables.sheets import size
 
 PANEL = 1.75
 BAND = 0.18
-# A slot that fewer rounds reached is uncertain: its marker is hollow.
+# A slot that fewer rounds reached is uncertain: its marker is hollow. With fewer than FEWEST_ROUNDS it is not drawn.
 FEW = 30
+FEWEST_ROUNDS = 5
+# The rounds of each of more variants than these have no room below a slot: then those of the fewest.
+COUNTED = 4
 
 
 @styled
 def by_slot(frame: pd.DataFrame, quantity: str = "conditional", panel: str = "domain") -> Figure:
     """Conditional acceptance (or survival) by slot, a panel per domain or benchmark, a line per variant.
 
-    The number of rounds that reached each slot (the smallest over the variants) is printed under each panel of
-    conditional acceptance. A slot that fewer than FEW rounds reached has a hollow marker; one that only one prompt
-    reached (no interval) is not joined to the line; slots that no round reached are not drawn.
+    The number of rounds of each variant that reached a slot is printed under each panel of conditional acceptance. A
+    slot that fewer than FEW rounds reached has a hollow marker; one that only one prompt reached (no interval) is not
+    joined to the line; slots that fewer than FEWEST_ROUNDS reached are not drawn.
 
     Args:
         frame: `tables.conditional_by_domain` or `tables.conditional_acceptance` of one section.
         quantity: conditional or survival.
         panel: column that splits the panels.
     """
-    frame = frame[frame["slot"] <= frame.loc[frame["n"] > 0, "slot"].max()]
+    some = frame.loc[frame["n"] >= FEWEST_ROUNDS, "slot"]
+    frame = frame[frame["slot"] <= (some.max() if len(some) else frame["slot"].min())]
     low, high = ("low", "high") if quantity == "conditional" else ("survival_low", "survival_high")
     panels, shown = list(dict.fromkeys(frame[panel])), looks(frame["variant"])
     columns = min(len(panels), 3 if len(panels) != 4 else 2)
     rows = -(-len(panels) // columns)
     width = COLUMN if columns == 1 else PAGE if columns == 3 else 2 * PANEL + 1
-    figure = Figure(figsize=(width, 0.35 + rows * (PANEL + 0.25)))
+    counted = 0.09 * len(shown) if quantity == "conditional" and len(shown) <= COUNTED else 0.0
+    figure = Figure(figsize=(width, 0.35 + rows * (PANEL + 0.25 + counted)))
     grid = figure.subplots(rows, columns, squeeze=False, sharey=True)
     for place, (ax, name) in enumerate(zip(grid.flat, panels, strict=False)):
         part = frame[frame[panel] == name]
         for variant, line in part.groupby("variant", sort=False):
+            line = line[line["n"] >= FEWEST_ROUNDS]
             known = line[quantity].where(line[low].notna())
             _band(ax, line["slot"], known, line[low], line[high], shown[variant], variant)
             few = line[line["n"] < FEW]
@@ -53,19 +59,26 @@ def by_slot(frame: pd.DataFrame, quantity: str = "conditional", panel: str = "do
         ax.xaxis.set_major_locator(MaxNLocator(integer=True))
         ax.set_xlim(0.7, part["slot"].max() + 0.3)
         if place % columns == 0:
-            ax.set_ylabel("conditional acceptance" if quantity == "conditional" else "survival")
-        _counts(ax, part) if quantity == "conditional" else ax.set_xlabel("slot")
+            ax.set_ylabel("conditional acceptance" if quantity == "conditional" else "survival (share of rounds)")
+        _counts(ax, part, list(shown)) if quantity == "conditional" else ax.set_xlabel("slot")
     for ax in list(grid.flat)[len(panels) :]:
         ax.set_axis_off()
     legend(figure, shown)
     return figure
 
 
-def _counts(ax: Axes, part: pd.DataFrame) -> None:
-    fewest = part.groupby("slot")["n"].min()
-    ticks = list(fewest.index) if len(fewest) <= 8 else list(fewest.index[:: -(-len(fewest) // 8)])
-    ax.set_xticks(ticks, [f"{slot}\n{size(float(fewest[slot]))}" for slot in ticks])
-    ax.set_xlabel("slot, and rounds that reached it (fewest)")
+def _counts(ax: Axes, part: pd.DataFrame, variants: list[str]) -> None:
+    """Ticks with the rounds of each variant in the order of the legend, or of the fewest where they are many."""
+    n = part.pivot_table(index="slot", columns="variant", values="n", aggfunc="sum")
+    n = n.reindex(columns=[name for name in variants if name in n])
+    each = len(variants) <= COUNTED
+    ticks = list(n.index) if len(n) <= 8 else list(n.index[:: -(-len(n) // 8)])
+    shown = n if each else n.min(axis=1).to_frame()
+    lines = ["\n".join(size(float(x)) for x in shown.loc[slot].fillna(0)) for slot in ticks]
+    ax.set_xticks(ticks, [f"{slot}\n{below}" for slot, below in zip(ticks, lines, strict=True)])
+    ax.set_xlabel(
+        "slot; rounds of each, in the legend's order" if each else "slot, and rounds that reached it (fewest)"
+    )
 
 
 def _band(ax: Axes, x, y, low, high, look, label) -> None:
@@ -161,7 +174,8 @@ def bars(frame: pd.DataFrame, value: str = "accepted_length", place: str = "benc
             **style,
         )
     ax.set_xticks(range(len(places)), places, rotation=30 if max(map(len, places)) * len(places) > 45 else 0)
-    ax.set_ylabel("conditional acceptance" if value == "conditional" else value.replace("_", " "))
+    units = {"conditional": "conditional acceptance", "suffix_decay": "suffix decay (log per slot)\nbelow 0: it falls"}
+    ax.set_ylabel(units.get(value, "accepted length (tokens per round)"))
     ax.grid(axis="x", visible=False)
     if value == "suffix_decay":
         ax.axhline(0, color="0.3", linewidth=0.6)
@@ -193,7 +207,7 @@ def by_place(positions: pd.DataFrame, contexts: pd.DataFrame) -> Figure:
         every = -(-len(ends) // 6)
         ax.set_xticks(range(0, len(ends), every), ends[::every])
         ax.set_xlabel(f"{label}, up to")
-    axes[0].set_ylabel("accepted length")
+    axes[0].set_ylabel("accepted length (tokens per round)")
     legend(figure, shown)
     return figure
 
@@ -207,8 +221,40 @@ def histogram(frame: pd.DataFrame) -> Figure:
     for variant, line in frame.groupby("variant", sort=False):
         _band(ax, line["accepted"], line["share"], line["low"], line["high"], shown[variant], variant)
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
-    ax.set_ylim(bottom=0)
+    ax.set_yscale("log")
     ax.set_xlabel("draft tokens accepted in a round")
-    ax.set_ylabel("share of rounds")
+    ax.set_ylabel("share of rounds (log scale)")
+    legend(figure, shown)
+    return figure
+
+
+@styled
+def price(frame: pd.DataFrame) -> Figure:
+    """Accepted length and tokens per second against the time of a proposal, a point per variant: up and to the left is
+    better. The line joins the variants that no other one beats in both (the Pareto front).
+
+    Args:
+        frame: `analysis.tables.costs.costs` of one section and batch size: variant, proposal_seconds,
+            speedup_accepted_length, tokens_per_second.
+    """
+    shown = looks(frame["variant"])
+    figure = Figure(figsize=(PAGE, 2.4))
+    axes = figure.subplots(1, 2)
+    words = {
+        "speedup_accepted_length": "accepted length (tokens per round)",
+        "tokens_per_second": "tokens per second",
+    }
+    for ax, (name, label) in zip(axes, words.items(), strict=True):
+        points = frame.assign(ms=1e3 * frame["proposal_seconds"]).dropna(subset=["ms", name]).sort_values("ms")
+        best = points[points[name] > points[name].cummax().shift(fill_value=-np.inf)]
+        ax.step(best["ms"], best[name], where="post", color="0.6", linewidth=0.8, zorder=1)
+        for _, row in points.iterrows():
+            look = shown[row["variant"]]
+            ax.plot(
+                row["ms"], row[name], look.marker, color=look.color, mec="white", ms=6, label=row["variant"], zorder=3
+            )
+        ax.set_xlabel("ms a proposal (to the left: cheaper)")
+        ax.set_ylabel(label)
+        ax.margins(0.15)
     legend(figure, shown)
     return figure

@@ -30,6 +30,8 @@ TIMED = {
     "speedup_low": ("speedup_low", np.min),
     "speedup_high": ("speedup_high", np.max),
     "speedup_accepted_length": ("accepted_length", np.mean),
+    "proposal_seconds": ("draft_seconds", np.mean),
+    "tokens_per_second": ("tokens_per_second", np.mean),
 }
 # Beside draft, scheduler and temperature, a speedup belongs to these where both runs state them.
 SHARED = ("top_k", "top_p", "min_p", "slots", "accounting", "thinking", "dtype")

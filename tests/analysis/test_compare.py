@@ -108,7 +108,31 @@ def test_a_figure_draws_the_numbers_that_it_is_given(made):
     for ax, (_, part) in zip(figure.axes, frame.groupby("benchmark", sort=False), strict=True):
         drawn = {line.get_label(): line.get_ydata() for line in ax.lines if not line.get_label().startswith("_")}
         for variant, line in part.groupby("variant"):
+            line = line[line["n"] >= figures.FEWEST_ROUNDS]
             np.testing.assert_array_equal(drawn[variant], line["conditional"].where(line["low"].notna()))
+
+
+def test_slots_of_few_rounds_are_not_drawn_and_rounds_are_those_of_each():
+    curves_of = {"a": (100, 40, 4), "b": (90, 5, 5)}
+    rows = [
+        {"domain": "math", "variant": name, "slot": k + 1, "conditional": 0.5, "low": 0.4, "high": 0.6, "n": n}
+        for name, counts in curves_of.items()
+        for k, n in enumerate(counts)
+    ]
+    (ax,) = figures.by_slot(pd.DataFrame(rows)).axes
+    drawn = {line.get_label(): list(line.get_xdata()) for line in ax.lines if not line.get_label().startswith("_")}
+    assert drawn == {"a": [1, 2], "b": [1, 2, 3]}
+    assert [text.get_text() for text in ax.get_xticklabels()] == ["1\n100\n90", "2\n40\n5", "3\n4\n5"]
+
+
+def test_the_front_of_prices_holds_what_nothing_beats():
+    """b is slower to propose than a and shorter: it is not on the front of lengths, but is on that of speeds."""
+    seconds = {"variant": ["c", "a", "b"], "proposal_seconds": [0.004, 0.001, 0.002]}
+    values = {"speedup_accepted_length": [3.0, 2.0, 1.9], "tokens_per_second": [50.0, 60.0, 70.0]}
+    frame = pd.DataFrame(seconds | values)
+    left, right = figures.price(frame).axes
+    assert list(left.lines[0].get_xdata()) == [1.0, 4.0] and list(left.lines[0].get_ydata()) == [2.0, 3.0]
+    assert list(right.lines[0].get_xdata()) == [1.0, 2.0] and list(right.lines[0].get_ydata()) == [60.0, 70.0]
 
 
 def test_an_axis_without_numbers_is_refused(made):
