@@ -13,6 +13,7 @@ from specbench.blocks import with_anchors
 from specbench.checkpoints.config_keys import FormatError
 from specbench.checkpoints.draft_folder import build_draft, export_draft, load_draft, save_draft
 from specbench.checkpoints.exports import obstacle
+from specbench.checkpoints.formats import Scales, understand
 from specbench.drafts.dflash2 import DFlash2
 from specbench.drafts.domino import Domino
 from specbench.drafts.jetspec import JetSpec
@@ -310,6 +311,58 @@ def test_causal_head_of_zlabs_format_is_jetspec() -> None:
     for anchor, values in logits(found).items():
         states = block(held, anchor, causal=True, shift=False)
         torch.testing.assert_close(values, torch.stack(states) @ held["lm_head.weight"].T, atol=1e-4, rtol=1e-4)
+
+
+def test_configurations_as_published_are_understood() -> None:
+    """Facts of z-lab's DFlash2 drafts (windows both ways, scaled and capped logits) and of SpecForge's Domino."""
+    layer = {"attention_bias": False, "head_dim": 128, "hidden_act": "silu", "model_type": "qwen3"}
+    layer |= {"num_hidden_layers": 5, "num_attention_heads": 32, "num_key_value_heads": 8, "tie_word_embeddings": False}
+    layer["max_window_layers"] = 5
+    inner = {"block_size": 16, "conv_group_size": 16, "conv_kernel_size": 2, "final_logit_softcapping": 20.0}
+    inner |= {"mask_token_id": 201818, "output_multiplier": 0.196, "selector_rank": 256, "selector_top_k": 16}
+    own = {"architectures": ["DFlash2DraftModel"], "is_causal": False, "layer_types": ["sliding_attention"] * 5}
+    own |= {"hidden_size": 6656, "intermediate_size": 19968, "rms_norm_eps": 1e-5, "vocab_size": 202048}
+    own |= {"rope_parameters": {"rope_theta": 5e5, "rope_type": "default"}, "sliding_window": 2048}
+    own |= {"use_sliding_window": True, "dflash_config": inner | {"target_layer_ids": [1, 13, 25, 37, 49]}}
+    form = understand(layer | own)
+    assert form.kind is DFlash2 and form.layers.backbone.window == 2048
+    assert form.about["scales"] == Scales(1.0, 0.196, 20.0)
+    assert form.settings == {
+        "target_layer_ids": [1, 13, 25, 37, 49],
+        "mask_token_id": 201818,
+        "layers": 5,
+        "block_size": 15,
+        "sample_from_anchor": False,
+        "conv_group": 16,
+        "selector_rank": 256,
+        "candidates": 16,
+    }
+    inner = {"mask_token_id": 151669, "target_layer_ids": [1, 9, 17, 25, 33], "projector_type": "domino"}
+    inner |= {"pure_draft_prefix_len": 1, "emb_dim": 256, "gru_hidden_dim": 1024, "shift_label": True}
+    own = {"architectures": ["DominoDraftModel"], "emb_dim": 256, "block_size": 16}
+    own |= {
+        "layer_types": ["full_attention"] * 5,
+        "vocab_size": 151936,
+        "hidden_size": 4096,
+        "intermediate_size": 12288,
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 1e6,
+    }
+    own |= {"rope_scaling": None, "sliding_window": None, "use_sliding_window": False, "dflash_config": inner}
+    form = understand(layer | own)
+    assert form.kind is Domino
+    assert form.settings == {
+        "target_layer_ids": [1, 9, 17, 25, 33],
+        "mask_token_id": 151669,
+        "layers": 5,
+        "block_size": 16,
+        "sample_from_anchor": True,
+        "correction_rank": 256,
+        "gru_size": 1024,
+        "prefix": 1,
+    }
+    unshifted = understand(layer | own | {"dflash_config": inner | {"shift_label": False}}).settings
+    assert unshifted["block_size"] == 15 and not unshifted["sample_from_anchor"]
 
 
 @pytest.mark.parametrize(
