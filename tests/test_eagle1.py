@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from specbench import fast
 from specbench.blocks import with_anchors
 from specbench.checkpoints.config_keys import FormatError
-from specbench.checkpoints.draft_folder import build_draft, export_draft, load_draft, save_draft
+from specbench.checkpoints.draft_folder import build_draft, export_draft, load_draft, save_draft, taps_of
 from specbench.losses.objective import Objective
 from tests import published, tiny, transcriptions
 from tests.test_interchange import made
@@ -65,6 +65,9 @@ def test_its_published_form_gives_the_formulas_logits(tmp_path: Path) -> None:
             found = one.logits(blocks.hidden, blocks.previous)[0, 3, :4]  # the folder's chain has 7 steps
         wanted = transcriptions.eagle1(c, whole, sample.last, sample.tokens, int(batch.anchors[0, 3]), 4)
         torch.testing.assert_close(found, wanted, atol=1e-4, rtol=1e-4)
+    assert taps_of(out) == [0]  # none are read; a target is loaded with at least one
+    (out / "config.json").write_text(json.dumps(as_released))
+    assert taps_of(out) == [0]
     unbiased = {name: t for name, t in held.items() if name != "fc.bias"}
     assert build_draft({**written, "bias": False}, unbiased, tables).fc.bias is None
     with pytest.raises(FormatError, match=r"missing \['fc.bias'\]"):

@@ -77,7 +77,8 @@ def read_folder(folder: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 def taps_of(folder: str | Path, methods: Sequence[type[Draft]] = ()) -> list[int]:
     """The target layers that the draft of a folder reads; `methods` are classes of methods outside of this package."""
-    return list(describe(read_config(folder), methods=methods)[1]["target_layer_ids"])
+    config, names = read_config(folder), tensor_names(folder)
+    return list(describe(config, methods=methods, tensors=names)[1]["target_layer_ids"])
 
 
 def ships_embedding(folder: str | Path) -> bool:

@@ -106,9 +106,13 @@ class Form:
 
 
 def describe(
-    config: Config, taps: list[int] | None = None, methods: Sequence[type[Draft]] = ()
+    config: Config,
+    taps: list[int] | None = None,
+    methods: Sequence[type[Draft]] = (),
+    tensors: Collection[str] = (),
 ) -> tuple[type[Draft], dict[str, Any]]:
-    """The class and constructor settings that a draft's config.json asks for; `taps` where it names none.
+    """The class and constructor settings that a draft's config.json asks for; `taps` where it names none, `tensors`:
+    the names of the checkpoint's tensors, where the configuration alone does not tell its format.
 
     A folder of our own names its method, which is looked up among those of this package and `methods`, and gives plain
     settings, which are held against the method's signature. Errors: FormatError.
@@ -120,7 +124,7 @@ def describe(
             return kind, checked(kind, own.get("settings"), "specbench.settings")
         except ValueError as error:
             raise FormatError(f"config.json: {error}") from error
-    form = understand(config, taps)
+    form = understand(config, taps, tensors)
     return form.kind, form.settings
 
 
