@@ -192,7 +192,8 @@ def _slot_drawings(found: Sequence[Group], resamples: int, seed: int) -> list[Dr
         frame = tables.conditional_by_domain(part, resamples, seed)
         for quantity, name in (("conditional", "conditional_acceptance"), ("survival", "survival")):
             words = "Conditional acceptance by slot" if quantity == "conditional" else "Survival by slot"
-            caption = f"{words}, a panel per domain ({where}). Bands: 95% intervals over prompts.{unlike}"
+            bands = "Bands: 95% intervals about these checkpoints (over prompts)."
+            caption = f"{words}, a panel per domain ({where}). {bands}{unlike}"
             drawings.append(Drawing(name + tail, figures.by_slot(frame, quantity), caption))
         for domain in dict.fromkeys(frame["domain"]) if frame["domain"].nunique() > 1 else ():
             one = figures.by_slot(frame[frame["domain"] == domain])
@@ -243,7 +244,7 @@ def _place_drawings(found: Sequence[Group], frames: dict[str, pd.DataFrame]) -> 
         chosen = {"domain": tables.ALL if len(domains) > 1 else domains[0]} | section
         names = ("by_position", "by_context", "accepted_histogram", "token_classes")
         position, context, accepted, classes = (layout.only(frames[name], chosen) for name in names)
-        where = f"{grouping.title(section)}; bands and bars: 95% intervals over prompts"
+        where = f"{grouping.title(section)}; bands and bars: 95% intervals about these checkpoints (over prompts)"
         unlike = _unlike(part)
         if len(position):
             caption = f"Accepted length against generated tokens and against context ({where}).{unlike}"

@@ -37,7 +37,7 @@ th[aria-sort="ascending"] button::after { content: " \\2191"; }
 th[aria-sort="descending"] button::after { content: " \\2193"; }
 @media (max-width: 520px) { body { padding: .7rem; font-size: 15px; } h1 { font-size: 1.3rem; }
   nav a { display: inline-block; margin: 0 .7rem .3rem 0; } th, td { padding: .2rem .45rem; }
-  figure { overflow-x: auto; } figure svg { min-width: 34rem; } }
+  figure { overflow-x: auto; } figure svg { min-width: min(34rem, var(--wide)); } }
 figure { margin: 1rem 0; } figure svg { width: 100%; height: auto; max-width: var(--wide); background: var(--figure);
   border-radius: 4px; padding: 4px; }
 pre { background: var(--band); padding: .7rem; overflow-x: auto; border: 1px solid var(--line); border-radius: 4px; }
