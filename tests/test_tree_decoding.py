@@ -268,6 +268,7 @@ def test_a_renormalised_target_is_found_out(monkeypatch):
     assert p_value(write("dspark", SHAPES["static, drawn"], 2048), SAMPLINGS["warm"]) < ALARM
 
 
+@pytest.mark.long
 def test_children_left_out_after_they_were_drawn_are_found_out(monkeypatch):
     """EAGLE-2's reranking removes drawn children that are improbable, and so the drawn rule does not hold for it."""
 
