@@ -188,13 +188,18 @@ def _index(
 def _board(key: tuple[str, str], rows: Sequence[BoardRow], links: Mapping[str, str], title: str) -> str:
     benchmarks = list(dict.fromkeys(name for row in rows for name in row.one.result.suite.benchmarks))
     columns = [("draft", True), ("rank", False), ("accepted length", False), *((name, False) for name in benchmarks)]
-    columns += [("suffix decay", False), ("speedup", False), ("parameters", False), ("prompts", False)]
+    cells = [_further_cells(row.one) for row in rows]
+    further = [name for name in cells[0] if any(own[name] is not None for own in cells)]
+    columns += [(name, False) for name in further]
     columns += [("protocol", True), ("hardware", True), ("state", True), ("date", True)]
     head = "".join(
         f'<th scope="col"{" class=text" if text else ""}><button type="button">{_e(name)}</button></th>'
         for name, text in columns
     )
-    body = "".join(_board_row(row, benchmarks, links) for row in rows)
+    body = "".join(
+        _board_row(row, benchmarks, [own[name] or "<td>–</td>" for name in further], links)
+        for row, own in zip(rows, cells, strict=True)
+    )
     protocols = {row.letter: _protocol(row.one) for row in rows}
     hardware = list(dict.fromkeys(_hardware(row.one) for row in rows))
     choices = {
@@ -226,12 +231,25 @@ def _board(key: tuple[str, str], rows: Sequence[BoardRow], links: Mapping[str, s
     )
 
 
-def _board_row(row: BoardRow, benchmarks: Sequence[str], links: Mapping[str, str]) -> str:
+def _further_cells(one: Submitted) -> dict[str, str | None]:
+    """Cells of columns that a board has only if one of its results states them."""
+    result = one.result
+    decay, speedup, size = result.suffix_decay, result.speedup, result.draft.parameters
+    fast = None if speedup is None else ResultQuantity(value=speedup.measured, low=speedup.low, high=speedup.high)
+    prompts = [part.prompts for part in result.suite.benchmarks.values()]
+    count = None if None in prompts else sum(prompts)
+    return {
+        "suffix decay": decay and f'<td data-sort="{decay.value}">{_bracketed(decay)}</td>',
+        "speedup": fast and f'<td data-sort="{fast.value}">{_bracketed(fast)}</td>',
+        "parameters": f'<td data-sort="{size}">{_million(size)}</td>' if size else None,
+        "prompts": f"<td>{count}</td>" if count else None,
+    }
+
+
+def _board_row(row: BoardRow, benchmarks: Sequence[str], further: Sequence[str], links: Mapping[str, str]) -> str:
     result = row.one.result
     own = result.suite.benchmarks
     best = " class=best" if row.rank is not None and row.rank.worst == 1 and not row.alone else ""
-    prompts = [part.prompts for part in own.values()]
-    count = None if None in prompts else sum(prompts)
     cells = [
         f'<td class="text"><a href="{_e(links[result.name])}">{_e(result.draft.name)}</a></td>',
         f'<td data-sort="{row.rank.best if row.rank else 10**6}">{row.rank or "–"}</td>',
@@ -241,13 +259,7 @@ def _board_row(row: BoardRow, benchmarks: Sequence[str], links: Mapping[str, str
         value = own[name].accepted_length if name in own else None
         sort = value.value if value else ""
         cells.append(f'<td data-sort="{sort}">{_short(value)}</td>')
-    decay, speedup = result.suffix_decay, result.speedup
-    cells.append(f'<td data-sort="{decay.value if decay else ""}">{_bracketed(decay)}</td>')
-    fast = None if speedup is None else ResultQuantity(value=speedup.measured, low=speedup.low, high=speedup.high)
-    cells.append(f'<td data-sort="{fast.value if fast else ""}">{_bracketed(fast)}</td>')
-    size = result.draft.parameters
-    cells.append(f'<td data-sort="{size or ""}">{_million(size)}</td>')
-    cells.append(f'<td data-sort="{count or ""}">{count or "–"}</td>')
+    cells += further
     cells += [
         f'<td class="text">{_e(word)}</td>' for word in (row.letter, _hardware(row.one), row.one.state, result.date)
     ]
@@ -424,9 +436,7 @@ def _interval(found: ResultQuantity) -> str:
     return "" if found.low is None else f' <span class="soft">[{found.low:.2f}, {found.high:.2f}]</span>'
 
 
-def _million(size: int | None) -> str:
-    if not size:
-        return "–"
+def _million(size: int) -> str:
     return f"{size / 1e9:.2f} B" if size >= 1e9 else f"{size / 1e6:.2f} M"
 
 

@@ -368,4 +368,5 @@ def test_the_shipped_results_hold_and_make_a_site(tmp_path: Path) -> None:
     write_site(found, tmp_path, "SpecBench", "specbench leaderboard results/")
     closed(tmp_path)
     text = (tmp_path / "qwen3_4b--paper.html").read_text(encoding="utf-8")
+    assert ">speedup<" not in text and ">speedup<" in (tmp_path / "embedded--embedded.html").read_text(encoding="utf-8")
     assert text.count("as published") == 2 and text.count('<td data-sort="1000000">–</td>') == 3
