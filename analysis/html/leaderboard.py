@@ -45,7 +45,8 @@ STYLE = """
   border-radius: 4px; padding: .15rem .3rem; max-width: 16rem; }
 body.wide-page { max-width: 110rem; }
 a { color: var(--link); } td.best { font-weight: 700; } .soft { color: var(--soft); font-weight: 400; }
-pre { white-space: pre-wrap; overflow-wrap: anywhere; } tr[hidden] { display: none; } dl { display: grid; grid-template-columns: max-content 1fr; gap: .2rem 1rem; }
+pre { white-space: pre-wrap; overflow-wrap: anywhere; }
+tr[hidden] { display: none; } dl { display: grid; grid-template-columns: max-content 1fr; gap: .2rem 1rem; }
 dt { color: var(--soft); } dd { margin: 0; overflow-wrap: anywhere; }
 @media (max-width: 32rem) { body { padding: .8rem; } dl { grid-template-columns: 1fr; } dd { margin-bottom: .4rem; }
   .filters select { max-width: 11rem; } }
