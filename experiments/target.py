@@ -27,6 +27,7 @@ from specbench.cli.target_argument import expand
 from specbench.cli.tracked_stages import tracking_of
 from specbench.data.answers.embedded_tokenizer import rendered, train_tokenizer
 from specbench.data.prompts.embedded_corpus import DOMAINS, census, conversations
+from specbench.files.folder_swap import remove
 from specbench.files.torch_checkpoints import read_checkpoint
 from specbench.models import target as targets
 from specbench.models.gguf_conversion import convert
@@ -85,8 +86,21 @@ def run(cfg: DictConfig) -> None:
 
 
 def from_gguf(cfg: DictConfig) -> Path:
-    """Make the folder target of a GGUF file, skipped where it is there; returns the folder."""
-    with stage_of(cfg) as stage:
+    """Make the folder target of a GGUF file, skipped where it is there; returns the folder.
+
+    A file that cannot be read leaves no new folder behind, which another file would find taken.
+    """
+    stage = stage_of(cfg)
+    try:
+        return _converted(cfg, stage)
+    except ValueError:
+        if stage.state == "new":
+            remove(stage.folder)
+        raise
+
+
+def _converted(cfg: DictConfig, stage: Stage) -> Path:
+    with stage:
         if stage.done:
             return stage.folder
         record = RunFolder(cfg.root, "target", stage.folder.name, recorded(cfg), folder=stage.work)

@@ -226,7 +226,9 @@ def _train(cfg: DictConfig, stage: Stage, name: str) -> None:
         tracking.artifact(f"draft-{name}", "draft", run.path / "draft", **summary["lineage"])
         tracking.finish()
         shown = {k: summary[k] for k in ("probe_accepted_length", "best_step", "steps", "parameters")}
-        stage.finish(shown, next=command("evaluate", cfg, ("target", "suite"), draft=str(stage.folder)))
+        # An evaluation that follows by itself is not the user's next command.
+        then = None if cfg.evaluate else command("evaluate", cfg, ("target", "suite"), draft=str(stage.folder))
+        stage.finish(shown, next=then)
 
 
 def open_data(cfg: DictConfig, target: Target | None) -> StepData:

@@ -2,6 +2,7 @@
 
     python -m tests.fastspeed step      # a training step of DSpark at a vocabulary of 151,936, one process a variant
     python -m tests.fastspeed decode    # a draft and a target with and without their faster passes, in turns
+    python -m tests.fastspeed target FOLDER  # passes over 1 to 8 tokens, by the library and by our layers
     python -m tests.fastspeed collate   # a batch in used memory and in fresh memory, in turns
 
 Processor seconds on one thread, which a busy machine changes least, and the highest memory above the resident model.
@@ -134,6 +135,35 @@ def decoding() -> Iterator[tuple[str, dict[str, float]]]:
         yield f"{family}, plain decoding", _in_turns({"direct": (True, work), "library": (False, work)})
 
 
+@torch.inference_mode()
+def verification(folder: str, context: int = 200, repeats: int = 5) -> Iterator[tuple[int, dict[str, float]]]:
+    """Processor milliseconds (medians of `repeats`) in which a target reads 1, 2, 4 and 8 tokens behind a context and
+    gives their logits: transformers over its own cache, and `extend` here; and the vocabulary head alone."""
+    from transformers import DynamicCache
+
+    target, own = Target.load(folder, []), DynamicCache()
+    tokens = torch.randint(1000, (1, context), generator=torch.Generator().manual_seed(0))
+    state, _ = target.prefill(tokens, torch.tensor([context]))
+    target.model(input_ids=tokens, past_key_values=own, use_cache=True)
+
+    def library(block: torch.Tensor) -> None:
+        target.model(input_ids=block, past_key_values=own, use_cache=True)
+        own.crop(-block.shape[1])
+
+    for size in (1, 2, 4, 8):
+        block, last = tokens[:, :size], torch.randn(1, size, target.tables.embedding.shape[1])
+        ways = {
+            "library": partial(library, block),
+            "extend and logits": lambda block=block: target.logits(target.extend(state, block).last),
+            "logits": lambda last=last: target.logits(last),
+        }
+        taken: dict[str, list[float]] = {name: [] for name in ways}
+        for _ in range(repeats + 1):
+            for name, work in ways.items():
+                taken[name].append(1e3 * _processor_seconds(work))
+        yield size, {name: statistics.median(found[1:]) for name, found in taken.items()}
+
+
 def _in_turns(variants: dict[str, tuple[bool, Callable[[], Iterator]]]) -> dict[str, float]:
     taken: dict[str, list[float]] = {name: [] for name in variants}
     for turn in range(4):
@@ -152,12 +182,15 @@ def _processor_seconds(work: Callable[[], object]) -> float:
     return time.process_time() - began
 
 
-def main(what: str) -> None:
+def main(what: str, *folder: str) -> None:
     torch.set_num_threads(1)
     if what == "step":
         for name in STEPS:
             seconds, memory = step_measurement.fresh(partial(step, name))
             print(f"{name}: {seconds:.2f} s, {memory / 1e6:.0f} MB", flush=True)
+    elif what == "target":
+        for size, found in verification(*folder):
+            print(f"{size} tokens", {name: f"{value:.1f} ms" for name, value in found.items()}, flush=True)
     elif what == "collate":
         print({name: f"{value:.1f} ms" for name, value in collation().items()}, flush=True)
     else:
@@ -166,4 +199,4 @@ def main(what: str) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(*sys.argv[1:])

@@ -254,6 +254,7 @@ method.objective.ce=0 method.objective.tv=0 method.objective.confidence=0 | no t
 method.backbone=qwen9 | takes one of
 +method.head=rnn | labelled by a head
 choice=eagle3_default method=dspark | a choice of method=eagle3
+size=laptop_eagle3 method=dflash | the sizes of another method than method=dflash
 method=eagle3 head=rnn | method=eagle3 has no markov_head
 trainer.max_steps=null | trainer.max_steps=null trainer.epochs=null
 trainer.lightning.precision=16-mixt | one of 32-true

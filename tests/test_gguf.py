@@ -130,6 +130,15 @@ def test_a_gguf_file_becomes_a_target_that_is_that_model(file: Path, tmp_path: P
     assert "decoded by" in capsys.readouterr().out
 
 
+def test_a_file_that_cannot_be_read_leaves_its_folder_free(file: Path, tmp_path: Path) -> None:
+    broken, folder = tmp_path / "tiny.gguf", tmp_path / "runs" / "target" / "tiny"
+    broken.write_bytes(file.read_bytes()[:3000])
+    with pytest.raises(ValueError, match="tiny"):
+        make(f"path={broken}", f"root={tmp_path}")
+    assert not folder.exists()
+    assert make(f"path={file}", f"root={tmp_path}") == folder
+
+
 def test_two_line_breaks_before_a_digit_are_split_as_the_file_says(file: Path) -> None:
     from transformers import AutoTokenizer
 

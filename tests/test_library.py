@@ -11,6 +11,7 @@ import re
 import signal
 import subprocess
 import sys
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
@@ -25,6 +26,7 @@ from lightning.pytorch.loggers import CSVLogger
 import specbench as sb
 from specbench.cli.assembly import composed
 from specbench.data.prompts.suites import names, suite_of
+from specbench.files.folder_lock import locked
 from specbench.files.torch_checkpoints import read_checkpoint
 from specbench.library.drafts import record_of
 from specbench.runs.run_folder import read_summary
@@ -294,6 +296,12 @@ def test_a_training_in_one_call_is_a_run_that_continues_and_can_be_evaluated(
     assert again.summary["probes"] == made.summary["probes"]
     with pytest.raises(ValueError, match="is not empty and holds no training"):
         sb.train(module_of(target), data_of(cache), cache, max_steps=3)
+    (tmp_path / "taken").mkdir()
+    with (
+        locked(tmp_path / "taken", tmp_path / "taken", warnings.warn),
+        pytest.raises(ValueError, match="taken is being written by process"),
+    ):
+        train("taken")
 
 
 class Fail(L.Callback):

@@ -225,6 +225,15 @@ def test_a_word_without_its_key_still_means_the_same(word: str, value: object) -
     assert OmegaConf.to_container(cfg, resolve=True)["x"] == value
 
 
+def test_a_key_that_one_word_names_is_withheld_from_every_other() -> None:
+    words = ["tracking.tags=[run,Q7twice99]", "name=run", "api_key=Q7twice99"]
+    kept = withhold(words)
+    assert not any("Q7" in word for word in kept) and kept[1] == words[1]
+    (override,) = OverridesParser.create().parse_overrides(kept[:1])
+    tags = OmegaConf.create({"x": override.value()})
+    assert OmegaConf.to_container(tags, resolve=True)["x"] == ["run", "Q7twice99"]
+
+
 def test_the_keys_of_a_sweep_are_withheld_one_by_one() -> None:
     (kept,) = withhold(["api_key=Q7one,Q7two"])
     (override,) = OverridesParser.create().parse_overrides([kept])

@@ -22,7 +22,7 @@ from specbench.cli.errors import nearest
 from specbench.cli.recording import recorded
 from specbench.cli.schema import takes_text
 from specbench.cli.settings import SCHEMAS, check_settings, takes
-from specbench.cli.sizes import offer_sizes
+from specbench.cli.sizes import PUBLISHED, offer_sizes
 from specbench.cli.target_argument import quoted
 from specbench.files.redaction import redacted
 
@@ -152,8 +152,16 @@ def jobs(cfg: DictConfig, overrides: Sequence[str]) -> list[list[str]]:
 
 
 def check_choice(cfg: DictConfig) -> None:
-    """Raise ValueError for a choice of another method than the one that is trained: its label would be wrong."""
+    """Raise ValueError for a choice, or sizes, of another method than the one that is trained: the label of a choice
+    would be wrong, and the sizes would be those of another draft."""
     chosen = cfg.hydra.runtime.choices
+    method, size = chosen.get("method"), chosen.get("size")
+    others = {f"{trainer}_{other}" for other in options("method") for trainer in options("trainer") if other != method}
+    if size in others and size not in {f"{trainer}_{method}" for trainer in options("trainer")}:
+        raise ValueError(
+            f"size={size} has the sizes of another method than method={method}: leave out size=, or choose "
+            f"size={PUBLISHED} or size=TRAINER_{method}"
+        )
     name = chosen.get("choice")
     if name is None:
         return

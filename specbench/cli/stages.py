@@ -7,7 +7,6 @@ is never continued.
 
 from __future__ import annotations
 
-import fcntl
 import os
 import shlex
 import shutil
@@ -25,6 +24,7 @@ from specbench.cli.identity import content, identity
 from specbench.cli.inventory import MARKER
 from specbench.cli.summary import report
 from specbench.files.atomic import plain, read_json, write_json
+from specbench.files.folder_lock import locked
 from specbench.files.folder_swap import beside, remove, settle, swap
 from specbench.files.redaction import redacted
 from specbench.progress import first_rank
@@ -163,7 +163,7 @@ class Stage:
         if first_rank():
             for folder in (beside(self.folder), self.folder):
                 if folder.is_dir():
-                    self._locks.append(_locked(folder, self.folder))
+                    self._locks.append(locked(folder, self.folder, say))
             settle(self.folder, lambda new: (read_marker(new) or {}).get("status") == "finished")
         self.state = self.decide()
         there = read_marker(self.work)
@@ -178,7 +178,7 @@ class Stage:
                 remove(self.work)
             if not self.work.is_dir():
                 self.work.mkdir(parents=True)
-                self._locks.append(_locked(self.work, self.folder))
+                self._locks.append(locked(self.work, self.folder, say))
         self._announce(there)
         self._mark("running")
         return self
@@ -277,24 +277,6 @@ def _require_room(folder: Path) -> None:
     free = shutil.disk_usage(above).free
     if free < ROOM:
         raise ValueError(f"{above} has {free / 2**20:.1f} MiB left on its disk: make room, or choose another root=")
-
-
-def _locked(folder: Path, named: Path) -> Any:
-    """The open lock file of `folder`; the lock ends when it is closed or the process ends."""
-    lock = open(folder / ".lock", "a+")  # noqa: SIM115 - it stays open for as long as the stage runs
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        lock.seek(0)
-        owner = lock.read().strip() or "another process"
-        lock.close()
-        raise ValueError(f"{named} is being written by {owner}: wait for it, or choose another root or name") from None
-    except OSError:
-        say(f"{folder} lies on a file system without locks: take care that one process at a time writes there")
-    lock.truncate(0)
-    lock.write(f"process {os.getpid()} on {os.uname().nodename}")
-    lock.flush()
-    return lock
 
 
 def say(line: str) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from specbench.files.redaction import VARIABLE, is_placeholder, is_secret_name, keys_in, learn_key, redact
+from specbench.files.redaction import VARIABLE, is_placeholder, is_secret_name, keys_in, learn_key, redact, replaced
 
 
 def withhold(words: Sequence[str]) -> list[str]:
@@ -17,7 +17,9 @@ def withhold(words: Sequence[str]) -> list[str]:
     Hydra writes the words of a sweep into files and logs of its own, Lightning repeats them for its ranks, and W&B
     keeps them: a reference is safe with all of them, and the processes that they start inherit the environment.
     """
-    return [_withheld(word) for word in words]
+    moved = [_withheld(word) for word in words]
+    # A key that one word names is one wherever else it was typed.
+    return [_repeated(word) for word in moved]
 
 
 def _withheld(word: str) -> str:
@@ -31,6 +33,14 @@ def _withheld(word: str) -> str:
     for key in sorted(set(keys_in(value)), key=len, reverse=True):
         value = value.replace(key, _moved(key))
     return f"{name}={value}"
+
+
+def _repeated(word: str) -> str:
+    """The word with keys that are known by now replaced in its value."""
+    name, sign, value = word.partition("=")
+    if not sign or word.startswith("-"):
+        return word
+    return f"{name}={replaced(value, _moved)}"
 
 
 def _moved(key: str) -> str:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import base64
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 from urllib.parse import quote, unquote
@@ -131,6 +131,12 @@ def redact(text: str) -> str:
         text = pattern.sub(_withheld, text)
     text = _FORMS.sub(WITHHELD, text)
     return _REFERENCE.sub(lambda m: WITHHELD if m[1].startswith(VARIABLE) else f"${{oc.env:{m[1]}}}", text)
+
+
+def replaced(text: str, by: Callable[[str], str]) -> str:
+    """`text` with every registered key replaced by what `by` gives for it."""
+    known = tuple(sorted(_learned, key=lambda value: (-len(value), value)))
+    return _any_of(known).sub(lambda found: by(found[0]), text) if known else text
 
 
 def redacted(value: Any, name: str = "") -> Any:

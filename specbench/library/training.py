@@ -9,6 +9,7 @@ from __future__ import annotations
 import sys
 import warnings
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,9 @@ from lightning.pytorch.loggers import Logger
 from specbench.checkpoints.draft_folder import save_draft
 from specbench.data.loading.step_data import StepData
 from specbench.drafts.draft import Draft
+from specbench.files.folder_lock import locked
 from specbench.files.torch_checkpoints import read_checkpoint
+from specbench.progress import first_rank
 from specbench.runs.folder_logger import FolderLogger
 from specbench.runs.provenance import provenance
 from specbench.runs.run_folder import RunFolder, read_settings, read_summary
@@ -132,7 +135,7 @@ def train(
         The finished training: the draft, the optimiser step of its checkpoint, the run folder and its summary.
 
     Raises:
-        ValueError: the folder has other content, or a setting is not valid.
+        ValueError: the folder has other content, another process trains into it, or a setting is not valid.
     """
     place, label = Path(folder), method or type(module.draft).__name__.lower()
     steps = module.max_steps if max_steps is None else max_steps
@@ -147,22 +150,27 @@ def train(
         "trainer": {"max_steps": steps, "recipe": module.hparams["training"], "validate_every": validate_every},
         "seed": {"init": training_seed, "data": data.seed, "anchors": module.anchor_seed},
     }
-    resumes = _unfinished(place, module, steps)
-    with RunFolder(place.parent, "train", place.name, config, folder=place) as run:
-        run.write_provenance(*provenance(sys.argv, config["seed"], data.lineage, None))
-        return train_into(
-            run,
-            module,
-            data,
-            steps=steps,
-            probe=probe,
-            validate_every=validate_every,
-            callbacks=callbacks,
-            loggers=[FolderLogger(run), *loggers],
-            resumes=resumes,
-            facts=facts,
-            **settings,
-        )
+    _unfinished(place, module, steps)  # what is refused gets no lock
+    with ExitStack() as held:
+        if first_rank():
+            place.mkdir(parents=True, exist_ok=True)
+            held.enter_context(locked(place, place, warnings.warn))
+        resumes = _unfinished(place, module, steps)
+        with RunFolder(place.parent, "train", place.name, config, folder=place) as run:
+            run.write_provenance(*provenance(sys.argv, config["seed"], data.lineage, None))
+            return train_into(
+                run,
+                module,
+                data,
+                steps=steps,
+                probe=probe,
+                validate_every=validate_every,
+                callbacks=callbacks,
+                loggers=[FolderLogger(run), *loggers],
+                resumes=resumes,
+                facts=facts,
+                **settings,
+            )
 
 
 def train_into(
@@ -239,7 +247,7 @@ def train_into(
 
 def _unfinished(folder: Path, module: DraftTraining, steps: int) -> bool:
     """Whether the folder holds this very training, interrupted. Errors: ValueError where it holds something else."""
-    if not folder.exists() or not any(folder.iterdir()):
+    if not folder.exists() or not any(found.name != ".lock" for found in folder.iterdir()):
         return False
     last = folder / "checkpoints" / "last.ckpt"
     remedy = "name a new folder"

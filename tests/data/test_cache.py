@@ -263,6 +263,16 @@ def test_plan_tells_the_size_that_the_build_takes(pristine, tmp_path):
     assert again.hours is None and set(again.totals) >= {"bf16", "exact", "int8", "smallest"}
 
 
+def test_a_plan_times_a_part_of_what_it_plans(tmp_path, monkeypatch):
+    whole = plan(TALKS, tmp_path, storage("fp32"), 16, 2, TinyTarget())
+    monkeypatch.setattr("specbench.data.cache.plan.SAMPLE_SECONDS", 0.0)
+    monkeypatch.setattr("specbench.data.cache.plan.SAMPLE_BATCH", 30)
+    part = plan(TALKS, tmp_path, storage("fp32"), 16, 2, TinyTarget())
+    assert 0 < part.timed_tokens <= 30 < whole.timed_tokens
+    # Tokens and states of fp32 take the same room everywhere; headers are divided among the tokens of a conversation.
+    assert abs(part.total - whole.total) < 0.5 * whole.total and part.hours > 0
+
+
 def test_plan_refuses_what_cannot_fit(tmp_path):
     free = shutil.disk_usage(tmp_path).free
     huge = plan(TALKS, tmp_path, storage("bf16"), hidden_size=int(free / 500), taps=5)

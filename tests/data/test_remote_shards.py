@@ -13,6 +13,7 @@ from specbench.data.cache.build import build
 from specbench.data.cache.remote_shards import RemoteFiles, is_remote
 from specbench.data.cache.shards import DamagedShard
 from specbench.data.cache.storage import storage
+from specbench.data.loading.frequent_tokens import frequent_tokens
 from specbench.data.loading.reading import CacheReader
 from specbench.data.loading.target_cache import TargetCache
 from tests.data.tiny_target import TinyTarget, talks
@@ -56,6 +57,14 @@ def test_remote_steps_are_those_of_the_folder(source, tmp_path):
     assert not list(tmp_path.glob("*.tmp"))
     # Papers, then every shard once: the order by windows needs none twice.
     assert remote.reader.files.fetched == 3 + len(sizes(folder))
+
+
+def test_the_frequent_tokens_of_a_remote_cache_are_those_of_the_folder(source, tmp_path):
+    folder, url = source
+    remote, local = TargetCache(url, local_folder=tmp_path), TargetCache(folder)
+    remote.setup(), local.setup()
+    (ours, covered), (theirs, expected) = (frequent_tokens(data, 9, [3]) for data in (remote, local))
+    assert ours.tolist() == theirs.tolist() and covered == expected and 3 in ours
 
 
 def test_the_least_recently_used_shard_makes_room(source, tmp_path):

@@ -23,6 +23,8 @@ from specbench.data.cache.writing import NoRoom
 
 HEADERS = 2 * 4 * BLOCK  # of a sample: tar header and padding of four members, and their own headers
 SAMPLE_TOKENS = 8192
+# A plan ends its sample after this time, and takes batches so small that the first one is about as long.
+SAMPLE_SECONDS, SAMPLE_BATCH = 3.0, 1024
 
 
 def in_units(size: float | int) -> str:
@@ -147,11 +149,17 @@ def _measure(
     batch_tokens: int,
     sample_tokens: int,
 ) -> tuple[dict[str, float], float, int]:
-    """Bytes per token by part, seconds and tokens of a sample of batches, after one conversation to warm up."""
-    batches = [batch for shard in lay_out(lengths, batch_tokens, 1).shards for batch in shard]
+    """Bytes per token by part, seconds and tokens of a sample of batches, after one conversation to warm up.
+
+    Batches hold conversations of similar length, so the sample begins with one in the middle of all and then takes
+    others from everywhere.
+    """
+    batches = [batch for shard in lay_out(lengths, min(batch_tokens, SAMPLE_BATCH), 1).shards for batch in shard]
+    order = np.random.default_rng(0).permutation(len(batches))
+    batches = [batches[len(batches) // 2], *(batches[i] for i in order if i != len(batches) // 2)]
     sizes = dict.fromkeys(("tokens", "taps", "last", "headers"), 0)
     seconds, tokens = 0.0, 0
-    first = states_of(target, [conversations[batches[0][0]]])
+    first = states_of(target, [conversations[int(lengths.argmin())]])
     wanted = wanted.fitted(first.taps[0].cpu(), first.last[0].cpu())
     for batch in batches:
         chosen = [conversations[ordinal] for ordinal in batch]
@@ -165,6 +173,6 @@ def _measure(
             sizes["headers"] += len(sample["json"]) + sum(BLOCK + -len(member) % BLOCK for member in sample.values())
             tokens += length
         seconds += time.perf_counter() - start
-        if tokens >= sample_tokens:
+        if tokens >= sample_tokens or seconds >= SAMPLE_SECONDS:
             break
     return {part: size / tokens for part, size in sizes.items()}, seconds, tokens

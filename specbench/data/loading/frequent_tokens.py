@@ -25,7 +25,7 @@ def frequent_tokens(data: StepData, size: int, always: Sequence[int]) -> tuple[I
     counts = torch.zeros(whole, dtype=torch.long)
     rows = data.rows[0]
     # Tokens and masks alone, where the states lie on disk.
-    source = TargetCache(data.folder, taps=[], stream=data.stream) if isinstance(data, TargetCache) else data
+    source = data.of_tokens() if isinstance(data, TargetCache) else data
     for start in range(0, len(rows), ROWS):
         for sample in source.samples(rows[start : start + ROWS]):
             counts += torch.bincount(sample.tokens[sample.loss_mask].long(), minlength=whole)

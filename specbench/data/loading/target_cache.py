@@ -94,6 +94,17 @@ class TargetCache(StepData):
             raise ValueError(f"shuffle_buffer={shuffle_buffer}: hold at least 1 conversation")
         self._plan: StreamPlan | None = None
 
+    def of_tokens(self) -> TargetCache:
+        """The same cache, read from the same places, for its tokens and masks alone."""
+        return TargetCache(
+            self.folder,
+            taps=[],
+            on_damage=self._options[2],
+            local_folder=self._local_folder,
+            local_bytes=self._local_bytes,
+            stream=self.stream,
+        )
+
     @classmethod
     def build(
         cls,
