@@ -18,7 +18,7 @@ from specbench.cli.config_groups import known_options
 from specbench.cli.target_argument import quoted
 from specbench.library.drafts import draft_place
 from specbench.library.submission import decode_again, write_verification
-from specbench.runs.result_schema import Result
+from specbench.runs.result_schema import VERIFIED_ENDING, Result
 
 SHOWN = 5  # problems of one result that are printed
 
@@ -26,7 +26,7 @@ SHOWN = 5  # problems of one result that are printed
 def run(cfg: DictConfig) -> list[Submitted]:
     """Print the state of every result; returns them. Errors: ValueError if one does not hold."""
     check_before("check-submission", cfg)
-    files = [cfg.files] if isinstance(cfg.files, str) else list(cfg.files)
+    files = named_files(cfg)
     found, wrong = [], 0
     for file in files:
         one = check_result(file)
@@ -49,7 +49,7 @@ def run(cfg: DictConfig) -> list[Submitted]:
 
 def check(cfg: DictConfig) -> None:
     """Draft and target are given together, for one result."""
-    files = [cfg.files] if isinstance(cfg.files, str) else list(cfg.files)
+    files = named_files(cfg)
     if (cfg.draft is None) != (cfg.get("target") is None):
         raise ValueError(f"draft={cfg.draft} target={cfg.get('target')}: decoding again needs both")
     if cfg.draft is not None and len(files) != 1:
@@ -58,6 +58,15 @@ def check(cfg: DictConfig) -> None:
         raise ValueError(
             f"verified_by={cfg.verified_by}: a result is verified by decoding again; give draft= and target="
         )
+
+
+def named_files(cfg: DictConfig) -> list[str]:
+    """The result files; the verifications that `results/*.json` names beside them are read with their results."""
+    files = [cfg.files] if isinstance(cfg.files, str) else list(cfg.files)
+    results = [file for file in files if not file.endswith(VERIFIED_ENDING)]
+    if not results:
+        raise ValueError(f"files={', '.join(files)}: name the results, not their verifications")
+    return results
 
 
 def suite_problems(result: Result) -> Iterator[str]:
