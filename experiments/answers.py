@@ -154,7 +154,7 @@ def show(rows: Iterator[dict[str, Any]], tokenizer: Any, thinking: bool | None) 
 def _engine(cfg: DictConfig, target: Target | None, tokenizer: Any, options: dict[str, Any]) -> Engine:
     if target is None:
         patience = instantiate(cfg.patience)
-        return ServerEngine(list(cfg.servers), cfg.model, cfg.concurrency, patience, cfg.api_key, options)
+        return ServerEngine(list(cfg.servers), cfg.model, cfg.concurrency, patience, cfg.api_key, options, tokenizer)
     return engine_of(target, cfg.max_new_tokens, cfg.batch_size, cfg.token_budget, cfg.chunk)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -17,12 +18,16 @@ from specbench.cli.launching import rank_and_world
 from specbench.cli.recording import recorded
 from specbench.cli.stages import Stage, say
 from specbench.cli.tracked_stages import tracking_of
+from specbench.data.answers.engines import AnswerPolicy
 from specbench.data.prompts.benchmarks import Benchmarks
 from specbench.decoding.loop import Limits
 from specbench.decoding.sampling import Sampling
 from specbench.decoding.scheduling import StaticThreshold
 from specbench.drafts.baselines import short_name
 from specbench.evaluation.draft_evaluation import THINKING, Protocol
+from specbench.evaluation.engine_counters import compare
+from specbench.files.atomic import write_json
+from specbench.files.redaction import redact
 from specbench.library.drafts import PLAIN, DraftRecord, draft_place, record_of
 from specbench.library.evaluation import evaluate_into
 from specbench.library.tracked_evaluation import log_evaluation
@@ -41,7 +46,31 @@ def run(cfg: DictConfig) -> Path:
     with stage_of(cfg, about) as stage:
         if not stage.done:
             _evaluate(cfg, stage, folder, about)
+    if cfg.get("engine") is not None:  # records of earlier versions lack it
+        beside_engine(cfg, stage.folder)
     return stage.folder
+
+
+def beside_engine(cfg: DictConfig, folder: Path) -> None:
+    """Send the prompts of a finished evaluation to a running engine; print its counters beside ours, and write them
+    to engine.json."""
+    lines = [json.loads(line) for line in (folder / "rounds.jsonl").read_text().splitlines()]
+    model = cfg.get("engine_model") or cfg.target.id
+    policy = AnswerPolicy(
+        model=model,
+        temperature=cfg.temperature,
+        top_p=cfg.top_p,
+        top_k=cfg.top_k,
+        min_p=cfg.min_p,
+        max_new_tokens=cfg.max_new_tokens,
+        seed=cfg.seed,
+    )
+    stops = cfg.stop_token_ids if cfg.stop_token_ids is not None else cfg.target.stop_token_ids
+    with Progress(f"evaluate on {redact(cfg.engine)}", 1, "pass"):
+        found = compare(cfg.engine, lines, policy, list(stops or ()), cfg.batch_size)
+    for line in found.table(greedy=cfg.temperature == 0):
+        say(line)
+    write_json(folder / "engine.json", {"engine": redact(cfg.engine), "model": model, **found.record()})
 
 
 def stage_of(cfg: DictConfig, about: DraftRecord | None = None) -> Stage:

@@ -10,13 +10,14 @@ from omegaconf import DictConfig
 
 from experiments.import_draft import target_tables, vacant
 from specbench.checkpoints.draft_folder import export_draft, fetch, read_config
-from specbench.checkpoints.model_card import model_card
+from specbench.checkpoints.model_card import model_card, serving_command
 from specbench.checkpoints.publishing import push, require_vacant
 from specbench.cli.assembly import own_methods
 from specbench.cli.errors import naming
 from specbench.cli.summary import report
 from specbench.files.atomic import read_object, write_text
 from specbench.files.folder_swap import replacing_folder
+from specbench.models.target_files import location
 from specbench.runs.run_folder import read_settings, read_summary
 
 
@@ -30,6 +31,7 @@ def run(cfg: DictConfig) -> Path:
     training = record(path) if (path / "summary.json").is_file() else None
     folder = vacant(Path(cfg.folder or Path(cfg.root) / "export" / f"{path.name}-{cfg.format}"), cfg.force)
     target = cfg.target_id or (training or {}).get("config", {}).get("target", {}).get("id")
+    target = None if target is None else str(location(target))  # an engine knows no package:PATH
     methods = own_methods(cfg.methods)
     found = evaluations(cfg, path)
     with replacing_folder(folder) as made:
@@ -37,9 +39,11 @@ def run(cfg: DictConfig) -> Path:
             export_draft(source, made, cfg.format, target, target_tables(cfg.target_id, source), methods)
         about = read_config(made)
         dtype = about.get("dtype") or about.get("torch_dtype")
-        card = model_card(cfg.push or folder.name, cfg.format, target, cfg.licence, training, found, dtype)
+        card = model_card(cfg.push or folder.name, cfg.format, target, cfg.licence, training, found, dtype, about)
         write_text(made / "README.md", card)
     facts: dict[str, Any] = {"format": cfg.format, "evaluations in the card": len(found)}
+    if command := serving_command(str(folder), cfg.format, target or "TARGET", about):
+        facts["serve"] = command
     if cfg.push:
         try:
             facts["address"] = push(folder, cfg.push, cfg.private, cfg.force)

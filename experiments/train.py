@@ -25,6 +25,7 @@ from specbench.cli.assembly import (
     target_config,
 )
 from specbench.cli.checks import check_before
+from specbench.cli.engine_settings import fitted, said_servable
 from specbench.cli.environment import free_memory
 from specbench.cli.following import command
 from specbench.cli.identity import content, fingerprint, identity
@@ -66,6 +67,9 @@ RESULTS = ("draft/config.json", "draft/*.safetensors", "summary.json", "config.y
 
 def run(cfg: DictConfig) -> Path:
     """Train, choose the checkpoint, write draft/, evaluate; returns the run folder."""
+    cfg, changed = fitted(cfg)
+    if changed:
+        say(f"train: export_for={cfg.export_for} sets {', '.join(changed)}")
     if cfg.plan:
         print_plan(cfg)
         return Path(cfg.root)
@@ -146,6 +150,7 @@ def print_plan(cfg: DictConfig) -> Footprint:
     found = footprint(draft, cfg.target.max_length, lightning.precision, memory, shards_of(lightning))
     say(found.text())
     say(f"backbone          {chosen(config, cfg.method.backbone).reason}")
+    say(f"servable          {said_servable(draft, config)}")
     if (small := smaller(cfg.method)) is not None:
         say(f"sizes             {small}")
     return found
@@ -174,6 +179,7 @@ def _train(cfg: DictConfig, stage: Stage, name: str) -> None:
             begun = initialise(draft, cfg.start, target, data.tables)
         choice = chosen(config, cfg.method.backbone)
         say(f"train: {choice.reason}")
+        say(f"train: servable: {said_servable(draft, config)}")
         if (small := smaller(cfg.method)) is not None:
             say(f"train: {small}")
         shape = cfg.trainer.data
@@ -194,7 +200,7 @@ def _train(cfg: DictConfig, stage: Stage, name: str) -> None:
         )
         probe = None if not cfg.trainer.probe.every else probe_of(cfg, target)
         rendered = None
-        if probe is not None and target.tokenizer is not None:
+        if probe is not None and probe.prompts and target.tokenizer is not None:
             rendered = target.tokenizer.decode(probe.prompts[0])
         run.write_provenance(*provenance(sys.argv, dict(cfg.seed), data.lineage, rendered))
         facts = {"method": cfg.method.name, "target": cfg.target.name}
@@ -291,6 +297,10 @@ def probe_of(cfg: DictConfig, target: Target) -> DecodeProbe:
     """The decoding probe, on the first held-out prompts of the data; benchmarks are never used to select a
     checkpoint."""
     asked, folder, found = cfg.trainer.probe, Path(cfg.root) / "prompts" / cfg.data.name, []
+    own = {"every": asked.every, "sampling": Sampling(asked.temperature), "max_new_tokens": asked.max_new_tokens}
+    if cfg.cache is not None and not folder.is_dir():
+        say(f"train: {folder} is not there: the probe decodes held-out conversations of cache={cfg.cache}")
+        return DecodeProbe(target, None, **own)
     for row in prompts.read(folder, "validation", asked.prompts):
         first = next(i for i, m in enumerate(row["messages"]) if m["role"] == "user")
         found.append(prompt_ids(target.tokenizer, row["messages"][: first + 1], cfg.target.thinking))
@@ -299,7 +309,7 @@ def probe_of(cfg: DictConfig, target: Target) -> DecodeProbe:
             f"trainer.probe.prompts={asked.prompts} and {folder} holds {len(found)} validation prompts: lower it, or "
             "hold out more in `specbench prompts`"
         )
-    return DecodeProbe(target, found, asked.every, Sampling(asked.temperature), asked.max_new_tokens)
+    return DecodeProbe(target, found, **own)
 
 
 def _vocabulary(cfg: DictConfig, data: StepData, target: Target | None) -> Tensor | None:

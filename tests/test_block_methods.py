@@ -12,8 +12,8 @@ from safetensors.torch import load_file
 from specbench.blocks import with_anchors
 from specbench.checkpoints.config_keys import FormatError
 from specbench.checkpoints.draft_folder import build_draft, export_draft, load_draft, save_draft
-from specbench.checkpoints.exports import obstacle
 from specbench.checkpoints.formats import Scales, understand
+from specbench.checkpoints.obstacles import obstacle
 from specbench.drafts.dflash2 import DFlash2
 from specbench.drafts.domino import Domino
 from specbench.drafts.jetspec import JetSpec

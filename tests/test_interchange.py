@@ -11,6 +11,7 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 from safetensors.torch import load_file
+from transformers import Qwen3Config
 
 from experiments.cli import main
 from specbench.blocks import with_anchors
@@ -24,7 +25,7 @@ from specbench.checkpoints.draft_folder import (
     save_draft,
     taps_of,
 )
-from specbench.checkpoints.exports import obstacle
+from specbench.checkpoints.obstacles import obstacle
 from specbench.cli.assembly import build_draft as compose_draft
 from specbench.decoding.loop import Limits, decode, speculative_decode
 from specbench.decoding.sampling import Sampling
@@ -32,6 +33,7 @@ from tests import tiny
 
 GOLDEN = Path(__file__).parent / "fixtures" / "golden"
 CASES = sorted(path.parent.name for path in GOLDEN.glob("*/draft"))
+BELOW = [0, 1, 2]  # taps below the target's last layer, which SGLang cannot read
 IDS = torch.tensor([1, 2, 3, 5, 8, 13, 21, 34, 55, 89])
 
 
@@ -65,11 +67,15 @@ def logits(draft, family: str = "qwen3"):
         return draft.logits(blocks.hidden, blocks.previous)[blocks.mask]
 
 
-def same(one, other, family: str = "qwen3") -> None:
+def same_facts(one, other) -> None:
     assert type(one) is type(other)
-    assert one.backbone == other.backbone
+    assert one.backbone == other.backbone and one.target_layer_ids == other.target_layer_ids
     assert one.state_dict().keys() == other.state_dict().keys()
     assert all(torch.equal(value, other.state_dict()[key]) for key, value in one.state_dict().items())
+
+
+def same(one, other, family: str = "qwen3") -> None:
+    same_facts(one, other)
     assert torch.equal(logits(one, family), logits(other, family))
 
 
@@ -92,7 +98,8 @@ def test_a_deepspec_draft_is_written_back_as_it_came(case: str, tmp_path: Path) 
 @pytest.mark.parametrize("form", ["own", "deepspec", "vllm", "sglang"])
 def test_the_dtype_says_what_the_tensors_are(form: str, stored: torch.dtype, tmp_path: Path) -> None:
     """Whatever the target's own configuration says: drafts are trained in another dtype than it is stored in."""
-    kind, settings = ("eagle3", {"backbone": "llama", "layers": 1}) if form == "sglang" else ("dspark", {})
+    small = {"backbone": "llama", "layers": 1, "taps": BELOW}
+    kind, settings = ("eagle3", small) if form == "sglang" else ("dspark", {})
     draft, kept, config = made(kind, "qwen3", **settings)
     text = {**config, "dtype": "float64", "torch_dtype": "float64"}
     folder = save_draft(copy.deepcopy(draft).to(stored), tmp_path / "own", text, kept)
@@ -207,7 +214,7 @@ def test_vllm_dflash_counts_the_anchor(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("form", ["vllm", "sglang"])
 def test_llama_like_eagle3_with_a_reduced_vocabulary(form: str, tmp_path: Path) -> None:
-    draft, kept, config = made("eagle3", backbone="llama", ids=IDS, block_size=7)
+    draft, kept, config = made("eagle3", backbone="llama", ids=IDS, block_size=7, taps=BELOW)
     save_draft(draft, tmp_path / "own", config, kept)
     out = export_draft(tmp_path / "own", tmp_path / "out", form)
     written, tensors = json.loads((out / "config.json").read_text()), load_file(out / "model.safetensors")
@@ -215,12 +222,12 @@ def test_llama_like_eagle3_with_a_reduced_vocabulary(form: str, tmp_path: Path) 
     assert tensors["t2d"].nonzero().flatten().tolist() == IDS.tolist()
     assert tensors["lm_head.weight"].shape == (len(IDS), 32) and written["draft_vocab_size"] == len(IDS)
     if form == "vllm":
-        assert written["eagle_aux_hidden_state_layer_ids"] == [1, 3, 4]
+        assert written["eagle_aux_hidden_state_layer_ids"] == [1, 2, 3]
         assert written["norm_before_residual"] is False
         assert "layers.0.self_attn.q_proj.weight" in tensors
     else:
         assert written["architectures"] == ["LlamaForCausalLMEagle3"]
-        assert written["eagle_config"]["eagle_aux_hidden_state_layer_ids"] == [0, 2, 3]
+        assert written["eagle_config"]["eagle_aux_hidden_state_layer_ids"] == BELOW
         assert tensors["midlayer.self_attn.q_proj.weight"].shape == (32, 64)
         assert "embed_tokens.weight" not in tensors and not any("layers.0" in key for key in tensors)
         with pytest.raises(FormatError, match="ships no embedding"):
@@ -259,7 +266,6 @@ def test_norm_before_residual_adds_to_the_normed_feature(tmp_path: Path) -> None
         ("dspark", "qwen3", {"markov_head": "rnn"}, "vllm", "rnn Markov head"),
         ("dspark", "qwen3", {"markov_head": "gated"}, "vllm", "gated Markov head"),
         ("dspark", "qwen3", {"markov_rank": 0, "confidence_with_markov": False}, "vllm", "no Markov head"),
-        ("dspark", "qwen3", {"sample_from_anchor": False}, "vllm", "mask tokens only"),
         ("dspark", "qwen3", {"sample_from_anchor": False}, "deepspec", "mask tokens only"),
         ("dspark", "qwen3", {"ids": IDS}, "deepspec", "reduced vocabulary"),
         ("dspark", "qwen3", {"backbone": "gemma4"}, "deepspec", "another family"),
@@ -267,10 +273,13 @@ def test_norm_before_residual_adds_to_the_normed_feature(tmp_path: Path) -> None
         ("dspark", "gemma4", {"backbone": "qwen3"}, "deepspec", "another family"),
         ("dspark", "gemma4", {}, "vllm", "format=deepspec"),
         ("dflash", "qwen3", {}, "vllm", "sample_from_anchor=false"),
-        ("dflash", "qwen3", {}, "sglang", "DFlash is no draft of this format"),
+        ("dflash", "qwen3", {}, "sglang", r"SGLang 0\.5\.23 .*sample_from_anchor=false"),
+        ("dflash", "qwen3", {"backbone": "llama"}, "vllm", r"vLLM 0\.32\.0 .*method.backbone=qwen3"),
+        ("dflash", "qwen3", {"sample_from_anchor": False}, "sglang", "last layer.*layer 3 of 4"),
+        ("dspark", "qwen3", {"ids": IDS}, "sglang", "reduced vocabulary"),
+        ("dspark", "qwen3", {"markov_rank": 0, "confidence_with_markov": False}, "sglang", "needs a Markov head"),
         ("eagle3", "qwen3", {}, "sglang", "method.backbone=llama"),
         ("eagle3", "qwen3", {"backbone": "llama", "layers": 2}, "sglang", "first layer alone"),
-        ("eagle3", "qwen3", {"backbone": "llama", "taps": [0, 1]}, "vllm", "3 taps"),
         ("eagle3", "qwen3", {"backbone": "llama", "train_tables": True}, "sglang", "trained its own"),
     ],
 )
@@ -280,6 +289,82 @@ def test_what_an_engine_cannot_load_is_refused(method, family, settings, form, r
     with pytest.raises(FormatError, match=reason):
         export_draft(tmp_path / "own", tmp_path / "out", form)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, {"markov_head": "gated"}, {"markov_head": "rnn"}, {"sample_from_anchor": False}]
+)
+def test_sglang_dspark_has_deepspecs_names(settings: dict, tmp_path: Path) -> None:
+    """SGLang 0.5.23: gamma is block_size whether or not the anchor predicts; markov_head_type is needed."""
+    draft, kept, config = made("dspark", taps=[-1, 0, 1, 2], **settings)
+    save_draft(draft, tmp_path / "own", config, kept)
+    out = export_draft(tmp_path / "own", tmp_path / "out", "sglang")
+    written, tensors = json.loads((out / "config.json").read_text()), load_file(out / "model.safetensors")
+    assert written["architectures"] == ["Qwen3DSparkModel"] and written["target_layer_ids"] == [-1, 0, 1, 2]
+    assert (written["block_size"], written["markov_rank"]) == (4, 6) and written["num_target_layers"] == 4
+    assert written["markov_head_type"] == settings.get("markov_head", "vanilla")
+    assert written.get("sample_from_anchor", True) == settings.get("sample_from_anchor", True)
+    assert written["max_position_embeddings"] == 512
+    assert tensors["fc.weight"].shape == (32, 4 * 32) and tensors["markov_head.markov_w2.weight"].shape[1] == 6
+    loaded = load_draft(out)
+    same_facts(draft, loaded)
+    assert (loaded.markov_head.kind, loaded.sample_from_anchor) == (draft.markov_head.kind, draft.sample_from_anchor)
+
+
+def test_sglang_dflash_is_z_labs(tmp_path: Path) -> None:
+    draft, kept, config = made("dflash", taps=BELOW, sample_from_anchor=False, layers=2)
+    save_draft(draft, tmp_path / "own", config, kept)
+    out = export_draft(tmp_path / "own", tmp_path / "out", "sglang")
+    written, tensors = json.loads((out / "config.json").read_text()), load_file(out / "model.safetensors")
+    assert written["architectures"] == ["DFlashDraftModel"] and written["block_size"] == 5
+    assert written["dflash_config"] == {"target_layer_ids": BELOW, "mask_token_id": tiny.MASK}
+    assert not {"embed_tokens.weight", "lm_head.weight"} & tensors.keys() and "layers.1.mlp.up_proj.weight" in tensors
+    same(draft, load_draft(out, tiny.target("qwen3").tables))
+
+
+@pytest.mark.parametrize("form", ["vllm", "sglang"])
+@pytest.mark.parametrize("taps", [[0, 1], [-1, 0, 1, 2]])
+def test_a_llama_draft_says_how_many_taps_it_fuses(form: str, taps: list[int], tmp_path: Path) -> None:
+    """Without `num_aux_hidden_states`, llama_eagle3.py of vLLM fuses three."""
+    draft, kept, config = made("eagle3", backbone="llama", taps=taps)
+    save_draft(draft, tmp_path / "own", config, kept)
+    out = export_draft(tmp_path / "own", tmp_path / "out", form)
+    written = json.loads((out / "config.json").read_text())
+    place = written["transformer_layer_config"] if form == "vllm" else written
+    assert place["num_aux_hidden_states"] == len(taps)
+    tables = tiny.target("qwen3").tables
+    loaded = load_draft(out, tables)
+    same_facts(draft, loaded)
+    place["num_aux_hidden_states"] = 3
+    (out / "config.json").write_text(json.dumps(written))
+    with pytest.raises(FormatError, match="num_aux_hidden_states=3"):
+        load_draft(out, tables)
+
+
+def test_vllm_takes_norms_of_queries_and_masks_only_dspark(tmp_path: Path) -> None:
+    for number, (method, settings) in enumerate([("eagle3", {}), ("dspark", {"sample_from_anchor": False})]):
+        draft, kept, config = made(method, **settings)
+        save_draft(draft, tmp_path / f"own{number}", config, kept)
+        out = export_draft(tmp_path / f"own{number}", tmp_path / f"out{number}", "vllm")
+        written = json.loads((out / "config.json").read_text())
+        assert written["transformer_layer_config"]["model_type"] == "qwen3"
+        assert method == "eagle3" or (written["block_size"], written["sample_from_anchor"]) == (5, False)
+        same(draft, load_draft(out, tiny.target("qwen3").tables))
+
+
+@pytest.mark.parametrize("form", ["vllm", "sglang"])
+def test_an_engine_is_always_told_the_positions(form: str, tmp_path: Path) -> None:
+    """A configuration that leaves its class's default out has that default; one of an unknown class is refused."""
+    draft, kept, config = made("eagle3", backbone="llama", taps=BELOW)
+    short = {key: value for key, value in config.items() if key != "max_position_embeddings"}
+    save_draft(draft, tmp_path / "own", short, kept)
+    out = export_draft(tmp_path / "own", tmp_path / "out", form)
+    written = json.loads((out / "config.json").read_text())
+    place = written["transformer_layer_config"] if form == "vllm" else written
+    assert place["max_position_embeddings"] == Qwen3Config().max_position_embeddings
+    save_draft(draft, tmp_path / "odd", {**short, "model_type": "other"}, kept)
+    with pytest.raises(FormatError, match="max_position_embeddings"):
+        export_draft(tmp_path / "odd", tmp_path / "none", form)
 
 
 def bytes_of(folder: Path) -> dict[str, bytes]:

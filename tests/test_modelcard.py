@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
+import shlex
+
 import pytest
 import yaml
 
-from specbench.checkpoints.model_card import model_card
+from specbench.checkpoints.model_card import model_card, serving_command
 
 TRAINING = {
     "summary": {
@@ -80,3 +83,28 @@ def test_a_card_without_records_says_so() -> None:
 def test_a_card_of_an_unknown_target_names_none() -> None:
     card = model_card("me/draft", "deepspec", None, None)
     assert "base_model" not in card and "which one is not recorded" in card and "None" not in card
+
+
+VLLM = {
+    "speculators_model_type": "dflash",
+    "speculators_config": {"proposal_methods": [{"proposal_type": "greedy", "speculative_tokens": 5}]},
+}
+
+
+def test_the_command_of_a_card_names_method_and_number_of_tokens() -> None:
+    """vLLM takes another method in silence where none is named."""
+    card = model_card("me/draft", "vllm", "my/target", None, config=VLLM)
+    (line,) = [line for line in card.splitlines() if line.startswith("`vllm serve")]
+    words = shlex.split(line.removeprefix("`").split("`")[0])
+    assert words[:4] == ["vllm", "serve", "my/target", "--speculative-config"]
+    assert json.loads(words[4]) == {"method": "dflash", "model": "me/draft", "num_speculative_tokens": 5}
+    assert "vLLM 0.32.0" in line
+
+
+@pytest.mark.parametrize(
+    ("architecture", "algorithm"),
+    [("LlamaForCausalLMEagle3", "EAGLE3"), ("DFlashDraftModel", "DFLASH"), ("Qwen3DSparkModel", "DSPARK")],
+)
+def test_the_command_for_sglang_names_the_algorithm(architecture: str, algorithm: str) -> None:
+    words = serving_command("me/draft", "sglang", "my/target", {"architectures": [architecture]}).split()
+    assert words[words.index("--speculative-algorithm") + 1] == algorithm

@@ -24,17 +24,16 @@ from torch import Tensor
 from specbench.checkpoints.config_keys import FormatError
 from specbench.checkpoints.draft_files import kind_of, read_config, read_tensors, sound, tensor_names
 from specbench.checkpoints.exports import (
-    FORMATS,
-    OWN,
     deepspec_fields,
-    obstacle,
     sglang,
     speculators,
+    target_layers_of,
     tensors_of,
     vocabulary_map,
     zlab,
 )
 from specbench.checkpoints.formats import Reading, Scales, describe, draft_ids, read
+from specbench.checkpoints.obstacles import FORMATS, OWN, obstacle
 from specbench.drafts.draft import Draft
 from specbench.drafts.installed import full_name
 from specbench.files.hub_datasets import answered
@@ -249,18 +248,19 @@ def export_draft(
     config, tensors = read_folder(source)
     reading = read(config, tensors, methods=methods)
     draft = assemble_draft(reading, tables)
-    reason = obstacle(draft, form)
+    text = reading.text.get("text_config") or reading.text
+    target_layers = target_layers_of(text, draft) if reading.own else text.get("num_target_layers")
+    reason = obstacle(draft, form, target_layers)
     if reason is not None:
         raise FormatError(f"draft={source} cannot be written as format={form}: {reason}")
     if form == OWN:
         return save_draft(draft, folder, reading.text, reading.settings)
-    positions = (reading.text.get("text_config") or reading.text).get("max_position_embeddings")
     if form == "vllm":
-        return _write(Path(folder), *speculators(draft, verifier, positions))
+        return _write(Path(folder), *speculators(draft, verifier, text))
     if form == "sglang":
-        return _write(Path(folder), *sglang(draft, positions))
+        return _write(Path(folder), *sglang(draft, text, target_layers))
     if form == "zlab":
-        return _write(Path(folder), *zlab(draft, reading.text.get("text_config") or reading.text, positions))
+        return _write(Path(folder), *zlab(draft, text, target_layers))
     plain = {k: v for k, v in config.items() if k != "specbench"} if "specbench" in config else dict(reading.text)
     return _write(Path(folder), plain | deepspec_fields(draft, plain), tensors_of(draft))
 

@@ -1,16 +1,14 @@
-"""Writing of drafts in published formats: the fields and names of each, and the reasons for which a draft is refused.
+"""Writing of drafts in published formats: the fields and names of each.
 
-An engine that ignores unknown fields would decode with a wrong draft, so a draft that a format or its engine cannot
-represent is refused with the reason. Sources as in formats.py; vLLM's speculators updates map DSpark to a Qwen3
-draft with the vanilla Markov head alone, and Eagle3 and P-EAGLE to Eagle3LlamaForCausalLM; SGLang's
-LlamaForCausalLMEagle3 skips tensors that it does not know, shares the target's embedding and fuses three taps.
+Which drafts a format or its engine can hold, with the engine's version, is said in obstacles.py; a draft that is
+refused there is not written. Sources as in formats.py. A Llama draft of another number of taps than three names that
+number in `num_aux_hidden_states`, which vLLM and SGLang read (models/llama_eagle3.py of both).
 
 Axes: V vocabulary, W draft vocabulary.
 """
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -20,7 +18,9 @@ from torch import Tensor
 from specbench.checkpoints.config_keys import FormatError
 from specbench.checkpoints.draft_files import TABLES
 from specbench.checkpoints.formats import EAGLE_FLAGS
-from specbench.checkpoints.medusa_format import medusa_obstacle, medusa_vllm
+from specbench.checkpoints.layer_config import POSITIONS
+from specbench.checkpoints.medusa_format import medusa_vllm
+from specbench.checkpoints.obstacles import norms_of, obstacle
 from specbench.drafts.dflash2 import TAPS, DFlash2
 from specbench.drafts.domino import Domino
 from specbench.drafts.draft import Draft
@@ -34,191 +34,16 @@ from specbench.drafts.p_eagle import PEagle
 from specbench.drafts.parallel import ParallelDraft
 from specbench.models.backbone import Backbone
 
-OWN = "specbench"  # every method; only SpecBench reads it
-FORMATS = ("deepspec", "vllm", "sglang", "zlab", OWN)
-# The published architectures that each of them holds.
-HELD = {
-    "deepspec": ("dspark", "dflash", "eagle3"),
-    "vllm": ("dspark", "dflash", "eagle3", "p_eagle", "medusa"),
-    "sglang": ("eagle3", "eagle1"),
-    "zlab": ("dflash", "jetspec", "domino", "dflash2"),
-}
 # Names that a draft's tables and vocabulary have in every format, so that no module of its own may have them.
 TAKEN = (*TABLES, "d2t", "t2d")
-# Facts of a backbone that a Llama or Qwen3 configuration has keys for, or that are looked at before.
-PLAIN = [
-    "family",
-    "hidden_size",
-    "intermediate_size",
-    "heads",
-    "kv_heads",
-    "head_dim",
-    "vocab_size",
-    "rope_theta",
-    "rope_scaling",
-    "norm_eps",
-    "activation",
-    "attention_bias",
-    "head_norms",
-    "norm_before_residual",
-    "embedding_scale",
-    "soft_cap",
-    "logit_scale",
-    "window",
-]
-ENGINE_TAPS = 3  # what the fusing projection of vLLM's and SGLang's Eagle3 takes
+DEFAULT_TAPS = 3  # of a Llama draft whose configuration names no number
 
 
-def obstacle(draft: Draft, form: str) -> str | None:
-    """Why `draft` cannot be written as `form`; None when it can."""
-    if form == OWN:
-        return None
-    if published(draft) is None:
-        return f"{type(draft).__name__} has no published format: only SpecBench loads it; use format={OWN}"
-    if published(draft) not in HELD[form]:
-        others = [name for name, held in HELD.items() if published(draft) in held]
-        return f"{type(draft).__name__} is no draft of this format; use format={' or '.join([*others, OWN])}"
-    if draft.backbone.window is not None:
-        return "a sliding window over the context has no common meaning there; train with method.window=null"
-    if isinstance(draft, ParallelDraft) and draft.causal_block and form != "zlab":
-        return "a causal block (causal_block) has no key there; train with method.draft.causal_block=false"
-    if draft.backbone.logit_scale != 1.0:
-        return f"scaled logits (logit_scale={draft.backbone.logit_scale:g}) have no key there"
-    if draft.tables.bias is not None:
-        return "the bias of the target's head has no key there"
-    checks = {"deepspec": _deepspec_obstacle, "vllm": _vllm_obstacle, "sglang": _sglang_obstacle}
-    checks["zlab"] = _zlab_obstacle
-    return checks[form](draft)
-
-
-def published(draft: Draft) -> str | None:
-    """The published architecture that the draft's very class is; what a base class is does not count."""
-    return vars(type(draft)).get("published_format")
-
-
-def _deepspec_obstacle(draft: Draft) -> str | None:
-    facts = draft.backbone
-    if isinstance(draft, ParallelDraft) and not draft.sample_from_anchor:
-        return "DeepSpec's blocks predict slot 1 from the anchor; this draft predicts at mask tokens only"
-    if norms_of(draft):
-        return (
-            f"DeepSpec's Eagle3 has no {' or '.join(norms_of(draft))}; format=vllm holds this draft's layers if Llama's"
-        )
-    if draft.draft_vocabulary is not None:
-        return "DeepSpec's drafts have the whole vocabulary; this one has a reduced vocabulary"
-    if facts.family not in ("qwen3", "gemma4") or facts.norm_before_residual:
-        like = "Llama-like" if facts.family == "llama" else f"{facts.family}'s"
-        return f"DeepSpec has Qwen3 and Gemma4 layers only; this draft's layers are {like}"
-    if facts.sandwich != (facts.embedding_scale != 1.0) or (facts.soft_cap is not None and not facts.sandwich):
-        return "DeepSpec ties layers to the target's family; this draft's backbone is of another family than its target"
-    beyond = None if facts.sandwich else _beyond_plain(facts)
-    return None if beyond is None else f"DeepSpec: {beyond}"
-
-
-def _beyond_plain(facts: Backbone) -> str | None:
-    """What a backbone has that the configuration of a Llama or Qwen3 layer has no key for."""
-    if facts.family not in ("qwen3", "llama"):
-        return f"its layers are Qwen3's or Llama's; this draft's are {facts.family}'s"
-    found = [
-        f"{fact.name}={getattr(facts, fact.name)}"
-        for fact in dataclasses.fields(facts)
-        if fact.name not in PLAIN and getattr(facts, fact.name) != fact.default
-    ]
-    return f"its layers have no key for {', '.join(found)}" if found else None
-
-
-def _vllm_obstacle(draft: Draft) -> str | None:
-    facts = draft.backbone
-    if isinstance(draft, Medusa):
-        return medusa_obstacle(draft)
-    if facts.sandwich or facts.soft_cap is not None or facts.embedding_scale != 1.0:
-        return (
-            "speculators has no Gemma4-like layers, embedding scale or soft-cap; format=deepspec holds this draft, and "
-            "vLLM has a Gemma4 DSpark model for that format"
-        )
-    if (beyond := _beyond_plain(facts)) is not None:
-        return f"speculators: {beyond}"
-    if isinstance(draft, FusedTaps):
-        return _eagle3_obstacle(draft, "vLLM")
-    if not facts.head_norms:
-        return "vLLM's block drafts have Qwen3 layers, with norms of queries and keys; this draft's are Llama-like"
-    if isinstance(draft, DSpark):
-        if draft.markov_head is None or draft.markov_head.kind != "vanilla":
-            kind = "no Markov head" if draft.markov_head is None else f"a {draft.markov_head.kind} Markov head"
-            return f"vLLM decodes the vanilla Markov head only; this draft has {kind}"
-        if not draft.sample_from_anchor:
-            return "DSpark in this format predicts slot 1 from the anchor; this draft predicts at mask tokens only"
-    elif draft.sample_from_anchor:
-        return "vLLM's DFlash predicts at mask tokens only; train with method.draft.sample_from_anchor=false"
-    return None
-
-
-def _sglang_obstacle(draft: Draft) -> str | None:
-    facts = draft.backbone
-    if facts.sandwich or facts.soft_cap is not None or facts.embedding_scale != 1.0:
-        return "SGLang's EAGLE-3 has Llama layers, no Gemma4-like layers, embedding scale or soft-cap"
-    if (beyond := _beyond_plain(facts)) is not None:
-        return f"SGLang: {beyond}"
-    if "norm_before_fc" in norms_of(draft):
-        return "SGLang's EAGLE-3 has no norm of all taps together (norm_before_fc); format=vllm holds it"
-    if isinstance(draft, Eagle1):
-        return _eagle1_obstacle(draft)
-    if facts.norm_before_residual:
-        return "SGLang's EAGLE-3 adds to the feature as it is; this draft adds to the normed feature"
-    if draft.tables.trainable:
-        return "SGLang's EAGLE-3 shares the target's embedding; this draft has trained its own"
-    return _eagle3_obstacle(draft, "SGLang")
-
-
-def _eagle1_obstacle(draft: Eagle1) -> str | None:
-    if draft.backbone.head_norms:
-        return "SGLang's EAGLE-1 has Llama layers without norms of queries and keys; train with method.backbone=llama"
-    if draft.fc.bias is None:
-        return "SGLang's EAGLE-1 has a bias in the map of embedding and feature; train with method.draft.fc_bias=true"
-    if draft.tables.trainable or draft.draft_vocabulary is not None:
-        return "SGLang's EAGLE-1 shares the target's embedding and head; this draft has its own or a reduced vocabulary"
-    return None
-
-
-def _zlab_obstacle(draft: Draft) -> str | None:
-    assert isinstance(draft, ParallelDraft)
-    facts = draft.backbone
-    if facts.sandwich:
-        return "z-lab's drafts have Qwen3 layers; this draft's are Gemma4-like"
-    if (beyond := _beyond_plain(facts)) is not None:
-        return f"z-lab: {beyond}"
-    if not facts.head_norms:
-        return "z-lab's drafts have Qwen3 layers, with norms of queries and keys; this draft's are Llama-like"
-    if draft.tables.trainable or draft.draft_vocabulary is not None:
-        return "z-lab's drafts share the target's embedding and head; this draft has its own or a reduced vocabulary"
-    if draft.sample_from_anchor and not isinstance(draft, Domino):
-        return "z-lab's drafts predict at mask tokens only; train with method.draft.sample_from_anchor=false"
-    if draft.full_layers and draft.causal_block:
-        return "layers without the causal block of the others (full_layers) have no key there"
-    if isinstance(draft, JetSpec) and draft.block_input != "masks":
-        return f"JetSpec's released blocks hold masks; this draft reads block_input={draft.block_input}"
-    return None
-
-
-def _eagle3_obstacle(draft: Draft, engine: str) -> str | None:
-    if draft.backbone.head_norms:
-        return (
-            f"{engine}'s EAGLE-3 has Llama layers without norms of queries and keys; this draft has them: train with "
-            "method.backbone=llama"
-        )
-    if isinstance(draft, Eagle3) and len(draft.layers) != 1:
-        return f"{engine}'s EAGLE-3 reads the embedding in its first layer alone; this draft has {len(draft.layers)}"
-    if len(draft.target_layer_ids) != ENGINE_TAPS:
-        return f"{engine}'s EAGLE-3 fuses {ENGINE_TAPS} taps; this draft reads {len(draft.target_layer_ids)}"
-    return None
-
-
-def norms_of(draft: Draft) -> dict[str, bool]:
-    """The settings of formats.EAGLE_FLAGS that are on in a draft."""
-    if not isinstance(draft, FusedTaps):
-        return {}
-    found = (draft.fc_norm is not None, draft.input_norm is not None, draft.feeds_normed_output)
-    return {name: True for name, on in zip(EAGLE_FLAGS, found, strict=True) if on}
+def target_layers_of(text: Mapping[str, Any], draft: Draft) -> int | None:
+    """How many layers the target has, from the configuration that a draft folder keeps; None where it does not say,
+    because the folder came from a format that has the draft's own number in that place."""
+    found = text.get("num_target_layers") or text.get("num_hidden_layers")
+    return found if found is not None and found > max(draft.target_layer_ids, default=-1) else None
 
 
 def deepspec_fields(draft: Draft, text: Mapping[str, Any]) -> dict[str, Any]:
@@ -248,8 +73,12 @@ def deepspec_fields(draft: Draft, text: Mapping[str, Any]) -> dict[str, Any]:
             "step_loss_decay": text.get("step_loss_decay", 0.8),
         }
     assert isinstance(draft, ParallelDraft)
-    fields |= {
-        "architectures": [f"{family}DSparkModel"],
+    return fields | block_fields(draft) | {"architectures": [f"{family}DSparkModel"]}
+
+
+def block_fields(draft: ParallelDraft) -> dict[str, Any]:
+    """The fields of a block draft and its heads under DeepSpec's names."""
+    fields: dict[str, Any] = {
         "block_size": draft.block_size,
         "mask_token_id": draft.mask_token_id,
         "num_anchors": draft.anchors_per_sample,
@@ -262,6 +91,15 @@ def deepspec_fields(draft: Draft, text: Mapping[str, Any]) -> dict[str, Any]:
     if confident:
         fields["confidence_head_with_markov"] = draft.confidence_with_markov
     return fields
+
+
+def positions_of(text: Mapping[str, Any]) -> int | None:
+    """How many positions a target has, from its text configuration: its own number, else the default of the class that
+    model_type names, which transformers leaves out of the file; None where neither is known."""
+    for key in ("max_position_embeddings", "n_positions", "max_sequence_length", "max_seq_len", "seq_length"):
+        if isinstance(text.get(key), int):
+            return text[key]
+    return POSITIONS.get(str(text.get("model_type")))
 
 
 def layer_fields(facts: Backbone, positions: int | None = None) -> dict[str, Any]:
@@ -285,17 +123,18 @@ def layer_fields(facts: Backbone, positions: int | None = None) -> dict[str, Any
 
 
 def speculators(
-    draft: Draft, verifier: str | None, positions: int | None = None
+    draft: Draft, verifier: str | None, text: Mapping[str, Any]
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """config.json and tensors in vLLM's speculators format; `positions`: how many the target has.
+    """config.json and tensors in vLLM's speculators format; `text`: the target's text configuration.
 
     Errors: FormatError with the reason.
     """
-    _require(draft, "vllm")
     if isinstance(draft, Medusa):
+        _require(draft, "vllm")
         return medusa_vllm(draft)
+    positions = _required(draft, "vllm", text)
     facts, name = draft.backbone, type(draft).__name__
-    text = layer_fields(facts, positions) | {
+    layers = layer_fields(facts, positions) | {
         "model_type": "qwen3" if facts.head_norms else "llama",
         "num_hidden_layers": len(draft.layers),
         "rope_theta": facts.rope_theta,
@@ -309,7 +148,7 @@ def speculators(
         "target_hidden_size": None,
         "tie_word_embeddings": False,
         "dtype": str(draft.tables.head.dtype).removeprefix("torch."),
-        "transformer_layer_config": text,
+        "transformer_layer_config": layers,
         "speculators_config": {
             "algorithm": name.lower(),
             "default_proposal_method": "greedy",
@@ -319,6 +158,7 @@ def speculators(
     }
     taps = [i + 1 for i in draft.target_layer_ids]
     if isinstance(draft, FusedTaps):
+        layers |= _tap_count(draft)
         config |= {
             "eagle_aux_hidden_state_layer_ids": taps,
             "norm_before_residual": facts.norm_before_residual,
@@ -351,25 +191,29 @@ def speculators(
 
 
 def zlab(
-    draft: Draft, text: Mapping[str, Any], positions: int | None = None
+    draft: Draft, text: Mapping[str, Any], target_layers: int | None = None
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """config.json and tensors in z-lab's DFlash format, whose drafts take embedding and head from the target; `text`:
-    the target's (or another draft's) text configuration, `positions`: how many the target has."""
+    """config.json and tensors in z-lab's DFlash format, whose drafts take embedding and head from the target.
+
+    `text`: the target's (or another draft's) text configuration; `target_layers`: how many layers the target has, where
+    that is known. Errors: FormatError with the reason.
+    """
     _require(draft, "zlab")
     assert isinstance(draft, ParallelDraft)
     layers, facts = len(draft.layers), draft.backbone
     inner: dict[str, Any] = {"mask_token_id": draft.mask_token_id, "target_layer_ids": list(draft.target_layer_ids)}
-    config = layer_fields(facts, positions) | {
+    config = layer_fields(facts, positions_of(text)) | {
         "architectures": ["DFlashDraftModel"],
         "model_type": "qwen3",
         "num_hidden_layers": layers,
         "layer_types": ["full_attention"] * layers,
-        "num_target_layers": text.get("num_target_layers", text["num_hidden_layers"]),
         "rope_theta": facts.rope_theta,
         "tie_word_embeddings": False,
         "block_size": draft.inputs,
         "dflash_config": inner,
     }
+    if target_layers is not None:
+        config["num_target_layers"] = target_layers
     if isinstance(draft, Domino):
         config["architectures"] = ["DominoDraftModel"]
         inner |= {"projector_type": "domino", "emb_dim": draft.rank, "gru_hidden_dim": draft.gru_size}
@@ -387,42 +231,54 @@ def zlab(
     return config, {name: value for name, value in tensors_of(draft).items() if name not in TABLES}
 
 
-def sglang(draft: Draft, positions: int | None = None) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """config.json and tensors in SGLang's EAGLE-3 format, without the embedding, which it takes from the target;
-    `positions`: how many the target has."""
-    _require(draft, "sglang")
+def sglang(
+    draft: Draft, text: Mapping[str, Any], target_layers: int | None = None
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """config.json and tensors in the formats that SGLang reads, without the tables that it takes from the target.
+
+    EAGLE-3 as LlamaForCausalLMEagle3, DFlash as z-lab's DFlashDraftModel, DSpark as DeepSpec's Qwen3DSparkModel with
+    its tables, which SGLang skips. `text`: the target's text configuration; `target_layers`: how many layers it has,
+    where that is known. Errors: FormatError with the reason.
+    """
+    positions = _required(draft, "sglang", text, target_layers)
+    counted = {} if target_layers is None else {"num_target_layers": target_layers}
+    shared = layer_fields(draft.backbone, positions) | {
+        "num_hidden_layers": len(draft.layers_in_order()),
+        "rope_theta": draft.backbone.rope_theta,
+        "tie_word_embeddings": False,
+        "torch_dtype": str(draft.tables.head.dtype).removeprefix("torch."),
+    }
+    taps = list(draft.target_layer_ids)
     if isinstance(draft, Eagle1):
-        shared = {
-            "architectures": ["LlamaForCausalLMEagle"],
-            "model_type": "llama",
-            "num_hidden_layers": len(draft.layers),
-            "rope_theta": draft.backbone.rope_theta,
-            "tie_word_embeddings": False,
-            "bias": True,
-            "torch_dtype": str(draft.fc.weight.dtype).removeprefix("torch."),
-        }
         own = {name: value for name, value in tensors_of(draft).items() if name not in TABLES}
-        return layer_fields(draft.backbone, positions) | shared, own
-    config = (
-        layer_fields(draft.backbone, positions)
-        | norms_of(draft)
-        | {
+        stored = str(draft.fc.weight.dtype).removeprefix("torch.")
+        named = {"architectures": ["LlamaForCausalLMEagle"], "model_type": "llama", "bias": True, "torch_dtype": stored}
+        return shared | named, own
+    if isinstance(draft, Eagle3):
+        config = shared | norms_of(draft) | _tap_count(draft)
+        config |= {
             "architectures": ["LlamaForCausalLMEagle3"],
             "model_type": "llama",
-            "num_hidden_layers": 1,
-            "rope_theta": draft.backbone.rope_theta,
-            "tie_word_embeddings": False,
             "draft_vocab_size": len(draft.tables.head),
-            "torch_dtype": str(draft.tables.head.dtype).removeprefix("torch."),
-            "eagle_config": {
-                "use_aux_hidden_state": True,
-                "eagle_aux_hidden_state_layer_ids": list(draft.target_layer_ids),
-            },
+            "eagle_config": {"use_aux_hidden_state": True, "eagle_aux_hidden_state_layer_ids": taps},
         }
-    )
-    renamed = {key.replace("layers.0.", "midlayer.", 1): value for key, value in tensors_of(draft).items()}
-    del renamed["embed_tokens.weight"]
-    return config, renamed | vocabulary_map(draft)
+        renamed = {key.replace("layers.0.", "midlayer.", 1): value for key, value in tensors_of(draft).items()}
+        del renamed["embed_tokens.weight"]
+        return config, renamed | vocabulary_map(draft)
+    assert isinstance(draft, ParallelDraft)
+    if isinstance(draft, DSpark):
+        config = shared | block_fields(draft) | {"architectures": ["Qwen3DSparkModel"], "model_type": "qwen3"}
+        config |= counted | {"target_layer_ids": taps}
+        if not draft.sample_from_anchor:
+            config["sample_from_anchor"] = False
+        return config, tensors_of(draft)
+    return zlab(draft, text, target_layers)
+
+
+def _tap_count(draft: FusedTaps) -> dict[str, int]:
+    """The key by which engines know how many taps a draft fuses, where it is not the number that they assume."""
+    count = len(draft.target_layer_ids)
+    return {} if count == DEFAULT_TAPS else {"num_aux_hidden_states": count}
 
 
 def tensors_of(draft: Draft) -> dict[str, Tensor]:
@@ -460,7 +316,20 @@ def vocabulary_map(draft: Draft) -> dict[str, Tensor]:
     return {"d2t": ids - torch.arange(len(ids)), "t2d": marks}
 
 
-def _require(draft: Draft, form: str) -> None:
-    reason = obstacle(draft, form)
+def _require(draft: Draft, form: str, target_layers: int | None = None) -> None:
+    reason = obstacle(draft, form, target_layers)
     if reason is not None:
         raise FormatError(f"format={form} cannot hold this draft: {reason}")
+
+
+def _required(draft: Draft, form: str, text: Mapping[str, Any], target_layers: int | None = None) -> int:
+    """The positions of the target, which an engine needs. Errors: FormatError for a draft that `form` cannot hold, and
+    for a target whose number of positions is not known."""
+    _require(draft, form, target_layers)
+    positions = positions_of(text)
+    if positions is None:
+        raise FormatError(
+            f"format={form} needs max_position_embeddings, and the target's configuration, as this draft keeps it, has "
+            f"none (model_type {text.get('model_type')!r}): add it to target_config in the draft's config.json"
+        )
+    return positions

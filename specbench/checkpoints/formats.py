@@ -342,6 +342,8 @@ def _deepspec_block(config: Keys, layers: LayerFacts) -> tuple[type[Draft], dict
             "layers": layers.count,
             "block_size": config.integer(config.needed("block_size")),
             "anchors": config.integer("num_anchors", 512),
+            # SGLang's DSpark reads this one; DeepSpec's blocks predict slot 1 from the anchor.
+            **({"sample_from_anchor": config.flag("sample_from_anchor")} if "sample_from_anchor" in config else {}),
         },
     )
 
@@ -464,6 +466,7 @@ def _block_attention(layers: LayerFacts, causal: bool | None, inputs: int) -> di
 def _speculators_eagle3(config: Keys) -> Form:
     text, layers = _speculators_layers(config, ("llama", "qwen3"), norm_first=config.flag("norm_before_residual"))
     stored = config.integers("eagle_aux_hidden_state_layer_ids")
+    _same_count(config.section("transformer_layer_config"), stored)
     settings = {
         "target_layer_ids": stored and [i - 1 for i in stored],
         "layers": _one_layer(layers),
@@ -475,6 +478,7 @@ def _speculators_eagle3(config: Keys) -> Form:
 def _speculators_peagle(config: Keys) -> Form:
     text, layers = _speculators_layers(config, ("llama", "qwen3"), norm_first=config.flag("norm_before_residual"))
     stored = config.integers("eagle_aux_hidden_state_layer_ids")
+    _same_count(config.section("transformer_layer_config"), stored)
     settings = {
         "target_layer_ids": stored and [i - 1 for i in stored],
         "mask_token_id": config.integer(config.needed("mask_token_id")),
@@ -561,6 +565,7 @@ def _sglang(config: Keys) -> Form:
     named = "eagle_aux_hidden_state_layer_ids"
     stored = agreed(named, inner, config)
     inner.integers(named), config.integers(named)
+    _same_count(config, stored)
     taps, tokens = {"target_layer_ids": stored and list(stored)}, {key: config.integer(key) for key in MASK_TOKENS}
     token = agreed_token(tokens)
     parallel = config.flag("parallel_drafting") or token is not None
@@ -612,6 +617,15 @@ def _same_width(config: Keys, layers: LayerFacts) -> None:
         raise FormatError(
             f"config.json: target_hidden_size={width} and hidden_size={layers.backbone.hidden_size}: drafts here have "
             "the width of their target"
+        )
+
+
+def _same_count(config: Keys, taps: Sequence[int] | None) -> None:
+    """Hold the number of taps, where a configuration gives it, against the list of them."""
+    count = config.integer("num_aux_hidden_states")
+    if count is not None and taps is not None and count != len(taps):
+        raise FormatError(
+            f"config.json contradicts itself: {config.path}num_aux_hidden_states={count} and {len(taps)} layers named"
         )
 
 

@@ -20,6 +20,8 @@ DEFAULTS: dict[str, dict[str, Any]] = {
 SHARED_DEFAULTS = {"hidden_size": 4096, "hidden_act": "silu", "rms_norm_eps": 1e-6, "rope_theta": 10000.0}
 SHARED_DEFAULTS |= {"num_hidden_layers": 32}
 VOCABULARIES = {"qwen3": 151936, "llama": 32000}
+# max_position_embeddings of the same classes.
+POSITIONS = {"qwen3": 32768, "llama": 2048}
 QWEN3_FULL_LAYERS = 28  # Qwen3Config's max_window_layers: layers before it have no window
 # Scalings of rope that do not depend on the length of the text, and the numbers that they read.
 FIXED_SCALINGS = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 from collections.abc import Mapping, Sequence
@@ -10,12 +11,14 @@ from typing import Any
 
 import yaml
 
+from specbench.checkpoints.obstacles import SGLANG, VLLM
+
 UNKNOWN = "not recorded"
 HOW_TO = {
     "specbench": "`specbench evaluate draft={repository} target={target}`.",
     "deepspec": "`specbench evaluate draft={repository} target={target}`, or the DeepSpec toolkit.",
-    "vllm": '`vllm serve {target} --speculative-config \'{{"model": "{repository}"}}\'`',
-    "sglang": "SGLang with `--speculative-algorithm EAGLE3 --speculative-draft-model-path {repository}`.",
+    "vllm": "`{command}` ({engine}).",
+    "sglang": "`{command}` ({engine}).",
 }
 
 
@@ -27,12 +30,14 @@ def model_card(
     training: Mapping[str, Any] | None = None,
     evaluations: Sequence[Mapping[str, Any]] = (),
     dtype: str | None = None,
+    config: Mapping[str, Any] | None = None,
 ) -> str:
     """README.md of a draft repository: front matter, use, training, measured numbers with intervals, licence.
 
     `training` is {"summary", "config", "provenance"} of the training run (None: a draft without one), `evaluations`
     the summaries of its evaluation runs; `target` is the target's hub id (None: not recorded; a folder is named and not
-    linked, because nobody else has it), `dtype` that of the tensors.
+    linked, because nobody else has it), `dtype` that of the tensors, `config` the draft's config.json in this format,
+    which decides how an engine is started.
     """
     local = target is not None and not is_hub_id(target)
     name, target = (PurePath(target).name if target else None), (None if local else target)
@@ -54,12 +59,44 @@ def model_card(
         f"# {repository}",
         f"{article} for speculative decoding with {partner}, in the {form} format{stored}. It proposes "
         "tokens; the target verifies them, so the output has the target's own law.",
-        "## Use\n\n" + HOW_TO[form].format(repository=repository, target=target or "TARGET"),
+        "## Use\n\n" + how_to(repository, form, target, config),
         "## Results\n\n" + _results(evaluations),
         "## Training\n\n" + _training(training),
         "## Licence\n\n" + (licence or "The author has named none; ask before you use it."),
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def how_to(repository: str, form: str, target: str | None, config: Mapping[str, Any] | None = None) -> str:
+    """The command that decodes with a draft of this format; TARGET and DRAFT stand for folders of the reader's."""
+    partner, engine = target or "TARGET", {"vllm": VLLM, "sglang": SGLANG}.get(form)
+    command = serving_command(repository if is_hub_id(repository) else "DRAFT", form, partner, config)
+    if engine is not None and not command:
+        return f"{engine}."
+    return HOW_TO[form].format(repository=repository, target=partner, command=command, engine=engine)
+
+
+def serving_command(repository: str, form: str, target: str, config: Mapping[str, Any] | None) -> str:
+    """How an engine is started with a draft, from the draft's config.json in that format; empty for the other formats.
+
+    vLLM takes another method in silence where none is named, so method and number of tokens are always given.
+    """
+    if form not in ("vllm", "sglang") or config is None:
+        return ""
+    if form == "vllm":
+        if "speculators_config" in config:
+            proposed = config["speculators_config"]["proposal_methods"][0]["speculative_tokens"]
+            method = config["speculators_model_type"]
+        else:
+            proposed, method = config["num_heads"], "medusa"
+        asked = {"method": method, "model": repository, "num_speculative_tokens": proposed}
+        return f"vllm serve {target} --speculative-config '{json.dumps(asked)}'"
+    start = f"python -m sglang.launch_server --model-path {target} --speculative-draft-model-path {repository}"
+    architecture = config["architectures"][0]
+    if architecture == "LlamaForCausalLMEagle3":  # a chain; the format does not keep how far the draft was unrolled
+        chain = "--speculative-num-steps 7 --speculative-eagle-topk 1 --speculative-num-draft-tokens 8"
+        return f"{start} --speculative-algorithm EAGLE3 {chain}"
+    return f"{start} --speculative-algorithm {'DFLASH' if architecture == 'DFlashDraftModel' else 'DSPARK'}"
 
 
 def is_hub_id(target: str) -> bool:

@@ -253,7 +253,7 @@ def _check_key(verb: str, config: str, base: DictConfig, override: Override) -> 
         raise ValueError(f"{verb} has no setting '{key}'{suggestion}; `specbench {verb} --help` lists them")
     # The schema checks more, when the configuration is complete.
     if exists and not takes(config, key, OmegaConf.to_container(base, resolve=False)):
-        default = OmegaConf.select(base, key, throw_on_missing=False)
+        default = OmegaConf.select(base, key, throw_on_missing=False, throw_on_resolution_failure=False)
         for value in values(override):
             if wrong := mismatch(default, value):
                 raise ValueError(f"{key} takes {wrong}, not {value!r}")
@@ -261,14 +261,18 @@ def _check_key(verb: str, config: str, base: DictConfig, override: Override) -> 
 
 def _has(cfg: DictConfig, key: str) -> bool:
     node: Any = cfg
-    for part in key.split("."):
+    *above, last = key.split(".")
+    for part in above:
         if OmegaConf.is_dict(node) and part in node.keys():  # noqa: SIM118 - `in` alone is false for a missing value
             node = node._get_node(part) if OmegaConf.is_missing(node, part) else node[part]
         elif OmegaConf.is_list(node) and part.isdigit() and int(part) < len(node):
             node = node[int(part)]
         else:
             return False
-    return True
+    # Not read: a default may be made of settings that this command line has still to give.
+    if OmegaConf.is_list(node):
+        return last.isdigit() and int(last) < len(node)
+    return OmegaConf.is_dict(node) and last in node.keys()  # noqa: SIM118 - `in` alone is false for a missing value
 
 
 def mismatch(default: Any, value: Any) -> str | None:

@@ -366,6 +366,7 @@ class TrainSettings(Settings):
     plan: bool
     memory: AboveZero | None
     start: Folder
+    export_for: Literal["vllm", "sglang"] | None = None
     seed: SeedsSettings
     limit_samples: Count | None
     cache_dtype: DType | None
@@ -444,6 +445,8 @@ class EvaluateSettings(Settings):
     seed: Seed
     batch_size: Count
     token_budget: Count | None
+    engine: Text | None = None
+    engine_model: Text | None = None
     fast: bool = True
     device: Device
     devices: Threads

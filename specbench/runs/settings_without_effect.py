@@ -49,9 +49,12 @@ OF_VERB = {
     "train": (
         *("evaluate", "temperatures", "max_new_tokens", "limit", "evaluation_seed", "suite"),
         *("trainer.evaluation", "method.sizes"),
+        "export_for",  # what it set stands in the method's own settings
     ),
     # Answers are added to those that are there; whose they are is said by their header.
     "answers": ("count", "policy.model"),
+    # A running engine is asked after the evaluation, which is the same with and without it.
+    "evaluate": ("engine", "engine_model"),
     # Where a copy goes, which is written each time.
     "calibrate": ("draft",),
 }

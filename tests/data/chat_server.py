@@ -26,6 +26,9 @@ class ChatServer:
     ):
         self.fault, self.ids, self.port, self.model = fault, ids, port, "tiny"
         self.bodies: list[dict] = []
+        # A function of the ids of a prompt; None: the server has no completions.
+        self.completes: Callable[[list[int]], str] | None = None
+        self.completions: list[dict] = []
         self.said: Counter[str] = Counter()
         self.faults: Counter[str] = Counter()
         self.probes = 0
@@ -69,6 +72,8 @@ class ChatServer:
         app = web.Application()
         app.router.add_get("/v1/models", self._models)
         app.router.add_post("/v1/chat/completions", self._chat)
+        app.router.add_post("/v1/completions", self._complete)
+        app.router.add_get("/metrics", self._metrics)
         runner = web.AppRunner(app, handler_cancellation=True, shutdown_timeout=0.05)
         await runner.setup()
         site = web.TCPSite(runner, "127.0.0.1", self.port, reuse_address=True)
@@ -92,6 +97,23 @@ class ChatServer:
             return await self._act(request, body, self.fault(body, number))
         finally:
             self.busy -= 1
+
+    def page(self) -> str:
+        """What /metrics says."""
+        return ""
+
+    async def _metrics(self, request: web.Request) -> web.Response:
+        return web.Response(text=self.page())
+
+    async def _complete(self, request: web.Request) -> web.Response:
+        body = await request.json()
+        if self.completes is None:
+            raise web.HTTPNotFound
+        self.completions.append(body)
+        text = self.completes(body["prompt"])
+        choice = {"index": 0, "finish_reason": self.finish, "text": text, "token_ids": [*text.encode(), STOP]}
+        reply = {"id": "x", "object": "text_completion", "created": 0, "model": self.model, "choices": [choice]}
+        return web.json_response(reply)
 
     async def _act(self, request: web.Request, body: dict, fault: object) -> web.StreamResponse:
         if fault is not None:

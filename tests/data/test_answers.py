@@ -6,10 +6,10 @@ import pytest
 
 from specbench.data.answers import generation as answers
 from specbench.data.answers.chat import encode, prompt_ids
-from specbench.data.answers.engines import AnswerPolicy, InProcessEngine
+from specbench.data.answers.engines import AnswerPolicy, InProcessEngine, ServerEngine
 from specbench.files import json_lines as jsonl
 from tests.data.chat_server import STOP, ChatServer
-from tests.data.dialogues import POLICY, check, engine, prompts, rows
+from tests.data.dialogues import POLICY, QUICK, check, engine, prompts, rows
 from tests.data.tokenizers_small import THINKING, tokenizer
 
 
@@ -20,7 +20,9 @@ def test_multi_turn_answers_with_the_servers_own_tokens(tmp_path):
     asked[1]["messages"].insert(1, {"role": "assistant", "content": "somebody else's answer"})
     with ChatServer() as server:
         counts = answers.collect(asked, engine(server), tmp_path, POLICY)
-        assert counts == {"answered": 12, "kept": 0, "failed": 0, "repaired": 0, "retries": 0, "outages": 0}
+        assert counts == {"answered": 12, "kept": 0, "failed": 0, "repaired": 0} | {
+            "retries": 0, "outages": 0, "retokenised": 24,
+        }  # fmt: skip
         assert len(server.bodies) == 36 and max(server.said.values()) == 1
     check(tmp_path, asked)
     by_id = {r["id"]: r for r in rows(tmp_path)}
@@ -44,14 +46,40 @@ def test_settings_go_out_under_their_right_names(tmp_path):
         assert body == {
             "model": "tiny", "messages": [{"role": "user", "content": f"question {i}.0"}],
             "temperature": 0.7, "top_p": 0.8, "top_k": 20, "min_p": 0.1, "repetition_penalty": 1.05,
-            "presence_penalty": 1.5, "max_tokens": 32, "seed": seed,
+            "presence_penalty": 1.5, "frequency_penalty": 0.0, "max_tokens": 32, "seed": seed,
             "chat_template_kwargs": {"enable_thinking": False}, "return_token_ids": True,
         }  # fmt: skip
     assert all(r["answer_tokens"] is None for r in rows(tmp_path))
-    plain = POLICY.request(5)
-    assert "presence_penalty" not in plain and set(plain["extra_body"]) == {"return_token_ids", "top_k"}
+    # What is off is sent too: a server fills what is missing from the model's generation_config.json.
+    off = AnswerPolicy("tiny", temperature=0.0, top_p=1.0, top_k=0).request(5)
+    neutral = {"top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0, "return_token_ids": True}
+    assert off["extra_body"] == neutral and (off["presence_penalty"], off["frequency_penalty"]) == (0.0, 0.0)
     assert len({policy.seed_of(f"p{i}", t) for i in range(50) for t in range(4)}) == 200
     assert policy.seed_of("p1", 0) != AnswerPolicy("tiny", seed=4).seed_of("p1", 0)
+
+
+@pytest.mark.parametrize("has_completions", [True, False])
+def test_later_turns_go_out_as_the_ids_that_training_sees(tmp_path, has_completions):
+    """Else the server would tokenise its own answers again; where it takes no ids, such turns are counted."""
+    tok = tokenizer(THINKING)
+    policy = AnswerPolicy("tiny", thinking=False, max_new_tokens=32)
+    with ChatServer() as server:
+        server.completes = (lambda ids: f"{len(ids)} ids") if has_completions else None
+        asker = ServerEngine([server.url], "tiny", concurrency=2, patience=QUICK, tokenizer=tok)
+        counts = answers.collect(prompts(3, turns=3), asker, tmp_path, policy)
+    assert counts["answered"] == 3
+    if not has_completions:
+        assert (counts["retokenised"], len(server.bodies)) == (6, 9)
+        return
+    assert (counts["retokenised"], len(server.bodies), len(server.completions)) == (0, 3, 6)
+    sent = [body["prompt"] for body in server.completions]
+    for row in rows(tmp_path):
+        for turn in (1, 2):
+            known = row["answer_tokens"][:turn]
+            assert prompt_ids(tok, row["messages"][: 2 * turn + 1], False, known) in sent
+    for body in server.completions:
+        assert (body["top_k"], body["repetition_penalty"], body["return_token_ids"]) == (20, 1.0, True)
+        assert "chat_template_kwargs" not in body
 
 
 def test_truncated_answers_are_marked(tmp_path):

@@ -13,7 +13,8 @@ from itertools import islice
 from typing import Any, Protocol, runtime_checkable
 
 from specbench.data.answers.chat import prompt_ids
-from specbench.data.answers.servers import Patience, Refused, ServerPool
+from specbench.data.answers.servers import NoCompletions, Patience, Refused, Reply, ServerPool
+from specbench.data.answers.templates import ChatError
 from specbench.data.prompts.deduplication import text_hash
 from specbench.data.prompts.turns import Conversation
 from specbench.decoding.sampling import Sampling
@@ -51,22 +52,32 @@ class AnswerPolicy:
         return text_hash(f"{self.seed}/{id}/{turn}") >> 1
 
     def request(self, turn_seed: int, options: Mapping[str, Any] | None = None) -> dict[str, Any]:
-        """The settings as fields of a chat completion request; settings that are off are not sent. `options` go to the
-        chat template."""
-        extra: dict[str, Any] = {"return_token_ids": True}
-        extra |= {"top_k": self.top_k} if self.top_k else {}
-        extra |= {"min_p": self.min_p} if self.min_p else {}
-        extra |= {"repetition_penalty": self.repetition_penalty} if self.repetition_penalty != 1 else {}
+        """The settings as fields of a chat completion request. `options` go to the chat template.
+
+        Settings that are off are sent too, because a server fills what is missing from the model's own
+        generation_config.json, and the answers would follow another law than their header says.
+        """
         given = ({} if self.thinking is None else {"enable_thinking": self.thinking}) | dict(options or {})
-        extra |= {"chat_template_kwargs": given} if given else {}
-        penalty = {"presence_penalty": self.presence_penalty} if self.presence_penalty else {}
+        extra = {"chat_template_kwargs": given} if given else {}
+        body = self.sampling(turn_seed)
+        return body | {"extra_body": body["extra_body"] | extra}
+
+    def sampling(self, turn_seed: int) -> dict[str, Any]:
+        """The same without the chat template: fields of a completion request, whose prompt is token ids."""
+        extra = {
+            "return_token_ids": True,
+            "top_k": self.top_k or -1,  # vLLM, SGLang and llama.cpp: off
+            "min_p": self.min_p,
+            "repetition_penalty": self.repetition_penalty,
+        }
         return {
             "temperature": self.temperature,
             "top_p": self.top_p,
+            "presence_penalty": self.presence_penalty,
+            "frequency_penalty": 0.0,
             "max_tokens": self.max_new_tokens,
             "seed": turn_seed & 0x7FFFFFFF,  # servers keep seeds in 32 bits
             "extra_body": extra,
-            **penalty,
         }
 
 
@@ -126,6 +137,10 @@ class _Open:
 class ServerEngine:
     """Sends requests to a pool of OpenAI-compatible servers, `concurrency` conversations at once on each.
 
+    The first turn of a conversation is a chat completion. A later one is a completion of exact token ids, the same that
+    training sees, if `tokenizer` is given and the servers return and take ids; as text, a server would tokenise its own
+    earlier answers again, to other ids now and then. `counts["retokenised"]` is the number of later turns sent as text.
+
     options: further variables of the chat template (templates.server_options).
     """
 
@@ -139,8 +154,9 @@ class ServerEngine:
         patience: Patience | None = None,
         api_key: str = "none",
         options: Mapping[str, Any] | None = None,
+        tokenizer: Any = None,
     ) -> None:
-        self._options = options
+        self._options, self._tokenizer, self._retokenised = options, tokenizer, 0
         self._pool = ServerPool(
             servers, model, concurrency=concurrency, patience=patience or Patience(), api_key=api_key
         )
@@ -148,8 +164,12 @@ class ServerEngine:
 
     @property
     def counts(self) -> dict[str, int]:
-        """Number of repeated attempts, and of removals of a server from the pool."""
-        return {"retries": self._pool.retries, "outages": self._pool.outages}
+        """Number of repeated attempts, of removals of a server from the pool, and of later turns sent as text."""
+        return {
+            "retries": self._pool.retries,
+            "outages": self._pool.outages,
+            "retokenised": self._retokenised,
+        }
 
     def answer(self, conversations: Iterator[Conversation], policy: AnswerPolicy, emit: Emit) -> None:
         """See Engine."""
@@ -169,12 +189,24 @@ class ServerEngine:
             try:
                 while state.ask():
                     seed = policy.seed_of(conversation["id"], len(state.truncated))
-                    reply = await self._pool.chat(state.messages, **policy.request(seed, self._options))
+                    reply = await self._ask(state, policy, seed)
                     state.hear(reply.text, reply.tokens, reply.truncated)
-            except Refused as cause:
+            except (Refused, ChatError) as cause:
                 emit("failure", state.failure(cause))
             else:
                 state.close(emit)
+
+    async def _ask(self, state: _Open, policy: AnswerPolicy, seed: int) -> Reply:
+        """The answer to the last question: by exact ids after earlier answers, else by the messages."""
+        later = bool(state.tokens)
+        if later and self._tokenizer is not None and None not in state.tokens and self._pool.takes_ids:
+            prompt = prompt_ids(self._tokenizer, state.messages, policy.thinking, state.tokens)
+            try:
+                return await self._pool.complete(prompt, **policy.sampling(seed))
+            except NoCompletions:
+                pass  # said once by the pool, which asks for none from here on
+        self._retokenised += later
+        return await self._pool.chat(state.messages, **policy.request(seed, self._options))
 
 
 class InProcessEngine:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import asyncio
 import random
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -29,6 +29,10 @@ TOLERATED = 3
 
 class Refused(ValueError):
     """The servers will not answer this request; the message is the cause."""
+
+
+class NoCompletions(Exception):
+    """The servers take no completion of token ids."""
 
 
 @dataclass(frozen=True)
@@ -87,6 +91,7 @@ class ServerPool:
         self.urls, self.model, self.concurrency, self.patience = list(urls), model, concurrency, patience
         self.retries = 0
         self.outages = 0
+        self.takes_ids = True  # until a server refuses a completion of token ids
         self._api_key = api_key
         self._jitter = random.Random()
         self._servers: list[_Server] = []
@@ -122,6 +127,24 @@ class ServerPool:
 
     async def chat(self, messages: Sequence[Mapping[str, str]], **body: Any) -> Reply:
         """The answer to `messages`, after at most `patience.attempts` attempts."""
+        given = [dict(m) for m in messages]
+        return await self._asked(lambda client, **more: client.chat.completions.create(messages=given, **more), body)
+
+    async def complete(self, prompt: Sequence[int], **body: Any) -> Reply:
+        """The continuation of token ids. Errors: NoCompletions if a server has no such interface (404, 405, or a
+        refusal of this request, which a chat of the same text may pass)."""
+        ids = list(prompt)
+        try:
+            return await self._asked(lambda client, **more: client.completions.create(prompt=ids, **more), body)
+        except (Refused, _Misconfigured) as error:
+            status = getattr(error.__cause__, "status_code", None)
+            if status not in (400, 404, 405, 422):
+                raise
+            self.takes_ids = status == 400
+            raise NoCompletions from error
+
+    async def _asked(self, request: Callable[..., Any], body: Mapping[str, Any]) -> Reply:
+        """The reply to a request on one server after the other."""
         cause = ""
         for attempt in range(self.patience.attempts):
             if attempt:
@@ -131,9 +154,7 @@ class ServerPool:
             server = await self._acquire()
             try:
                 async with asyncio.timeout(self.patience.request):
-                    completion = await server.client.chat.completions.create(
-                        model=self.model, messages=[dict(m) for m in messages], timeout=self.patience.request, **body
-                    )
+                    completion = await request(server.client, model=self.model, timeout=self.patience.request, **body)
                 reply = _reply(completion)
                 server.failures = 0
                 return reply
@@ -240,10 +261,11 @@ def _reply(completion: Any) -> Reply:
     choice = choices[0]
     if choice.finish_reason not in ("stop", "length", "eos_token"):
         raise _Unreadable(f"finish_reason {choice.finish_reason!r}")
-    extra = choice.message.model_extra or {}
+    message = getattr(choice, "message", None)
+    extra = (None if message is None else message.model_extra) or {}
     if extra.get("reasoning_content") or extra.get("reasoning"):
         raise Refused("the server splits the thinking off the answer: start it without a reasoning parser")
-    text = choice.message.content
+    text = choice.text if message is None else message.content
     if not text:
         raise Refused("an empty answer")
     if not is_unicode(text):
