@@ -30,7 +30,7 @@ LINE = re.compile(r"([\w:]+)(?:\{(.*)\})?\s+(\S+)(?:\s+\S+)?")
 
 
 @dataclass(frozen=True)
-class Counters:
+class EngineCounters:
     """Sums over rounds. by_position[k]: how often at least k + 1 tokens of a proposal were accepted."""
 
     verifications: int
@@ -43,11 +43,11 @@ class Counters:
         """Tokens a verification, the bonus token included; NaN without any."""
         return 1 + self.accepted / self.verifications if self.verifications else float("nan")
 
-    def since(self, before: Counters) -> Counters:
+    def since(self, before: EngineCounters) -> EngineCounters:
         """The counts between two readings."""
         width = max(len(self.by_position), len(before.by_position))
         now, then = (one.by_position + (0,) * (width - len(one.by_position)) for one in (self, before))
-        return Counters(
+        return EngineCounters(
             self.verifications - before.verifications,
             self.proposed - before.proposed,
             self.accepted - before.accepted,
@@ -55,7 +55,7 @@ class Counters:
         )
 
 
-def parsed(text: str) -> Counters:
+def parsed(text: str) -> EngineCounters:
     """The counters in a page of metrics, summed over engines. Errors: ValueError for a page without them."""
     sums, positions = dict.fromkeys(NAMES.values(), 0), {}
     found = set()
@@ -75,14 +75,14 @@ def parsed(text: str) -> Counters:
             f"its metrics have no {', '.join(missing)}: start vLLM with --speculative-config and without "
             "--disable-log-stats (other engines do not count accepted tokens by position)"
         )
-    return Counters(**sums, by_position=tuple(positions.get(k, 0) for k in range(max(positions, default=-1) + 1)))
+    return EngineCounters(**sums, by_position=tuple(positions.get(k, 0) for k in range(max(positions, default=-1) + 1)))
 
 
-def of_rounds(lines: Iterable[Mapping[str, Any]]) -> Counters:
+def of_rounds(lines: Iterable[Mapping[str, Any]]) -> EngineCounters:
     """The same counts from the lines of rounds.jsonl."""
     proposed = [count for line in lines for count in zip(line["proposed"], line["accepted"], strict=True)]
     longest = max((p for p, _ in proposed), default=0)
-    return Counters(
+    return EngineCounters(
         len(proposed),
         sum(p for p, _ in proposed),
         sum(a for _, a in proposed),
@@ -95,7 +95,7 @@ def root_of(engine: str) -> str:
     return engine.rstrip("/").removesuffix("/v1")
 
 
-def read_counters(engine: str) -> Counters:
+def read_counters(engine: str) -> EngineCounters:
     """The counters of a running engine. Errors: ValueError naming the address."""
     address = f"{root_of(engine)}/metrics"
     try:
@@ -106,11 +106,11 @@ def read_counters(engine: str) -> Counters:
 
 
 @dataclass(frozen=True)
-class Comparison:
+class EngineComparison:
     """Counts here and in the engine over the same prompts. `equal` of `texts` answers have the same token ids."""
 
-    here: Counters
-    there: Counters
+    here: EngineCounters
+    there: EngineCounters
     texts: int
     equal: int
 
@@ -160,7 +160,7 @@ class Comparison:
 
 def compare(
     engine: str, lines: Sequence[Mapping[str, Any]], policy: AnswerPolicy, stops: Sequence[int], concurrency: int = 8
-) -> Comparison:
+) -> EngineComparison:
     """Send the prompts of rounds.jsonl to a running engine and set its counters beside ours.
 
     `policy` has the sampling and the limit with which `lines` were decoded (its `model` is the name under which the
@@ -170,7 +170,7 @@ def compare(
     before = read_counters(engine)
     replies = asyncio.run(_asked(engine, lines, policy, stops, concurrency))
     equal = sum(reply == list(line["output_ids"]) for reply, line in zip(replies, lines, strict=True))
-    return Comparison(of_rounds(lines), read_counters(engine).since(before), len(lines), equal)
+    return EngineComparison(of_rounds(lines), read_counters(engine).since(before), len(lines), equal)
 
 
 async def _asked(
