@@ -2,7 +2,7 @@
 
     python -m tests.fastspeed step      # a training step of DSpark at a vocabulary of 151,936, one process a variant
     python -m tests.fastspeed decode    # a draft and a target with and without their faster passes, in turns
-    python -m tests.fastspeed target FOLDER  # passes over 1 to 8 tokens, by the library and by our layers
+    python -m tests.fastspeed target FOLDER [bfloat16] # passes over 1 to 8 tokens, by the library and by our layers
     python -m tests.fastspeed collate   # a batch in used memory and in fresh memory, in turns
 
 Processor seconds on one thread, which a busy machine changes least, and the highest memory above the resident model.
@@ -136,12 +136,14 @@ def decoding() -> Iterator[tuple[str, dict[str, float]]]:
 
 
 @torch.inference_mode()
-def verification(folder: str, context: int = 200, repeats: int = 5) -> Iterator[tuple[int, dict[str, float]]]:
+def verification(
+    folder: str, dtype: str = "float32", context: int = 200, repeats: int = 5
+) -> Iterator[tuple[int, dict[str, float]]]:
     """Processor milliseconds (medians of `repeats`) in which a target reads 1, 2, 4 and 8 tokens behind a context and
     gives their logits: transformers over its own cache, and `extend` here; and the vocabulary head alone."""
     from transformers import DynamicCache
 
-    target, own = Target.load(folder, []), DynamicCache()
+    target, own = Target.load(folder, [], dtype=dtype), DynamicCache()
     tokens = torch.randint(1000, (1, context), generator=torch.Generator().manual_seed(0))
     state, _ = target.prefill(tokens, torch.tensor([context]))
     target.model(input_ids=tokens, past_key_values=own, use_cache=True)
@@ -151,7 +153,7 @@ def verification(folder: str, context: int = 200, repeats: int = 5) -> Iterator[
         own.crop(-block.shape[1])
 
     for size in (1, 2, 4, 8):
-        block, last = tokens[:, :size], torch.randn(1, size, target.tables.embedding.shape[1])
+        block, last = tokens[:, :size], torch.randn(1, size, target.tables.embedding.shape[1]).to(target.dtype)
         ways = {
             "library": partial(library, block),
             "extend and logits": lambda block=block: target.logits(target.extend(state, block).last),
