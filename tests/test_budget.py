@@ -7,7 +7,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from specbench.blocks import with_anchors
 from specbench.losses.objective import Objective
-from specbench.training.budget import Budget, StepCost, slots_per_anchor, step_cost
+from specbench.training.budget import Budget, ExpectedCost, slots_per_anchor, step_cost
 from specbench.training.memory_estimate import flops_of
 from tests import tiny
 
@@ -44,7 +44,7 @@ def test_operations_of_a_step_are_near_those_that_torch_counts(method):
 
 
 def test_a_budget_gives_each_method_its_steps():
-    cheap, dear = StepCost(tokens=1000.0, flops=2e9), StepCost(tokens=1000.0, flops=6e9)
+    cheap, dear = ExpectedCost(tokens=1000.0, flops=2e9), ExpectedCost(tokens=1000.0, flops=6e9)
     assert [Budget("b", "flops", 6e10).steps(cost) for cost in (cheap, dear)] == [30, 10]
     assert [Budget("b", "tokens", 6e4).steps(cost) for cost in (cheap, dear)] == [60, 60]
     assert Budget("b", "steps", 7).steps(cheap) == 7

@@ -20,7 +20,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from specbench.blocks import Batch, Blocks, Context
-from specbench.drafts.expansion import Expansion, Replay
+from specbench.drafts.expansion import Expansion, ExpansionByPath
 from specbench.drafts.initialisation import AUTO, STARTS, first_weights, randomise
 from specbench.drafts.work import Work, of_forward, of_parameters
 from specbench.models.backbone import Backbone, backbone_of, chosen
@@ -263,7 +263,7 @@ class Draft(nn.Module):
         def propose(requests: Int[Tensor, " R"], sample: SampleFunction, count: int) -> Proposal:
             return self.propose(state.select(requests), anchor[requests], sample, count)
 
-        return Replay(propose, len(anchor), min(slots or self.block_size, self.block_size), anchor.device)
+        return ExpansionByPath(propose, len(anchor), min(slots or self.block_size, self.block_size), anchor.device)
 
     def commit(self, state: State, context: Context, tokens: Int[Tensor, "B S"]) -> State:
         """Read the target's true states of the committed tokens, the old anchor first."""

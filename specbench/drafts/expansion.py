@@ -2,7 +2,7 @@
 
 A tree builder (specbench/decoding/trees.py) asks for the logits behind the anchor, chooses children, and asks for the
 logits behind some of them, which are the nodes of the next level. A draft whose slots do not depend on each other
-answers from one proposal; any other draft can be asked again for every path (`Replay`), and a method that can do better
+answers from one proposal; any other draft can be asked again for every path (`ExpansionByPath`), and a method that can do better
 overrides `Draft.expand`.
 
 Axes: B requests, M nodes of a level, K slots, W vocabulary of the draft.
@@ -42,7 +42,7 @@ class Expansion(Protocol):
         ...
 
 
-class Replay:
+class ExpansionByPath:
     """Expansion by proposals whose tokens are given: for every draft that asks its `sample` for each slot.
 
     If a draft asks for all slots at once, no slot can depend on a token before it, and one proposal answers everything.

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from specbench import fast
 from specbench.blocks import PADDING, Batch, Blocks, Context, assemble, take
 from specbench.drafts.draft import Draft, Proposal, SampleFunction, State
-from specbench.drafts.expansion import Expansion, Replay
+from specbench.drafts.expansion import Expansion, ExpansionByPath
 from specbench.drafts.initialisation import as_mean, last_layers
 from specbench.drafts.work import Work, keys_seen, of_context, of_layer
 from specbench.models.attention import Span, Visibility, attend, attend_flex, attend_spans, block_mask, spans
@@ -244,7 +244,7 @@ class ParallelDraft(Draft):
         def propose(requests: Int[Tensor, " R"], sample: SampleFunction, count: int) -> Proposal:
             return self.draw(hidden[requests, :count], anchor[requests], sample)
 
-        return Replay(propose, len(anchor), hidden.shape[1], anchor.device)
+        return ExpansionByPath(propose, len(anchor), hidden.shape[1], anchor.device)
 
     def block(self, state: State, anchor: Int[Tensor, " B"]) -> Float[Tensor, "B K D"]:
         """The normed outputs of all slots after `anchor`."""

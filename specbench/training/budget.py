@@ -22,12 +22,11 @@ from specbench.drafts.draft import Draft
 from specbench.ranges import AboveZero
 from specbench.training.memory_estimate import flops_of
 
-Quantity = Literal["steps", "tokens", "flops"]
 SAMPLE = 64  # conversations, spread over all lengths, whose mean stands for all
 
 
 @dataclass(frozen=True)
-class StepCost:
+class ExpectedCost:
     """Expected supervised slots and floating-point operations of one optimiser step."""
 
     tokens: float
@@ -45,10 +44,10 @@ class Budget:
     """
 
     name: str
-    quantity: Quantity
+    quantity: Literal["steps", "tokens", "flops"]
     amount: AboveZero
 
-    def steps(self, cost: StepCost) -> int:
+    def steps(self, cost: ExpectedCost) -> int:
         """Optimiser steps that use the amount up, rounded down.
 
         Raises:
@@ -66,7 +65,7 @@ class Budget:
 
 def step_cost(
     draft: Draft, lengths: Int[np.ndarray, " N"], supervised: Int[np.ndarray, " N"], conversations: int
-) -> StepCost:
+) -> ExpectedCost:
     """Expected cost of a step of `conversations` conversations, drawn from those of `lengths` and `supervised`
     tokens."""
     order = np.argsort(lengths, kind="stable")
@@ -79,7 +78,7 @@ def step_cost(
         anchors = min(valid, draft.anchors_per_sample or valid)
         tokens.append(anchors * slots_per_anchor(valid, draft.block_size))
         flops.append(flops_of(draft, length, anchors) if anchors else 0.0)
-    return StepCost(conversations * float(np.mean(tokens)), conversations * float(np.mean(flops)))
+    return ExpectedCost(conversations * float(np.mean(tokens)), conversations * float(np.mean(flops)))
 
 
 def slots_per_anchor(anchors: int, slots: int) -> float:
