@@ -2,8 +2,8 @@
 
 A tree builder (specbench/decoding/trees.py) asks for the logits behind the anchor, chooses children, and asks for the
 logits behind some of them, which are the nodes of the next level. A draft whose slots do not depend on each other
-answers from one proposal; any other draft can be asked again for every path (`ExpansionByPath`), and a method that can do better
-overrides `Draft.expand`.
+answers from one proposal; any other draft can be asked again for every path (`ExpansionByPath`), and a method that can
+do better overrides `Draft.expand`.
 
 Axes: B requests, M nodes of a level, K slots, W vocabulary of the draft.
 """
