@@ -253,7 +253,7 @@ def _unnormed(engine: str) -> str:
 
 def _last_layer(draft: Draft, target_layers: int | None) -> str | None:
     """SGLang keeps the input of a layer, so the output of the last one is out of its reach."""
-    if target_layers is None or target_layers - 1 not in draft.target_layer_ids:
+    if not draft.reads_taps or target_layers is None or target_layers - 1 not in draft.target_layer_ids:
         return None
     return (
         f"{SGLANG} has no tap of the target's last layer (set_eagle3_layers_to_capture); this draft reads layer "
