@@ -103,7 +103,12 @@ def test_the_command_of_a_card_names_method_and_number_of_tokens() -> None:
 
 @pytest.mark.parametrize(
     ("architecture", "algorithm"),
-    [("LlamaForCausalLMEagle3", "EAGLE3"), ("DFlashDraftModel", "DFLASH"), ("Qwen3DSparkModel", "DSPARK")],
+    [
+        ("LlamaForCausalLMEagle", "EAGLE"),
+        ("LlamaForCausalLMEagle3", "EAGLE3"),
+        ("DFlashDraftModel", "DFLASH"),
+        ("Qwen3DSparkModel", "DSPARK"),
+    ],
 )
 def test_the_command_for_sglang_names_the_algorithm(architecture: str, algorithm: str) -> None:
     words = serving_command("me/draft", "sglang", "my/target", {"architectures": [architecture]}).split()

@@ -76,6 +76,15 @@ def how_to(repository: str, form: str, target: str | None, config: Mapping[str, 
     return HOW_TO[form].format(repository=repository, target=partner, command=command, engine=engine)
 
 
+# Of SGLang, by the architecture of the drafts that are written for it.
+SGLANG_ALGORITHMS = {
+    "LlamaForCausalLMEagle": "EAGLE",
+    "LlamaForCausalLMEagle3": "EAGLE3",
+    "DFlashDraftModel": "DFLASH",
+    "Qwen3DSparkModel": "DSPARK",
+}
+
+
 def serving_command(repository: str, form: str, target: str, config: Mapping[str, Any] | None) -> str:
     """How an engine is started with a draft, from the draft's config.json in that format; empty for the other formats.
 
@@ -92,11 +101,10 @@ def serving_command(repository: str, form: str, target: str, config: Mapping[str
         asked = {"method": method, "model": repository, "num_speculative_tokens": proposed}
         return f"vllm serve {target} --speculative-config '{json.dumps(asked)}'"
     start = f"python -m sglang.launch_server --model-path {target} --speculative-draft-model-path {repository}"
-    architecture = config["architectures"][0]
-    if architecture == "LlamaForCausalLMEagle3":  # a chain; the format does not keep how far the draft was unrolled
-        chain = "--speculative-num-steps 7 --speculative-eagle-topk 1 --speculative-num-draft-tokens 8"
-        return f"{start} --speculative-algorithm EAGLE3 {chain}"
-    return f"{start} --speculative-algorithm {'DFLASH' if architecture == 'DFlashDraftModel' else 'DSPARK'}"
+    algorithm = SGLANG_ALGORITHMS[config["architectures"][0]]
+    if algorithm.startswith("EAGLE"):  # a chain; the format does not keep how far the draft was unrolled
+        algorithm += " --speculative-num-steps 7 --speculative-eagle-topk 1 --speculative-num-draft-tokens 8"
+    return f"{start} --speculative-algorithm {algorithm}"
 
 
 def is_hub_id(target: str) -> bool:
