@@ -87,6 +87,7 @@ def test_the_real_experiment_at_the_smallest_budget_on_the_small_target(tmp_path
         (tmp_path / f"{name}.jsonl").write_text("".join(lines))
     words = ["target=embedded", "data=held_out", f"data.source.folder={tmp_path}", "data.source.held_out=2"]
     words += ["data.near_duplicate=null", "trainer=smoke", "trainer.max_steps=4", "method=dspark", "yes=true"]
+    words += ["trainer.probe.every=2", "trainer.validate_every=2", "method.vocabulary=null"]
     words += ["tracking=disabled", f"root={tmp_path / 'out'}"]
     assert main(["reproduce", "real_smollm2", *words]) == 0
     speeds = sorted((tmp_path / "out" / "runs" / "speed").glob("*/summary.json"))
