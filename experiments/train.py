@@ -149,6 +149,9 @@ def print_plan(cfg: DictConfig) -> Footprint:
     lightning = cfg.trainer.lightning
     found = footprint(draft, cfg.target.max_length, lightning.precision, memory, shards_of(lightning))
     say(found.text())
+    if cfg.get("protocol"):
+        shared = f"{cfg.protocol.amount:g} {cfg.protocol.quantity}"
+        say(f"budget            {cfg.protocol.name}: {shared}; the steps follow from the data")
     say(f"backbone          {chosen(config, cfg.method.backbone).reason}")
     say(f"servable          {said_servable(draft, config)}")
     if (small := smaller(cfg.method)) is not None:

@@ -56,6 +56,8 @@ Seed = Annotated[int, Field(ge=0, le=2**32 - 1)]
 
 AboveZero = Annotated[Number, Field(gt=0, le=1e12)]
 AtLeastZero = Annotated[Number, Field(ge=0, le=1e12)]
+# Of operations of a training.
+Amount = Annotated[Number, Field(gt=0, le=1e30)]
 Seconds = Annotated[Number, Field(gt=0, le=1e9)]
 LearningRate = Annotated[Number, Field(gt=0, le=100)]
 Share = Annotated[Number, Field(ge=0, le=1)]

@@ -6,6 +6,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from specbench.blocks import with_anchors
+from specbench.cli.assembly import composed
+from specbench.cli.settings import check_settings
 from specbench.losses.objective import Objective
 from specbench.training.budget import Budget, ExpectedCost, slots_per_anchor, step_cost
 from specbench.training.memory_estimate import flops_of
@@ -63,3 +65,10 @@ def test_the_sample_of_conversations_stands_for_all():
     assert few.flops == pytest.approx(every.flops, rel=0.25)
     by_hand = np.mean([flops_of(draft, int(n), min(int(n) - 11, draft.anchors_per_sample)) for n in lengths[:200]])
     assert step_cost(draft, lengths[:200], supervised[:200], 8).flops == pytest.approx(8 * by_hand, rel=0.02)
+
+
+@pytest.mark.parametrize("name", ["matched_steps", "matched_tokens", "matched_flops"])
+def test_every_protocol_is_a_budget_within_its_range(name):
+    cfg = composed("train", [f"protocol={name}"])
+    check_settings("train", cfg)
+    assert Budget(**cfg.protocol).steps(ExpectedCost(tokens=100.0, flops=1e9)) >= 1

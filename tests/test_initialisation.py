@@ -28,6 +28,8 @@ def test_every_weight_of_a_layer_is_the_targets(method, family):
     for i, layer in enumerate(draft.layers):
         theirs = layer_weights(target.layers[len(target.layers) - layers + i].state_dict())
         for name, found in layer.state_dict().items():
+            if "_conv." in name:  # DFlash2's own, which no target has
+                continue
             assert f"layers.{i}.{name}" in copied
             given = theirs["input_layernorm.weight" if name.startswith("hidden_norm") else name]
             torch.testing.assert_close(found[..., -given.shape[-1] :], given, rtol=0, atol=0)  # the feature's half

@@ -192,7 +192,7 @@ def test_the_installed_methods_are_those_of_the_configurations() -> None:
     named = {OmegaConf.load(file).draft._target_ for file in (tiny.CONFIGS / "method").glob("*.yaml")}
     assert set(installed()) == named
     for kind in installed().values():
-        assert {"target_layer_ids", "layers", "block_size"} <= set(takes(kind))
+        assert {"target_layer_ids", "block_size"} <= set(takes(kind))
 
 
 def test_a_draft_of_pickled_weights_is_refused(folder: Path, tmp_path: Path, marker: Path) -> None:

@@ -158,7 +158,7 @@ def test_docs_lists_every_page_and_prints_one(capsys: Capture) -> None:
         ("tra", ["train"]),
         ("train meth", ["method="]),
         ("train method=ds", ["method=dspark"]),
-        ("train -m method=dspark,dfl", ["method=dspark,dflash"]),
+        ("train -m method=dspark,mt", ["method=dspark,mtp"]),
         ("train trainer.recipe.lr", ["trainer.recipe.lr="]),
         ("train trainer=node trainer.recipe.lr", ["trainer.recipe.lr="]),
         ("train online=", ["online=false", "online=true"]),
@@ -200,10 +200,10 @@ def test_bash_completes_words_that_it_has_split_at_the_sign(tmp_path: Path) -> N
 
 def test_completion_imports_neither_torch_nor_hydra(tmp_path: Path) -> None:
     code = (
-        "import sys; from experiments.cli import main; main(['--complete', 'train', 'method', '=', 'd']); "
+        "import sys; from experiments.cli import main; main(['--complete', 'train', 'method', '=', 'ds']); "
         "print([m for m in ('torch', 'hydra', 'pydantic') if m in sys.modules])"
     )
     done = subprocess.run(
         [sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": str(REPOSITORY)}, capture_output=True, text=True
     )
-    assert done.stdout.splitlines() == ["method=dflash", "method=dspark", "[]"], done.stderr
+    assert done.stdout.splitlines() == ["method=dspark", "[]"], done.stderr

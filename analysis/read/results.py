@@ -91,7 +91,7 @@ def check(path: str | os.PathLike[str]) -> Submitted:
     notes = [
         f"{QUANTITIES[name]}: written under another definition than this program's, not compared" for name in other
     ]
-    comparable = not problems and not {"benchmarks", "macro"} & set(other)
+    comparable = not problems and not other
     state = (RECOMPUTED if verification is None else VERIFIED) if comparable else REPORTED
     return Submitted(path, result, state, tuple(problems), tuple(notes), lines, verification)
 
@@ -137,6 +137,11 @@ def _records(result: Result, file: Path) -> tuple[list[RecordLine], list[str]]:
 
 def _contradiction(line: RecordLine, slots: int | None) -> str | None:
     """What is wrong with the counts of a line: they must be those of its histogram."""
+    cells = [(proposed, accepted) for proposed, accepted, _ in line.histogram]
+    if len(set(cells)) < len(cells) or any(not times for _, _, times in line.histogram):
+        return "a cell of its histogram stands twice, or counts no round"
+    if line.output_tokens > line.committed + 1:
+        return f"output_tokens = {line.output_tokens}, and {line.committed} were committed after the first"
     if any(accepted > proposed for proposed, accepted, _ in line.histogram):
         return "a round accepts more than it proposed"
     if slots is not None and any(proposed > slots for proposed, _, _ in line.histogram):

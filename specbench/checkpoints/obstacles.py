@@ -91,7 +91,14 @@ def obstacle(draft: Draft, form: str, target_layers: int | None = None) -> str |
 def servable(draft: Draft, target_layers: int | None = None) -> str:
     """One line that says which engines decode with `draft`, and the reason of each that does not."""
     engines = {"vllm": VLLM, "sglang": SGLANG}
-    reasons = {form: obstacle(draft, form, target_layers) for form in engines}
+    if not any(published(draft) in HELD[form] for form in engines):
+        return f"no engine here decodes with {type(draft).__name__}; SpecBench does"
+    reasons = {
+        form: obstacle(draft, form, target_layers)
+        if published(draft) in HELD[form]
+        else f"it does not decode with {type(draft).__name__}"
+        for form in engines
+    }
     able = [f"{engines[form]} (export format={form})" for form, reason in reasons.items() if reason is None]
     unable = [f"not in {engines[form]}: {reason}" for form, reason in reasons.items() if reason is not None]
     return "; ".join(able + unable)

@@ -17,6 +17,7 @@ from specbench.cli import schema
 from specbench.cli.schema import Built, Settings, Told, show
 from specbench.ranges import (
     AboveZero,
+    Amount,
     AtLeastZero,
     Bytes,
     Count,
@@ -72,6 +73,11 @@ def _family(value: str) -> str:
     if value not in FAMILIES:
         raise ValueError(f"takes one of {', '.join(FAMILIES)}, or null")
     return value
+
+
+def _without_trees(draft: str) -> bool:
+    """Whether `draft` names a baseline, which proposes chains only."""
+    return draft in ("ngram", "oracle", "suffix", "suffix_all") or draft.startswith("small:")
 
 
 def _distinct(value: list[Any]) -> list[Any]:
@@ -317,7 +323,7 @@ class TrainerSettings(Settings):
 class ProtocolSettings(Settings):
     name: Name
     quantity: Literal["steps", "tokens", "flops"]
-    amount: AboveZero
+    amount: Amount
 
 
 class SeedsSettings(Settings):
@@ -464,7 +470,7 @@ class EvaluateSettings(Settings):
         if self.slots is not None and self.draft == "plain":
             raise ValueError(f"slots={self.slots} with draft=plain: plain decoding proposes nothing; leave slots out")
         if self.tree is not None:
-            if self.draft in ("plain", "ngram", "oracle") or self.draft.startswith("small:"):
+            if self.draft == "plain" or _without_trees(self.draft):
                 raise ValueError(f"draft={self.draft} with a tree: it has no token tree; use tree=chain")
             if self.accounting != "specbench":
                 raise ValueError(
@@ -536,7 +542,7 @@ class SpeedSettings(Settings):
             )
         if self.draft == "plain":
             raise ValueError("draft=plain is what every draft is timed against; name another one")
-        if self.tree is not None and (self.draft in ("ngram", "oracle") or str(self.draft).startswith("small:")):
+        if self.tree is not None and self.draft is not None and _without_trees(self.draft):
             raise ValueError(f"draft={self.draft} with a tree: it has no token tree; use tree=chain")
         return self
 

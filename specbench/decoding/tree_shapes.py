@@ -6,6 +6,7 @@ decodes them (tree=chain).
 
 from __future__ import annotations
 
+import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -86,7 +87,8 @@ class StaticTree(TreeShape):
 
     @property
     def label(self) -> str:
-        return self._named("static", self.nodes)
+        paths = repr([list(path) for path in self.paths])
+        return self._named("static", self.nodes, hashlib.sha256(paths.encode()).hexdigest()[:6])
 
     @property
     def nodes(self) -> int:

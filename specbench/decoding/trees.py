@@ -265,7 +265,8 @@ def dynamic_tree(
     Without `prune` no node is removed, so the children may be drawn: a level expands as many nodes as the budget
     leaves room for.
     """
-    growth = _Growth(expansion, choose, expansion.root(), width if prune else min(width, budget))
+    width = min(width, budget)  # of more children none beyond the budget could be kept
+    growth = _Growth(expansion, choose, expansion.root(), width)
     for _ in range(1, min(depth, expansion.depth)):
         joint = growth.levels[-1].joint
         count = min(width, joint.shape[1])

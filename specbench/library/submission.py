@@ -49,7 +49,10 @@ from specbench.runs.run_schema import FINISHED
 
 HARDWARE = ("processor", "cores", "memory", "gpus", "cuda", "threads")
 # Settings that a speedup and an evaluation have in common if both belong to one result.
-TIMED_WITH = ("temperature", "top_k", "top_p", "min_p", "scheduler", "slots", "accounting", "thinking", "dtype")
+TIMED_WITH = (
+    *("temperature", "top_k", "top_p", "min_p", "scheduler", "slots", "accounting", "thinking", "dtype"),
+    *("tree", "rule"),
+)
 BASELINE = "baseline:"  # before the name of a draft without weights, in the place of their digest
 COUNTS = ("output_tokens", "truncated", "rounds", "committed", "histogram")
 
@@ -277,6 +280,11 @@ def protocol_of_result(result: Result) -> Protocol:
         raise ValueError(
             f"{result.name}: its scheduler {facts.get('scheduler')} has settings that a result does not hold; "
             "repeat it with its own command"
+        )
+    if facts.get("tree") is not None:
+        raise ValueError(
+            f"{result.name}: its trees ({facts['tree']}) have settings that a result does not hold; repeat it with its "
+            "own command"
         )
     thinking = {word: value for value, word in THINKING.items()}
     try:

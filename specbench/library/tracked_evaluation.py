@@ -42,6 +42,8 @@ def log_evaluation(tracking: Tracking, run: RunFolder, method: str, numbers: Map
 
 def reliability(run: RunFolder) -> list[dict[str, Any]]:
     """Reliability by slot of the confidences as the draft gave them; nothing for a draft without a confidence head."""
+    if run.config.get("tree"):  # a tree's nodes have no confidence
+        return []
     prompts = read_rounds(run.path)
     if not prompts or any(prompt.logits is None for prompt in prompts):
         return []

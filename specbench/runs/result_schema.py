@@ -97,7 +97,7 @@ class DraftIdentity(ModelIdentity):
     """The draft; `name` is its method."""
 
     parameters: int | None = None
-    slots: int | None = None
+    slots: int | None = Field(None, ge=1, le=4096)
     training: ResultFacts = {}
 
 
@@ -131,7 +131,7 @@ class Publication(Part):
 class Bootstrap(Part):
     """Resamples and seed of the intervals, so that they can be recomputed exactly."""
 
-    resamples: int = Field(ge=1, le=100_000)
+    resamples: int = Field(ge=100, le=100_000)
     seed: int = Field(ge=0)
 
 

@@ -19,7 +19,7 @@ import numpy as np
 from jaxtyping import Int
 
 from specbench.drafts.draft import Draft
-from specbench.ranges import AboveZero
+from specbench.ranges import Amount
 from specbench.training.memory_estimate import flops_of
 
 SAMPLE = 64  # conversations, spread over all lengths, whose mean stands for all
@@ -45,7 +45,7 @@ class Budget:
 
     name: str
     quantity: Literal["steps", "tokens", "flops"]
-    amount: AboveZero
+    amount: Amount
 
     def steps(self, cost: ExpectedCost) -> int:
         """Optimiser steps that use the amount up, rounded down.

@@ -6,6 +6,7 @@ Every training of a rung is whole, with its own warm-up and decay, because a rat
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -47,11 +48,13 @@ def rungs(trials: Count, steps: Count) -> list[tuple[int, int]]:
 def search(rates: Sequence[float], steps: Count, train: Callable[[float, int], float]) -> tuple[float, list[Trial]]:
     """The best rate, and every trial in order. `train(lr, steps)` returns the accepted length on held-out prompts.
 
-    The better half of a rung goes on; of equal ones the smaller rate.
+    The better half of a rung goes on; of equal ones the rate nearest to the middle of the grid.
     """
+    middle = math.sqrt(min(rates) * max(rates))
     alive, trials = list(rates), []
     for count, length in rungs(len(rates), steps):
         rung = [Trial(lr, length, train(lr, length)) for lr in sorted(alive[:count])]
         trials += rung
-        alive = [trial.lr for trial in sorted(rung, key=lambda trial: (-trial.accepted_length, trial.lr))]
+        ranked = sorted(rung, key=lambda trial: (-trial.accepted_length, abs(math.log(trial.lr / middle))))
+        alive = [trial.lr for trial in ranked]
     return alive[0], trials

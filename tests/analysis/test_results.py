@@ -221,10 +221,8 @@ def test_a_result_under_another_definition_is_not_compared_and_not_wrong(tmp_pat
     edited(file, stated("definitions", "suffix_decay", value="0" * 8))
     edited(file, stated("suffix_decay", "value", value=-7.0))
     found = check(file)
-    assert (found.state, found.problems) == (RECOMPUTED, ())
+    assert (found.state, found.problems) == (REPORTED, ())  # a number that was not compared may be anything
     assert found.notes == ("suffix decay: written under another definition than this program's, not compared",)
-    edited(file, stated("definitions", "macro", value="0" * 8))
-    assert check(file).state == REPORTED
 
 
 def test_a_verification_holds_for_the_bytes_that_it_names(tmp_path: Path) -> None:
