@@ -50,7 +50,8 @@ def test_a_result_states_what_the_run_recorded(measured: tuple[Path, Path, Path]
     assert {key: benchmark["accepted_length"][key] for key in ("value", "low", "high")} == pytest.approx(
         {key: own[key] for key in ("value", "low", "high")}
     )
-    assert content["command"][:2] == [Path(content["command"][0]).name, content["command"][1]]
+    typed = json.loads((run / "provenance.json").read_text())["command"]
+    assert content["command"] == [*(Path(word).name for word in typed[:1]), *typed[1:]]
     lines = [json.loads(line) for line in (tmp_path / content["records"]["place"]).read_text().splitlines()]
     rounds = [json.loads(line) for line in (run / "rounds.jsonl").read_text().splitlines()]
     assert [line["output_tokens"] for line in lines] == [len(line["output_ids"]) for line in rounds]
