@@ -24,7 +24,7 @@ def counts_of(records: Sequence[Mapping[str, Any]]) -> Counts:
     cells = [(i, *cell) for i, record in enumerate(records) for cell in record["histogram"]]
     table = np.array(cells, dtype=np.int64).reshape(-1, 4)
     committed = np.array([r["committed"] for r in records], dtype=float)
-    beyond = np.array([(r.get("nodes") or r["proposed"]) - r["proposed"] for r in records], dtype=float)
+    beyond = np.array([r["nodes"] - r["proposed"] if r.get("nodes") else 0 for r in records], dtype=float)
     return count(keys, committed, *table.T, beyond)
 
 
