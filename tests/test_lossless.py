@@ -120,9 +120,11 @@ def test_a_scheduler_that_sees_the_token_it_judges_is_found_out(monkeypatch):
     assert p_value(write("dspark", SAMPLINGS["warm"], StaticThreshold(0.5), draws=4096), SAMPLINGS["warm"]) < ALARM
 
 
-@pytest.mark.long
 @pytest.mark.parametrize("method", toys.CLASSES)
-@pytest.mark.parametrize("sampling", SAMPLINGS)
+@pytest.mark.parametrize(
+    "sampling",
+    [pytest.param(name, marks=pytest.mark.long if name == "warm" else pytest.mark.nightly) for name in SAMPLINGS],
+)
 def test_the_distribution_with_many_draws(method, sampling):
     draws = max(MANY, MOST) if sampling == "all" else MANY
     written = write(method, SAMPLINGS[sampling], FixedLength(), draws=draws, seed=1 << 20)

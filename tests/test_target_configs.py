@@ -65,7 +65,7 @@ def test_every_target_has_the_same_settings(target: str) -> None:
 @pytest.mark.parametrize(
     ("method", "target"),
     [
-        pytest.param(method, target, marks=() if "dspark" in method or "qwen3_4b" in target else pytest.mark.long)
+        pytest.param(method, target, marks=() if "dspark" in method or "qwen3_4b" in target else pytest.mark.nightly)
         for method in METHODS
         for target in TARGETS
     ],

@@ -324,20 +324,20 @@ def test_wrong_positions_and_masks_are_found_out(attentive, monkeypatch):
             assert p_value(write("eagle3", BestFirst(30), 2048), SAMPLINGS["warm"]) < ALARM, mistake
 
 
-@pytest.mark.long
+@pytest.mark.nightly
 @pytest.mark.parametrize("name", SHAPES)
 @pytest.mark.parametrize("method", toys.METHODS)
 def test_the_distribution_of_method_and_builder_and_rule_with_many_draws(method, name):
     assert p_value(write(method, SHAPES[name], MANY, "all", 1 << 22), SAMPLINGS["all"]) > ALARM
 
 
-@pytest.mark.long
+@pytest.mark.nightly
 @pytest.mark.parametrize(("method", "name"), [("eagle3", "dynamic"), ("dspark", "static, drawn")])
 def test_the_distribution_of_both_rules_with_1e5_draws(method, name):
     assert p_value(write(method, SHAPES[name], MOST, "warm", 1 << 23), SAMPLINGS["warm"]) > ALARM
 
 
-@pytest.mark.long
+@pytest.mark.nightly
 @pytest.mark.parametrize("mistake", ["none", *WRONG])
 def test_the_distribution_and_the_mistakes_with_1e5_draws(mistake, attentive, monkeypatch):
     if mistake in WRONG:
@@ -346,7 +346,7 @@ def test_the_distribution_and_the_mistakes_with_1e5_draws(mistake, attentive, mo
     assert found < ALARM if mistake in WRONG else found > ALARM
 
 
-@pytest.mark.long
+@pytest.mark.nightly
 def test_a_renormalised_target_is_found_out_with_1e5_draws(monkeypatch):
     monkeypatch.setattr(specbench.decoding.tree_loop, "drawn_children", only_renormalised)
     assert p_value(write("dspark", SHAPES["static, drawn"], MOST, "warm", 1 << 24), SAMPLINGS["warm"]) < ALARM
