@@ -15,6 +15,7 @@ from transformers import AutoTokenizer
 import specbench.decoding.loop
 from experiments.cli import main
 from specbench.blocks import Context
+from specbench.checkpoints.draft_folder import save_draft
 from specbench.decoding.loop import Limits, decode, speculative_decode
 from specbench.decoding.sampling import Sampling, warp
 from specbench.drafts.baselines import NGram, OracleDraft, Small
@@ -26,6 +27,7 @@ from specbench.evaluation.token_classes import token_classes
 from specbench.models.target import Target, save
 from specbench.runs.run_folder import read_summary
 from tests import tiny, toys
+from tests.wandblog import offline_run
 
 PROMPTS = [[0, 3, 1], [2, 2], [4, 1, 0, 3, 2]]
 
@@ -198,3 +200,27 @@ def test_tokens_have_classes():
     classes = token_classes(tokenizer, ids)
     assert len(classes) == len(ids) and classes[-1] == "x" and set(classes[:-1]) <= set("dswc")
     assert "d" in classes and "w" in classes and "c" in classes
+
+
+def test_trees_from_the_command_line_reach_wandb_as_well(tmp_path, capsys):
+    """A draft with a confidence head, whose reliability is drawn for chains and has no meaning for trees."""
+    prompts, owner, draft = tmp_path / "asked.jsonl", tmp_path / "target", tiny.draft("dspark", "qwen3")
+    prompts.write_text("".join(json.dumps({"id": str(i), "prompt_ids": [5 + i, 6, 7]}) + "\n" for i in range(3)))
+    save(tiny.target("qwen3").model, None, owner)
+    config = tiny.target("qwen3").config
+    save_draft(draft, tmp_path / "draft", config, draft.settings | {"target_layer_ids": list(tiny.TAPS)})
+    words = ["evaluate", f"root={tmp_path}", f"target={owner}", f"draft={tmp_path / 'draft'}", "tracking=offline"]
+    words += [
+        f"prompts={prompts}",
+        "stop_token_ids=[]",
+        "max_new_tokens=9",
+        f"target.target_layer_ids={list(tiny.TAPS)}",
+    ]
+    written = {}
+    for tree in ("chain", "dynamic"):
+        assert main([*words, f"name={tree}", f"tree={tree}"]) == 0, capsys.readouterr().err
+        run = tmp_path / "runs" / "evaluate" / tree
+        assert offline_run(run).exit_code == 0
+        assert (run / "figures" / "reliability.png").exists() == (tree == "chain")
+        written[tree] = [json.loads(line)["output_ids"] for line in (run / "rounds.jsonl").read_text().splitlines()]
+    assert written["chain"] == written["dynamic"]  # temperature 0: the target's own text
