@@ -12,7 +12,10 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.core.object_type import ObjectType
 
 from specbench.cli.following import text
-from specbench.cli.sizes import offer_sizes
+from specbench.cli.sizes import offer_sizes, repository_of
+
+# The groups whose options add up: `callbacks=[default,learning_rate_monitor]`. Of every other group one is chosen.
+SEVERAL = ("callbacks", "choice", "experiment", "logger")
 
 
 @contextmanager
@@ -32,7 +35,7 @@ def options(group: str, search: Sequence[str] = ()) -> list[str]:
     """The options of a group, or nothing when there is no such group; `search` are overrides of hydra.searchpath."""
     if search:
         offer_sizes(loader(), search)
-    return loader().get_group_options(group, ObjectType.CONFIG, None, list(search))
+    return repository_of(loader(), search).get_group_options(group, ObjectType.CONFIG)
 
 
 def known_options(group: str) -> list[str]:
@@ -50,4 +53,5 @@ def search_path() -> list[str]:
 
 def groups() -> list[str]:
     """Every group that holds options, without Hydra's own."""
-    return [name for name in loader().list_groups("") if name != "hydra" and options(name)]
+    names = repository_of(loader()).get_group_options("", ObjectType.GROUP)
+    return [name for name in names if name != "hydra" and options(name)]

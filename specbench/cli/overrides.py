@@ -17,8 +17,9 @@ from hydra.errors import OverrideParseException
 from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
 
 from specbench.cli.comments import comments
-from specbench.cli.config_groups import groups, loader, options
+from specbench.cli.config_groups import SEVERAL, groups, loader, options
 from specbench.cli.errors import nearest
+from specbench.cli.following import text
 from specbench.cli.recording import recorded
 from specbench.cli.schema import takes_text
 from specbench.cli.settings import SCHEMAS, check_settings, takes
@@ -236,9 +237,14 @@ def _first(override: Override) -> str:
 
 
 def _check_option(group: str, value: Any, search: Sequence[str]) -> None:
-    for name in value if isinstance(value, list) else [value]:
-        known = options(group, search)
-        if isinstance(name, str) and name not in known and "/" not in name:
+    known, several = options(group, search), group in SEVERAL
+    if value is None or isinstance(value, dict) or (several and value == []):
+        return  # nothing to choose, or settings that Hydra itself puts into the group
+    for name in value if isinstance(value, list) and several else [value]:
+        if not isinstance(name, str):
+            amount = "one of, or a list of," if several else "one of"
+            raise ValueError(f"{group}={text(value)}: takes {amount} {', '.join(known)}")
+        if name not in known and "/" not in name:
             raise ValueError(f"{group} has no option '{name}'{nearest(name, known)} (there are {', '.join(known)})")
 
 

@@ -575,7 +575,7 @@ class AnswersSettings(Settings):
     seed: Seed
     servers: Annotated[TextList, AfterValidator(_distinct)]
     model: Text
-    api_key: Annotated[str, Told("a text")]
+    api_key: Text
     concurrency: Threads
     patience: PatienceArguments
     fast: bool = True

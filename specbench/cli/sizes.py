@@ -22,8 +22,9 @@ def offer_sizes(config_loader: Any, search: Sequence[str] = ()) -> None:
     """Make the options of the group `size` from every method's YAML; `search` are overrides of hydra.searchpath."""
     store = ConfigStore.instance()
     store.store(PUBLISHED, {}, group="size", package="method")
-    for name in config_loader.get_group_options("method", ObjectType.CONFIG, None, list(search)):
-        method = _method(config_loader, name, search)
+    repository = repository_of(config_loader, search)
+    for name in repository.get_group_options("method", ObjectType.CONFIG):
+        method = _method(repository, name, search)
         draft, sizes = method.get("draft") or {}, method.get("sizes") or {}
         changed = {key for size in sizes.values() for key in size}
         published = {key: draft.get(key) for key in sorted(changed)}
@@ -32,9 +33,17 @@ def offer_sizes(config_loader: Any, search: Sequence[str] = ()) -> None:
             store.store(f"{trainer}_{name}", node, group="size", package="method")
 
 
-def _method(config_loader: Any, name: str, search: Sequence[str]) -> dict[str, Any]:
-    """The content of a method's YAML, with that of the files that it is built on."""
+def repository_of(config_loader: Any, search: Sequence[str] = ()) -> Any:
+    """Hydra's files. Its own accessors copy every source first, which is needed for further folders (`search`) only and
+    takes half of the time of a composition."""
+    if not search:
+        return config_loader.repository
     _, repository = config_loader._parse_overrides_and_create_caching_repo(None, list(search))
+    return repository
+
+
+def _method(repository: Any, name: str, search: Sequence[str]) -> dict[str, Any]:
+    """The content of a method's YAML, with that of the files that it is built on."""
     loaded = repository.load_config(f"method/{name}")
     found = loaded.config
     if any(not default.is_self() for default in loaded.defaults_list or ()):
