@@ -52,7 +52,11 @@ def test_every_row_holds_what_it_kept(seed):
         one.write([chance.randint(0, size) for _ in one.rows], size)
         if chance.random() < 0.3 and len(one.rows) > 1:
             kept = chance.sample(range(len(one.rows)), len(one.rows) - 1)
-            one.cache, one.rows = one.cache.select(torch.tensor(kept)), [one.rows[r] for r in kept]
+            one.rows = [one.rows[r] for r in kept]
+            if chance.random() < 0.5:
+                one.cache = one.cache.select(torch.tensor(kept))
+            else:
+                one.cache.shrink(torch.tensor(kept))
         if chance.random() < 0.4:
             other = Writer(chance.randint(1, 2))
             other.next = one.next + 1e5 * chance.randint(1, 9)
@@ -87,6 +91,17 @@ def test_a_selection_shares_nothing_with_the_cache_it_came_from():
     chosen = writer.cache.select(torch.tensor([1]))
     chosen.write(0, *(torch.full((1, 2, G, D), 9e9) for _ in "kv"))
     writer.write([2, 2], 2)
+
+
+def test_shrinking_copies_only_the_rows_that_move():
+    writer = Writer(4)
+    writer.write([5, 3, 4, 2], 5)
+    keys, place = writer.cache.keys[0], writer.cache.keys[0].data_ptr()
+    keys[2] = float("nan")  # of the row that leaves: it is overwritten by the last one
+    writer.cache.shrink(torch.tensor([0, 1, 3]))
+    writer.rows = [writer.rows[r] for r in (0, 1, 3)]
+    assert writer.cache.keys[0].data_ptr() == place and len(writer.cache.keys[0]) == 3
+    writer.write([1, 2, 3], 3)
 
 
 def pairs(mask: torch.Tensor | None, rows: int, queries: int, stored: int) -> list:

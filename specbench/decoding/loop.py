@@ -109,11 +109,18 @@ class Lanes:
     draft: Any
     sampler: Sampler
 
-    def select(self, rows: list[int]) -> Lanes:
+    def without(self, done: list[int]) -> Lanes:
+        """The requests but those of the rows `done`, into whose places the last ones move. The target's state of these
+        lanes is used up."""
+        left = len(self.requests) - len(done)
+        rows, moving = list(range(left)), [r for r in range(left, len(self.requests)) if r not in done]
+        for hole, row in zip([r for r in done if r < left], moving, strict=True):
+            rows[hole] = row
         index = torch.tensor(rows, device=self.anchor.device)
         draft = None if self.draft is None else self.draft.select(index)
+        self.target.shrink(index)
         kept = [self.requests[r] for r in rows]
-        return Lanes(kept, self.anchor[index], self.target.select(index), draft, self.sampler.select(rows))
+        return Lanes(kept, self.anchor[index], self.target, draft, self.sampler.select(rows))
 
     def merge(self, other: Lanes) -> Lanes:
         draft = None if self.draft is None else self.draft.merge(other.draft)
@@ -208,8 +215,7 @@ def run(
         for r in done:
             yield _finish(lanes.requests[r], limits)
         if done:
-            alive = [r for r in range(len(lanes.requests)) if r not in done]
-            lanes = lanes.select(alive) if alive else None
+            lanes = lanes.without(done) if len(done) < len(lanes.requests) else None
 
 
 def _done(lanes: Lanes, limits: Limits) -> list[int]:

@@ -105,6 +105,20 @@ class KVCache:
         chosen.advance(0) if len(rows) else None
         return chosen
 
+    @torch.inference_mode()
+    def shrink(self, rows: Int[Tensor, " R"]) -> None:
+        """Keep the chosen rows, different ones, in this order. Rows that stay in their place are not copied, as all are
+        by `select`: of a large batch that loses a request now and then, that would be most of the time."""
+        chosen = torch.arange(len(rows), device=rows.device)
+        moved = rows != chosen
+        for stores in (self.keys, self.values):
+            for layer, stored in stores.items():
+                if moved.any():
+                    stored[chosen[moved]] = stored[rows[moved]]
+                stores[layer] = stored[: len(rows)]
+        self.lengths = self.lengths[rows]
+        self.advance(0)
+
     def merge(self, other: KVCache) -> KVCache:
         """Both caches' rows, this one's first."""
         both = KVCache(0, self.lengths.device)

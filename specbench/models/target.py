@@ -86,6 +86,10 @@ class TargetState:
         """The chosen requests."""
         return TargetState(self.cache.select(rows), self.tokens_only)
 
+    def shrink(self, rows: Int[Tensor, " R"]) -> None:
+        """Keep the chosen requests only, in this order; those that stay in their place are not copied."""
+        self.cache.shrink(rows)
+
     def merge(self, other: TargetState) -> TargetState:
         """Both states' requests; if one has tokens only, the other forgets its keys and values."""
         if self.tokens_only or other.tokens_only:

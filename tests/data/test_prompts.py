@@ -2,6 +2,7 @@
 
 import json
 import random
+from collections import Counter
 
 import numpy as np
 import pyarrow as pa
@@ -236,6 +237,8 @@ def test_benchmarks_are_divided_once_and_the_held_out_part_is_a_suite_of_its_own
     assert [row["source"] for row in train[:4]] == ["gsm8k", "chat", "gsm8k", "chat"]
     again = HeldOut("mine", benchmarks, str(tmp_path), held_out=4, limit=3)
     assert [c["id"] for split, c in again.conversations() if split == "validation"] == [row["id"] for row in held]
+    fewer = HeldOut("mine", benchmarks, str(tmp_path), held_out=4, limit=20, limits={"chat": 2}).conversations()
+    assert Counter(c["source"] for split, c in fewer if split == "train") == {"gsm8k": 20, "chat": 2}
     suite = Benchmarks("paper", [Benchmark("gsm8k", "math")], prompts=tmp_path / "out" / "validation.jsonl").load()
     assert {(p.benchmark, p.domain) for p in suite} == {("gsm8k", "math"), ("chat", "chat")}
     assert [p.turns for p in suite if p.benchmark == "chat"] == [
@@ -243,3 +246,5 @@ def test_benchmarks_are_divided_once_and_the_held_out_part_is_a_suite_of_its_own
     ]
     with pytest.raises(ValueError, match=r"data.source.held_out=12: benchmark chat has 12 prompts"):
         list(HeldOut("mine", benchmarks, str(tmp_path), held_out=12).conversations())
+    with pytest.raises(ValueError, match=r"data.source.limits has aime25, and the benchmarks here are gsm8k, chat"):
+        HeldOut("mine", benchmarks, str(tmp_path), limits={"aime25": 5})

@@ -225,8 +225,9 @@ class HeldOut(_Read):
     """Every prompt of some benchmarks: `held_out` of each, drawn once by `seed`, are for validation and the others for
     training. Prompts are read from `folder` (NAME.jsonl), or from the hub where it is None.
 
-    limit: at most so many training prompts of each benchmark. Benchmarks take turns, so the beginning of the training
-    file holds all of them. Held-out prompts come first: a training prompt that nearly repeats one is dropped.
+    limit: at most so many training prompts of each benchmark. limits: the same for single benchmarks by name, instead
+    of `limit`. Benchmarks take turns, so the beginning of the training file holds all of them. Held-out prompts come
+    first: a training prompt that nearly repeats one is dropped.
     """
 
     name: str
@@ -234,7 +235,14 @@ class HeldOut(_Read):
     folder: str | None = None
     held_out: Count = 24
     limit: Count | None = None
+    limits: dict[str, Count | None] | None = None
     seed: Seed = 0
+
+    def __post_init__(self) -> None:
+        if unknown := sorted(set(self.limits or {}) - set(self.benchmarks)):
+            raise ValueError(
+                f"data.source.limits has {', '.join(unknown)}, and the benchmarks here are {', '.join(self.benchmarks)}"
+            )
 
     def conversations(self) -> Iterator[tuple[str | None, Conversation]]:
         """Questions without answers. A benchmark that would leave nothing to train on is an error that names it."""
@@ -252,7 +260,8 @@ class HeldOut(_Read):
             order = np.random.default_rng(self.seed).permutation(len(pool))
             chosen = [pool[place] for place in order]
             parts["validation"].append(chosen[: self.held_out])
-            parts["train"].append(chosen[self.held_out :][: self.limit])
+            limit = (self.limits or {}).get(name, self.limit)
+            parts["train"].append(chosen[self.held_out :][:limit])
         for split, each in parts.items():
             for turn in zip_longest(*each):
                 for prompt in turn:
