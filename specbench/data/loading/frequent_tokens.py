@@ -17,20 +17,24 @@ ROWS = 64  # conversations read at once
 def frequent_tokens(data: StepData, size: int, always: Sequence[int]) -> tuple[Int[Tensor, " W"], float]:
     """Ids of the `size` most frequent supervised tokens, ascending, and the share of the supervised text they cover.
 
-    `always` (stop tokens) belong to them whatever their count. Errors: ValueError for a size that cannot be.
+    Of equally frequent ones, those that are more frequent in the whole conversations come first: answers repeat names
+    and numbers of their questions. `always` (stop tokens) belong to them whatever their count. Errors: ValueError for a
+    size that cannot be.
     """
     whole = len(data.tables.embedding)
     if not len(always) < size <= whole:
         raise ValueError(f"method.vocabulary={size}: choose more than {len(always)} and at most {whole} tokens")
-    counts = torch.zeros(whole, dtype=torch.long)
+    counts, everywhere = torch.zeros(whole, dtype=torch.long), torch.zeros(whole, dtype=torch.long)
     rows = data.rows[0]
     # Tokens and masks alone, where the states lie on disk.
     source = data.of_tokens() if isinstance(data, TargetCache) else data
     for start in range(0, len(rows), ROWS):
         for sample in source.samples(rows[start : start + ROWS]):
             counts += torch.bincount(sample.tokens[sample.loss_mask].long(), minlength=whole)
+            everywhere += torch.bincount(sample.tokens.long(), minlength=whole)
     total = int(counts.sum())
-    counts[list(always)] = total + 1
-    ids = counts.argsort(descending=True, stable=True)[:size].sort().values
-    counts[list(always)] = 0
+    rank = counts.clone()
+    rank[list(always)] = total + 1
+    order = everywhere.argsort(descending=True, stable=True)
+    ids = order[rank[order].argsort(descending=True, stable=True)][:size].sort().values
     return ids, int(counts[ids].sum()) / total
