@@ -324,6 +324,7 @@ target vocabulary=10 | vocabulary=10: takes
 target training.warmup=-1 | warmup=-1: takes
 prompts validation=1 | validation=1: takes
 prompts ngram=0 | ngram=0: takes
+prompts data=held_out data.source.limits={gsm8k:0} | limits.gsm8k=0: takes
 """
 
 

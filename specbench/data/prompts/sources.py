@@ -235,7 +235,7 @@ class HeldOut(_Read):
     folder: str | None = None
     held_out: Count = 24
     limit: Count | None = None
-    limits: dict[str, Count | None] | None = None
+    limits: dict[str, Count] | None = None
     seed: Seed = 0
 
     def __post_init__(self) -> None:
