@@ -39,6 +39,11 @@ def of_decoding(row: Mapping[str, Any]) -> Facts:
         if found.get(key, ...) is None:
             del found[key]
     found |= {key: row[f"summary.protocol.{key}"] for key in STATED if f"summary.protocol.{key}" in row}
+    # Trees are known by their label, which names their kind and size; the keys of their settings differ by kind.
+    label = row.get("summary.protocol.tree")
+    if label is not None or found.get("tree", ...) is None:
+        found = {key: value for key, value in found.items() if key.partition(".")[0] != "tree"}
+        found |= {} if label is None else {"tree": label}
     if row.get("summary.lineage.target") is not None:
         found["target weights"] = str(row["summary.lineage.target"])[:8]
     return tuple(sorted(found.items()))

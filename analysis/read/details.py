@@ -1,4 +1,5 @@
-"""Optional columns of records.parquet: every round in order, the class of every token, teacher-forced sums.
+"""Optional columns of records.parquet: every round in order, the class of every token, teacher-forced sums, and counts
+by depth and rank in token trees.
 
 These columns are larger than the rest, so they are read only if a table needs them. Records without them (older ones)
 are counted and reported.
@@ -22,7 +23,7 @@ from analysis.read.runs import Runs
 from analysis.statistics.acceptance_gap import TeacherForcedSums
 from specbench.runs.run_schema import OPTIONAL
 
-DETAILS = [OPTIONAL.field(name) for name in ("by_round", "token_classes", "teacher_forced")]
+DETAILS = [OPTIONAL.field(name) for name in ("by_round", "token_classes", "teacher_forced", "by_rank")]
 
 
 def rounds(runs: Runs) -> pd.DataFrame:
@@ -77,6 +78,19 @@ def classes(runs: Runs, known: pd.DataFrame) -> pd.DataFrame:
             "accepted": slot <= accepted[index],
         }
     )
+
+
+def ranks(runs: Runs) -> pd.DataFrame:
+    """One row per record, depth and rank of token trees: prompt, depth (from 1), rank (from 0), how many of the nodes
+    that were reached had a child there (offered), and how many of these were accepted. Empty for chains."""
+    parts = [np.zeros((0, 5), np.int64)]
+    for places, columns in _files(runs):
+        lists = columns["by_rank"].take(pa.array(runs.records["row"].to_numpy()[places]))
+        sizes = pc.fill_null(pc.list_value_length(lists), 0).to_numpy(zero_copy_only=False).astype(np.int64)
+        counted = lists.flatten().flatten().to_numpy(zero_copy_only=False).astype(np.int64).reshape(-1, 4)
+        prompts = runs.records["prompt"].to_numpy()[places]
+        parts.append(np.column_stack([np.repeat(prompts, sizes), counted]))
+    return pd.DataFrame(np.concatenate(parts), columns=["prompt", "depth", "rank", "offered", "accepted"])
 
 
 def forced(runs: Runs) -> tuple[TeacherForcedSums, Runs] | None:

@@ -21,6 +21,10 @@ READ = pa.schema([field for field in COLUMNS if field.name != HISTOGRAM])
 TEXT = [field.name for field in READ if pa.types.is_string(field.type)]
 HASH = OPTIONAL.field("prompt_hash")  # null in older files
 NODES = OPTIONAL.field("nodes")  # of chains: the tokens proposed
+TREE = OPTIONAL.field("tree")  # of chains, and in files of before there were trees: CHAIN
+CHAIN = "chain"
+MORE = (HASH, TREE, NODES)
+ALL_READ = pa.schema([*READ, *MORE])
 CLUSTER = ("suite", "benchmark", "prompt_key")
 IDENTITY = ("source", "benchmark", "prompt_id", "turn", "seed", "temperature", "scheduler", "method", "target")
 
@@ -53,16 +57,16 @@ def read_table(file: Path) -> Table:
         missing = [name for name in COLUMNS.names if name not in present]
         if missing:
             raise ValueError(f"{file.name} lacks the column {', '.join(missing)}")
-        more = [field.name for field in (HASH, NODES) if field.name in present]
+        more = [field.name for field in MORE if field.name in present]
         table = parquet.read([*COLUMNS.names, *more], use_threads=False)
     sizes, triples = _unpack(table[HISTOGRAM], file.name)
     columns = [_cast(table[field.name], field, file.name) for field in READ]
-    for field in (HASH, NODES):
+    absent = {TREE.name: pa.scalar(CHAIN), NODES.name: columns[READ.get_field_index("proposed")]}
+    for field in MORE:
         held = field.name in more
-        columns.append(_cast(table[field.name], field, file.name) if held else pa.nulls(len(table), field.type))
-    proposed = columns[READ.get_field_index("proposed")]
-    columns[-1] = pc.coalesce(columns[-1], proposed)
-    return Table(pa.table(columns, READ.append(HASH).append(NODES)), sizes, triples)
+        column = _cast(table[field.name], field, file.name) if held else pa.nulls(len(table), field.type)
+        columns.append(pc.coalesce(column, absent[field.name]) if field.name in absent else column)
+    return Table(pa.table(columns, ALL_READ), sizes, triples)
 
 
 def _cast(column: pa.ChunkedArray, field: pa.Field, name: str) -> pa.ChunkedArray:
@@ -100,13 +104,13 @@ def _sizes(lists: pa.ListArray) -> np.ndarray:
 def concatenate(tables: Sequence[tuple[int, Table]]) -> tuple[pd.DataFrame, pd.DataFrame]:
     """The records of many runs and their histogram cells in long form; the number is each table's row in `runs`."""
     if not tables:
-        records = READ.append(HASH).append(NODES).empty_table().to_pandas()
+        records = ALL_READ.empty_table().to_pandas()
         cells = np.zeros((0, 3), np.int64)
         nothing = {name: np.zeros(0, np.int64) for name in ("source", "row", "prompt_key", "prompt")}
         return records.assign(**nothing), _cells(np.zeros(0, np.int64), cells)
     joined = pa.concat_tables([table.columns for _, table in tables])
     # Text values repeat often: categories keep a million records in memory and make grouping fast.
-    records = joined.to_pandas(categories=[*TEXT, HASH.name])
+    records = joined.to_pandas(categories=[*TEXT, HASH.name, TREE.name])
     records["source"] = np.repeat([source for source, _ in tables], [len(table.columns) for _, table in tables])
     # Where the record stands in its own file, for what is read later (analysis.read.details).
     records["row"] = np.concatenate([np.arange(len(table.columns)) for _, table in tables])

@@ -173,10 +173,7 @@ def by_slot(
     """Conditional acceptance (or survival) by slot with its bounds, from the prompts that have rounds there.
 
     A slot that no round reached is empty. Survival and both of its bounds never increase along the block
-    (`nonincreasing`).
-
-    If all rounds of a slot had the same outcome, every resample is equal and the bootstrap interval would have length
-    zero. The open end is then the exact (Clopper-Pearson) bound with each prompt as one trial.
+    (`nonincreasing`). Bounds of rates 0 and 1: `exact_ends`.
     """
     total = counts.total()
     trials = counts.reached if conditional else counts.offered
@@ -187,14 +184,24 @@ def by_slot(
     prompts = (trials > 0).sum(0)
     each = [bounds(drawn[:, k], int(n)) for k, n in enumerate(prompts)]
     low, high = (np.array([pair[end] for pair in each], dtype=float) for end in (0, 1))
-    several = prompts >= 2
-    open_end = ((1 - LEVEL) / 2) ** (1 / np.maximum(prompts, 1))
-    low = np.where(several & (value == 1), open_end, low)
-    high = np.where(several & (value == 0), 1 - open_end, high)
+    low, high = exact_ends(value, low, high, prompts)
     if not conditional:
         low, high = nonincreasing_bounds(value, low, high)
     unreached = total.reached == 0
     return tuple(np.where(unreached, np.nan, curve) for curve in (value, low, high))
+
+
+def exact_ends(
+    value: Float[np.ndarray, " K"], low: Float[np.ndarray, " K"], high: Float[np.ndarray, " K"], prompts: np.ndarray
+) -> tuple[Float[np.ndarray, " K"], Float[np.ndarray, " K"]]:
+    """Bounds of rates of which some are 0 or 1, each from so many `prompts`.
+
+    If all outcomes were the same, every resample is equal and the bootstrap interval would have length zero. The open
+    end is then the exact (Clopper-Pearson) bound with each prompt as one trial.
+    """
+    several = prompts >= 2
+    open_end = ((1 - LEVEL) / 2) ** (1 / np.maximum(prompts, 1))
+    return np.where(several & (value == 1), open_end, low), np.where(several & (value == 0), 1 - open_end, high)
 
 
 def survival_product(

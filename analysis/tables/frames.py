@@ -23,7 +23,7 @@ from analysis.tables import groups as grouping
 from analysis.tables.groups import Group
 from analysis.tables.protocols import clash
 
-KEYS = ("target", "method", "suite", "benchmark", "domain", "temperature", "scheduler")
+KEYS = ("target", "method", "suite", "benchmark", "domain", "temperature", "scheduler", "tree")
 # low, high: of these checkpoints (prompts); method_low, method_high: of the method (prompts and trainings).
 METHOD_BOUNDS = ("method_low", "method_high")
 MEASURES = ("accepted_length", "low", "high", "per_prompt", "prompts", "rounds", "seeds", *METHOD_BOUNDS)
@@ -103,11 +103,11 @@ def macro_average(found: Sequence[Group], resamples: int = RESAMPLES, seed: int 
     rows, memo = [], {}
     for _, part in grouping.sections(found):
         places = grouping.domains(part)
-        for domain, benchmarks in _scopes(places):
+        for domain, benchmarks in macro_scopes(places):
             every = {
                 name: strata for name, own in grouping.variants(part).items() if (strata := _in_order(own, benchmarks))
             }
-            shared = _macro_variance(list(every.values()), seed, memo)
+            shared = macro_variance(list(every.values()), seed, memo)
             for strata in every.values():
                 value = statistics.macro([group.counts for group in strata], resamples, seed)
                 numbers = {"accepted_length": value.value, "low": value.low, "high": value.high}
@@ -129,7 +129,7 @@ def _trainings(strata: Sequence[Group]) -> int:
     return min(len(group.seeds) for group in strata)
 
 
-def _macro_variance(rows: Sequence[Sequence[Group]], seed: int, memo: dict) -> SeedVariance:
+def macro_variance(rows: Sequence[Sequence[Group]], seed: int, memo: dict) -> SeedVariance:
     """The variance between trainings of a macro average, pooled over the methods that have all of its benchmarks."""
     most = max(map(len, rows), default=0)
     return training_seeds.pooled(
@@ -141,7 +141,7 @@ def _macro_variance(rows: Sequence[Sequence[Group]], seed: int, memo: dict) -> S
     )
 
 
-def _scopes(places: dict[str, list[str]]) -> list[tuple[str, list[str]]]:
+def macro_scopes(places: dict[str, list[str]]) -> list[tuple[str, list[str]]]:
     return [*places.items(), (ALL, [name for names in places.values() for name in names])]
 
 
@@ -251,21 +251,21 @@ def differences(
         places = grouping.domains(part)
         by_variant = {name: {g.benchmark: g for g in own} for name, own in grouping.variants(part).items()}
         scopes = [("benchmark", d, [b]) for d, names in places.items() for b in names]
-        scopes += [("macro", domain, names) for domain, names in _scopes(places)]
+        scopes += [("macro", domain, names) for domain, names in macro_scopes(places)]
         block = []
         for scope, domain, names in scopes:
             whole = [[own[name] for name in names] for own in by_variant.values() if all(n in own for n in names)]
-            shared = _macro_variance(whole, seed, memo)
+            shared = macro_variance(whole, seed, memo)
             for a, b in combinations(by_variant, 2):
                 head = {**section, "scope": scope, "domain": domain, "benchmark": ",".join(names)}
                 pair = [[by_variant[v].get(name) for name in names] for v in (a, b)]
-                block.append(head | {"a": a, "b": b} | _pair(pair, resamples, seed, minimum, memo, shared))
-        rows += _judged(block, holm)
+                block.append(head | {"a": a, "b": b} | paired_difference(pair, resamples, seed, minimum, memo, shared))
+        rows += judged(block, holm)
     columns = (*grouping.SECTION, "scope", "domain", "benchmark", "a", "b", *NUMBERS, *VERDICTS)
     return pd.DataFrame(rows) if rows else pd.DataFrame(columns=columns)
 
 
-def _judged(block: list[dict[str, Any]], holm: bool) -> list[dict[str, Any]]:
+def judged(block: list[dict[str, Any]], holm: bool) -> list[dict[str, Any]]:
     """The rows of a section with their verdicts; the macro average of one benchmark is that benchmark, one test."""
     tests: dict[tuple[str, ...], dict[str, Any]] = {}
     for row in block:
@@ -301,7 +301,7 @@ def _verdict(row: dict[str, Any]) -> str:
     return f"{word} for these checkpoints; {trained}"
 
 
-def _pair(
+def paired_difference(
     pair: list[list[Any]], resamples: int, seed: int, minimum: float, memo: dict, shared: SeedVariance
 ) -> dict[str, Any]:
     a, b = pair

@@ -1,8 +1,8 @@
 """Grouping of records: sections (one table each), variants (its rows) and benchmarks (its columns).
 
-A section has one target, suite, temperature, scheduler, accounting and thinking mode; a variant is a method and the
-values of `group_by`; a row is one configuration of a variant, whose runs differ only in seeds. Numbers of different
-accountings, thinking modes or suites are never put into one column.
+A section has one target, suite, temperature, scheduler, kind of token trees (or chains), accounting and thinking mode;
+a variant is a method and the values of `group_by`; a row is one configuration of a variant, whose runs differ only in
+seeds. Numbers of different accountings, thinking modes or suites are never put into one column.
 """
 
 from __future__ import annotations
@@ -17,10 +17,11 @@ import numpy as np
 import pandas as pd
 
 from analysis.read.configurations import PROTOCOL, prompt_sets, shortest, told_apart, words
+from analysis.read.records import CHAIN
 from analysis.read.runs import DECIDED, Runs, shown
 from analysis.statistics.histograms import Counts
 
-SECTION = ("target", "suite", "temperature", "scheduler", "accounting", "thinking")
+SECTION = ("target", "suite", "temperature", "scheduler", "tree", "accounting", "thinking")
 SINGLE = ("accounting", "thinking", "suite")
 PLACE = ("domain", "benchmark")
 METHOD_ORDER = (
@@ -98,11 +99,12 @@ def label(variant: dict[str, Any], short: dict[str, Any] | None = None) -> str:
 
 
 def title(section: dict[str, Any]) -> str:
-    """Title of a section; the scheduler `fixed` and the thinking mode `false` are not mentioned."""
+    """Title of a section; the scheduler `fixed`, chains and the thinking mode `false` are not mentioned."""
     parts = [shown(section["target"])] if "target" in section else []
     parts += [f"suite {shown(section['suite'])}"] if section.get("suite") is not None else []
     parts += [f"temperature {shown(section['temperature'])}"] if "temperature" in section else []
     parts += [f"scheduler {shown(section['scheduler'])}"] if section.get("scheduler") not in (None, "fixed") else []
+    parts += [f"tree {shown(section['tree'])}"] if section.get("tree") not in (None, CHAIN) else []
     parts += [f"accounting {shown(section['accounting'])}"]
     parts += ["thinking"] if section.get("thinking") in ("true", "on") else []
     return ", ".join(parts)
@@ -129,7 +131,7 @@ def collect(runs: Runs, group_by: Sequence[str] = ()) -> list[Group]:
                 f"column; keep one with the filter {key}={values[0]}, or give each its own table with group_by=[{key}]"
             )
     variant = ["method", *(key for key in group_by if key not in (*SINGLE, "method", *PLACE))]
-    # Grouping by scheduler.threshold tells schedulers apart: they are then rows of one table.
+    # Grouping by scheduler.threshold or tree.budget tells schedulers or trees apart: they are then rows of one table.
     section = [key for key in SECTION if not any(name == key or name.startswith(f"{key}.") for name in variant)]
     prompts = prompt_sets(runs.records)
     named: dict[tuple[Any, ...], list[tuple[dict[str, Any], Runs]]] = {}
@@ -227,7 +229,7 @@ def domains(groups: Sequence[Group]) -> dict[str, list[str]]:
 def _order(group: Group) -> tuple[Any, ...]:
     natural = [_natural(value) for key, value in group.variant.items() if key != "method"]
     return (
-        [_natural(value) for value in group.section.values()],
+        [_natural(None if value == CHAIN else value) for value in group.section.values()],  # chains before trees
         _rank(group.method, METHOD_ORDER),
         natural,
         [_natural(value) for value in group.short.values()],

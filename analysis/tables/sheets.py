@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
+from analysis.read.records import CHAIN
 from analysis.read.runs import shown
 from analysis.statistics.intervals import FEWEST
 from analysis.tables import groups as grouping
@@ -20,6 +21,11 @@ from analysis.tables.frames import ALL, METHOD_BOUNDS
 from analysis.tables.groups import Group
 
 MISSING = "-"
+TREE_NOTE = (
+    "Chain and trees: macro average of the accepted length with this tree; tokens that the target reads in a round; "
+    "milliseconds of a round on the machine that decoded. Each tree has a table of its own; trees.csv has the paired "
+    "differences to the chains."
+)
 SUFFIXES = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
 
 
@@ -55,7 +61,8 @@ def main(
     """One sheet per section: variants as rows, benchmarks as columns by domain, macro averages at the end of each
     domain.
 
-    If `costs` (analysis.tables.costs) has measured speedups, the two last columns show them and the predicted ones.
+    If `costs` (analysis.tables.costs) has measured speedups, the two last columns show them and the predicted ones. If
+    the same rows were decoded with chains and with trees, the sheet of the chains has columns about both.
     """
     sheets = []
     for section, part in grouping.sections(found):
@@ -85,6 +92,12 @@ def main(
         names += ["prompts", "seeds"]
         spans.append(("", 2))
         notes = [*_notes(part, own_macros, own_pairs, method), *protocols.notes(part)]
+        if costs is not None and (beside := _trees(section, labels, macros, costs, method)):
+            for tree, (heads, cells) in beside.items():
+                names += heads
+                spans.append((tree, len(heads)))
+                rows = [[*row, *more] for row, more in zip(rows, cells, strict=True)]
+            notes.append(TREE_NOTE)
         if costs is not None:
             timed = _speedups(only(costs, section), labels)
             for batch, cells in timed.items():
@@ -100,6 +113,41 @@ def main(
                 )
         sheets.append(Sheet("accepted_length", grouping.title(section), ["method", *names], rows, spans, notes))
     return sheets
+
+
+def _trees(
+    section: dict, labels: Sequence[str], macros: pd.DataFrame, costs: pd.DataFrame, method: bool
+) -> dict[str, tuple[list[str], list[list[Cell]]]]:
+    """Columns about chains and about every tree with which rows of this section of chains were decoded too: by tree,
+    their names, and their cells for every label. Empty where there are no trees, or this is a section of them."""
+    if section.get("tree") != CHAIN:
+        return {}
+    same = {key: value for key, value in section.items() if key != "tree"}
+    whole = only(macros, same)
+    whole = whole[(whole["domain"] == ALL) & whole["variant"].isin(labels)]
+    trees = [tree for tree in whole["tree"].unique() if tree != CHAIN]
+    found = {}
+    for tree in [CHAIN, *trees] if trees else []:
+        length = whole[whole["tree"] == tree].set_index("variant")
+        rates = only(costs, section | {"tree": tree}).drop_duplicates("variant").set_index("variant")
+        rows = []
+        for label in labels:
+            cells = [] if tree == CHAIN else [_length_cell(length, label, method)]
+            for rate, factor in (("verified_per_round", 1.0), ("seconds_per_round", 1e3)):
+                value = rates[rate].get(label, np.nan) * factor
+                cells.append(Cell(_number(value, 2), sort=value))
+            rows.append(cells)
+        found[str(tree)] = ([*([] if tree == CHAIN else ["macro"]), "verified", "ms"], rows)
+    return found
+
+
+def _length_cell(lengths: pd.DataFrame, label: str, method: bool) -> Cell:
+    if label not in lengths.index:
+        return Cell(MISSING)
+    row = lengths.loc[label]
+    ends = METHOD_BOUNDS if method else ("low", "high")
+    dagger = "" if row["complete"] else "†"
+    return Cell(bracket(row["accepted_length"], *(row[end] for end in ends)) + dagger, sort=row["accepted_length"])
 
 
 def _speedups(costs: pd.DataFrame, labels: Sequence[str]) -> dict[str, list[list[Cell]]]:

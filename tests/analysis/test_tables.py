@@ -39,7 +39,7 @@ def found(root):
 
 def test_accepted_length_rows(found, root):
     frame = tables.accepted_length(found, 100)
-    assert tuple(frame.columns[:16]) == (*tables.KEYS, *tables.MEASURES)
+    assert tuple(frame.columns[:17]) == (*tables.KEYS, *tables.MEASURES)
     assert frame["method"].drop_duplicates().tolist() == ["eagle3", "dflash", "dspark"]
     records = runs.load(root).where("method=dspark benchmark=mbpp").records
     row = frame[(frame["method"] == "dspark") & (frame["benchmark"] == "mbpp")].iloc[0]
@@ -294,7 +294,7 @@ def test_terminal_marks_the_best_without_colour_codes():
 def test_csv_has_exactly_the_documented_columns(found, tmp_path):
     file = writers.csv(tables.accepted_length(found, 20), tmp_path / "a.csv", (*tables.KEYS, *tables.MEASURES))
     assert file.read_text().splitlines()[0] == (
-        "target,method,suite,benchmark,domain,temperature,scheduler,accepted_length,low,high,per_prompt,prompts,"
+        "target,method,suite,benchmark,domain,temperature,scheduler,tree,accepted_length,low,high,per_prompt,prompts,"
         "rounds,seeds,method_low,method_high"
     )
     assert len(pd.read_csv(file)) == 3 * len(DOMAINS)
