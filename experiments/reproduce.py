@@ -5,9 +5,10 @@
 The experiment is configs/experiment/NAME.yaml: a sweep (`hydra.sweeper.params`) and, where it is more than a sweep of
 trainings, `study`: `verb` (train, evaluate or serve) with the trainings it needs in `train`, `calibrate`, `tune`
 (learning rates tried for each method first), `target` (how to make the target first), `stages` (settings of the stages
-before training), `speed` (settings of a speed measurement of each draft, with each tree of its evaluations), `caches`,
-`baseline`, and `group_by` of the comparison. Runs are named by what decides their result, so experiments below one
-`root` share them, and `specbench train -m +experiment=NAME` makes the same ones.
+before training), `speed` (settings of a speed measurement of each draft, with each tree of its evaluations), `trees`
+(options of the group `tree` with which each draft is evaluated), `baselines` (drafts without training, evaluated beside
+them), `caches`, `baseline`, and `group_by` of the comparison. Runs are named by what decides their result, so
+experiments below one `root` share them, and `specbench train -m +experiment=NAME` makes the same ones.
 """
 
 from __future__ import annotations
@@ -63,7 +64,7 @@ def run(cfg: DictConfig, given: Sequence[str] | None = None) -> Path:
             say(f"reproduce {cfg.name}: run {number} of {len(jobs)}")
             with as_command(["train", *everywhere, *words, "evaluate=false"]):
                 folder, own, trees = train.run(with_values(job, evaluate=False)), [], []
-            for overrides in study.evaluations or [[f"temperature={t}"] for t in job.temperatures]:
+            for overrides in study.decodings(job.temperatures):
                 asked = train.evaluation_of(job, folder, overrides)
                 own.append(evaluate.run(asked))
                 trees += [] if asked.get("tree") in trees else [asked.get("tree")]
@@ -75,6 +76,7 @@ def run(cfg: DictConfig, given: Sequence[str] | None = None) -> Path:
                 for rounds in own:
                     asked = [*beside, f"rounds={rounds}", f"name={rounds.name}"]
                     calibrated.append(calibrate.run(composed("calibrate", asked)))
+        decoded += [evaluate.run(asked) for asked in baselines_of(study, jobs[0])]
         servings = study.servings([job.method.name for job in jobs], decoded)
         served = [serve.run(composed("serve", [*beside, *job])) for job in servings]
         asked = composed("report", [f"root={cfg.root}", f"name={cfg.name}", f"project={cfg.project}"])
@@ -132,6 +134,13 @@ def speed_of(job: DictConfig, folder: Path, overrides: Sequence[str], tree: Dict
     return child
 
 
+def baselines_of(study: Study, job: DictConfig) -> list[DictConfig]:
+    """The configurations of the evaluations of the study's baselines, on the prompts of `job`'s evaluation."""
+    return [
+        train.evaluation_of(job, Path(name), [f"temperature={t}"]) for t in job.temperatures for name in study.baselines
+    ]
+
+
 def check_all(
     study: Study, jobs: Sequence[DictConfig], before: Sequence[tuple[str, list[str]]], everywhere: Sequence[str]
 ) -> None:
@@ -141,11 +150,13 @@ def check_all(
     decoded: list[Path] = []
     for job in jobs:
         checks.ahead("train", job)
-        for overrides in study.evaluations or [[f"temperature={t}"] for t in job.temperatures]:
+        for overrides in study.decodings(job.temperatures):
             decoded.append(Path("decoded") / str(len(decoded)))
             checks.check_before("evaluate", train.evaluation_of(job, decoded[-1], overrides))
         if study.speed:
             checks.check_before("speed", speed_of(job, Path("drafts") / str(len(decoded)), study.speed))
+    for asked in baselines_of(study, jobs[0]):
+        checks.check_before("evaluate", asked)
     for overrides in study.servings([job.method.name for job in jobs], decoded):
         checks.check_before("serve", composed("serve", [*everywhere, *overrides]))
 
@@ -169,9 +180,11 @@ def plan(cfg: DictConfig, study: Study, jobs: Sequence[DictConfig]) -> None:
     names = dict.fromkeys(train.run_name(job) for job in jobs)
     markers = [read_json(Path(cfg.root) / "runs" / "train" / name / MARKER, None) for name in names]
     missing = sum(cfg.force or marker is None or marker["status"] != "finished" for marker in markers)
-    each = len(study.evaluations) or len(jobs[0].temperatures)
+    each = len(study.decodings(jobs[0].temperatures))
     print(f"{cfg.name}: {study.question}")
     print(f"  {len(names)} trainings on {jobs[0].target.name}, {missing} of them to do; {each} evaluations each")
+    if study.baselines:
+        print(f"  beside them {', '.join(study.baselines)}, which are not trained")
     if study.tune:
         searches = len({job.method.name for job in jobs})
         print(f"  before them {searches} searches for a learning rate, of {study.tune} rates each")

@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 
 from experiments.cli import main
-from experiments.reproduce import before_training, cost_of_a_run
+from experiments.reproduce import baselines_of, before_training, cost_of_a_run
 from specbench.cli.assembly import composed
 from specbench.cli.stages import MARKER
 from specbench.cli.studies import Study, study_of
@@ -23,6 +23,7 @@ def test_the_plan_is_printed_and_nothing_starts_unasked(tmp_path: Path, capsys: 
     assert main(["reproduce", "table1_main", *SMALL, f"root={tmp_path}"]) == 2
     said = capsys.readouterr()
     assert "3 trainings on embedded, 3 of them to do; 2 evaluations each" in said.out
+    assert "beside them ngram, suffix, which are not trained" in said.out
     assert "add yes=true" in said.err
     assert not list(tmp_path.iterdir())
 
@@ -48,6 +49,18 @@ def test_the_cost_of_a_run_is_the_mean_of_those_that_finished(tmp_path: Path) ->
     ):
         write_json(tmp_path / "runs" / kind / name / MARKER, {"seconds": seconds, "status": status, "config": config})
     assert cost_of_a_run(tmp_path, job, 2) == (15.0 + 2 * 4.0, "mean of the finished runs here")
+
+
+def test_the_main_table_has_every_method_with_chains_and_trees() -> None:
+    study = study_of("table1_main")
+    asked = {job[1].removeprefix("method=") for job in study.trainings}
+    assert asked == {file.stem for file in (Path("configs") / "method").glob("*.yaml")}
+    assert study.decodings([0.0, 1.0]) == [
+        [f"temperature={t}", f"tree={tree}"] for t in (0.0, 1.0) for tree in ("chain", "best_first")
+    ]
+    beside = baselines_of(study, composed("train", study.trainings[0]))
+    assert [(one.draft, one.tree, one.temperature) for one in beside] == [("ngram", None, 0), ("suffix", None, 0)]
+    assert study_of("fig2_position").decodings([1.0]) == [["temperature=1.0", "tree=chain"]]
 
 
 def test_simulations_replay_the_rounds_of_each_draft_against_the_baselines(tmp_path: Path) -> None:

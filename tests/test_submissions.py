@@ -11,6 +11,9 @@ import pytest
 from experiments.cli import main
 from specbench.cli.assembly import composed
 from specbench.cli.overrides import named
+from specbench.decoding.tree_shapes import BestFirst, DynamicTree, StaticTree, TopW, tree_of, tree_settings
+from specbench.library.submission import protocol_of_result
+from specbench.runs.result_schema import Result
 
 SIGNED = "signed_off_by='Ada Lovelace <ada@example.org>'"
 
@@ -102,6 +105,35 @@ def test_other_drafts_tokens_and_rounds_are_told(
     said = capsys.readouterr()
     assert "turn 0: other output tokens" in said.out and "1 of 1 results are not in order" in said.err
     assert not list(tmp_path.glob("*.verified.json"))
+
+
+def test_the_trees_of_a_result_are_made_again_from_its_settings(
+    measured: tuple[Path, Path, Path], tmp_path: Path
+) -> None:
+    """From the settings that an evaluation writes, and refused where they are not there or not those of the label."""
+    _, _, run = measured
+    content = json.loads(submitted(run, tmp_path).read_text())
+
+    def stated(label: str, settings: dict | None) -> Result:
+        return Result.model_validate(content | {"protocol": content["protocol"] | {"tree": label}, "tree": settings})
+
+    shapes = [
+        StaticTree([[0], [1], [0, 0]], rule="drawn_children"),
+        DynamicTree(16, 3, 5),
+        BestFirst(9, None, 4),
+        TopW(12, 5),
+    ]
+    for shape in shapes:
+        written = json.loads(json.dumps(tree_settings(shape)))
+        assert protocol_of_result(stated(shape.label, written)).tree == tree_of(written)
+        assert tree_of(written).label == shape.label and tree_of(written).rule == shape.rule
+    written = tree_settings(shapes[2])
+    with pytest.raises(ValueError, match="does not hold the settings of its trees"):
+        protocol_of_result(stated("best-first-9-d4", None))
+    with pytest.raises(ValueError, match="names the trees best-first-8, and its settings give best-first-9-d4"):
+        protocol_of_result(stated("best-first-8", written))
+    with pytest.raises(ValueError, match="kind"):
+        stated("x", written | {"kind": "os.system"})
 
 
 @pytest.mark.parametrize(

@@ -67,12 +67,12 @@ def accepted_length(found: Sequence[Group], resamples: int = RESAMPLES, seed: in
     """One row per variant and benchmark: pooled accepted length with its intervals, per-prompt mean, counts."""
     rows, shared = [], _shared_variance(found, lambda sums: sums.accepted_length, seed)
     for group in found:
-        counts, trainings = group.counts, len(group.seeds)
+        counts = group.counts
         value = statistics.accepted_length(counts, resamples, seed)
         per_prompt = float(counts.total().accepted_length_per_prompt)
         numbers = (value.value, value.low, value.high, per_prompt, len(counts.prompts), int(counts.rounds.sum()))
-        wider = training_seeds.widened(value.value, value.low, value.high, shared[_place(group)], 1 / trainings)
-        rows.append(keys(group) | dict(zip(MEASURES, (*numbers, trainings, *wider), strict=True)) | extra(group))
+        wider = training_seeds.widened(value.value, value.low, value.high, shared[_place(group)], 1 / group.trainings)
+        rows.append(keys(group) | dict(zip(MEASURES, (*numbers, len(group.seeds), *wider), strict=True)) | extra(group))
     return pd.DataFrame(rows)
 
 
@@ -113,7 +113,9 @@ def macro_average(found: Sequence[Group], resamples: int = RESAMPLES, seed: int 
                 numbers = {"accepted_length": value.value, "low": value.low, "high": value.high}
                 wider = training_seeds.widened(value.value, value.low, value.high, shared, 1 / _trainings(strata))
                 facts = {"benchmarks": len(strata), "complete": len(strata) == len(benchmarks)}
-                facts |= {"seeds": _trainings(strata)} | dict(zip(METHOD_BOUNDS, map(float, wider), strict=True))
+                facts |= {"seeds": min(len(group.seeds) for group in strata)} | dict(
+                    zip(METHOD_BOUNDS, map(float, wider), strict=True)
+                )
                 head = {key: kept for key, kept in keys(strata[0]).items() if key != "benchmark"}
                 rows.append(head | {"domain": domain} | numbers | facts | extra(strata[0]))
     return pd.DataFrame(rows)
@@ -124,9 +126,9 @@ def _in_order(own: Sequence[Group], benchmarks: Sequence[str]) -> list[Group]:
     return [by_name[name] for name in benchmarks if name in by_name]
 
 
-def _trainings(strata: Sequence[Group]) -> int:
+def _trainings(strata: Sequence[Group]) -> float:
     """Trainings of a row: the least of its benchmarks."""
-    return min(len(group.seeds) for group in strata)
+    return min(group.trainings for group in strata)
 
 
 def macro_variance(rows: Sequence[Sequence[Group]], seed: int, memo: dict) -> SeedVariance:
@@ -225,7 +227,7 @@ def suffix_decay(found: Sequence[Group], resamples: int = RESAMPLES, seed: int =
         curve = group.counts.total().conditional
         ends = {"first": curve[0], "last": curve[-1]} if len(curve) else {"first": np.nan, "last": np.nan}
         numbers = {"suffix_decay": float(value), "low": float(low), "high": float(high), "slots": len(curve)}
-        wider = training_seeds.widened(value, low, high, shared[_place(group)], 1 / len(group.seeds))
+        wider = training_seeds.widened(value, low, high, shared[_place(group)], 1 / group.trainings)
         numbers |= dict(zip(METHOD_BOUNDS, map(float, wider), strict=True))
         rows.append(keys(group) | numbers | ends | extra(group))
     return pd.DataFrame(rows)
@@ -325,7 +327,8 @@ def paired_difference(
     own = training_seeds.of_checkpoints(found)
     method = training_seeds.of_methods(found, shared, sum(1 / n for n in trainings))
     values = (found.value, own.low, own.high, own.p, found.paired, found.shared, method.low, method.high, method.p)
-    return dict(zip(NUMBERS, (*values, min(trainings)), strict=True)) | {
+    fewest = min(trainings) if np.isfinite(min(trainings)) else 1
+    return dict(zip(NUMBERS, (*values, fewest), strict=True)) | {
         "fewest": found.fewest,
         "few_prompts": found.fewest < FEWEST,
         "few_seeds": min(trainings) < FEWEST_SEEDS or np.isnan(method.p),

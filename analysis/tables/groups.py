@@ -20,6 +20,7 @@ from analysis.read.configurations import PROTOCOL, prompt_sets, shortest, told_a
 from analysis.read.records import CHAIN
 from analysis.read.runs import DECIDED, Runs, shown
 from analysis.statistics.histograms import Counts
+from specbench.runs.run_schema import UNTRAINED
 
 SECTION = ("target", "suite", "temperature", "scheduler", "tree", "accounting", "thinking")
 SINGLE = ("accounting", "thinking", "suite")
@@ -80,6 +81,12 @@ class Group:
         """Counts by training seed; a draft trained twice with one seed counts once."""
         seeds = self.runs.training_seeds().to_numpy()
         return {s: self.runs.counts(np.flatnonzero(seeds == s)) for s in sorted(set(seeds), key=str)}
+
+    @property
+    def trainings(self) -> float:
+        """Trainings over which the row was taken; without bound for a method that is not trained, which has no variance
+        between trainings."""
+        return np.inf if self.method in UNTRAINED else len(self.seeds)
 
     @property
     def method(self) -> str:

@@ -1,6 +1,7 @@
 """What the intervals and verdicts of a table are about: these checkpoints, or the methods; and what was corrected.
 
-A table speaks of methods if every row of it has FEWEST_SEEDS trainings or more. Otherwise it speaks of the checkpoints
+A table speaks of methods if every row of it has FEWEST_SEEDS trainings or more; rows that are not trained (prompt
+lookup) have no variance between trainings and do not count. Otherwise it speaks of the checkpoints
 that were decoded, and marks nothing as best.
 """
 
@@ -20,12 +21,14 @@ CHECKPOINTS, METHOD = "these checkpoints", "this method"
 
 def of_methods(part: Sequence[Group]) -> bool:
     """Whether the table of these groups can speak of methods."""
-    return min(len(group.seeds) for group in part) >= FEWEST_SEEDS
+    trained = [group.trainings for group in part if np.isfinite(group.trainings)]
+    return bool(trained) and min(trained) >= FEWEST_SEEDS
 
 
 def trainings(part: Sequence[Group]) -> str:
     """`one training each`, `3 trainings each`, `1 to 3 trainings`."""
-    least, most = (end(len(group.seeds) for group in part) for end in (min, max))
+    counted = [len(group.seeds) for group in part if np.isfinite(group.trainings)] or [1]
+    least, most = min(counted), max(counted)
     if least != most:
         return f"{least} to {most} trainings"
     return "one training each" if most == 1 else f"{most} trainings each"

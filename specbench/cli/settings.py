@@ -36,6 +36,7 @@ from specbench.ranges import (
     TokenId,
     Tokens,
 )
+from specbench.runs.run_schema import UNTRAINED
 
 
 def _named(value: str) -> str:
@@ -77,7 +78,7 @@ def _family(value: str) -> str:
 
 def _without_trees(draft: str) -> bool:
     """Whether `draft` names a baseline, which proposes chains only."""
-    return draft in ("ngram", "oracle", "suffix", "suffix_all") or draft.startswith("small:")
+    return draft in UNTRAINED or draft.startswith("small:")
 
 
 def _distinct(value: list[Any]) -> list[Any]:
@@ -342,6 +343,8 @@ class StudySettings(Settings):
     target: TextList = Field([])
     stages: dict[str, TextList] = Field({})
     speed: TextList = Field([])
+    trees: TextList = Field([])
+    baselines: list[Literal[*UNTRAINED]] = Field([])
     caches: list[CodecName] = Field([])
     group_by: TextList = Field([])
     baseline: dict[str, Text] = Field({})

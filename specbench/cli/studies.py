@@ -26,11 +26,12 @@ STUDIED = get_args(settings.StudySettings.model_fields["verb"].annotation)
 class Study:
     """An experiment: every list of runs as the overrides of each.
 
-    `evaluations` is empty where each training is evaluated as its own `temperatures` say. `target`: overrides of
-    `specbench target`, which makes the target first; empty where it is there. `tune`: learning rates that are tried for
-    each method before its trainings; None: the recipe's is taken. `stages`: overrides of the stages before
-    training, by verb; empty for those of the data set. `speed`: overrides of `specbench speed`, which times every
-    draft; empty for none.
+    `evaluations` is empty where each training is evaluated as its own `temperatures` say, at each of them with every
+    option of the group `tree` in `trees` (none: chains). `baselines`: drafts without training, evaluated with chains.
+    `target`: overrides of `specbench target`, which makes the target first; empty where it is there. `tune`: learning
+    rates that are tried for each method before its trainings; None: the recipe's is taken. `stages`: overrides of the
+    stages before training, by verb; empty for those of the data set. `speed`: overrides of `specbench speed`, which
+    times every draft; empty for none.
     """
 
     name: str
@@ -43,6 +44,8 @@ class Study:
     target: list[str] = field(default_factory=list)
     stages: Mapping[str, list[str]] = field(default_factory=dict)
     speed: list[str] = field(default_factory=list)
+    trees: list[str] = field(default_factory=list)
+    baselines: list[str] = field(default_factory=list)
     caches: list[str] = field(default_factory=list)
     group_by: list[str] = field(default_factory=list)
     baseline: Mapping[str, str] = field(default_factory=dict)
@@ -51,6 +54,12 @@ class Study:
         """The overrides of `groups` that all trainings have, for the stages before them."""
         shared = [word for word in self.trainings[0] if all(word in job for job in self.trainings)]
         return [word for word in shared if word.partition("=")[0].lstrip("+~").split(".")[0] in groups]
+
+    def decodings(self, temperatures: Sequence[float]) -> list[list[str]]:
+        """The overrides of every evaluation of a draft whose training asks for these temperatures."""
+        return self.evaluations or [
+            [f"temperature={t}", f"tree={tree}"] for t in temperatures for tree in self.trees or ["chain"]
+        ]
 
     def servings(self, methods: Sequence[str], decoded: Sequence[Path]) -> list[list[str]]:
         """Overrides of every simulation, given whose rounds lie where; the baseline replays its own draft's."""
@@ -100,6 +109,8 @@ def study_of(name: str, given: Sequence[str] = ()) -> Study:
         list(study.get("target", [])),
         dict(study.get("stages", {})),
         list(study.get("speed", [])),
+        list(study.get("trees", [])),
+        list(study.get("baselines", [])),
         list(study.get("caches", [])),
         list(study.get("group_by", [])),
         study.get("baseline", {}),

@@ -37,7 +37,8 @@ class Round:
 
     A round of a token tree proposes as many tokens as the tree is deep; `nodes` are all that were verified, `ranks`
     those of the accepted ones among their siblings, and `widths` the children of each node that was reached, the
-    anchor's first. None: a chain.
+    anchor's first. `joint`: the draft's probability of the path to every verified node, the largest first; `places`:
+    where the accepted nodes stand in it, from 0. None: a chain.
     """
 
     proposed: int
@@ -52,6 +53,8 @@ class Round:
     nodes: int | None = None
     ranks: tuple[int, ...] | None = None
     widths: tuple[int, ...] | None = None
+    joint: tuple[float, ...] | None = None
+    places: tuple[int, ...] | None = None
 
     @property
     def committed(self) -> int:

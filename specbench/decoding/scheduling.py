@@ -49,6 +49,12 @@ def survival(confidence: Confidence, proposed: Lengths) -> Confidence:
     return np.where(np.arange(len(by_slot))[:, None] < proposed, by_slot, -1.0).T
 
 
+def ratios(joint: Confidence) -> Confidence:
+    """The confidences whose products along a row are `joint`, which must not increase: the inverse of `survival`."""
+    before = np.concatenate([np.ones_like(joint[:, :1]), joint[:, :-1]], 1)
+    return np.divide(joint, before, out=np.zeros_like(joint), where=before > 0)
+
+
 def prefix_schedule(
     confidence: Confidence, proposed: Lengths, profile: CostProfile, early_stop: bool = True
 ) -> Lengths:
@@ -112,6 +118,12 @@ class Scheduler(ABC):
     needs_confidence: ClassVar[bool] = True
 
     @property
+    def orders_nodes(self) -> bool:
+        """Whether the rule has a meaning for the nodes of a token tree (tree_scheduling.py): it depends on predicted
+        survivals alone, not on which slot has them."""
+        return False
+
+    @property
     @abstractmethod
     def label(self) -> str:
         """Value of the `scheduler` column of a record."""
@@ -156,6 +168,10 @@ class FixedLength(Scheduler):
     length: Natural | None = None
     needs_confidence: ClassVar[bool] = False
 
+    @property
+    def orders_nodes(self) -> bool:
+        return True
+
     def __post_init__(self) -> None:
         if self.length is not None and self.length < 0:
             raise ValueError(f"length={self.length} is negative; say how many slots to verify, or null for all")
@@ -183,6 +199,10 @@ class StaticThreshold(Scheduler):
     def label(self) -> str:
         return f"{'cumulative-' if self.cumulative else ''}threshold-{self.threshold:g}"
 
+    @property
+    def orders_nodes(self) -> bool:
+        return self.cumulative
+
     def choose(self, confidence, proposed, requests, accepted):
         return thresholded(confidence, proposed, self.threshold, self.cumulative)
 
@@ -196,6 +216,10 @@ class HardwareAware(Scheduler):
     @property
     def label(self) -> str:
         return "hardware-aware"
+
+    @property
+    def orders_nodes(self) -> bool:
+        return True
 
     def choose(self, confidence, proposed, requests, accepted):
         return prefix_schedule(confidence, proposed, self.profile)
@@ -224,6 +248,10 @@ class DelayedGlobal(Scheduler):
     @property
     def label(self) -> str:
         return f"delayed-global-{self.delay}"
+
+    @property
+    def orders_nodes(self) -> bool:
+        return True
 
     def reset(self) -> None:
         self._history.clear()

@@ -1,6 +1,6 @@
 """Decoding with token trees: the rounds of loop.py with a tree in the place of a chain.
 
-    round: draft.expand -> builder -> target.extend(anchor + tree) -> rule -> keep the path, commit draft
+    round: draft.expand -> builder -> scheduler -> target.extend(anchor + tree) -> rule -> keep the path, commit draft
 
 Requests, their batch, seeds and results are those of chains, and so is the state of the draft: it commits the accepted
 path as it commits the accepted part of a chain.
@@ -20,6 +20,8 @@ from torch import Tensor
 from specbench.blocks import Context
 from specbench.decoding.loop import Decoded, Lanes, Limits, Round, clock, run
 from specbench.decoding.sampling import Sampling, warp
+from specbench.decoding.scheduling import FixedLength, Scheduler
+from specbench.decoding.tree_scheduling import by_probability, check_pair, shortened
 from specbench.decoding.tree_shapes import TreeShape
 from specbench.decoding.tree_verification import Descent, deterministic_tree, drawn_children, greedy
 from specbench.decoding.trees import TokenTree, drawn, most_likely
@@ -36,16 +38,22 @@ def tree_decode(
     shape: TreeShape,
     seeds: Sequence[int] | None = None,
     slots: int | None = None,
+    scheduler: Scheduler | None = None,
 ) -> Iterator[Decoded]:
     """Decode every prompt with trees of `draft`, as `speculative_decode` does with chains, and as losslessly.
 
     Args:
         shape: kind and size of the trees, and the rule of verification.
         slots: the deepest level. None: the draft's block.
+        scheduler: decides how many nodes of each tree are verified (tree_scheduling.py). None: all.
 
     Raises:
-        ValueError: the target cannot read trees, the draft has none, or the accounting is that of chains.
+        ValueError: the target cannot read trees, the draft has none, the accounting is that of chains, or the scheduler
+            cannot shorten these trees.
     """
+    scheduler = scheduler or FixedLength()
+    check_pair(scheduler, shape.draws)
+    scheduler.reset()
     if limits.accounting != "specbench":
         raise ValueError(
             f"accounting={limits.accounting} counts chains as the released evaluator does: use accounting=specbench "
@@ -63,7 +71,7 @@ def tree_decode(
         sampling,
         limits,
         seeds,
-        lambda lanes: _round(target, draft, lanes, limits, shape, slots),
+        lambda lanes: _round(target, draft, lanes, limits, shape, slots, scheduler),
     )
 
 
@@ -87,10 +95,20 @@ def descend(tree: TokenTree, logits: Tensor, lanes: Lanes) -> Descent:
 
 
 @torch.inference_mode()
-def _round(target: Target, draft: Draft, lanes: Lanes, limits: Limits, shape: TreeShape, slots: int | None) -> None:
+def _round(
+    target: Target,
+    draft: Draft,
+    lanes: Lanes,
+    limits: Limits,
+    shape: TreeShape,
+    slots: int | None,
+    scheduler: Scheduler,
+) -> None:
     """One forward of the target for the whole batch."""
     started, device = time.perf_counter(), lanes.anchor.device
     tree = grow(draft, lanes, shape, slots)
+    if scheduler.label != "fixed":
+        tree = shortened(tree, scheduler, [request.index for request in lanes.requests])
     drafted = clock(device)
     block = torch.cat([lanes.anchor[:, None], tree.tokens], 1)
     context = target.extend(lanes.target, block, tree.branches())
@@ -124,9 +142,11 @@ def _told(tree: TokenTree, found: Descent, block: Tensor) -> list[tuple[Round, l
     tokens = block.gather(1, found.path[:, 1:])
     levels = torch.arange(1, tree.levels + 1, device=block.device)
     nodes = (real & (tree.depth[:, None] == levels[:, None])).sum(-1)
-    host = (part.tolist() for part in (found.accepted, found.following, tokens, ranks, widths, nodes))
+    order, joint = by_probability(tree)
+    places = order.argsort(-1).gather(1, (found.path[:, 1:] - 1).clamp_min(0))
+    host = (part.tolist() for part in (found.accepted, found.following, tokens, ranks, widths, nodes, places))
     told = []
-    for accepted, following, ids, of, wide, by_depth in zip(*host, strict=True):
+    for accepted, following, ids, of, wide, by_depth, at, chance in zip(*host, joint.tolist(), strict=True):
         by_depth = by_depth[: max((d for d, count in enumerate(by_depth, 1) if count), default=0)]
         one = Round(
             proposed=len(by_depth),
@@ -140,6 +160,8 @@ def _told(tree: TokenTree, found: Descent, block: Tensor) -> list[tuple[Round, l
             nodes=sum(by_depth),
             ranks=tuple(of[:accepted]),
             widths=tuple(wide[: accepted + 1]),
+            joint=tuple(chance[: sum(by_depth)]),
+            places=tuple(at[:accepted]),
         )
         told.append((one, by_depth))
     return told
@@ -157,6 +179,7 @@ def _book(request: Decoded, found: Round, nodes: list[int], limits: Limits) -> N
             nodes=sum(nodes[: stop + 1]),
             ranks=found.ranks[: stop + 1],
             widths=found.widths[: stop + 1],
+            places=found.places[: stop + 1],
         )
     request.rounds.append(replace(found, stop=found.tokens[-1] in limits.stop_token_ids))
     request.output_ids.extend(found.tokens)

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Annotated, ClassVar
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Annotated, Any, ClassVar
 
 from specbench.decoding.tree_verification import RULES
 from specbench.decoding.trees import (
@@ -198,3 +198,31 @@ class TopW(TreeShape):
     def grow(self, expansion: Expansion, choose: Choose) -> TokenTree:
         depth = expansion.depth if self.depth is None else self.depth
         return shared_tree(expansion, self.width, depth, self.budget)
+
+
+KINDS: dict[str, type[TreeShape]] = {
+    "static": StaticTree,
+    "dynamic": DynamicTree,
+    "best_first": BestFirst,
+    "top_w": TopW,
+}
+
+
+def tree_settings(shape: TreeShape) -> dict[str, Any] | None:
+    """The `kind` and all settings of a tree as plain data, for `tree_of`; None for a class from elsewhere."""
+    kind = next((kind for kind, known in KINDS.items() if type(shape) is known), None)
+    if kind is None:
+        return None
+    settings = asdict(shape)
+    return {"kind": kind} | settings | ({"paths": [list(path) for path in shape.paths]} if kind == "static" else {})
+
+
+def tree_of(settings: Mapping[str, Any]) -> TreeShape:
+    """The tree with these settings. Errors: ValueError for an unknown kind, or settings that it does not have."""
+    kind = settings.get("kind")
+    if kind not in KINDS:
+        raise ValueError(f"kind={kind!r}: choose one of {', '.join(KINDS)}")
+    try:
+        return KINDS[kind](**{key: value for key, value in settings.items() if key != "kind"})
+    except TypeError as error:
+        raise ValueError(f"a tree of the kind {kind} has other settings ({error})") from error

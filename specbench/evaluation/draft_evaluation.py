@@ -24,6 +24,7 @@ from specbench.decoding.loop import Decoded, Limits, decode, speculative_decode
 from specbench.decoding.sampling import Sampling
 from specbench.decoding.scheduling import FixedLength, Scheduler
 from specbench.decoding.tree_loop import tree_decode
+from specbench.decoding.tree_scheduling import check_pair
 from specbench.decoding.tree_shapes import TreeShape
 from specbench.drafts.draft import Proposer
 from specbench.evaluation.audit import audit
@@ -66,11 +67,8 @@ class Protocol:
                 f"audit=true compares greedy texts and temperature={self.sampling.temperature:g} draws them; set "
                 "temperature=0"
             )
-        if self.tree is not None and self.scheduler.label != "fixed":
-            raise ValueError(
-                f"scheduler={self.scheduler.label} shortens chains and tree={self.tree.label} has branches: use "
-                "scheduler=fixed with a tree, whose budget is its size, or tree=chain"
-            )
+        if self.tree is not None:
+            check_pair(self.scheduler, self.tree.draws)
 
     def facts(self, dtype: str, block_size: int | None) -> dict[str, Any]:
         """The facts for the record of a run that are needed to compare its numbers with others.
@@ -154,7 +152,7 @@ def answer(
         if draft is None:
             finished = decode(target, inputs, protocol.sampling, protocol.limits, seeds)
         elif protocol.tree is not None:
-            how = protocol.sampling, protocol.limits, protocol.tree, seeds, protocol.slots
+            how = protocol.sampling, protocol.limits, protocol.tree, seeds, protocol.slots, protocol.scheduler
             finished = tree_decode(target, draft, inputs, *how)
         else:
             finished = speculative_decode(
@@ -227,6 +225,8 @@ def _record(prompt: Prompt, turn: int, done: Decoded, protocol: Protocol, labels
             "nodes": nodes,
             "ranks": [list(r.ranks) for r in done.rounds],
             "widths": [list(r.widths) for r in done.rounds],
+            "joint": [[float(f"{chance:.6g}") for chance in r.joint] for r in done.rounds],
+            "places": [list(r.places) for r in done.rounds],
         }
     if done.rounds and done.rounds[0].confidence is not None:
         rounds["confidence"] = [list(r.confidence) for r in done.rounds]

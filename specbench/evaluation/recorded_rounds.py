@@ -2,16 +2,17 @@
 
 One line per prompt: prompt_ids, output_ids (generated tokens, the prefill's first one included), and one entry per
 round in proposed, accepted, seconds and, from a draft with a confidence head, confidence (acceptance LOGITS of its
-slots).
+slots). Rounds with token trees have joint (the draft's probability of the path to every node, the largest first) and
+places (of the accepted nodes in this order, from 0) instead.
 
-Axes: R rounds, K slots.
+Axes: R rounds, K slots, N nodes, D levels.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,8 @@ class PromptRounds:
     """The rounds of one prompt. `logits` is NaN where no confidence was recorded; `tokens`: the tokens they committed.
 
     `prompt` identifies the conversation: the digest of its first turn's prompt, so that all its turns are in the same
-    part of a split.
+    part of a split. Rounds with trees propose nodes: `proposed` counts them, `joint` has their probabilities (0 beyond)
+    and `places` where the accepted ones stand (beyond them: -1).
     """
 
     prompt: str
@@ -35,6 +37,8 @@ class PromptRounds:
     seconds: Float[np.ndarray, " R"]
     tokens: int
     logits: Float[np.ndarray, "R K"] | None = None
+    joint: Float[np.ndarray, "R N"] | None = None
+    places: Int[np.ndarray, "R D"] | None = None
 
 
 @dataclass(frozen=True)
@@ -86,10 +90,10 @@ def from_lines(lines: Iterable[Mapping[str, Any]], name: str = "rounds") -> list
     width = max((len(row) for line in lines for row in line.get("confidence") or ()), default=0)
     prompts = []
     for index, (line, prompt) in enumerate(zip(lines, conversations(lines), strict=True)):
-        if "nodes" in line:
+        if "nodes" in line and "joint" not in line:
             raise ValueError(
-                f"{name} line {index + 1}: these rounds verified token trees, and schedules and simulations cut "
-                "chains; decode with tree=chain"
+                f"{name} line {index + 1}: these rounds verified token trees and do not say how probable their nodes "
+                "were; evaluate again, or with tree=chain"
             )
         proposed, accepted = (np.asarray(line[key], dtype=np.int64) for key in ("proposed", "accepted"))
         seconds = np.asarray(line["seconds"], dtype=np.float64)
@@ -105,8 +109,32 @@ def from_lines(lines: Iterable[Mapping[str, Any]], name: str = "rounds") -> list
                 f"{name} line {index + 1}: output_ids hold {tokens} tokens after the first and the rounds commit "
                 f"{most}; output_ids must be the generated tokens without the prompt"
             )
+        if "joint" in line:
+            prompts.append(_trees(line, index, name, PromptRounds(prompt, proposed, accepted, seconds, tokens), lines))
+            continue
         prompts.append(PromptRounds(prompt, proposed, accepted, seconds, tokens, _logits(line, index, name, width)))
     return prompts
+
+
+def _trees(
+    line: Mapping[str, Any], index: int, name: str, own: PromptRounds, lines: Sequence[Mapping[str, Any]]
+) -> PromptRounds:
+    """The rounds of a line with trees, padded to the largest tree of all `lines`."""
+    joint, places = line["joint"], line.get("places")
+    whole = isinstance(places, list) and len(joint) == len(places) == len(own.proposed)
+    if not whole or any(
+        len(at) != accepted or sorted(set(at)) != at or any(not 0 <= place < len(row) for place in at)
+        for row, at, accepted in zip(joint, places, own.accepted, strict=True)
+    ):
+        raise ValueError(
+            f"{name} line {index + 1}: `joint` and `places` are not those of {len(own.proposed)} rounds with trees; "
+            "record the rounds again"
+        )
+    widest, deepest = (max((len(row) for one in lines for row in one[key]), default=0) for key in ("joint", "places"))
+    chances, standing = np.zeros((len(joint), widest)), np.full((len(joint), deepest), -1)
+    for at, (row, found) in enumerate(zip(joint, places, strict=True)):
+        chances[at, : len(row)], standing[at, : len(found)] = row, found
+    return replace(own, proposed=np.array([len(row) for row in joint]), joint=chances, places=standing)
 
 
 def conversations(lines: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -152,7 +180,9 @@ def _logits(line: Mapping[str, Any], index: int, name: str, width: int) -> Float
 
 
 def flatten(prompts: Sequence[PromptRounds]) -> Rounds:
-    """All rounds of all prompts as flat arrays. Errors: ValueError for a prompt without confidence."""
+    """All rounds of all prompts as flat arrays. Errors: ValueError for a prompt without confidence, or with trees."""
+    if any(p.joint is not None for p in prompts):
+        raise ValueError("these rounds verified token trees; a confidence is of the slots of chains: use tree=chain")
     if not prompts or any(p.logits is None for p in prompts):
         raise ValueError("these rounds carry no confidence; decode with a draft that has a confidence head")
     return Rounds(

@@ -31,7 +31,7 @@ from specbench.data.prompts.suites import suite_of
 from specbench.decoding.loop import Limits
 from specbench.decoding.sampling import Sampling
 from specbench.decoding.scheduling import FixedLength, Scheduler
-from specbench.decoding.tree_shapes import TreeShape
+from specbench.decoding.tree_shapes import TreeShape, tree_settings
 from specbench.drafts.baselines import Baseline, Small
 from specbench.drafts.draft import Draft
 from specbench.evaluation.audit import verdict
@@ -327,6 +327,7 @@ def evaluate_into(
         "accounting": protocol.limits.accounting,
         "prompts": suite.facts() | template_facts(target.tokenizer),
         "protocol": protocol.facts(str(target.dtype), draft and draft.block_size),
+        **({} if protocol.tree is None else {"tree": tree_settings(protocol.tree)}),
         "metrics": headline_of(done, draft is None),
         "lineage": {"draft": weights_of(draft), "target": target.weights_hash, "parents": about.parents},
         "training_seed": about.seed,

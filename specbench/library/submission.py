@@ -23,6 +23,7 @@ from specbench.data.prompts.benchmarks import Benchmarks
 from specbench.decoding.loop import Limits
 from specbench.decoding.sampling import Sampling
 from specbench.decoding.scheduling import FixedLength
+from specbench.decoding.tree_shapes import TreeShape, tree_of
 from specbench.drafts.baselines import Baseline
 from specbench.drafts.draft import Draft
 from specbench.evaluation.draft_evaluation import THINKING, Protocol, answer
@@ -160,6 +161,7 @@ def _content(run: Path, lines: Sequence[RecordLine], signed_off_by: str) -> dict
             "benchmarks": {name: dumped(one) for name, one in numbers.benchmarks.items()},
         },
         "protocol": summary["protocol"],
+        "tree": summary.get("tree"),
         "seeds": {**facts.get("seeds", {}), "training": summary["training_seed"]},
         "hardware": {key: facts["hardware"][key] for key in HARDWARE},
         "definitions": definitions(),
@@ -281,11 +283,7 @@ def protocol_of_result(result: Result) -> Protocol:
             f"{result.name}: its scheduler {facts.get('scheduler')} has settings that a result does not hold; "
             "repeat it with its own command"
         )
-    if facts.get("tree") is not None:
-        raise ValueError(
-            f"{result.name}: its trees ({facts['tree']}) have settings that a result does not hold; repeat it with its "
-            "own command"
-        )
+    tree = _tree_of_result(result)
     thinking = {word: value for value, word in THINKING.items()}
     try:
         return Protocol(
@@ -298,9 +296,25 @@ def protocol_of_result(result: Result) -> Protocol:
             facts["turns"],
             thinking[facts["thinking"]],
             result.seeds["decoding"],
+            tree=tree,
         )
     except (KeyError, TypeError) as error:
         raise ValueError(f"{result.name}: its protocol cannot be repeated ({error!r})") from error
+
+
+def _tree_of_result(result: Result) -> TreeShape | None:
+    """The trees of a result; None: chains. Errors: ValueError where it does not hold their settings, or other ones."""
+    label = result.protocol.get("tree")
+    if label is None and result.tree is None:
+        return None
+    if result.tree is None:
+        raise ValueError(
+            f"{result.name}: it does not hold the settings of its trees ({label}); repeat it with its own command"
+        )
+    tree = tree_of(result.tree.model_dump(exclude_unset=True))
+    if tree.label != label:
+        raise ValueError(f"{result.name}: its protocol names the trees {label}, and its settings give {tree.label}")
+    return tree
 
 
 def decode_again(

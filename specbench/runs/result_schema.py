@@ -111,6 +111,17 @@ class Speedup(Part):
     batch_size: int | None = None
 
 
+class TreeSettings(Part):
+    """Settings of token trees as `specbench.decoding.tree_shapes.tree_of` reads them; `kind` is no path to code."""
+
+    kind: Literal["static", "dynamic", "best_first", "top_w"]
+    rule: Literal["deterministic_tree", "drawn_children"]
+    budget: int | None = Field(None, ge=1, le=65536)
+    width: int | None = Field(None, ge=1, le=65536)
+    depth: int | None = Field(None, ge=1, le=4096)
+    paths: list[list[Annotated[int, Field(ge=0, le=65536)]]] | None = Field(None, max_length=65536)
+
+
 class RecordsPlace(Part):
     """Where the per-prompt records lie (a file beside the result, or an address) and their digest."""
 
@@ -147,6 +158,7 @@ class Result(Part):
     target: ModelIdentity
     suite: OfSuite
     protocol: ResultFacts
+    tree: TreeSettings | None = None
     seeds: dict[str, int]
     hardware: ResultFacts
     definitions: dict[str, Digest]  # analysis.statistics.result_numbers.definitions

@@ -11,6 +11,7 @@ SCHEMA = "specbench.run/1"  # of summary.json
 KINDS = ("target", "train", "evaluate", "speed", "serve")  # the verbs that write a run folder: root/runs/KIND/NAME
 # Stages with another output (prompts, answers, a cache, ...): a run on W&B without a run folder.
 OUTPUTS = ("prompts", "answers", "cache", "calibrate", "tune", "speed-train")
+UNTRAINED = ("ngram", "oracle", "suffix", "suffix_all")  # drafts without weights, by the names of their methods
 TIMED = ("speed", "speed-train")  # what measures seconds
 FINISHED = "finished"  # the status of a complete run; the others are running, failed and interrupted
 

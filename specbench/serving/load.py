@@ -14,7 +14,7 @@ import numpy as np
 
 from specbench.decoding.calibration import Calibration, probabilities
 from specbench.decoding.cost_profile import CostProfile
-from specbench.decoding.scheduling import Scheduler
+from specbench.decoding.scheduling import Scheduler, ratios
 from specbench.evaluation.recorded_rounds import PromptRounds, flatten
 from specbench.serving.simulator import EngineStep, SimulatedEngine, Workload
 
@@ -33,8 +33,13 @@ class ServedPolicy:
 def workload(prompts: Sequence[PromptRounds], calibration: Calibration | None = None) -> Workload:
     """Recorded prompts, their confidence turned into probabilities (calibrated if a calibration is given).
 
-    ValueError if the calibration was fitted on one of these prompts: a schedule must not be evaluated on them.
+    Rounds with token trees have the draft's own probabilities. ValueError if the calibration was fitted on one of these
+    prompts: a schedule must not be evaluated on them; or if it is to be applied to trees.
     """
+    if all(p.joint is not None for p in prompts):
+        if calibration is not None:
+            raise ValueError("a calibration is of the slots of chains, and these rounds verified trees: leave it out")
+        return Workload.of(prompts, ratios(np.concatenate([p.joint for p in prompts])))
     if all(p.logits is None for p in prompts):
         return Workload.of(prompts)
     rounds = flatten(prompts)

@@ -4,7 +4,7 @@ Nothing is decoded here. The engine is synchronous, with continuous batching: ev
 step; a step with R requests and B = R + verified draft tokens takes profile.seconds(R, B - R); requests join and leave
 between steps. Assumptions: prefill happens elsewhere and takes no time here; scheduling takes no time (it overlaps with
 the computation of the device); a round that verifies l of the proposed slots accepts min(j, l) if the recorded round
-accepted j.
+accepted j. Of a token tree the l most probable nodes are verified, and the accepted ones among them are accepted.
 
 A request replays the rounds of one recorded prompt in order until it has committed as many tokens as were recorded.
 With shorter lengths it needs more rounds than were recorded and begins again with the first one; this assumes that
@@ -37,6 +37,7 @@ class Workload:
     start: Int[np.ndarray, " P"]
     count: Int[np.ndarray, " P"]
     tokens: Int[np.ndarray, " P"]
+    places: Int[np.ndarray, "N D"] | None = None  # of the accepted nodes of trees, in the order of the confidences
 
     @classmethod
     def of(cls, prompts: Sequence[PromptRounds], confidence: Float[np.ndarray, "N K"] | None = None) -> Workload:
@@ -52,7 +53,19 @@ class Workload:
             start=np.cumsum(count) - count,
             count=count,
             tokens=np.array([p.tokens for p in prompts]),
+            places=None if prompts[0].places is None else np.concatenate([p.places for p in prompts]),
         )
+
+    def accepts(self, at: Int[np.ndarray, " R"], lengths: Int[np.ndarray, " R"]) -> Int[np.ndarray, " R"]:
+        """Tokens that the rounds `at` accept if only the first `lengths` slots or nodes of each are verified."""
+        if self.places is None:
+            return np.minimum(self.accepted[at], lengths)
+        places = self.places[at]
+        return ((places >= 0) & (places < lengths[:, None])).sum(1)
+
+    def needs(self, at: Int[np.ndarray, " R"]) -> Int[np.ndarray, " R"]:
+        """Slots or nodes that the rounds `at` must verify at least, to accept all that the target accepts."""
+        return self.accepted[at] if self.places is None else self.places[at].max(1, initial=-1) + 1
 
 
 @dataclass(frozen=True)
@@ -128,12 +141,12 @@ class SimulatedEngine:
             if not len(name):
                 return
             at = w.start[prompt] + cursor % w.count[prompt]
-            proposed, accepted = w.proposed[at], w.accepted[at]
+            proposed = w.proposed[at]
             confidence = None if w.confidence is None else w.confidence[at]
-            lengths = self.scheduler.lengths(confidence, proposed, name.tolist(), accepted)
+            lengths = self.scheduler.lengths(confidence, proposed, name.tolist(), w.needs(at))
             verified = int(lengths.sum())
             seconds = self.profile.step(len(name), len(name) + verified)
-            kept = np.minimum(accepted, lengths)
+            kept = w.accepts(at, lengths)
             committed = np.minimum(kept + 1, left)
             now += seconds
             left, cursor = left - committed, cursor + 1

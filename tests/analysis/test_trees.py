@@ -12,10 +12,10 @@ import pytest
 
 from analysis.compare import compare
 from analysis.read import runs
-from analysis.tables import costs, groups, trees
+from analysis.tables import costs, groups, tiers, trees
 from analysis.tables import frames as tables
 from specbench.runs.run_schema import OPTIONAL
-from tests.analysis.synthetic import evaluation, hashed, simulate, train
+from tests.analysis.synthetic import evaluation, hashed, simulate, train, write_run
 
 BUDGET = 9
 TREES = {"_target_": "specbench.decoding.tree_shapes.BestFirst", "budget": BUDGET, "width": None, "depth": None}
@@ -116,6 +116,23 @@ def test_a_tree_stands_beside_the_chains_of_its_draft(read, rows, tmp_path) -> N
     assert pd.read_csv(tmp_path / "trees.csv")["variant"].unique().tolist() == ["eagle3"]
     line = next(line for line in made.markdown().splitlines() if line.startswith("| eagle3"))  # of the first table
     assert f"{macro['tree']:.2f} [" in line and f"{macro['chain']:.2f} [" in line and "| 10.00 |" in line
+
+
+def test_a_method_without_training_does_not_keep_a_table_from_speaking_of_methods(tmp_path) -> None:
+    for seed in range(3):
+        trained = train(tmp_path, f"d{seed}", seed)
+        evaluation(tmp_path, f"e{seed}", trained, seed)
+    rows = [{**row, "method": "ngram"} for row in hashed(simulate("mtp", 8))]
+    write_run(tmp_path, "n", rows, config={"draft": "ngram"}, lineage={"draft": None, "target": "target-weights"})
+    found = groups.collect(runs.load(tmp_path))
+    assert tiers.of_methods(found) and "3 trainings each" in tiers.note(found, True)
+    frame = tables.accepted_length(found, 200).set_index(["method", "benchmark"])
+    alone = frame.loc["ngram"]
+    # Nothing is trained, so the interval about the method is that over prompts.
+    assert (alone["method_low"] == alone["low"]).all() and (alone["method_high"] == alone["high"]).all()
+    pairs = tables.differences(found, 200)
+    assert set(pairs["trainings"]) == {3} and pairs["method_low"].notna().all()
+    assert not tiers.of_methods([group for group in found if group.method == "ngram"])
 
 
 def test_chains_alone_have_no_tables_of_trees(read) -> None:
