@@ -268,7 +268,11 @@ def open_data(cfg: DictConfig, target: Target | None) -> StepData:
 
     data = opened(cfg.cache or _found_cache(cfg))
     # Records of earlier versions lack the setting.
-    return data if cfg.get("replay") is None else Replay(data, opened(cfg.replay), cfg.replay_share)
+    return (
+        data
+        if cfg.get("replay") is None or not cfg.replay_share
+        else Replay(data, opened(cfg.replay), cfg.replay_share)
+    )
 
 
 def _copy_of(root: str, place: str) -> Path:

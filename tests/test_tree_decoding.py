@@ -163,9 +163,13 @@ SHAPES: dict[str, TreeShape] = {
 DRAWN = [name for name in SHAPES if "drawn" in name]
 
 
+NIGHTLY = pytest.mark.nightly
 # By default a draft whose slots depend on each other, and one that runs step by step.
 SOME = ("dspark", "eagle3")
-EVERY = [method if method in SOME else pytest.param(method, marks=pytest.mark.long) for method in toys.METHODS]
+EVERY = [
+    method if method in SOME else pytest.param(method, marks=pytest.mark.long if method in toys.METHODS else NIGHTLY)
+    for method in toys.CLASSES
+]
 
 
 @pytest.mark.parametrize("method", EVERY)
@@ -326,7 +330,7 @@ def test_wrong_positions_and_masks_are_found_out(attentive, monkeypatch):
 
 @pytest.mark.nightly
 @pytest.mark.parametrize("name", SHAPES)
-@pytest.mark.parametrize("method", toys.METHODS)
+@pytest.mark.parametrize("method", toys.CLASSES)
 def test_the_distribution_of_method_and_builder_and_rule_with_many_draws(method, name):
     assert p_value(write(method, SHAPES[name], MANY, "all", 1 << 22), SAMPLINGS["all"]) > ALARM
 

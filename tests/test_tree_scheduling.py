@@ -90,12 +90,16 @@ def test_greedy_text_is_the_targets_own(scheduler: Scheduler) -> None:
 
 
 @pytest.mark.parametrize(
-    "scheduler", [SCHEDULERS[0], pytest.param(CUT, marks=pytest.mark.long)], ids=lambda one: one.label
+    ("scheduler", "method"),
+    [
+        (SCHEDULERS[0], "dspark"),
+        *(pytest.param(one, name, marks=pytest.mark.nightly) for one in (SCHEDULERS[0], CUT) for name in toys.CLASSES),
+    ],
 )
-def test_sizes_by_gain_keep_the_targets_distribution(scheduler: Scheduler) -> None:
+def test_sizes_by_gain_keep_the_targets_distribution(scheduler: Scheduler, method: str) -> None:
     """Requests share a forward pass, so that their sizes depend on each other's probabilities."""
     limits = Limits(LENGTH, batch_size=512)
-    pair = toys.target(), toys.draft("dspark"), [PROMPT] * 2048, SAMPLINGS["warm"], limits
+    pair = toys.target(), toys.draft(method), [PROMPT] * 2048, SAMPLINGS["warm"], limits
     wide = CostProfile([1, 1024, 1 << 16], [20.0, 19.0, 0.1], "wide", "illustrative")
     own = HardwareAware(wide) if isinstance(scheduler, HardwareAware) else scheduler
     written = list(tree_decode(*pair, BestFirst(8), range(2048), scheduler=own))

@@ -368,7 +368,7 @@ class TrainSettings(Settings):
     cache: Folder | None
     cache_codec: CodecName | None
     replay: Folder | None = None
-    replay_share: ShareWithin = 0.25
+    replay_share: ShareBelowOne = 0.25
     stream: bool = False
     shuffle_buffer: Count = 100
     online: bool
