@@ -13,7 +13,7 @@ from specbench.cli.assembly import composed
 from specbench.cli.overrides import named
 from specbench.decoding.tree_shapes import BestFirst, DynamicTree, StaticTree, TopW, tree_of, tree_settings
 from specbench.library.submission import protocol_of_result
-from specbench.runs.result_schema import Result
+from specbench.runs.result_schema import Result, dumped
 
 SIGNED = "signed_off_by='Ada Lovelace <ada@example.org>'"
 
@@ -113,9 +113,11 @@ def test_the_trees_of_a_result_are_made_again_from_its_settings(
     """From the settings that an evaluation writes, and refused where they are not there or not those of the label."""
     _, _, run = measured
     content = json.loads(submitted(run, tmp_path).read_text())
+    assert "tree" not in content  # decoded with chains
 
     def stated(label: str, settings: dict | None) -> Result:
-        return Result.model_validate(content | {"protocol": content["protocol"] | {"tree": label}, "tree": settings})
+        one = Result.model_validate(content | {"protocol": content["protocol"] | {"tree": label}, "tree": settings})
+        return Result.model_validate(json.loads(json.dumps(dumped(one))))
 
     shapes = [
         StaticTree([[0], [1], [0, 0]], rule="drawn_children"),

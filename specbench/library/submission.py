@@ -311,7 +311,7 @@ def _tree_of_result(result: Result) -> TreeShape | None:
         raise ValueError(
             f"{result.name}: it does not hold the settings of its trees ({label}); repeat it with its own command"
         )
-    tree = tree_of(result.tree.model_dump(exclude_unset=True))
+    tree = tree_of(result.tree.model_dump(exclude_none=True))  # what another kind of tree has is null
     if tree.label != label:
         raise ValueError(f"{result.name}: its protocol names the trees {label}, and its settings give {tree.label}")
     return tree

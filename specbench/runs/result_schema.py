@@ -234,8 +234,11 @@ def read_record_lines(path: str | Path) -> list[RecordLine]:
 
 
 def dumped(part: Part) -> dict[str, Any]:
-    """A part as plain data with the names of the file."""
-    return part.model_dump(by_alias=True, mode="json")
+    """A part as plain data with the names of the file; a result of chains has no `tree`, as before there were trees."""
+    found = part.model_dump(by_alias=True, mode="json")
+    if isinstance(part, Result) and part.tree is None:
+        del found["tree"]
+    return found
 
 
 def sha256(path: str | Path) -> str:
