@@ -19,7 +19,7 @@ from analysis.html.content import Content, Drawing, Section, provenance
 from analysis.read import folders
 from analysis.read.runs import ONCE, Runs, load, shown
 from analysis.statistics.intervals import MINIMUM_SHARED, RESAMPLES, VERDICT_RESAMPLES
-from analysis.tables import costs, gap, positions, protocols, published, trees, writers
+from analysis.tables import costs, gap, positions, protocols, published, tree_tables, writers
 from analysis.tables import frames as tables
 from analysis.tables import groups as grouping
 from analysis.tables import sheets as layout
@@ -171,10 +171,10 @@ def _makers(
         "published": lambda: published.gap(frames["accepted_length"]),
         "teacher_forced": lambda: gap.table(found, resamples, seed),
         "positions": lambda: positions.frames(found, resamples, seed),
-        "trees": lambda: trees.beside_chains(
+        "trees": lambda: tree_tables.beside_chains(
             found, frames["costs"], max(resamples, VERDICT_RESAMPLES), seed, minimum, holm
         ),
-        "tree_acceptance": lambda: trees.acceptance(found, resamples, seed),
+        "tree_acceptance": lambda: tree_tables.acceptance(found, resamples, seed),
     }
 
 
@@ -184,7 +184,7 @@ def _more_sheets(found: Sequence[Group], frames: dict[str, pd.DataFrame]) -> lis
         gap.sheets(found, frames["teacher_forced"]),
         layout.differences(found, frames["differences"]),
         [layout.spread(frames["seeds"])] if (frames["seeds"]["n"] > 1).any() else [],  # one training has no spread
-        trees.sheets(found, frames["tree_acceptance"], frames["trees"]),
+        tree_tables.sheets(found, frames["tree_acceptance"], frames["trees"]),
         layout.costs(found, frames["costs"]),
         [layout.published(reproduced)] if len(reproduced) else [],
     ]

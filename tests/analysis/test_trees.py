@@ -12,7 +12,7 @@ import pytest
 
 from analysis.compare import compare
 from analysis.read import runs
-from analysis.tables import costs, groups, tiers, trees
+from analysis.tables import costs, groups, tiers, tree_tables
 from analysis.tables import frames as tables
 from specbench.runs.run_schema import OPTIONAL
 from tests.analysis.synthetic import evaluation, hashed, simulate, train, write_run
@@ -81,7 +81,7 @@ def test_grouping_by_a_budget_makes_trees_rows_of_one_table(read) -> None:
 
 
 def test_acceptance_by_depth_and_rank_is_that_of_the_records(read, rows) -> None:
-    frame = trees.acceptance(groups.collect(read), 50)
+    frame = tree_tables.acceptance(groups.collect(read), 50)
     assert set(frame["tree"]) == {"best-first-9"}
     whole = frame[frame["domain"] == "all"].set_index(["depth", "rank"])
     sums: dict[tuple[int, int], np.ndarray] = {}
@@ -93,8 +93,8 @@ def test_acceptance_by_depth_and_rank_is_that_of_the_records(read, rows) -> None
         assert whole.loc[place, "n"] == offered
     for depth in (1, 2, 3):
         any_child = (sums[depth, 0][0] + sums[depth, 1][0]) / sums[depth, 0][1]
-        assert whole.loc[(depth, trees.ANY), "conditional"] == pytest.approx(any_child)
-        assert whole.loc[(depth, trees.ANY), "low"] <= any_child <= whole.loc[(depth, trees.ANY), "high"]
+        assert whole.loc[(depth, tree_tables.ANY), "conditional"] == pytest.approx(any_child)
+        assert whole.loc[(depth, tree_tables.ANY), "low"] <= any_child <= whole.loc[(depth, tree_tables.ANY), "high"]
 
 
 def test_a_tree_stands_beside_the_chains_of_its_draft(read, rows, tmp_path) -> None:
@@ -137,6 +137,6 @@ def test_a_method_without_training_does_not_keep_a_table_from_speaking_of_method
 
 def test_chains_alone_have_no_tables_of_trees(read) -> None:
     found = groups.collect(read.where("tree=chain"))
-    assert not len(trees.acceptance(found, 20))
-    assert not len(trees.beside_chains(found, costs.costs(found, read), 20))
+    assert not len(tree_tables.acceptance(found, 20))
+    assert not len(tree_tables.beside_chains(found, costs.costs(found, read), 20))
     assert "tree" in tables.accepted_length(found, 20)
