@@ -27,6 +27,7 @@ from specbench.cli.target_argument import expand
 from specbench.cli.tracked_stages import tracking_of
 from specbench.data.answers.embedded_tokenizer import rendered, train_tokenizer
 from specbench.data.prompts.embedded_corpus import DOMAINS, census, conversations
+from specbench.files.atomic import read_object
 from specbench.files.folder_swap import remove
 from specbench.files.torch_checkpoints import read_checkpoint
 from specbench.models import target as targets
@@ -34,13 +35,18 @@ from specbench.models.gguf_conversion import convert
 from specbench.models.gguf_file import Found, at, in_package, require_reader
 from specbench.models.selfcheck import settle
 from specbench.models.suggestion import suggest
+from specbench.models.target_files import location, raw_config, read_model, read_tokenizer
 from specbench.runs.provenance import provenance
 from specbench.runs.run_folder import RunFolder
 from specbench.runs.settings_without_effect import without_effect
 from specbench.runs.tracked_run import tracked
 from specbench.training.callbacks import TrainingProgress
+from specbench.training.growth import grow
 from specbench.training.pretraining import CorpusBatches, LanguageModeling, initialise
 
+WEIGHTS = "model.safetensors"
+# What a target tells of the one that it started from.
+HISTORY = ("command", "time", "code", "recipe", "steps", "tokens_seen", "seconds", "loss", "start")
 RESULTS = ("config.json", "*.safetensors", "tokenizer.json", "provenance.json")
 
 
@@ -66,6 +72,8 @@ def run(cfg: DictConfig) -> None:
             tokenizer = _tokenizer(cfg)
             data: CorpusBatches = instantiate(cfg.data, _convert_="all", tokenizer=tokenizer)
             model = initialise(targets.new_causal_lm(container(cfg.model))).train()
+            if cfg.start is not None:
+                grow(model, read_model(_start(cfg), None, torch.float32, raw_config(_start(cfg))))
             module: LanguageModeling = instantiate(cfg.training, _convert_="all", model=model)
             if cfg.compile:
                 module.model.compile(dynamic=True)
@@ -127,10 +135,12 @@ def located(cfg: DictConfig) -> Found:
 
 
 def check(cfg: DictConfig) -> None:
-    """Refuse a GGUF file that is not there, and missing packages that read it."""
+    """Refuse a GGUF file that is not there, missing packages that read it, and a model to start from of other sizes."""
     if cfg.path is not None or cfg.package is not None:
         require_reader()
         located(cfg)
+    if cfg.start is not None:
+        _check_start(cfg)
 
 
 def print_check(name: str, dtype: str) -> None:
@@ -150,6 +160,8 @@ def stage_of(cfg: DictConfig) -> Stage:
     """The stage of this target, not entered."""
     instead = "another name= or folder="
     inputs = None
+    if cfg.start is not None:
+        inputs = {"start": _digest(_start(cfg))}
     if cfg.package is not None:
         inputs = {"package": " ".join(f"{k}=={v}" for k, v in sorted(located(cfg).origin["packages"].items()))}
     return Stage("target", Path(cfg.folder), cfg, force=cfg.force, results=RESULTS, inputs=inputs, instead=instead)
@@ -181,13 +193,50 @@ def publish(cfg: DictConfig, module: LanguageModeling, data: CorpusBatches, step
         "seconds": round(module.elapsed(), 1),
         "loss": {name.removeprefix("val/loss/"): round(value, 4) for name, value in losses.items()},
         "dtype": cfg.dtype,
-        "sha256": hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest(),
+        "sha256": _digest(folder),
     }
+    if cfg.start is not None:
+        facts["start"] = _history(_start(cfg))
     run.write_provenance(facts, diff)
     return facts
 
 
+def _start(cfg: DictConfig) -> Path:
+    return Path(location(cfg.start))
+
+
+def _digest(folder: Path) -> str:
+    return hashlib.sha256((folder / WEIGHTS).read_bytes()).hexdigest()
+
+
+def _history(folder: Path) -> dict:
+    """What is known of the training of the model that this one started from."""
+    told = folder / "provenance.json"
+    known = read_object(told) if told.is_file() else {}
+    return {key: known[key] for key in HISTORY if key in known} | {"sha256": _digest(folder)}
+
+
+def _check_start(cfg: DictConfig) -> None:
+    """Refuse a folder whose model cannot be the start of this one."""
+    if not (_start(cfg) / WEIGHTS).is_file():
+        raise ValueError(f"start={cfg.start}: no {WEIGHTS} in this folder; give one that `specbench target` trained")
+    theirs, ours = raw_config(_start(cfg)), container(cfg.model)
+    for key, value in ours.items():
+        if key != "num_hidden_layers" and theirs.get(key) != value:
+            raise ValueError(
+                f"start={cfg.start}: its {key} is {theirs.get(key)} and model.{key} is {value}; set the same, only the "
+                "number of layers can differ"
+            )
+    if theirs["num_hidden_layers"] > ours["num_hidden_layers"]:
+        raise ValueError(
+            f"start={cfg.start}: it has {theirs['num_hidden_layers']} layers, more than "
+            f"model.num_hidden_layers={ours['num_hidden_layers']}; raise that"
+        )
+
+
 def _tokenizer(cfg: DictConfig):
+    if cfg.start is not None:
+        return read_tokenizer(_start(cfg), None, cfg.vocabulary)
     texts = itertools.chain.from_iterable(
         (rendered(c["messages"]) for c in conversations(d, "train", cfg.data.limit, cfg.data.seed)) for d in DOMAINS
     )

@@ -859,6 +859,7 @@ class QuickstartSettings(Settings):
     clock: ClockSettings
     codec: CodecName
     steps: Count
+    slots: Slots
     docs: Folder | None
 
     @model_validator(mode="after")
@@ -896,6 +897,7 @@ class PretrainSettings(Settings):
     vocabulary: Annotated[int, Field(ge=260, le=1 << 20)]
     dtype: DType
     compile: bool
+    start: Folder | None
     model: RawConfig
     data: Annotated[dict[str, Any], Built(kind="specbench.training.pretraining.CorpusBatches", given=("tokenizer",))]
     training: Annotated[dict[str, Any], Built(kind="specbench.training.pretraining.LanguageModeling", given=("model",))]
@@ -914,6 +916,8 @@ class PretrainSettings(Settings):
             raise ValueError(f"source=pretrain {given[0]}: a target that is trained takes neither path nor package")
         if self.tokenizer is not None and not given:
             raise ValueError(f"tokenizer={self.tokenizer}: goes with path=FILE.gguf or package=NAME")
+        if self.start is not None and given:
+            raise ValueError(f"start={self.start} {given[0]}: only a target that is trained starts from another")
         return self
 
 
