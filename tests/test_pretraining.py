@@ -23,6 +23,7 @@ from specbench.training.pretraining import CorpusBatches, LanguageModeling, init
 from tests.wandblog import offline_run
 
 EMBEDDED = Path(targets.__file__).parents[1] / "data" / "embedded"
+DEEP = EMBEDDED.with_name("embedded_deep")
 TALK = [
     {"role": "user", "content": "Add 12 and 7."},
     {"role": "assistant", "content": "12 + 7 = 19.\nThe answer is 19."},
@@ -170,31 +171,42 @@ def test_long_conversations_are_left_out_and_counted(tokenizer):
     assert 0 < long == short.left_out and everything.left_out == 0
 
 
-def test_the_shipped_target_is_small_and_is_the_one_that_its_provenance_describes(shipped):
-    facts = json.loads((EMBEDDED / "provenance.json").read_text())
-    assert sum(f.stat().st_size for f in EMBEDDED.iterdir()) < 10_000_000
-    assert hashlib.sha256((EMBEDDED / "model.safetensors").read_bytes()).hexdigest() == facts["sha256"]
-    config = json.loads((EMBEDDED / "config.json").read_text())
+@pytest.mark.parametrize("folder", [EMBEDDED, DEEP], ids=lambda folder: folder.name)
+def test_a_shipped_target_is_small_and_is_the_one_that_its_provenance_describes(folder):
+    facts = json.loads((folder / "provenance.json").read_text())
+    assert sum(f.stat().st_size for f in folder.iterdir()) < 10_000_000
+    assert hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest() == facts["sha256"]
+    config = json.loads((folder / "config.json").read_text())
     recipe = facts["recipe"]["model"]
     assert {k: config[k] for k in recipe} == recipe and config["dtype"] == facts["dtype"]
-    assert len(shipped) == config["vocab_size"] and config["eos_token_id"] == shipped.eos_token_id
+    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    assert len(tokenizer) == config["vocab_size"] and config["eos_token_id"] == tokenizer.eos_token_id
     assert facts["tokens_seen"] > 0 and set(facts["loss"]) == set(DOMAINS)
 
 
-def test_the_shipped_target_has_the_loss_that_its_provenance_states(shipped):
-    facts = json.loads((EMBEDDED / "provenance.json").read_text())
-    model = targets.Target.load(EMBEDDED, taps=[]).model
-    data = CorpusBatches(shipped, validation=100, limit=0)
+def test_the_deep_target_was_grown_from_the_shallow_one(shipped):
+    facts = json.loads((DEEP / "provenance.json").read_text())
+    assert facts["start"]["sha256"] == hashlib.sha256((EMBEDDED / "model.safetensors").read_bytes()).hexdigest()
+    assert AutoTokenizer.from_pretrained(DEEP, local_files_only=True).get_vocab() == shipped.get_vocab()
+
+
+@pytest.mark.parametrize("folder", [EMBEDDED, DEEP], ids=lambda folder: folder.name)
+def test_a_shipped_target_has_the_loss_that_its_provenance_states(folder, shipped):
+    facts = json.loads((folder / "provenance.json").read_text())
+    model = targets.Target.load(folder, taps=[]).model
+    # The problems are the same on every machine; the library's files change with the Python version.
+    checked = DOMAINS if folder == EMBEDDED else ("math",)
+    repeats = {domain: int(domain in checked) for domain in DOMAINS}
+    data = CorpusBatches(shipped, validation=100, limit=0, repeats=repeats, seed=facts["recipe"]["data"]["seed"])
     data.setup("validate")
-    losses = {d: [] for d in DOMAINS}
+    losses = {d: [] for d in checked}
     with torch.no_grad():
         for rows in data.val_dataloader():
             nats = token_losses(model(rows.tokens).logits, rows.tokens)
             for row, weight, domain in zip(nats, rows.weight, rows.domain, strict=True):
                 losses[DOMAINS[domain]] += row[weight[1:] > 0].tolist()
-    # The problems are the same on every machine; the library's files change with the Python version.
     assert sum(losses["math"]) / len(losses["math"]) == pytest.approx(facts["loss"]["math"], abs=2e-3)
-    for domain in ("code", "prose"):
+    for domain in set(checked) - {"math"}:
         assert sum(losses[domain]) / len(losses[domain]) < facts["loss"][domain] + 0.5
 
 

@@ -22,7 +22,7 @@ from specbench.models.target import new_causal_lm
 from tests.tiny import CONFIGS, METHODS
 
 TARGETS = sorted(file.stem for file in (CONFIGS / "target").glob("*.yaml") if file.stem != "folder")
-REAL = [name for name in TARGETS if not name.startswith("tiny") and name != "embedded"]
+REAL = [name for name in TARGETS if not name.startswith("tiny") and not name.startswith("embedded")]
 GOLDEN = Path(__file__).parent / "fixtures" / "golden"
 REPOSITORY = CONFIGS.parent
 

@@ -33,7 +33,8 @@ BESIDE = re.compile(
     r"(^|\.)(mtp|nextn|eh_proj|enorm|hnorm|shared_head|vision\w*|visual\w*|audio\w*|image_\w+|multi_modal_projector|"
     r"multimodal_projector|mm_projector|patch_embed)(\.|_|$)|(\.inv_freq|\.masked_bias|\.attn\.bias|attention\.bias)$"
 )
-# `package:PATH` is a path inside this package: the small target that comes with it is package:data/embedded.
+# `package:PATH` is a path inside this package: the small targets that come with it are package:data/embedded and
+# package:data/embedded_deep.
 PACKAGED = "package:"
 # Spellings of mask tokens in tokenizers.
 MASKS = ("<|mask|>", "<mask>", "[MASK]", "<|MASK|>")
