@@ -1,4 +1,4 @@
-"""specbench quickstart: all stages on the embedded target, with the same code as for any target."""
+"""specbench quickstart: all stages on the deep embedded target, with the same code as for any target."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from specbench.cli.verbs import VERBS
 from specbench.data.prompts.embedded_corpus import DOMAINS
 from specbench.drafts.installed import installed
 
+TARGET = "embedded_deep"
 SHOWN = ("conditional_acceptance_t0.png", "survival_t0.png")
 
 
@@ -71,8 +72,9 @@ def before_training(cfg: DictConfig) -> list[tuple[str, list[str]]]:
         ("cache", [*everywhere(cfg), *target, f"codec={cfg.codec}"]),
     ]
     if cfg.target.remake:
-        made = [*everywhere(cfg), f"training.seconds={cfg.target.seconds}", "trainer.max_steps=100000"]
-        stages.insert(0, ("target", made))
+        grown = [f"name={TARGET}", "start=package:data/embedded", "model.num_hidden_layers=24"]
+        budget = [f"training.seconds={cfg.target.seconds}", "trainer.max_steps=100000"]
+        stages.insert(0, ("target", [*everywhere(cfg), *grown, *budget]))
     return stages
 
 
@@ -85,7 +87,11 @@ def drafts(cfg: DictConfig, cache: Path | None) -> list[tuple[str, list[str]]]:
         draft = f"draft={Path(cfg.root) / 'runs' / 'train' / name}"
         own = own_class(method)
         training = [f"method={method}", f"name={name}", f"seed.init={cfg.seed}", f"trainer.max_steps={cfg.steps}"]
-        training += ["evaluate=false", *([] if cache is None else [f"cache={cache}"])]
+        training += [
+            f"method.draft.block_size={cfg.slots}",
+            "evaluate=false",
+            *([] if cache is None else [f"cache={cache}"]),
+        ]
         stages.append(("train", [*common, *training]))
         for temperature in cfg.temperatures:
             decoding = [draft, *own, f"name={name}-t{temperature:g}", f"temperature={temperature}"]
@@ -120,9 +126,9 @@ def everywhere(cfg: DictConfig) -> list[str]:
 
 
 def target_of(cfg: DictConfig) -> list[str]:
-    """The embedded target, or the one that was made here."""
-    made = [f"target.id={cfg.root}/runs/target/embedded"] if cfg.target.remake else []
-    return ["target=embedded", *made]
+    """The deep embedded target, or the one that was made here."""
+    made = [f"target.id={cfg.root}/runs/target/{TARGET}"] if cfg.target.remake else []
+    return [f"target={TARGET}", *made]
 
 
 def publish(output: Path, folder: Path) -> None:

@@ -3,6 +3,7 @@
     python -m tests.fastspeed step      # a training step of DSpark at a vocabulary of 151,936, one process a variant
     python -m tests.fastspeed decode    # a draft and a target with and without their faster passes, in turns
     python -m tests.fastspeed target FOLDER [bfloat16] # passes over 1 to 8 tokens, by the library and by our layers
+    python -m tests.fastspeed shapes    # steps of random targets of several depths and widths, and proposals of drafts
     python -m tests.fastspeed collate   # a batch in used memory and in fresh memory, in turns
 
 Processor seconds on one thread, which a busy machine changes least, and the highest memory above the resident model.
@@ -27,8 +28,10 @@ from specbench.blocks import Sample, pack
 from specbench.checkpoints.draft_folder import load_draft
 from specbench.data.loading.buffers import Recycler
 from specbench.decoding.loop import Limits, decode, speculative_decode
-from specbench.decoding.sampling import Sampling
+from specbench.decoding.sampling import Sampler, Sampling
 from specbench.drafts import dspark
+from specbench.drafts.dflash import DFlash
+from specbench.drafts.eagle3 import Eagle3
 from specbench.drafts.parallel import ParallelDraft
 from specbench.losses import objective
 from specbench.models.fast import projection
@@ -38,6 +41,10 @@ from tests import families
 
 GOLDEN = Path(__file__).parent / "fixtures" / "golden"
 PRE_NORM = ("llama", "mistral", "qwen2", "qwen3", "phi3", "gemma", "granite")
+
+
+# Layers, width and width of the feed-forward part.
+SHAPES = ((6, 128, 384), (16, 128, 384), (24, 96, 288), (24, 128, 384), (24, 160, 480), (32, 128, 256))
 
 
 def without_linears() -> None:
@@ -166,6 +173,33 @@ def verification(
         yield size, {name: statistics.median(found[1:]) for name, found in taken.items()}
 
 
+@torch.inference_mode()
+def step_and_proposals(
+    layers: int, width: int, feed_forward: int, repeats: int = 15, context: int = 120
+) -> dict[str, float]:
+    """Processor milliseconds (medians of `repeats`) of random Qwen3 targets: reading 1, 4 and 8 tokens, and the
+    proposals of four slots by drafts of one layer."""
+    config = families.config("qwen3") | {"vocab_size": 1024, "hidden_size": width, "num_hidden_layers": layers}
+    config |= {"intermediate_size": feed_forward, "num_attention_heads": width // 32, "head_dim": 32}
+    config |= {"num_key_value_heads": 2 if width == 128 else width // 32, "tie_word_embeddings": True}
+    target = Target.from_config(config, sorted({0, layers // 2, layers - 3}), seed=3, stop_token_ids=[])
+    tokens = torch.randint(4, 1024, (1, context), generator=torch.Generator().manual_seed(0))
+    state, seen = target.prefill(tokens, torch.tensor([context]))
+
+    def median(work: Callable[[], object]) -> float:
+        return 1e3 * statistics.median([_processor_seconds(work) for _ in range(repeats + 2)][2:])
+
+    found = {
+        f"{size} tokens": median(lambda size=size: target.logits(target.extend(state, tokens[:, :size]).last))
+        for size in (1, 4, 8)
+    }
+    for kind in (dspark.DSpark, DFlash, Eagle3):
+        draft = kind.for_target(target, layers=1, block_size=4, start="random", mask_token_id=3).eval()
+        begun, sampler = draft.begin(seen, tokens), Sampler(Sampling(), range(1))
+        found[kind.__name__] = median(lambda d=draft, s=begun, draw=sampler: d.propose(s, tokens[:, 0], draw, 4))
+    return found
+
+
 def _in_turns(variants: dict[str, tuple[bool, Callable[[], Iterator]]]) -> dict[str, float]:
     taken: dict[str, list[float]] = {name: [] for name in variants}
     for turn in range(4):
@@ -193,6 +227,9 @@ def main(what: str, *folder: str) -> None:
     elif what == "target":
         for size, found in verification(*folder):
             print(f"{size} tokens", {name: f"{value:.1f} ms" for name, value in found.items()}, flush=True)
+    elif what == "shapes":
+        for shape in SHAPES:
+            print(shape, {name: f"{value:.2f} ms" for name, value in step_and_proposals(*shape).items()}, flush=True)
     elif what == "collate":
         print({name: f"{value:.1f} ms" for name, value in collation().items()}, flush=True)
     else:

@@ -311,6 +311,7 @@ answers sampling.top_p=2 | top_p=2: takes
 cache codec=bogus | codec=bogus: choose one of
 cache shard_bytes=0 | shard_bytes=0: takes
 quickstart steps=0 | steps=0: takes
+quickstart slots=0 | slots=0: takes
 quickstart methods=[] | methods=[]: takes
 quickstart methods=[dsparc] | there is no method dsparc
 quickstart codec=bogus | codec=bogus
