@@ -14,6 +14,7 @@ from specbench import fast
 from specbench.blocks import with_anchors
 from specbench.checkpoints.config_keys import FormatError
 from specbench.checkpoints.draft_folder import build_draft, export_draft, load_draft, save_draft, taps_of
+from specbench.checkpoints.model_card import serving_command
 from specbench.losses.objective import Objective
 from tests import published, tiny, transcriptions
 from tests.test_interchange import made
@@ -76,16 +77,37 @@ def test_its_published_form_gives_the_formulas_logits(tmp_path: Path) -> None:
         build_draft({**written, "hot_vocab_size": 16}, held, tables)
 
 
+def test_vllms_form_is_the_same_draft_without_a_bias(tmp_path: Path) -> None:
+    draft, kept, config = made("eagle1", backbone="llama", fc_bias=False)
+    save_draft(draft, tmp_path / "own", config, kept)
+    out = export_draft(tmp_path / "own", tmp_path / "out", "vllm")
+    written, held = json.loads((out / "config.json").read_text()), load_file(out / "model.safetensors")
+    # vLLM reads EagleLlamaForCausalLM from this name, and `bias` as biases of the attention.
+    assert (written["architectures"], written["bias"]) == (["LlamaForCausalLM"], False)
+    assert written["max_position_embeddings"] and "fc.bias" not in held
+    assert not {"embed_tokens.weight", "lm_head.weight"} & set(held)
+    back, batch = load_draft(out, tiny.target("qwen3").tables), with_anchors(tiny.batch("qwen3"), 3)
+    with torch.no_grad():
+        torch.testing.assert_close(back.eval()(batch).hidden[:, :, :4], draft.eval()(batch).hidden[:, :, :4])
+    asked = {"method": "eagle", "model": "DRAFT", "num_speculative_tokens": 7}
+    assert serving_command("DRAFT", "vllm", "T", written) == f"vllm serve T --speculative-config '{json.dumps(asked)}'"
+
+
 @pytest.mark.parametrize(
-    ("settings", "reason"),
-    [({}, "backbone=llama"), ({"backbone": "llama", "fc_bias": False}, "fc_bias=true")],
-    ids=["layers", "bias"],
+    ("form", "settings", "reason"),
+    [
+        ("sglang", {}, "backbone=llama"),
+        ("sglang", {"backbone": "llama", "fc_bias": False}, "SGLang 0.5.23 has a bias .*fc_bias=true"),
+        ("vllm", {"backbone": "llama"}, "vLLM 0.32.0 has no bias .*fc_bias=false"),
+        ("vllm", {"fc_bias": False}, "vLLM 0.32.0 has EAGLE-1 with Llama layers"),
+    ],
+    ids=["layers", "bias", "no bias", "layers of vLLM"],
 )
-def test_what_sglang_cannot_decode_is_not_written(settings: dict, reason: str, tmp_path: Path) -> None:
+def test_what_an_engine_cannot_decode_is_not_written(form: str, settings: dict, reason: str, tmp_path: Path) -> None:
     draft, kept, config = made("eagle1", **settings)
     save_draft(draft, tmp_path / "own", config, kept)
     with pytest.raises(FormatError, match=reason):
-        export_draft(tmp_path / "own", tmp_path / "out", "sglang")
+        export_draft(tmp_path / "own", tmp_path / "out", form)
 
 
 def test_training_runs_and_supervises_the_trained_steps_alone() -> None:

@@ -17,6 +17,14 @@ from specbench.cli.engine_settings import fitted, layers_of_target, said_servabl
         ("vllm", ["method=eagle3", "target=smollm2_135m"], set()),
         ("vllm", ["method=dspark", "method.draft.markov_head=rnn"], {"method.draft.markov_head=vanilla"}),
         ("vllm", ["method=dspark", "target=smollm2_135m"], {"method.backbone=qwen3"}),
+        ("vllm", ["method=eagle1"], {"method.backbone=llama", "method.draft.fc_bias=false"}),
+        ("vllm", ["method=p_eagle", "method.draft.fc_norm=true"], {"method.draft.fc_norm=false"}),
+        (
+            "vllm",
+            ["method=medusa", "method.vocabulary=99", "method.draft.own_heads=true"],
+            {"method.draft.own_heads=false"},
+        ),
+        ("sglang", ["method=hass"], {"method.backbone=llama"}),
         ("sglang", ["method=eagle3", "target.target_layer_ids=[1,2,3]"], {"method.backbone=llama"}),
         (
             "sglang",

@@ -133,6 +133,9 @@ def speculators(
         _require(draft, "vllm")
         return medusa_vllm(draft)
     positions = _required(draft, "vllm", text)
+    if isinstance(draft, Eagle1):
+        # As released: vLLM puts `Eagle` before the architecture if it is asked for the method `eagle`.
+        return _eagle1(draft, "LlamaForCausalLM", positions)
     facts, name = draft.backbone, type(draft).__name__
     layers = layer_fields(facts, positions) | {
         "model_type": "qwen3" if facts.head_norms else "llama",
@@ -241,6 +244,8 @@ def sglang(
     where that is known. Errors: FormatError with the reason.
     """
     positions = _required(draft, "sglang", text, target_layers)
+    if isinstance(draft, Eagle1):
+        return _eagle1(draft, "LlamaForCausalLMEagle", positions)
     counted = {} if target_layers is None else {"num_target_layers": target_layers}
     shared = layer_fields(draft.backbone, positions) | {
         "num_hidden_layers": len(draft.layers_in_order()),
@@ -249,11 +254,6 @@ def sglang(
         "torch_dtype": str(draft.tables.head.dtype).removeprefix("torch."),
     }
     taps = list(draft.target_layer_ids)
-    if isinstance(draft, Eagle1):
-        own = {name: value for name, value in tensors_of(draft).items() if name not in TABLES}
-        stored = str(draft.fc.weight.dtype).removeprefix("torch.")
-        named = {"architectures": ["LlamaForCausalLMEagle"], "model_type": "llama", "bias": True, "torch_dtype": stored}
-        return shared | named, own
     if isinstance(draft, Eagle3):
         config = shared | norms_of(draft) | _tap_count(draft)
         config |= {
@@ -273,6 +273,20 @@ def sglang(
             config["sample_from_anchor"] = False
         return config, tensors_of(draft)
     return zlab(draft, text, target_layers)
+
+
+def _eagle1(draft: Eagle1, architecture: str, positions: int) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """config.json and tensors of an EAGLE-1, whose embedding and head are the target's in every engine."""
+    config = layer_fields(draft.backbone, positions) | {
+        "architectures": [architecture],
+        "model_type": "llama",
+        "num_hidden_layers": len(draft.layers),
+        "rope_theta": draft.backbone.rope_theta,
+        "tie_word_embeddings": False,
+        "bias": draft.fc.bias is not None,
+        "torch_dtype": str(draft.fc.weight.dtype).removeprefix("torch."),
+    }
+    return config, {name: value for name, value in tensors_of(draft).items() if name not in TABLES}
 
 
 def _tap_count(draft: FusedTaps) -> dict[str, int]:

@@ -83,12 +83,17 @@ def medusa_tensors(tensors: Mapping[str, Tensor], settings: Mapping[str, Any]) -
     return found
 
 
-def medusa_obstacle(draft: Medusa) -> str | None:
-    """Why vLLM cannot hold these heads; None when it can."""
+def medusa_obstacle(draft: Medusa, engine: str) -> str | None:
+    """Why vLLM cannot hold these heads; None when it can. `engine`: its name and version."""
     if draft.backbone.soft_cap is not None:
-        return "vLLM's Medusa has no soft-cap of the logits"
+        return f"{engine} has no soft-cap of the logits of Medusa's heads (medusa.py)"
     if draft.tables.trainable:
-        return "vLLM's Medusa shares the target's embedding; this draft has trained its own"
+        return f"{engine} gives Medusa the target's states alone (medusa.py); this draft has trained an embedding"
+    if len(draft.vocabulary_heads) and draft.draft_vocabulary is not None:
+        return (
+            f"{engine} reads a vocabulary head of each slot with the whole vocabulary only (medusa.py); train with "
+            "method.draft.own_heads=false or method.vocabulary=null"
+        )
     return None
 
 

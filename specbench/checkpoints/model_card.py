@@ -76,6 +76,7 @@ def how_to(repository: str, form: str, target: str | None, config: Mapping[str, 
     return HOW_TO[form].format(repository=repository, target=partner, command=command, engine=engine)
 
 
+CHAIN = 7  # tokens of a chain, where a format does not keep how far the draft was unrolled
 # Of SGLang, by the architecture of the drafts that are written for it.
 SGLANG_ALGORITHMS = {
     "LlamaForCausalLMEagle": "EAGLE",
@@ -93,17 +94,24 @@ def serving_command(repository: str, form: str, target: str, config: Mapping[str
     if form not in ("vllm", "sglang") or config is None:
         return ""
     if form == "vllm":
+        more: dict[str, Any] = {}
         if "speculators_config" in config:
             proposed = config["speculators_config"]["proposal_methods"][0]["speculative_tokens"]
             method = config["speculators_model_type"]
-        else:
+            if method == "peagle":  # vLLM has no method of this name
+                method, more = "eagle3", {"parallel_drafting": True}
+        elif config["model_type"] == "medusa":
             proposed, method = config["num_heads"], "medusa"
-        asked = {"method": method, "model": repository, "num_speculative_tokens": proposed}
+        else:
+            proposed, method = CHAIN, "eagle"
+        asked = {"method": method, "model": repository, "num_speculative_tokens": proposed, **more}
         return f"vllm serve {target} --speculative-config '{json.dumps(asked)}'"
     start = f"python -m sglang.launch_server --model-path {target} --speculative-draft-model-path {repository}"
     algorithm = SGLANG_ALGORITHMS[config["architectures"][0]]
     if algorithm.startswith("EAGLE"):  # a chain; the format does not keep how far the draft was unrolled
-        algorithm += " --speculative-num-steps 7 --speculative-eagle-topk 1 --speculative-num-draft-tokens 8"
+        algorithm += (
+            f" --speculative-num-steps {CHAIN} --speculative-eagle-topk 1 --speculative-num-draft-tokens {CHAIN + 1}"
+        )
     return f"{start} --speculative-algorithm {algorithm}"
 
 

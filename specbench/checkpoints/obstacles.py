@@ -2,10 +2,10 @@
 
 An engine that ignores what it does not know would decode with a wrong draft, so a draft that a format or its engine
 cannot represent is refused. Each reason names the engine's version and the file that decides; a later version may know
-more. Sources: vLLM 0.32.0 model_executor/models/{llama_eagle3,qwen3_eagle3,qwen3_dflash,qwen3_dspark}.py,
-v1/worker/gpu/spec_decode/dflash/speculator.py, transformers_utils/configs/speculators/algos.py; SGLang 0.5.23
-srt/models/{llama_eagle3,dflash,dspark,llama,qwen2}.py, srt/speculative/dspark_components/dspark_config.py; DeepSpec, of
-which a public toolkit exists without version numbers, as read on 2026-11-26.
+more. Sources: vLLM 0.32.0 model_executor/models/{llama_eagle,llama_eagle3,qwen3_eagle3,qwen3_dflash,qwen3_dspark,
+medusa}.py, v1/worker/gpu/spec_decode/dflash/speculator.py, transformers_utils/configs/speculators/algos.py; SGLang
+0.5.23 srt/models/{llama_eagle3,dflash,dspark,llama,qwen2}.py, srt/speculative/dspark_components/dspark_config.py;
+DeepSpec, of which a public toolkit exists without version numbers, as read on 2026-11-26.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from specbench.drafts.eagle3 import Eagle3
 from specbench.drafts.fused_taps import FusedTaps
 from specbench.drafts.jetspec import JetSpec
 from specbench.drafts.medusa import Medusa
+from specbench.drafts.p_eagle import PEagle
 from specbench.drafts.parallel import ParallelDraft
 from specbench.models.backbone import Backbone
 
@@ -30,7 +31,7 @@ FORMATS = ("deepspec", "vllm", "sglang", "zlab", OWN)
 # The published architectures that each of them holds.
 HELD = {
     "deepspec": ("dspark", "dflash", "eagle3"),
-    "vllm": ("dspark", "dflash", "eagle3", "p_eagle", "medusa"),
+    "vllm": ("dspark", "dflash", "eagle3", "p_eagle", "medusa", "eagle1"),
     "sglang": ("dspark", "dflash", "eagle3", "eagle1"),
     "zlab": ("dflash", "jetspec", "domino", "dflash2"),
 }
@@ -151,7 +152,9 @@ def _beyond_plain(facts: Backbone) -> str | None:
 def _vllm_obstacle(draft: Draft) -> str | None:
     facts = draft.backbone
     if isinstance(draft, Medusa):
-        return medusa_obstacle(draft)
+        return medusa_obstacle(draft, VLLM)
+    if isinstance(draft, Eagle1):
+        return _eagle1_obstacle(draft, VLLM, "llama_eagle.py", bias=False)
     if facts.sandwich or facts.soft_cap is not None or facts.embedding_scale != 1.0:
         return (
             "speculators has no Gemma4-like layers, embedding scale or soft-cap; format=deepspec holds this draft, and "
@@ -162,6 +165,8 @@ def _vllm_obstacle(draft: Draft) -> str | None:
     if isinstance(draft, FusedTaps):
         if facts.head_norms and facts.attention_bias:
             return f"{VLLM} has no bias of the output projection beside norms of queries and keys (qwen3.py)"
+        if isinstance(draft, PEagle) and draft.fc_norm is not None:
+            return f"{VLLM} does not read fc_norm of a P-EAGLE (algos.py); train with method.draft.fc_norm=false"
         return _one_layer(draft, f"{VLLM} (llama_eagle3.py)")
     if not facts.head_norms:
         return _unnormed(f"{VLLM} (qwen3_dflash.py)")
@@ -184,7 +189,7 @@ def _sglang_obstacle(draft: Draft) -> str | None:
     if (beyond := _beyond_plain(facts)) is not None:
         return f"{SGLANG}: {beyond}"
     if isinstance(draft, Eagle1):
-        return _eagle1_obstacle(draft)
+        return _eagle1_obstacle(draft, SGLANG, "llama_eagle.py", bias=True)
     if draft.tables.trainable:
         return f"{SGLANG} gives a draft the target's embedding; this draft has trained its own"
     if isinstance(draft, Eagle3):
@@ -232,13 +237,28 @@ def _zlab_obstacle(draft: Draft) -> str | None:
     return None
 
 
-def _eagle1_obstacle(draft: Eagle1) -> str | None:
-    if draft.backbone.head_norms:
-        return "SGLang's EAGLE-1 has Llama layers without norms of queries and keys; train with method.backbone=llama"
-    if draft.fc.bias is None:
-        return "SGLang's EAGLE-1 has a bias in the map of embedding and feature; train with method.draft.fc_bias=true"
+def _eagle1_obstacle(draft: Eagle1, engine: str, file: str, bias: bool) -> str | None:
+    facts = draft.backbone
+    if facts.sandwich or facts.soft_cap is not None or facts.embedding_scale != 1.0:
+        return f"{engine} has EAGLE-1 with Llama layers, no embedding scale or soft-cap ({file})"
+    if (beyond := _beyond_plain(facts)) is not None:
+        return f"{engine}: {beyond}"
+    if facts.head_norms:
+        return (
+            f"{engine} has EAGLE-1 with Llama layers, without norms of queries and keys ({file}); train with "
+            "method.backbone=llama"
+        )
+    if (draft.fc.bias is not None) != bias:
+        has = "a" if bias else "no"
+        return (
+            f"{engine} has {has} bias in the map of embedding and feature ({file}); train with "
+            f"method.draft.fc_bias={str(bias).lower()}"
+        )
     if draft.tables.trainable or draft.draft_vocabulary is not None:
-        return "SGLang's EAGLE-1 shares the target's embedding and head; this draft has its own or a reduced vocabulary"
+        return (
+            f"{engine} gives an EAGLE-1 the target's embedding and head ({file}); this draft has its own or a reduced "
+            "vocabulary: train with method.draft.train_tables=false method.vocabulary=null"
+        )
     return None
 
 

@@ -46,6 +46,7 @@ def layers_of_target(config: Mapping[str, Any]) -> int | None:
 
 def _needs(engine: str, method: DictConfig, config: Mapping[str, Any]) -> dict[str, Any]:
     """Settings below `method` that the engine needs, for the published architecture of the method's class."""
+    needs: dict[str, Any]
     kind = vars(get_class(method.draft._target_)).get("published_format")
     family = chosen(config, method.backbone).family
     if kind == "eagle3":
@@ -53,9 +54,18 @@ def _needs(engine: str, method: DictConfig, config: Mapping[str, Any]) -> dict[s
         if engine == "sglang":
             return one | {"backbone": "llama"}
         return one if family in ("llama", "qwen3") else one | {"backbone": "qwen3"}
+    if kind == "eagle1":
+        whole = {"vocabulary": None, "draft.train_tables": False, "window": None}
+        return whole | {"backbone": "llama", "draft.fc_bias": engine == "sglang"}
+    if kind == "p_eagle":
+        needs = {"draft.fc_norm": False, "window": None}
+        return needs if family in ("llama", "qwen3") else needs | {"backbone": "qwen3"}
+    if kind == "medusa":
+        needs = {"draft.train_tables": False}
+        return needs if method.vocabulary is None else needs | {"draft.own_heads": False}
     if kind not in ("dflash", "dspark"):
         return {}
-    needs: dict[str, Any] = {"draft.causal_block": False, "window": None}
+    needs = {"draft.causal_block": False, "window": None}
     if family != "qwen3":  # engines have block drafts with norms of queries and keys alone
         needs["backbone"] = "qwen3"
     if kind == "dflash":

@@ -1,4 +1,4 @@
-"""A pool of OpenAI-compatible servers (vLLM, SGLang, TGI). No request is lost, and no answer is requested twice.
+"""A pool of OpenAI-compatible servers (vLLM, SGLang, llama.cpp). No request is lost, and no answer is requested twice.
 
 429                      the server gets no request for as long as it says; the request goes to another server
 5xx, connection closed,  the request is tried again on any free server, after a waiting time that grows and has a
@@ -20,6 +20,7 @@ from typing import Any
 
 import openai
 
+from specbench.data.answers import llama_server
 from specbench.files.atomic import is_unicode
 from specbench.files.redaction import learn, learn_key, redact
 from specbench.ranges import Count, Seconds
@@ -48,6 +49,7 @@ class Reply:
 class _Server:
     url: str
     client: openai.AsyncOpenAI
+    llama: bool = False  # llama.cpp's own server, which has other names of the settings
     in_flight: int = 0
     alive: bool = True
     failures: int = 0
@@ -153,9 +155,11 @@ class ServerPool:
                 await asyncio.sleep(pause * self._jitter.uniform(0.5, 1.0))
             server = await self._acquire()
             try:
+                sent = _translated(server, body)
                 async with asyncio.timeout(self.patience.request):
-                    completion = await request(server.client, model=self.model, timeout=self.patience.request, **body)
+                    completion = await request(server.client, model=self.model, timeout=self.patience.request, **sent)
                 reply = _reply(completion)
+                _require_applied(server, sent, completion)
                 server.failures = 0
                 return reply
             except openai.APIStatusError as error:
@@ -164,7 +168,7 @@ class ServerPool:
                 cause = f"{redact(server.url)}: {_cause(error)}"
                 self._bury(server)
             except (openai.OpenAIError, _Unreadable, ValueError) as error:
-                if isinstance(error, Refused):
+                if isinstance(error, (Refused, _Misconfigured)):
                     raise
                 cause = f"{redact(server.url)}: unreadable reply ({_cause(error)})"
             finally:
@@ -239,7 +243,9 @@ class ServerPool:
         limit = min(self.patience.request, 10.0)
         try:
             async with asyncio.timeout(limit):
-                return [model.id async for model in server.client.models.list(timeout=limit)]
+                models = [model async for model in server.client.models.list(timeout=limit)]
+            server.llama = any(getattr(model, "owned_by", None) == llama_server.OWNER for model in models)
+            return [model.id for model in models]
         except openai.APIStatusError as error:
             return [] if error.status_code in (404, 405) else None
         except (openai.OpenAIError, TimeoutError, ValueError, AttributeError, TypeError):
@@ -252,6 +258,25 @@ class _Unreadable(Exception):
 
 class _Misconfigured(ValueError):
     """A configuration error: no request can succeed."""
+
+
+def _translated(server: _Server, body: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The request in the server's own names. Errors: _Misconfigured for settings that it does not have."""
+    if not server.llama:
+        return body
+    try:
+        return llama_server.translated(body)
+    except ValueError as error:
+        raise _Misconfigured(f"{redact(server.url)}: {error}") from error
+
+
+def _require_applied(server: _Server, sent: Mapping[str, Any], completion: Any) -> None:
+    """Errors: _Misconfigured if the server says that it decoded with other settings than those that were sent."""
+    if server.llama and (found := llama_server.differences(sent, completion.model_extra or {})):
+        raise _Misconfigured(
+            f"{redact(server.url)} decodes with {', '.join(found)}, which was not asked for: start it without these "
+            "settings, so that the answers have the law that is recorded"
+        )
 
 
 def _reply(completion: Any) -> Reply:
@@ -270,7 +295,7 @@ def _reply(completion: Any) -> Reply:
         raise Refused("an empty answer")
     if not is_unicode(text):
         raise Refused("an answer with a lone surrogate, which is no Unicode text")
-    tokens = (choice.model_extra or {}).get("token_ids") or None
+    tokens = (choice.model_extra or {}).get("token_ids") or llama_server.tokens_of(completion.model_extra or {}) or None
     if tokens is not None and not (isinstance(tokens, list) and set(map(type, tokens)) == {int} and min(tokens) >= 0):
         raise Refused("token_ids that are not whole numbers from 0: configure the server to return none, or repair it")
     return Reply(text, tokens, choice.finish_reason == "length")
