@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from specbench.data.answers.engines import AnswerPolicy
-from specbench.evaluation.engine_counters import compare, of_rounds, parsed
+from specbench.evaluation.engine_counters import EngineComparison, EngineCounters, compare, of_rounds, parsed
 from tests.data.chat_server import STOP, ChatServer
 
 PAGE = """# HELP vllm:spec_decode_num_drafts_total Number of spec decoding drafts.
@@ -71,3 +71,13 @@ def test_an_engine_is_asked_the_same_prompts() -> None:
     assert (body["temperature"], body["top_k"], body["max_tokens"], body["stop_token_ids"]) == (0.0, -1, 9, [STOP])
     table = "\n".join(found.table())
     assert "equal texts: 1 of 2" in table and "1 texts differ" in table and "3.0000" in table
+
+
+@pytest.mark.parametrize(
+    ("accepted", "proposed", "said"),
+    [(102, 1805, "behind the limit of new tokens"), (106, 1805, "something else"), (100, 1805, "something else")],
+)
+def test_tokens_behind_the_limit_are_no_other_draft(accepted: int, proposed: int, said: str) -> None:
+    """The engine proposes a whole block in the last round of a text; here it is cut to what is still allowed."""
+    here, there = EngineCounters(361, 1801, 101, (67,)), EngineCounters(361, proposed, accepted, (67,))
+    assert said in EngineComparison(here, there, texts=12, equal=12).differences(greedy=True)[0]

@@ -150,7 +150,11 @@ class EngineComparison:
                 "the numbers of verifications differ: other requests ran on the engine, or it proposes otherwise"
             )
         if self.here.accepted != self.there.accepted and not found:
-            found.append("other tokens were accepted in as many verifications: the draft computes something else there")
+            if greedy and 0 < self.there.accepted - self.here.accepted <= self.there.proposed - self.here.proposed:
+                # Equal texts in as many verifications hold equal numbers of accepted tokens.
+                found.append("the engine also counts accepted tokens behind the limit of new tokens, which no text has")
+            else:
+                found.append("other tokens were accepted in as many verifications: the draft computes something else")
         if self.here.proposed != self.there.proposed:
             found.append(
                 "proposed tokens differ where the last round of a text is cut here to the tokens still allowed"
