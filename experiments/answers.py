@@ -21,6 +21,7 @@ from specbench.cli.tracked_stages import tracked_output
 from specbench.data.answers import generation as answers
 from specbench.data.answers.chat import render
 from specbench.data.answers.engines import AnswerPolicy, Engine, ServerEngine
+from specbench.data.answers.kept_states import KeptStates
 from specbench.data.answers.servers import ServerPool
 from specbench.data.answers.templates import ChatError, date_of, server_options, template_hash, template_of
 from specbench.data.prompts import preparation as prompts
@@ -57,7 +58,6 @@ def run(cfg: DictConfig) -> None:
     total = sum(1 for _ in prompts.read(source, cfg.split, limit))
     if not total:
         raise ValueError(f"{source / f'{cfg.split}.jsonl'} holds no prompt: there is nothing to answer")
-    engine = _engine(cfg, target, tokenizer, options)
     if not cfg.force:
         answers.check_header(folder, policy)
     identity = {"policy": plain(vars(policy)), "prompts": digest, "split": cfg.split}
@@ -69,6 +69,7 @@ def run(cfg: DictConfig) -> None:
             name = "-".join(["answers", cfg.data.name, cfg.target.name, *([] if cfg.split == "train" else [cfg.split])])
             about = {"target": cfg.target.name, "data": cfg.data.name}
             with tracked_output("answers", name, stage, cfg, {"decoding": cfg.seed}, **about) as (run, _):
+                engine = _engine(cfg, target, tokenizer, options, stage.work)
                 with Progress("answers", total, "prompts") as bar:
                     counts = answers.collect(
                         prompts.read(source, cfg.split, limit),
@@ -151,11 +152,14 @@ def show(rows: Iterator[dict[str, Any]], tokenizer: Any, thinking: bool | None) 
         console.print(render(tokenizer, coded))
 
 
-def _engine(cfg: DictConfig, target: Target | None, tokenizer: Any, options: dict[str, Any]) -> Engine:
+def _engine(cfg: DictConfig, target: Target | None, tokenizer: Any, options: dict[str, Any], folder: Path) -> Engine:
+    """What answers: servers, or the target in this process, which can keep its states below `folder`."""
     if target is None:
         patience = instantiate(cfg.patience)
         return ServerEngine(list(cfg.servers), cfg.model, cfg.concurrency, patience, cfg.api_key, options, tokenizer)
-    return engine_of(target, cfg.max_new_tokens, cfg.batch_size, cfg.token_budget, cfg.chunk)
+    kept = KeptStates(folder, target) if cfg.get("keep_states") else None  # records of earlier versions lack it
+    own = (cfg.max_new_tokens, cfg.batch_size, cfg.token_budget, cfg.chunk)
+    return engine_of(target, *own, kept, cfg.thinking)
 
 
 def _tokenizer(target: DictConfig) -> Any:

@@ -34,6 +34,7 @@ def run(cfg: DictConfig) -> Path | None:
         cfg.thinking,
         name=f"{cfg.data.name}/answers.jsonl",
         left_out=lambda text: say(f"cache: {text}"),
+        kept_states=cfg.get("kept_states", True),  # records of earlier versions lack it
     )
     place = Path(cfg.folder) if cfg.folder else None
     if cfg.plan:

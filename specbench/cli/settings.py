@@ -585,6 +585,7 @@ class AnswersSettings(Settings):
     device: Device
     batch_size: Count
     token_budget: Count | None
+    keep_states: bool = False
     chunk: Count
 
     @model_validator(mode="after")
@@ -592,6 +593,11 @@ class AnswersSettings(Settings):
         for url in self.servers:
             if not re.match(r"https?://[^/\s]+", url):
                 raise ValueError(f"servers={show(self.servers)}: takes base URLs, as in [http://localhost:8000/v1]")
+        if self.keep_states and self.servers:
+            raise ValueError(
+                "keep_states=true with servers=: servers give no states; leave one of them out, and `specbench cache` "
+                "computes the states"
+            )
         return self
 
 
@@ -606,6 +612,7 @@ class CacheSettings(Settings):
     folder: Folder | None
     codec: CodecName
     last_codec: CodecName | None
+    kept_states: bool = True
     last_rows: Literal["all", "supervised"]
     max_length: Tokens
     thinking: bool | None

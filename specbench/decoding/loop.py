@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from specbench.blocks import Context
@@ -67,7 +68,7 @@ class Round:
 class Decoded:
     """One finished request. `output_ids`: the generated tokens, ended at the stop token or at max_new_tokens.
     `seconds`: time of all steps in which it took part. `prefill_seconds`: its share of joining, prefill and the copy
-    into the batch."""
+    into the batch. `states`: where they are kept, taps and final states of consecutive tokens on the CPU, in pieces."""
 
     index: int
     prompt_ids: list[int]
@@ -76,6 +77,12 @@ class Decoded:
     truncated: bool = False
     seconds: float = 0.0
     prefill_seconds: float = 0.0
+    states: list[tuple[Tensor, Tensor]] | None = None
+
+    def kept(self) -> tuple[Float[Tensor, "T C D"], Float[Tensor, "T D"]]:
+        """The kept states of prompt, text and closing tokens as one piece."""
+        taps, last = zip(*self.states, strict=True)
+        return torch.cat(taps), torch.cat(last)
 
 
 @dataclass(frozen=True)
@@ -170,9 +177,14 @@ def decode(
     sampling: Sampling,
     limits: Limits,
     seeds: Sequence[int] | None = None,
+    closing: Sequence[int] | None = None,
 ) -> Iterator[Decoded]:
     """Plain decoding: one forward pass of the target per token. It is the baseline, and generates answers in this
-    process."""
+    process.
+
+    closing: keep the target's states of every token in `Decoded.states`, and add those of these tokens after a text
+    that ended at a stop token (what a chat template writes there). None: keep none.
+    """
     yield from run(
         target,
         None,
@@ -181,6 +193,7 @@ def decode(
         limits,
         seeds,
         lambda lanes: _round(target, None, lanes, limits, FixedLength(), None),
+        closing,
     )
 
 
@@ -192,14 +205,20 @@ def run(
     limits: Limits,
     seeds: Sequence[int] | None,
     step: Callable[[Lanes], None],
+    closing: Sequence[int] | None = None,
 ) -> Iterator[Decoded]:
-    """Decode every prompt, `step` after `step` of all running requests; they join and leave between two steps."""
+    """Decode every prompt, `step` after `step` of all running requests; they join and leave between two steps.
+
+    closing: as in `decode`.
+    """
     empty = [i for i, prompt in enumerate(prompts) if len(prompt) == 0]
     if empty:
         raise ValueError(f"prompt {empty[0]} has no token; every prompt needs at least one")
-    target.require(prompts, limits.max_new_tokens)
+    target.require(prompts, limits.max_new_tokens + len(closing or ()))
     seeds = list(range(len(prompts))) if seeds is None else seeds
-    waiting = deque(Decoded(i, list(map(int, prompt))) for i, prompt in enumerate(prompts))
+    waiting = deque(
+        Decoded(i, list(map(int, prompt)), states=None if closing is None else []) for i, prompt in enumerate(prompts)
+    )
     lanes: Lanes | None = None
     while waiting or lanes is not None:
         joining = _admit(waiting, lanes, limits)
@@ -215,6 +234,8 @@ def run(
         if not done:
             step(lanes)
             done = _done(lanes, limits)
+        if done and closing is not None:
+            _close(target, lanes, done, limits, closing)
         for r in done:
             yield _finish(lanes.requests[r], limits)
         if done:
@@ -269,6 +290,7 @@ def _begin(target: Target, draft: Proposer | None, requests: list[Decoded], samp
     for b, request in enumerate(requests):
         tokens[b, : len(request.prompt_ids)] = torch.tensor(request.prompt_ids)
     state, context = target.prefill(tokens, lengths)
+    _keep(requests, context, [len(r.prompt_ids) for r in requests])
     sampler = Sampler(sampling, seeds)
     rows = torch.arange(len(requests), device=target.device)
     anchor = sampler(target.logits(context.last[rows, lengths - 1])[:, None])[0][:, 0]
@@ -296,6 +318,8 @@ def _round(target: Target, draft: Proposer | None, lanes: Lanes, limits: Limits,
     drafted = clock(device)
     block = torch.cat([lanes.anchor[:, None], proposed], 1)
     context = target.extend(lanes.target, block)
+    if draft is None:
+        _keep(lanes.requests, context, [1] * B)
     logits = target.logits(context.last)
     if lanes.sampler.sampling.greedy:
         accepted, following = verify_greedy(proposed, logits.argmax(-1), counts)
@@ -326,6 +350,32 @@ def _round(target: Target, draft: Proposer | None, lanes: Lanes, limits: Limits,
         request.seconds += times[2]
         scores = None if confidence is None else tuple(confidence[b])
         _book(request, row, int(lengths[b]), scores, times, limits, draft is not None)
+
+
+def _keep(requests: list[Decoded], context: Context, counts: Sequence[int]) -> None:
+    """Copy the states of the next tokens of each request to it, if states are kept."""
+    if requests[0].states is None:
+        return
+    taps, last = context.taps.to("cpu", copy=True), context.last.to("cpu", copy=True)
+    for b, (request, count) in enumerate(zip(requests, counts, strict=True)):
+        request.states.append((taps[b, :count], last[b, :count]))
+
+
+@torch.inference_mode()
+def _close(target: Target, lanes: Lanes, rows: list[int], limits: Limits, closing: Sequence[int]) -> None:
+    """Keep the states that decoding itself never computes: those of the last token of a finished text, and of what
+    follows a stop token."""
+    ended = [lanes.requests[r] for r in rows]
+    texts = []
+    for request in ended:
+        token = request.output_ids[-1]
+        texts.append([token, *(closing if token in limits.stop_token_ids else ())])
+    block = torch.zeros(len(rows), max(map(len, texts)), dtype=torch.long)
+    for row, text in zip(block, texts, strict=True):
+        row[: len(text)] = torch.tensor(text)
+    state = lanes.target.select(torch.tensor(rows, device=lanes.anchor.device))
+    context = target.extend(state, block.to(lanes.anchor.device))
+    _keep(ended, context, list(map(len, texts)))
 
 
 def _lengths(proposal: Proposal, draft: Proposer, lanes: Lanes, limits: Limits, scheduler: Scheduler) -> np.ndarray:

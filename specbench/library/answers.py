@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from specbench.data.answers import generation
+from specbench.data.answers.chat import closing_tokens
 from specbench.data.answers.engines import AnswerPolicy, InProcessEngine
+from specbench.data.answers.kept_states import KeptStates
 from specbench.data.answers.templates import date_of, template_hash
 from specbench.decoding.loop import Limits, decode
 from specbench.decoding.sampling import Sampling
@@ -17,7 +19,13 @@ from specbench.ranges import Number
 
 
 def engine_of(
-    target: Target, max_new_tokens: int, batch_size: int = 16, token_budget: int | None = None, chunk: int = 512
+    target: Target,
+    max_new_tokens: int,
+    batch_size: int = 16,
+    token_budget: int | None = None,
+    chunk: int = 512,
+    kept: KeptStates | None = None,
+    thinking: bool | None = None,
 ) -> InProcessEngine:
     """The target as an engine of answers.
 
@@ -27,6 +35,8 @@ def engine_of(
         batch_size: requests that are decoded at once.
         token_budget: at most so many prompt and new tokens among them; None: no limit.
         chunk: conversations that are held at once.
+        kept: where the states of every conversation are written, for a cache; None: they are not kept.
+        thinking: passed to the chat template, which decides what follows an answer; only used with `kept`.
     """
 
     def generate(
@@ -35,17 +45,25 @@ def engine_of(
         most: int,
         stop_token_ids: Sequence[int],
         seeds: Sequence[int],
-    ) -> Iterator[tuple[int, list[int], bool]]:
+    ) -> Iterator[tuple]:
         limits = Limits(most, tuple(stop_token_ids), batch_size, token_budget)
         # Prompts of similar length run together: every request holds as many entries as the longest beside it.
         order = sorted(range(len(asked)), key=lambda place: -len(asked[place]))
-        for done in decode(target, [asked[i] for i in order], sampling, limits, [seeds[i] for i in order]):
-            yield order[done.index], done.output_ids, done.truncated
+        ordered = [asked[i] for i in order], sampling, limits, [seeds[i] for i in order]
+        for done in decode(target, *ordered, None if kept is None else closing):
+            states = () if kept is None else (done.kept(),)
+            yield order[done.index], done.output_ids, done.truncated, *states
 
     def require(prompt: Sequence[int]) -> None:
-        target.require([prompt], max_new_tokens, ["the prompt"])
+        target.require([prompt], max_new_tokens + len(closing), ["the prompt"])
 
-    return InProcessEngine(generate, target.tokenizer, target.stop_token_ids, chunk, require)
+    closing: list[int] = []
+    if kept is not None:
+        kept.begin()
+        if target.stop_token_ids:
+            closing = closing_tokens(target.tokenizer, thinking, target.stop_token_ids[0])
+    keep = None if kept is None else kept.keep
+    return InProcessEngine(generate, target.tokenizer, target.stop_token_ids, chunk, require, keep, closing)
 
 
 def answer(
@@ -62,6 +80,7 @@ def answer(
     thinking: bool | None = None,
     batch_size: int = 16,
     token_budget: int | None = None,
+    keep_states: bool = False,
 ) -> Path:
     """Let the target answer prompts, as `specbench answers` does: the same settings give the same answers.
 
@@ -81,6 +100,7 @@ def answer(
         thinking: passed to the chat template; None leaves it to the template.
         batch_size: requests that are decoded at once.
         token_budget: at most so many prompt and new tokens among them; None: no limit.
+        keep_states: write the target's states beside the answers, for a cache.
 
     Returns:
         The path of answers.jsonl.
@@ -105,7 +125,8 @@ def answer(
         seed=seed,
         date=date_of(target.tokenizer),
     )
-    engine = engine_of(target, max_new_tokens, batch_size, token_budget)
+    kept = KeptStates(folder, target) if keep_states else None
+    engine = engine_of(target, max_new_tokens, batch_size, token_budget, kept=kept, thinking=thinking)
     counts = generation.collect(_conversations(prompts), engine, folder, policy)
     file = generation.answers_file(folder)
     if not counts["answered"] + counts["kept"]:

@@ -134,6 +134,17 @@ def encode(
     return Encoded(id, tokens, mask, source, truncated, dropped)
 
 
+def closing_tokens(tokenizer: Any, thinking: bool | None, stop: int) -> list[int]:
+    """What the template writes after an answer that ended with the stop token `stop`; nothing if it cannot tell."""
+    asked, answer = [{"role": "user", "content": "a"}], [*tokenise(tokenizer, "b"), stop]
+    try:
+        prompt = prompt_ids(tokenizer, asked, thinking)
+        whole = encode(tokenizer, [*asked, {"role": "assistant", "content": "b"}], None, thinking, [answer]).tokens
+    except ChatError:
+        return []
+    return whole[len(prompt) + len(answer) :]
+
+
 def render(tokenizer: Any, encoded: Encoded) -> Text:
     """The conversation as text for a terminal: supervised tokens in colour, the rest dimmed."""
     text = Text()

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any, Protocol, runtime_checkable
 
+from torch import Tensor
+
 from specbench.data.answers.chat import prompt_ids
 from specbench.data.answers.servers import NoCompletions, Patience, Refused, Reply, ServerPool
 from specbench.data.answers.templates import ChatError
@@ -20,7 +22,9 @@ from specbench.data.prompts.turns import Conversation
 from specbench.decoding.sampling import Sampling
 
 Emit = Callable[[str, dict[str, Any]], None]
-Generate = Callable[..., Iterator[tuple[int, Sequence[int], bool]]]
+States = tuple[Tensor, Tensor]  # taps (T, C, D) and final states (T, D) of the tokens of a text
+Generate = Callable[..., Iterator[tuple[int, Sequence[int], bool] | tuple[int, Sequence[int], bool, States]]]
+Keep = Callable[[str, Sequence[int], States], None]
 
 
 @dataclass(frozen=True)
@@ -215,6 +219,10 @@ class InProcessEngine:
     generate(prompts, sampling, max_new_tokens, stop_token_ids, seeds) -> iterator of (index, output_ids, truncated),
     in any order; output_ids include the stop token if there was one. require(prompt) raises ValueError for a prompt
     that the target cannot read; only this conversation fails then.
+
+    keep(id, tokens, states) is called for the last answer of every conversation, before the conversation is emitted:
+    `generate` then yields as fourth value the states of the prompt, the answer and what may follow it (`closing`, after
+    a stop token), and `tokens` are those tokens.
     """
 
     name = "in process"
@@ -226,7 +234,10 @@ class InProcessEngine:
         stop_token_ids: Sequence[int],
         chunk: int = 512,
         require: Callable[[Sequence[int]], None] = lambda prompt: None,
+        keep: Keep | None = None,
+        closing: Sequence[int] = (),
     ) -> None:
+        self._keep, self._closing = keep, list(closing)
         self._generate, self._tokenizer, self._chunk, self._require = generate, tokenizer, chunk, require
         self._stops = list(stop_token_ids)
         self.counts: dict[str, int] = {}
@@ -266,7 +277,9 @@ class InProcessEngine:
         seeds = [policy.seed_of(s.conversation["id"], len(s.truncated)) for s in asked]
         sampling = Sampling(policy.temperature, policy.top_k, policy.top_p, policy.min_p)
         going = []
-        for index, output, truncated in self._generate(prompts, sampling, policy.max_new_tokens, self._stops, seeds):
+        for index, output, truncated, *states in self._generate(
+            prompts, sampling, policy.max_new_tokens, self._stops, seeds
+        ):
             state, output = asked[index], [int(t) for t in output]
             spoken = output[:-1] if output and output[-1] in self._stops else output
             if not spoken:
@@ -275,8 +288,11 @@ class InProcessEngine:
             state.hear(self._tokenizer.decode(spoken, skip_special_tokens=False), output, bool(truncated))
             if state.questions:
                 going.append(state)
-            else:
-                state.close(emit)
+                continue
+            if self._keep is not None:
+                ending = self._closing if output[-1] in self._stops else []
+                self._keep(state.conversation["id"], [*prompts[index], *output, *ending], *states)
+            state.close(emit)
         return going
 
 

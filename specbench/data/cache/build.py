@@ -19,6 +19,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from specbench.data.answers.kept_states import KeptStates
 from specbench.data.cache.agreement import Agreement, check, require
 from specbench.data.cache.manifest import (
     INDEX,
@@ -51,7 +52,8 @@ class CacheBuilder:
     storage: which states are kept, and the codecs. max_length: maximum tokens of a conversation. sources: file name ->
     SHA-256 of the files with the conversations. shard_bytes: approximate size of a shard. batch_tokens: padded tokens
     of a forward pass. norm: weight of the final norm, stored with the tables. If a build is continued, the sizes with
-    which it was started are used.
+    which it was started are used. kept: states that the target computed while it answered, which are not computed
+    again. counts: gets how many conversations' states were read from `kept`, and how many were computed.
     """
 
     def __init__(
@@ -65,9 +67,13 @@ class CacheBuilder:
         shard_bytes: int = 1 << 30,
         batch_tokens: int = 8192,
         norm: Tensor | None = None,
+        kept: KeptStates | None = None,
+        counts: dict[str, int] | None = None,
     ):
         self.target, self.conversations, self.folder = target, conversations, Path(folder)
-        self.storage, self.norm = storage, norm
+        self.storage, self.norm, self.kept = storage, norm, kept
+        self.counts = {} if counts is None else counts
+        self.counts |= {"states_kept": 0, "states_computed": 0}
         self.lengths = np.array([len(one.tokens) for one in conversations], np.int64)
         self._require_sound(max_length)
         self.identity = identity_of(target, storage, max_length, conversations, sources or {})
@@ -114,8 +120,8 @@ class CacheBuilder:
         if not path.exists():
             taps, last, tokens = [], [], 0
             for ordinal in permutation(len(self.conversations), 1):
-                context = states_of(self.target, [self.conversations[ordinal]])
-                taps.append(context.taps[0].cpu()), last.append(context.last[0].cpu())
+                ((of_taps, of_last),) = self._states([self.conversations[ordinal]])
+                taps.append(of_taps.cpu()), last.append(of_last.cpu())
                 tokens += len(taps[-1])
                 if tokens >= FIT_TOKENS:
                     break
@@ -146,13 +152,28 @@ class CacheBuilder:
         """Each conversation of a shard as a function that encodes it, which the writer calls in its own thread."""
         for batch in self.layout.shards[shard]:
             chosen = [self.conversations[ordinal] for ordinal in batch]
-            context = states_of(self.target, chosen)
+            states = self._states(chosen, self.counts)
             if not counts:
-                counts.append(self._check(chosen[0], context.taps[0], context.last[0]))
-            for at, (ordinal, one) in enumerate(zip(batch, chosen, strict=True)):
-                taps, last = context.taps[at, : len(one.tokens)], context.last[at, : len(one.tokens)]
+                counts.append(self._check(chosen[0], *states[0]))
+            for ordinal, one, (taps, last) in zip(batch, chosen, states, strict=True):
                 yield lambda n=int(ordinal), c=one, t=taps, x=last: members(n, c, t, x, self.storage)
             progress(sum(len(one.tokens) for one in chosen))
+
+    def _states(
+        self, chosen: Sequence[EncodedConversation], counts: dict[str, int] | None = None
+    ) -> list[tuple[Tensor, Tensor]]:
+        """Taps (T, C, D) and final states (T, D) of each conversation; what was not kept is computed in one batch."""
+        found = [None if self.kept is None else self.kept.read(one.id, one.tokens) for one in chosen]
+        missing = [at for at, states in enumerate(found) if states is None]
+        if counts is not None:
+            counts["states_computed"] += len(missing)
+            counts["states_kept"] += len(chosen) - len(missing)
+        if missing:
+            context = states_of(self.target, [chosen[at] for at in missing])
+            for row, at in enumerate(missing):
+                length = len(chosen[at].tokens)
+                found[at] = context.taps[row, :length], context.last[row, :length]
+        return found
 
     def _check(self, conversation: EncodedConversation, taps: Tensor, last: Tensor) -> Agreement:
         length = len(conversation.tokens)

@@ -11,6 +11,7 @@ from typing import Any
 
 from specbench.data.answers.chat import Encoded
 from specbench.data.answers.generation import all_encoded, answers_file
+from specbench.data.answers.kept_states import KeptStates
 from specbench.data.cache.build import OnProgress, build
 from specbench.data.cache.manifest import Manifest, fingerprint, identity_of, sha256
 from specbench.data.cache.plan import CachePlan, plan
@@ -23,7 +24,8 @@ log = logging.getLogger("specbench")
 class CacheSource:
     """Conversations of a target, how their states are stored, and the files that they came from.
 
-    sources: file name -> SHA-256. counts: how many conversations were truncated, and how many left out.
+    sources: file name -> SHA-256. counts: how many conversations were truncated, and how many left out. kept: states
+    that the target computed while it answered; None: the build computes all.
     """
 
     target: Any
@@ -32,6 +34,7 @@ class CacheSource:
     max_length: int
     sources: dict[str, str]
     counts: dict[str, int]
+    kept: KeptStates | None = None
 
     @classmethod
     def read(
@@ -43,16 +46,20 @@ class CacheSource:
         thinking: bool | None = None,
         name: str | None = None,
         left_out: Callable[[str], None] = log.warning,
+        kept_states: bool = True,
     ) -> CacheSource:
         """From an answers.jsonl or its folder, encoded with the target's template and cut at `max_length` tokens.
 
         thinking: passed to the template. name: what the identity calls the file; None: as it is called. left_out: told
-        of every conversation that cannot be encoded. Errors: ValueError for answers that this target cannot use.
+        of every conversation that cannot be encoded. kept_states: use the states beside the answers, if they are there.
+        Errors: ValueError for answers that this target cannot use, and for states of another target.
         """
         file, rows = answers_file(answers), len(target.tables.embedding)
         chats, counts = all_encoded(file, target.tokenizer, max_length, thinking, rows, left_out)
         target.require([one.tokens for one in chats], names=[f"conversation {one.id!r}" for one in chats])
-        return cls(target, chats, storage, max_length, {name or file.name: sha256(file)}, counts)
+        kept = KeptStates(file.parent, target) if kept_states else None
+        kept = kept if kept is not None and kept.there else None
+        return cls(target, chats, storage, max_length, {name or file.name: sha256(file)}, counts, kept)
 
     @cached_property
     def identity(self) -> dict[str, Any]:
@@ -78,10 +85,11 @@ class CacheSource:
         **sizes: int,
     ) -> Manifest | None:
         """Build or complete the cache in `folder`; `sizes` are shard_bytes and batch_tokens. None while other ranks
-        write. Errors: as `specbench.data.cache.build.build`."""
+        write. `counts` then says too of how many conversations this rank's build read or computed the states. Errors:
+        as `specbench.data.cache.build.build`."""
         norm = getattr(self.target.parts.final_norm, "weight", None)
         norm = None if norm is None else norm.detach()
-        known = {"sources": self.sources, "norm": norm, **sizes}
+        known = {"sources": self.sources, "norm": norm, "kept": self.kept, "counts": self.counts, **sizes}
         return build(
             self.target, self.conversations, folder, self.storage, self.max_length, rank, world, progress, **known
         )
