@@ -23,13 +23,14 @@ import fsspec
 
 from specbench.data.cache.manifest import INDEX, MANIFEST, TABLES, Manifest, sha256
 from specbench.data.cache.shards import read_and_close
+from specbench.data.cache.writing import NO_ROOM
 from specbench.files.redaction import redact
 
 CHUNK = 1 << 22  # bytes copied at a time
 PARTIAL_CONTENT = 206  # HTTP status of an answer with the requested part only
 SILENCE = 300  # seconds without a byte after which a transfer counts as broken off
 PIPE, NAME = "pipe:", "{name}"
-ATTEMPTS, PAUSE = 3, 1.0  # attempts to read on in a shard before it counts as unreadable; seconds before the second
+ATTEMPTS, PAUSE = 3, 1.0  # attempts to read a shard before it counts as unreadable; seconds before the second
 
 
 def is_remote(folder: str | Path) -> bool:
@@ -164,10 +165,21 @@ class RemoteFiles:
             self._used[name] = self._sizes[name]
 
     def _fetch(self, name: str) -> None:
-        try:
-            copied(lambda: self._files.open(f"{self._root}/{name}", "rb"), self.folder / name)
-        except FileNotFoundError as error:
-            raise _no_cache(f"{self.url}/{name}") from error
+        for attempt in range(1, ATTEMPTS + 1):
+            try:
+                copied(lambda: self._files.open(f"{self._root}/{name}", "rb"), self.folder / name)
+                break
+            except FileNotFoundError as error:
+                raise _no_cache(f"{self.url}/{name}") from error
+            except Exception as error:  # each transport has exceptions of its own
+                if getattr(error, "errno", None) in NO_ROOM:
+                    raise
+                if attempt == ATTEMPTS:
+                    cause = redact(str(error) or type(error).__name__)
+                    raise OSError(
+                        f"{name} cannot be read from {redact(self.url)}: {cause} (tried {ATTEMPTS} times)"
+                    ) from error
+            time.sleep(PAUSE * 2 ** (attempt - 1))
         with self._guard:
             self.fetched += 1
 
