@@ -195,9 +195,14 @@ class Tracking:
         for file in files:
             inside = str(file.relative_to(path)) if path.is_dir() else file.name
             artifact.add_file(str(file), name=inside, policy="immutable", skip_cache=True)
-        logged = self.wandb.experiment.log_artifact(artifact)
-        if self._record["mode"] == "online":
-            logged.wait()
+        try:
+            logged = self.wandb.experiment.log_artifact(artifact)
+            if self._record["mode"] == "online":
+                logged.wait()
+        except Exception as error:  # the client fails in ways that share no class
+            if self._record["mode"] != "online":
+                raise
+            _say(f"W&B did not confirm the artifact {name} ({redact(str(error))}): its files are in {path}")
         entry = {"name": name, "type": kind, "digest": artifact.digest, "files": [str(file) for file in files]}
         if entry not in self._record["artifacts"]:
             self._record["artifacts"].append(entry)
@@ -219,9 +224,7 @@ class Tracking:
         lineage = {**self.wandb.experiment.config.get("lineage", {}), kind: redacted(plain({"name": name, **facts}))}
         self.wandb.experiment.config.update({"lineage": lineage}, allow_val_change=True)
         if self._record["mode"] == "online":
-            import wandb
-
-            with suppress(wandb.errors.CommError):  # never uploaded by anybody: the config holds the lineage
+            with suppress(Exception):  # never uploaded, or a server that cannot tell: the config holds the lineage
                 self.wandb.experiment.use_artifact(f"{name}:latest", type=kind)
 
     def finish(self, succeeded: bool = True) -> None:
