@@ -16,6 +16,7 @@ import time
 from pathlib import Path
 
 import pytest
+import wandb
 
 from experiments.cli import main
 from specbench.runs.run_folder import RunFolder
@@ -55,6 +56,7 @@ def server(tmp_path_factory: pytest.TempPathFactory):
 def there(server, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The server's folder; this process tracks on it."""
     clean(monkeypatch)
+    wandb.teardown()  # the client of a process reads the environment once
     monkeypatch.setenv("WANDB_BASE_URL", server[0])
     monkeypatch.setenv("WANDB_API_KEY", KEY)
     return server[1]

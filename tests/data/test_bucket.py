@@ -68,6 +68,9 @@ class Bucket:
 
 @pytest.fixture
 def bucket(monkeypatch):
+    import s3fs
+
+    s3fs.S3FileSystem.clear_instance_cache()  # one with the address of an earlier server
     made = Bucket()
     for name, value in {
         "AWS_ENDPOINT_URL": made.url,
@@ -91,15 +94,15 @@ def test_a_draft_trained_from_the_bucket_is_that_of_the_folder(bucket, tmp_path)
     (folder,) = (tmp_path / "cache").iterdir()
     bucket.put(folder)
     words += ["evaluate=false", "trainer.probe.every=null", "method=dflash", "start=random"]
-    for reading in (["stream=false"], ["stream=true"]):
+    for way in ("mirrored", "streamed"):
         runs = [
-            stage("train", [f"root={tmp_path / reading[0] / name}", f"cache={cache}", *words, *reading])
+            stage("train", [f"root={tmp_path / way / name}", f"cache={cache}", *words, f"stream={way == 'streamed'}"])
             for name, cache in (("folder", folder), ("bucket", "s3://caches/one"))
         ]
         here, there = (load_file(run / "draft" / "model.safetensors") for run in runs)
         assert here.keys() == there.keys() and all(torch.equal(here[name], there[name]) for name in here)
-    kept = [path.name for path in (tmp_path / "stream=true").rglob("shard-*.tar")]
-    copied = [path.name for path in (tmp_path / "stream=false").rglob("shard-*.tar")]
+    kept = [path.name for path in (tmp_path / "streamed").rglob("shard-*.tar")]
+    copied = [path.name for path in (tmp_path / "mirrored").rglob("shard-*.tar")]
     assert kept == [] and sorted(copied) == sorted(path.name for path in folder.glob("shard-*.tar"))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
@@ -39,7 +40,7 @@ def cache(target, folder, place, codec="fp32", kept=True, max_length=200):
 
 
 def states(data):
-    batches = [data.batch([row]) for row in range(len(data.ids))]
+    batches = [data.batch(np.array([row])) for row in range(len(data.ids))]
     return [(batch.tokens[0], batch.taps[0].float(), batch.last[0].float()) for batch in batches]
 
 
