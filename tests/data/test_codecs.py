@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from specbench.data.cache.codecs import grouped
 from specbench.data.cache.codecs.codecs import NAMES, codec
 from specbench.data.cache.storage import PRESETS, kept_rows, storage
 
@@ -172,3 +173,53 @@ def test_kept_rows_are_the_supervised_and_their_neighbours():
     assert len(stored["values"]) == 6
     decoded = kept.decode_last(stored, mask)
     assert torch.equal(decoded, values[:, 0] * kept_rows(mask)[:, None])
+
+
+@pytest.mark.parametrize("name", ["int8", "int6", "int4", "int4-wide"])
+@pytest.mark.parametrize("hidden", [60, 256])
+def test_integers_decode_to_their_definition_whatever_the_tiles(name, hidden, monkeypatch):
+    """Every value is (code - zero) x step x scale in fp32, in this order, with codes unpacked here one by one."""
+    values = states(tokens=23, hidden=hidden).bfloat16()
+    one = codec(name).fitted(values)
+    stored = one.encode(values)
+    decoded = {dtype: one.decode(stored, dtype) for dtype in (torch.float32, torch.bfloat16)}
+    chosen = one.decode(stored, torch.float32, [0, 2])
+    monkeypatch.setattr(grouped, "TILE", 7 * hidden)
+    again = one.encode(values)
+    assert all(torch.equal(again[part], stored[part]) for part in stored)
+    room = torch.full((23, 3, hidden), 7.0)
+    assert one.decode(stored, torch.float32, room=lambda shape, dtype: room).data_ptr() == room.data_ptr()
+
+    assert torch.equal(room, decoded[torch.float32]) and torch.equal(chosen, room[:, [0, 2]])
+    assert torch.equal(room.bfloat16(), decoded[torch.bfloat16])
+    table = torch.exp2(torch.arange(256) / -16)  # in one call: torch rounds a single power otherwise
+    size, width = one._group(hidden), stored["codes"].shape[-1] * 8 // one.bits
+    for tap, token in ((0, 0), (1, 8), (2, 22)):
+        packed = stored["codes"][tap, token].tolist()
+        parts = 1 if one.bits == 8 else 2 if one.bits == 4 else 4
+        for channel in range(0, hidden, 29):
+            part, at = divmod(channel, width // parts)
+            if one.bits == 8:
+                code = packed[channel]
+            elif one.bits == 4:
+                code = packed[at] >> 4 * part & 15
+            elif part < 3:
+                code = packed[part * (width // 4) + at] & 63
+            else:
+                code = sum((packed[n * (width // 4) + at] >> 6) << 2 * n for n in range(3))
+            group = channel // size
+            step = table[int(stored["steps"][tap, token, group])] * stored["units"][tap, token].float()
+            zero = float(2 ** (one.bits - 1) - 1)
+            if one.asymmetric:
+                zero = stored["zeros"][tap, token, group].float() / 17
+            assert room[token, tap, channel] == (torch.tensor(float(code)) - zero) * step * one.channels[tap, channel]
+
+
+@pytest.mark.parametrize("name", ["int8", "int4"])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_integers_refuse_one_value_that_is_not_finite(name, bad):
+    values = states()
+    one = codec(name).fitted(values)
+    values[40, 2, 255] = bad
+    with pytest.raises(ValueError, match="NaN or infinity"):
+        one.encode(values)

@@ -25,6 +25,7 @@ from torch import Tensor
 from webdataset import TarWriter
 
 from specbench.blocks import Sample
+from specbench.data.cache.codecs.interface import Room
 from specbench.data.cache.storage import Storage
 from specbench.files.atomic import replacing
 
@@ -159,16 +160,18 @@ def decode_sample(
     ordinal: int,
     taps: Sequence[int] | None = None,
     dtype: torch.dtype | None = None,
+    room: Room = torch.empty,
 ) -> Sample:
     """Bytes of the parts `tokens`, `last` and `taps` (absent if no tap is wanted) -> Sample.
 
-    `taps`: positions of the wanted taps among the stored ones. States in their stored dtype are views of the bytes.
+    `taps`: positions of the wanted taps among the stored ones. States in their stored dtype are views of the bytes;
+    `room(shape, dtype=dtype)` gives the memory of those that a codec computes in pieces.
     """
     text = tensors(parts["tokens"])
     loss_mask = text["loss_mask"].view(torch.bool)
-    last = storage.decode_last(tensors(parts["last"]), loss_mask, dtype)
+    last = storage.decode_last(tensors(parts["last"]), loss_mask, dtype, room)
     if "taps" in parts:
-        states = storage.taps.decode(tensors(parts["taps"]), last.dtype, taps)
+        states = storage.taps.decode(tensors(parts["taps"]), last.dtype, taps, room)
     else:
         states = last.new_zeros(len(last), 0, last.shape[-1])
     return Sample(text["tokens"], loss_mask, states, last, ordinal)

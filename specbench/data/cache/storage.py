@@ -13,7 +13,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from specbench.data.cache.codecs.codecs import NAMES, codec
-from specbench.data.cache.codecs.interface import Codec
+from specbench.data.cache.codecs.interface import Codec, Room
 
 TOKEN_BYTES = 5  # int32 id and one byte of loss mask
 PRESETS = {
@@ -89,10 +89,14 @@ class Storage:
         return self.taps.encode(taps), self.last.encode(last)
 
     def decode_last(
-        self, stored: dict[str, Tensor], loss_mask: Bool[Tensor, " T"], dtype: torch.dtype | None = None
+        self,
+        stored: dict[str, Tensor],
+        loss_mask: Bool[Tensor, " T"],
+        dtype: torch.dtype | None = None,
+        room: Room = torch.empty,
     ) -> Float[Tensor, "T D"]:
         """Stored `last` -> (T, D), zeros in the rows that were not kept."""
-        values = self.last.decode(stored, dtype or self.dtype)
+        values = self.last.decode(stored, dtype or self.dtype, room=room)
         if self.last_rows == "all":
             return values
         rows = values.new_zeros(len(loss_mask), values.shape[-1])

@@ -34,6 +34,10 @@ class Recycler:
             return like.new_zeros(shape)
         return self.room(size).view(like.dtype).view(tuple(shape)).zero_()
 
+    def states(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """A tensor of `shape` that holds anything."""
+        return self.room(math.prod(shape) * dtype.itemsize).view(dtype).view(tuple(shape))
+
     def room(self, size: int) -> Tensor:
         """`size` bytes that hold anything."""
         if not fast.enabled() or size < SMALL:

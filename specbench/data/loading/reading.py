@@ -22,6 +22,7 @@ from torch import Tensor
 from specbench.blocks import Sample
 from specbench.data.cache.manifest import INDEX, Index, Manifest, read_tables, sha256
 from specbench.data.cache.shards import PARTS, DamagedShard, decode_sample, read_and_close, shard_name
+from specbench.data.loading.buffers import Recycler
 from specbench.data.loading.order import ROWS
 
 ByteTensor = UInt8[Tensor, "_"]
@@ -119,6 +120,7 @@ class CacheReader:
         self.dtype = dtype or self.storage.dtype
         self.taps, self._places = self._chosen(taps)
         self._parts = PARTS if self.taps else ("last", "tokens")
+        self._decoded = Recycler()
         self._local, self._lock = threading.local(), threading.Lock()
         self._check_shards()
 
@@ -183,8 +185,10 @@ class CacheReader:
         return found
 
     def decode(self, stored: Sequence[Stored]) -> list[Sample]:
-        """ByteTensor -> samples; raw states stay views of the bytes."""
-        return [decode_sample(one.parts, self.storage, one.row, self._places, self.dtype) for one in stored]
+        """ByteTensor -> samples; raw states stay views of the bytes, others are in memory that is used again when no
+        tensor refers to it."""
+        how = {"taps": self._places, "dtype": self.dtype, "room": self._decoded.states}
+        return [decode_sample(one.parts, self.storage, one.row, **how) for one in stored]
 
     def spans(self, row: int) -> list[tuple[int, int, int]]:
         """Byte ranges to read for a sample: all of it at once, or the requested parts one by one."""

@@ -32,6 +32,7 @@ from torch import Tensor
 from specbench.data.cache.codecs.grouped import Grouped
 from specbench.data.cache.codecs.interface import (
     Codec,
+    Room,
     chosen_taps,
     finite,
     known_scales,
@@ -52,7 +53,11 @@ class Raw(Codec):
         return {"values": finite(taps_first(states).to(self.dtype)).contiguous()}
 
     def decode(
-        self, stored: dict[str, Tensor], dtype: torch.dtype | None = None, taps: Sequence[int] | None = None
+        self,
+        stored: dict[str, Tensor],
+        dtype: torch.dtype | None = None,
+        taps: Sequence[int] | None = None,
+        room: Room = torch.empty,
     ) -> Float[Tensor, "T *C D"]:
         return taps_last(chosen_taps(stored["values"], taps)).to(dtype or self.dtype)
 
@@ -101,7 +106,11 @@ class Lossless(Codec):
         return stored if self.channels is not None else stored | {"channels": channels}
 
     def decode(
-        self, stored: dict[str, Tensor], dtype: torch.dtype | None = None, taps: Sequence[int] | None = None
+        self,
+        stored: dict[str, Tensor],
+        dtype: torch.dtype | None = None,
+        taps: Sequence[int] | None = None,
+        room: Room = torch.empty,
     ) -> Float[Tensor, "T *C D"]:
         base = _exponents(chosen_taps(known_scales(self, stored), taps, dims=2))
         ends = stored["frames"].cumsum(0).tolist()
@@ -138,7 +147,11 @@ class Float8(Codec):
         return {"codes": codes.contiguous(), "scales": scales.squeeze(-1).contiguous()}
 
     def decode(
-        self, stored: dict[str, Tensor], dtype: torch.dtype | None = None, taps: Sequence[int] | None = None
+        self,
+        stored: dict[str, Tensor],
+        dtype: torch.dtype | None = None,
+        taps: Sequence[int] | None = None,
+        room: Room = torch.empty,
     ) -> Float[Tensor, "T *C D"]:
         codes = chosen_taps(stored["codes"], taps, dims=3).float()
         scales = chosen_taps(stored["scales"], taps, dims=2)

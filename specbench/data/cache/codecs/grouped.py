@@ -8,16 +8,17 @@ determine the step size of its neighbours (real models have such channels).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from types import EllipsisType
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
 from specbench.data.cache.codecs.interface import (
     Codec,
+    Room,
     chosen_taps,
     finite,
     known_scales,
@@ -26,6 +27,8 @@ from specbench.data.cache.codecs.interface import (
     taps_last,
 )
 
+# On CPU a tile of this many values passes through all operations while it is in the cache of a core.
+TILE = 1 << 17
 OCTAVE = 16  # steps of a group are stored as 1/16 octaves below the largest step of their token, in one byte
 ZERO = 17  # zero points are stored in 1/17 of a step, so that 0..15 fill a byte
 
@@ -61,43 +64,80 @@ class Grouped(Codec):
         channels = self.channels
         if channels is None:
             channels = magnitudes(finite(states.float()))
-        channels = channels.to(states.device)
-        values = finite(taps_first(states).float() / _per_token(channels))
-        group = self._group(values.shape[-1])
-        values = F.pad(values, (0, -values.shape[-1] % group)).unflatten(-1, (-1, group))
-        levels = 2**self.bits - 1
+        channels, first = channels.to(states.device), taps_first(states)
+        group = self._group(first.shape[-1])
+        groups = -(-first.shape[-1] // group)
+        shape, bytes_of = first.shape[:-1], {"dtype": torch.uint8, "device": first.device}
+        stored = {
+            "codes": torch.empty(*shape, groups * group * self.bits // 8, **bytes_of),
+            "steps": torch.empty(*shape, groups, **bytes_of),
+            "units": torch.empty(shape, dtype=torch.bfloat16, device=first.device),
+        }
         if self.asymmetric:
-            low, high = values.amin(-1).clamp_max(0), values.amax(-1).clamp_min(0)
+            stored["zeros"] = torch.empty(*shape, groups, **bytes_of)
+        room = torch.zeros(_height(first), groups, group, device=first.device)
+        for tap, rows in _tiles(first):
+            self._encode_rows(first[tap][rows], channels[tap], room, {k: v[tap][rows] for k, v in stored.items()})
+        return stored if self.channels is not None else stored | {"channels": channels.contiguous()}
+
+    def _encode_rows(
+        self, states: Float[Tensor, "r D"], channels: Float[Tensor, " D"], room: Tensor, into: dict[str, Tensor]
+    ) -> None:
+        """Encode a few tokens of one tap; `room` (r or more, G, group) is scratch whose padding stays zero."""
+        values, levels = room[: len(states)], 2**self.bits - 1
+        plain = values.flatten(1)[:, : states.shape[-1]]
+        torch.div(plain.copy_(states), channels, out=plain)
+        low, high = values.amin(-1), values.amax(-1)  # aminmax takes eight times as long on a CPU
+        # The extremes of a group are finite exactly if all of its values are.
+        finite(torch.stack([low, high]))
+        if self.asymmetric:
+            low, high = low.clamp_max_(0), high.clamp_min_(0)
             step, code, unit = _steps((high - low) / levels)
             zero = (-low / step * ZERO).round().clamp(0, 255)
-            codes = values / step[..., None] + (zero / ZERO)[..., None]
+            values.div_(step[..., None]).add_((zero / ZERO)[..., None])
+            values.round_().clamp_(0, levels)
+            into["zeros"].copy_(zero)
         else:
             middle = levels // 2
-            step, code, unit = _steps(values.abs().amax(-1) / middle)
-            codes = (values / step[..., None]).round_().clamp_(-middle, middle) + middle
-        codes = codes.round_().clamp_(0, levels).to(torch.uint8).flatten(-2)
-        stored = {"codes": _fold(codes, self.bits), "steps": code, "units": unit}
-        if self.asymmetric:
-            stored["zeros"] = zero.to(torch.uint8)
-        if self.channels is None:
-            stored["channels"] = channels
-        return {name: tensor.contiguous() for name, tensor in stored.items()}
+            step, code, unit = _steps(torch.maximum(high, low.neg_()) / middle)
+            values.div_(step[..., None]).round_().clamp_(-middle, middle).add_(middle)
+        codes = values.to(torch.int32).to(torch.uint8).flatten(1)  # at once takes three times as long on a CPU
+        values.flatten(1)[:, states.shape[-1] :] = 0
+        into["codes"].copy_(_fold(codes, self.bits)), into["steps"].copy_(code), into["units"].copy_(unit)
 
     def decode(
-        self, stored: dict[str, Tensor], dtype: torch.dtype | None = None, taps: Sequence[int] | None = None
+        self,
+        stored: dict[str, Tensor],
+        dtype: torch.dtype | None = None,
+        taps: Sequence[int] | None = None,
+        room: Room = torch.empty,
     ) -> Float[Tensor, "T *C D"]:
         channels = chosen_taps(known_scales(self, stored), taps, dims=2).to(stored["codes"].device)
-        codes = _unfold(chosen_taps(stored["codes"], taps, dims=3), self.bits).float()
-        codes = codes.unflatten(-1, (-1, self._group(channels.shape[-1])))
+        codes = chosen_taps(stored["codes"], taps, dims=3)
         table = torch.exp2(-torch.arange(256, dtype=torch.float32) / OCTAVE).to(codes.device)
-        step = table[chosen_taps(stored["steps"], taps, dims=3).long()]
-        step *= chosen_taps(stored["units"], taps, dims=2).float().unsqueeze(-1)
-        if self.asymmetric:
-            codes -= (chosen_taps(stored["zeros"], taps, dims=3).float() / ZERO)[..., None]
-        else:
-            codes -= (2**self.bits - 1) // 2
-        values = codes.mul_(step[..., None]).flatten(-2)[..., : channels.shape[-1]]
-        return taps_last(values * _per_token(channels)).to(dtype or self.dtype)
+        steps = table[chosen_taps(stored["steps"], taps, dims=3).long()]
+        steps *= chosen_taps(stored["units"], taps, dims=2).float().unsqueeze(-1)
+        zeros = chosen_taps(stored["zeros"], taps, dims=3).float() / ZERO if self.asymmetric else None
+        shape = (*codes.shape[:-1], channels.shape[-1])
+        out = room((shape[1], shape[0], shape[2]) if len(shape) == 3 else shape, dtype=dtype or self.dtype)
+        out = taps_first(out.to(codes.device))
+        width, group = steps.shape[-1] * self._group(shape[-1]), self._group(shape[-1])
+        height = _height(out)
+        whole = torch.empty(height, width, dtype=torch.uint8, device=codes.device)
+        scratch = torch.empty(height, width, device=codes.device)
+        for tap, rows in _tiles(out):
+            packed = codes[tap][rows]
+            values = scratch[: len(packed)].copy_(_unfold(packed, self.bits, whole[: len(packed)]))
+            grouped = values.unflatten(-1, (-1, group))
+            if zeros is None:
+                values -= (2**self.bits - 1) // 2
+            else:
+                grouped -= zeros[tap][rows][..., None]
+            grouped *= steps[tap][rows][..., None]
+            values = values[:, : shape[-1]]
+            values *= channels[tap]
+            out[tap][rows] = values
+        return taps_last(out)
 
     def bytes_per_value(self, hidden_size: int) -> float:
         group = self._group(hidden_size)
@@ -110,8 +150,17 @@ class Grouped(Codec):
         return min(self.group, -(-hidden_size // 4) * 4)
 
 
-def _per_token(channels: Tensor) -> Tensor:
-    return channels.unsqueeze(-2)
+def _height(values: Tensor) -> int:
+    """Rows of a tile of `values` (*C, T, D)."""
+    return max(1, min(values.shape[-2], TILE // values.shape[-1] if values.device.type == "cpu" else values.shape[-2]))
+
+
+def _tiles(values: Tensor) -> Iterator[tuple[int | EllipsisType, slice]]:
+    """Tap (... if `values` has no axis of taps) and consecutive tokens of each tile of `values` (*C, T, D)."""
+    height = _height(values)
+    for tap in range(len(values)) if values.dim() == 3 else [...]:
+        for start in range(0, values.shape[-2], height):
+            yield tap, slice(start, start + height)
 
 
 def _steps(wanted: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -136,11 +185,20 @@ def _fold(codes: Tensor, bits: int) -> Tensor:
     return torch.cat(parts, -1)
 
 
-def _unfold(packed: Tensor, bits: int) -> Tensor:
+def _unfold(packed: Tensor, bits: int, out: Tensor) -> Tensor:
+    """The codes of a `_fold`, one a byte: `packed` itself or written to `out`."""
     if bits == 8:
         return packed
     if bits == 4:
-        return torch.cat([packed & 15, packed >> 4], -1)
-    parts = packed.chunk(3, -1)
-    last = parts[0] >> 6 | parts[1] >> 6 << 2 | parts[2] >> 6 << 4
-    return torch.cat([*(part & 63 for part in parts), last], -1)
+        low, high = out.chunk(2, -1)
+        torch.bitwise_and(packed, 15, out=low)
+        torch.bitwise_right_shift(packed, 4, out=high)
+        return out
+    *firsts, last = out.chunk(4, -1)
+    for n, (part, first) in enumerate(zip(packed.chunk(3, -1), firsts, strict=True)):
+        # The upper two bits of each third are two bits of the last quarter.
+        torch.bitwise_right_shift(part, 6, out=first if n else last)
+        if n:
+            last.add_(first, alpha=4**n)
+        torch.bitwise_and(part, 63, out=first)
+    return out

@@ -7,11 +7,13 @@ that reading some taps of many touches only theirs.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
+
+Room = Callable[..., Tensor]  # room(shape, dtype=dtype) -> a tensor that holds anything
 
 
 class Codec(ABC):
@@ -28,9 +30,14 @@ class Codec(ABC):
 
     @abstractmethod
     def decode(
-        self, stored: dict[str, Tensor], dtype: torch.dtype | None = None, taps: Sequence[int] | None = None
+        self,
+        stored: dict[str, Tensor],
+        dtype: torch.dtype | None = None,
+        taps: Sequence[int] | None = None,
+        room: Room = torch.empty,
     ) -> Float[Tensor, "T *C D"]:
-        """Stored tensors -> states in `dtype`; of the C stored taps only the positions in `taps`."""
+        """Stored tensors -> states in `dtype`; of the C stored taps only the positions in `taps`. A codec that computes
+        its states in pieces asks `room` for their memory."""
 
     @abstractmethod
     def bytes_per_value(self, hidden_size: int) -> float:
