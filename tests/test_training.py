@@ -22,6 +22,7 @@ from specbench.models.target import Target, new_causal_lm
 from specbench.runs.folder_logger import FolderLogger
 from specbench.runs.run_folder import RunFolder
 from specbench.training.callbacks import DecodeProbe, GracefulStop, KeepLast, TrainingProgress
+from specbench.training.data_wait import DataWait
 from specbench.training.draft_training import DraftTraining, require_precision, warmup_cosine
 from tests import toys
 from tests.data.tiny_target import talks
@@ -295,3 +296,34 @@ def test_settings_that_cannot_be_are_refused():
         DraftTraining(toys.draft("mtp"), objective, target_tables=tables, max_steps=0)
     with pytest.raises(ValueError, match="supervision=unshifted"):
         DraftTraining(toys.draft("eagle3", supervision="unshifted"), objective, target_tables=tables, max_steps=1)
+
+
+def test_waiting_for_data_counts_what_arrives_late_and_nothing_else():
+    now = [0.0]
+
+    def pass_by(seconds):
+        now[0] += seconds
+
+    def batches():
+        for _ in range(2):
+            pass_by(1.0)
+            yield
+        pass_by(0.5)  # the end of the step's data is waited for too
+
+    wait = DataWait(clock=lambda: now[0])
+    assert wait.share is None and wait.since_last() == 0
+    with wait.step():
+        for _ in wait.over(batches()):
+            pass_by(3.0)
+        pass_by(1.5)
+    pass_by(100.0)  # between steps: probes, validation
+    assert (wait.waited, wait.seconds) == (2.5, 10.0) and wait.share == wait.since_last() == 0.25
+    with wait.step():
+        pass_by(10.0)
+    assert wait.since_last() == 0 and wait.share == 0.125
+
+
+def test_a_training_says_how_long_it_waited():
+    module = train(until=2, log_every=1)
+    assert 0 < module.data_wait.waited < module.data_wait.seconds
+    assert float(module.trainer.callback_metrics["train/data_wait_share"]) < 1

@@ -238,6 +238,7 @@ def train_into(
         "steps": trainer.global_step,
         "parameters": trainable_parameters(draft),
         "trained_tokens": module.supervised,
+        "data_wait_share": module.data_wait.share,
         "lineage": {**facts["lineage"], "checkpoint": digest(draft.state_dict().items())},
         "damage": len(data.damage),
     }

@@ -49,6 +49,7 @@ from specbench.ranges import (
     ShareWithin,
     Temperature,
 )
+from specbench.training.data_wait import DataWait
 
 # What a checkpoint keeps of the target's tables, where it keeps them.
 TABLES = ("embedding", "head", "embedding_scale", "soft_cap", "logit_scale", "bias")
@@ -186,6 +187,7 @@ class DraftTraining(L.LightningModule):
         self.train_slots = SlotMetrics(draft.block_size)
         self.val_slots = SlotMetrics(draft.block_size)
         self.supervised = 0
+        self.data_wait = DataWait()
         # Share of the training that is done, which a loss can depend on; 1 outside of training.
         self.progress = 1.0
         if ema is not None and not 0 < ema < 1:
@@ -322,11 +324,17 @@ class DraftTraining(L.LightningModule):
         return self.objective(draft, self.target_tables, blocks, positions=positions, progress=self.progress)
 
     def training_step(self, step: TrainingStep, index: int) -> None:
+        with self.data_wait.step():
+            self._optimise(step)
+        if (step.number + 1) % self.log_every == 0:
+            self.log("train/data_wait_share", self.data_wait.since_last())
+
+    def _optimise(self, step: TrainingStep) -> None:
         optimizer, total = self.optimizers(), torch.zeros((), dtype=torch.float64, device=self.device)
         value, supervised = torch.zeros_like(total), torch.zeros_like(total)
         self.progress = step.number / self.steps_in_all
         optimizer.zero_grad()
-        for batch in step.micro:
+        for batch in self.data_wait.over(step.micro):
             loss = self.loss(self.draft, batch, step.epoch, self.share_on_policy(step.number))
             # Not manual_backward: gradients are summed over ranks once, below, after all micro-batches.
             loss.value.backward()
