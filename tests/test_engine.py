@@ -97,13 +97,12 @@ def test_no_default_of_the_served_model_reaches_an_answer(tmp_path: Path) -> Non
     """A server fills what a request leaves out from the model's generation_config.json, so nothing is left out."""
     shutil.copytree(EMBEDDED, tmp_path / "target")
     own = {"temperature": 1.9, "top_p": 0.11, "top_k": 3, "min_p": 0.4, "repetition_penalty": 1.7, "max_new_tokens": 5}
-    own |= {"presence_penalty": 1.3, "frequency_penalty": 0.9}
     file = tmp_path / "target" / "generation_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | own))
     off = AnswerPolicy("m", temperature=1.0, top_p=1.0, top_k=0, max_new_tokens=77).sampling(5)
     defaults, *made = run_there(REQUESTS, str(tmp_path / "target"), json.dumps(off))
     own["max_tokens"] = own.pop("max_new_tokens")
-    assert defaults == own  # vLLM takes all of them
+    assert defaults == own  # vLLM takes all of them; transformers drops the other penalties from this file
     sent = {name: value for name, value in off.items() if name != "extra_body"}
     sent |= {name: off["extra_body"][name] for name in ("min_p", "repetition_penalty")}
     assert len(made) == 2
