@@ -73,7 +73,10 @@ def suite_problems(result: Result) -> Iterator[str]:
     """In what the benchmarks of a result are not those of this program's suites; those of an own suite or file pass."""
     if result.source is not None or result.suite.name not in known_options("suite"):
         return
-    own = composed("evaluate", [f"suite={result.suite.name}", "draft=plain"]).suite.benchmarks
+    suite = composed("evaluate", [f"suite={result.suite.name}", "draft=plain"]).suite
+    if result.suite.version not in (None, suite.version):
+        yield f"suite {result.suite.name} has version {result.suite.version}, and this program has {suite.version}"
+    own = suite.benchmarks
     here = {one.name: one for one in (own.values() if OmegaConf.is_dict(own) else own)}
     for name, stated in result.suite.benchmarks.items():
         if stated.version is None:  # prompts of a file, which the result names by its digest

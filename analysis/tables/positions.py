@@ -25,7 +25,7 @@ from specbench.metrics.functional import ratio
 from specbench.runs.run_schema import TOKEN_CLASSES
 
 POSITIONS = (1, 17, 33, 65, 129, 257, 513, 1025, 2049, 4097)
-CONTEXTS = (1, 65, 129, 257, 513, 1025, 2049, 4097, 8193, 16385)
+CONTEXTS = (1, 65, 129, 257, 513, 1025, 2049, 4097, 8193, 16385, 32769, 65537)
 
 
 def frames(found: Sequence[Group], resamples: int = RESAMPLES, seed: int = 0) -> dict[str, pd.DataFrame]:

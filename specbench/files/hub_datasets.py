@@ -23,6 +23,18 @@ def load(*args: Any, remedy: str, label: str | None = None, **kwargs: Any) -> An
         ) from error
 
 
+def file(address: str, remedy: str, label: str | None = None) -> str:
+    """Path of the local copy of a file that is not on the Hub; a ValueError that ends with `remedy` without one."""
+    import datasets  # slow to import, and offline work does not need it
+
+    try:
+        return str(datasets.DownloadManager().download(address))
+    except (OSError, RuntimeError, ValueError) as error:
+        raise ValueError(
+            f"the data set {label or address!r} cannot be read from {address} ({first_line(error)}): {remedy}"
+        ) from error
+
+
 def first_line(error: BaseException) -> str:
     """The first line of an exception's message, for one-sentence errors."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

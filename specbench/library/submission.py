@@ -157,6 +157,7 @@ def _content(run: Path, lines: Sequence[RecordLine], signed_off_by: str) -> dict
         },
         "suite": {
             "name": summary["suite"],
+            **{key: prompts.get(key) for key in ("title", "version")},  # runs of earlier versions have none
             **{key: prompts[key] for key in ("limit", "turns", "seed")},
             "benchmarks": {name: dumped(one) for name, one in numbers.benchmarks.items()},
         },

@@ -75,9 +75,11 @@ class OfBenchmark(Part):
 
 
 class OfSuite(Part):
-    """The suite by its full name, and how its prompts were drawn."""
+    """The suite by its name and full name, its version, and how its prompts were drawn."""
 
     name: OneLine
+    title: OneLine | None = None
+    version: int | None = Field(None, ge=0)
     limit: int | None = None
     turns: str | None = None
     seed: int | None = None

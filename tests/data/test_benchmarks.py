@@ -77,7 +77,8 @@ def test_the_papers_suite_and_its_templates(known):
     )
     assert known["alpaca"].render({"instruction": "Sum.", "input": ""}) == ("Sum.",)
     assert known["mt-bench"].render({"prompt": ["a", "b"]}) == ("a", "b")
-    assert {b.domain for b in known.values()} == {"math", "code", "chat", "multilingual"}
+    books = {f"pg19-{size}k" for size in (4, 8, 16, 32)}
+    assert {b.domain for b in known.values()} == {"math", "code", "chat", "multilingual", *books}
     quick = suite("quick")
     assert (quick.name, quick.limit, [b.name for b in quick.benchmarks]) == ("quick", 20, list(COUNTS))
 

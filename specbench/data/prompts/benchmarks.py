@@ -6,6 +6,9 @@ domain, and a version that is raised whenever any of these changes. Prompts can 
 files, one per benchmark, whose lines have `turns` (texts) or `prompt_ids` (token ids), or from a single file of any
 format and layout of foreign_layouts.py and turns.py. In such a file `benchmark` or `category` names the benchmark of a
 row, as in the question files of Spec-Bench and SPEED-Bench, and `question_id` is its id.
+
+A suite whose benchmarks all have `file` is divided: one file in the layout of its publisher holds the rows of several
+benchmarks, and `where` says which rows belong to which. Such a file can have any format of foreign_layouts.py.
 """
 
 from __future__ import annotations
@@ -13,15 +16,17 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from itertools import groupby
 from pathlib import Path
 from typing import Annotated, Any
 
 import lightning as L
 import numpy as np
-from jinja2 import StrictUndefined, TemplateError
+from jinja2 import StrictUndefined, TemplateError, UndefinedError
+from jinja2.environment import TemplateExpression
 from jinja2.sandbox import SandboxedEnvironment
 from torch.utils.data import DataLoader, IterableDataset
 
@@ -39,6 +44,8 @@ OWN = "own"  # domain of prompts that belong to no benchmark of the suite
 MT_BENCH = ("writing", "roleplay", "reasoning", "math", "coding", "extraction", "stem", "humanities")
 log = logging.getLogger("specbench")
 _jinja = SandboxedEnvironment(undefined=StrictUndefined, keep_trailing_newline=True)
+# Endings of a file of prompts in a folder, in the order in which they are looked for.
+ENDINGS = (".jsonl", ".jsonl.gz", ".parquet", ".json", ".json.gz", ".csv", ".tsv")
 
 
 @dataclass(frozen=True)
@@ -64,7 +71,11 @@ class Benchmark:
 
     rows: how many are drawn (None: all), by the permutation that datasets.Dataset.shuffle(row_seed) uses.
     dataset, revision, subset, split, files: a data set of the Hub; `files` are paths inside its repository.
+    address: where the file of a data set lies that is not on the Hub; {revision} stands for its revision.
     template: Jinja with the row's columns; turns: the column with the user turns. Exactly one of the two.
+    where: Jinja expression over a row's columns that is true for the rows of this benchmark (None: every row).
+    file: name, without its ending, of the file in a folder of prompts that holds this benchmark's rows among others.
+    id: the column with the id of a row (None: the benchmark's name and the row's number).
     corpus: a domain of the embedded corpus, instead of a dataset.
     """
 
@@ -78,9 +89,25 @@ class Benchmark:
     subset: str | Sequence[str] | None = None
     split: str = "test"
     files: Sequence[str] | None = None
+    address: str | None = None
     template: str | None = None
     turns: str | None = None
+    where: str | None = None
+    file: str | None = None
+    id: str | None = None
     corpus: str | None = None
+
+    def holds(self, row: Mapping[str, Any]) -> bool:
+        """Whether a row belongs to this benchmark; a row without a column of `where` does not."""
+        if self.where is None:
+            return True
+        try:
+            return bool(_condition(self.where)(dict(row)))
+        except UndefinedError:
+            return False
+        except (TemplateError, TypeError, ValueError) as error:
+            why = f"where={self.where!r} does not fit the data ({hub.first_line(error)})"
+            raise ValueError(f"benchmark {self.name!r}: {why}; the columns are {', '.join(row)}") from error
 
     def render(self, row: Mapping[str, Any]) -> tuple[str, ...]:
         """The user turns of one row. A missing column is an error that names it."""
@@ -97,10 +124,18 @@ class Benchmark:
                 f"columns are {', '.join(row)}"
             ) from error
 
-    def download(self) -> list[tuple[str, ...]]:
-        """Turns of every row of the data set on the Hub, in its order."""
-        remedy = f"connect to the hub, or set prompts=FOLDER with FOLDER/{self.name}.jsonl in it, or use suite=embedded"
-        if self.files is not None:
+    def download(self) -> list[tuple[str, tuple[str, ...]]]:
+        """Id and turns of every row of this benchmark in its data set, in the order of the data set.
+
+        Raises:
+            ValueError: the data cannot be loaded, do not fit the template, or hold no row of this benchmark.
+        """
+        held = f"{self.file or self.name}.jsonl"
+        remedy = f"connect to the hub, or set prompts=FOLDER with FOLDER/{held} in it, or use suite=embedded"
+        if self.address is not None:
+            file = hub.file(self.address.format(revision=self.revision), remedy=remedy, label=self.dataset)
+            parts: list[Any] = [[row for _, row in foreign.rows(file)]]
+        elif self.files is not None:
             at = f"@{self.revision}" if self.revision else ""
             urls = [f"hf://datasets/{self.dataset}{at}/{file}" for file in self.files]
             kind = "parquet" if self.files[0].endswith(".parquet") else "json"
@@ -111,7 +146,13 @@ class Benchmark:
                 hub.load(self.dataset, subset, split=self.split, revision=self.revision, remedy=remedy)
                 for subset in subsets
             ]
-        return [self.render(row) for part in parts for row in part]
+        found = []
+        for row in (row for part in parts for row in part if self.holds(row)):
+            id = f"{self.name}/{len(found)}" if self.id is None else text_id(row.get(self.id))
+            found.append((id, self.render(row)))
+        if not found:
+            raise ValueError(f"data set {self.dataset} has no row of benchmark {self.name} ({self.where}): {remedy}")
+        return found
 
     def sample(self, count: int, limit: int | None = None) -> list[int]:
         """Which of `count` rows are drawn. A `limit` keeps the first of them, so a smaller suite is a subset of a
@@ -123,8 +164,12 @@ class Benchmark:
 class Benchmarks(L.LightningDataModule):
     """The prompts of a suite; a test batch is this rank's share of one benchmark, longest first.
 
+    name, title, version: the suite's name for commands, its full name, and a number that is raised whenever its prompts
+        change.
     prompts: folder of JSONL files, or one file, read instead of the Hub and the corpus. A folder follows the suite
-        (benchmarks without a file are left out and named); a single file is used completely, in its order.
+        (benchmarks without a file are left out and named); a single file is used completely, in its order. The files
+        of a divided suite have the layout and the name that their publisher gives them; every row must belong to one
+        of its benchmarks.
     limit: at most so many prompts of each benchmark. turns: "all", or "first" for the published protocol.
     seed: the seed of each prompt is a hash of it and the prompt's id.
     """
@@ -137,6 +182,8 @@ class Benchmarks(L.LightningDataModule):
         limit: Count | None = None,
         turns: Annotated[str, Among(TURNS)] = "all",
         seed: Seed = 0,
+        title: str | None = None,
+        version: Natural = 1,
     ) -> None:
         super().__init__()
         if turns not in TURNS:
@@ -144,6 +191,7 @@ class Benchmarks(L.LightningDataModule):
         if limit is not None and limit < 1:
             raise ValueError(f"limit={limit}: ask for at least one prompt, or null for all")
         self.name, self.limit, self.turns, self.seed = name, limit, turns, seed
+        self.title, self.version = title or name, version
         self.benchmarks = list(benchmarks.values()) if isinstance(benchmarks, Mapping) else list(benchmarks)
         self.folder = None if prompts is None else Path(prompts).expanduser()
         self.missing: list[str] = []
@@ -158,7 +206,7 @@ class Benchmarks(L.LightningDataModule):
                     raise ValueError(
                         f"prompts={self.folder} holds no prompt: a line is one, with `turns` or `prompt_ids`"
                     )
-                names = ", ".join(f"{b.name}.jsonl" for b in self.benchmarks)
+                names = ", ".join(dict.fromkeys(f"{b.file or b.name}.jsonl" for b in self.benchmarks))
                 raise ValueError(f"prompts={self.folder} holds no prompt of suite {self.name!r}: it looks for {names}")
             self._prompts = chosen
         return self._prompts
@@ -187,10 +235,13 @@ class Benchmarks(L.LightningDataModule):
             if self.folder is None:
                 described[name] |= {"version": b.version, "dataset": b.dataset or b.corpus, "revision": b.revision}
             else:
-                file = self.folder if self.folder.is_file() else self.folder / f"{name}.jsonl"
+                file = self.folder if self.folder.is_file() else self._file(b)
+                assert file is not None  # its prompts were read from it
                 described[name] |= {"file": str(file), "sha256": hashlib.sha256(file.read_bytes()).hexdigest()}
         return {
             "suite": self.name,
+            "title": self.title,
+            "version": self.version,
             "prompts": None if self.folder is None else str(self.folder),
             "limit": self.limit,
             "turns": self.turns,
@@ -214,6 +265,10 @@ class Benchmarks(L.LightningDataModule):
     def _pools(self) -> Iterator[tuple[Benchmark, list[Prompt]]]:
         """Every benchmark with all of its rows as prompts."""
         if self.folder is not None and self.folder.is_file():
+            if self._divided:
+                self.missing = []
+                yield from self._divide(self.folder, self.benchmarks)
+                return
             named = {b.name: b for b in self.benchmarks}
             name = Path(self.folder.name.removesuffix(".gz")).stem
             prompts = self._read(self.folder, named.get(name, Benchmark(name, OWN)), by_row=name not in named)
@@ -224,26 +279,73 @@ class Benchmarks(L.LightningDataModule):
         if self.folder is not None and not self.folder.is_dir():
             raise ValueError(f"prompts={self.folder} does not exist: give a folder of JSONL files, or one such file")
         if self.folder is not None:
-            self.missing = [b.name for b in self.benchmarks if not (self.folder / f"{b.name}.jsonl").is_file()]
+            self.missing = [b.name for b in self.benchmarks if self._file(b) is None]
             if self.missing:
                 log.warning(
                     "%s has no file for %s: left out of suite %s", self.folder, ", ".join(self.missing), self.name
                 )
-        for benchmark in self.benchmarks:
-            if benchmark.name in self.missing:
-                continue
+        present = [b for b in self.benchmarks if b.name not in self.missing]
+        if self.folder is not None and self._divided:
+            for file in dict.fromkeys(self._file(b) for b in present):
+                assert file is not None  # those without a file are missing
+                yield from self._divide(file, [b for b in present if self._file(b) == file])
+            return
+        for benchmark in present:
             if self.folder is not None:
-                yield benchmark, self._read(self.folder / f"{benchmark.name}.jsonl", benchmark)
+                file = self._file(benchmark)
+                assert file is not None  # those without a file are missing
+                yield benchmark, self._read(file, benchmark)
             elif benchmark.corpus is not None:
                 rows = conversations(benchmark.corpus, "benchmark")
                 pool = [(str(c["id"]), tuple(m["content"] for m in c["messages"] if m["role"] == "user")) for c in rows]
                 yield benchmark, [self._prompt(benchmark, id, turns, None) for id, turns in pool]
             else:
-                pool = enumerate(benchmark.download())
-                yield benchmark, [self._prompt(benchmark, f"{benchmark.name}/{i}", turns, None) for i, turns in pool]
+                yield benchmark, [self._prompt(benchmark, id, turns, None) for id, turns in benchmark.download()]
+
+    @property
+    def _divided(self) -> bool:
+        """Whether benchmarks share the files of their publisher."""
+        return bool(self.benchmarks) and all(b.file is not None for b in self.benchmarks)
+
+    def _file(self, benchmark: Benchmark) -> Path | None:
+        """The file of a benchmark in the folder of prompts: FOLDER/NAME with one of ENDINGS where its publisher
+        chooses the format, otherwise FOLDER/NAME.jsonl."""
+        assert self.folder is not None
+        if benchmark.file is None:
+            places = [self.folder / f"{benchmark.name}.jsonl"]
+        else:
+            places = [self.folder / f"{benchmark.file}{ending}" for ending in ENDINGS]
+        return next((place for place in places if place.is_file()), None)
+
+    def _divide(self, file: Path, benchmarks: Sequence[Benchmark]) -> Iterator[tuple[Benchmark, list[Prompt]]]:
+        """The benchmarks that share a file, each with its rows; another number of rows than the suite has is reported.
+
+        A single file can be a part of the suite, so benchmarks without a row in it are missing.
+        """
+
+        def owner(row: Mapping[str, Any]) -> tuple[str, str]:
+            found = next((b for b in benchmarks if b.holds(row)), None)
+            if found is None:
+                held = ", ".join(b.name for b in benchmarks)
+                stated = turns.kind(row.get("category"))
+                raise ValueError(f"category {stated} is in no benchmark of suite {self.name} (it has {held})")
+            return found.name, found.domain
+
+        prompts = self._read(file, Benchmark(self.name, OWN), owner=owner)
+        for benchmark in benchmarks:
+            pool = [p for p in prompts if p.benchmark == benchmark.name]
+            if benchmark.rows not in (None, len(pool)):
+                log.warning(
+                    "%s has %d prompts of %s, and suite %s (version %d) has %d: results are not those of the suite",
+                    *(file, len(pool), benchmark.name, self.name, self.version, benchmark.rows),
+                )
+            if pool:
+                yield benchmark, pool
+            else:
+                self.missing.append(benchmark.name)
 
     def _choose(self, benchmark: Benchmark, pool: Sequence[Prompt]) -> list[Prompt]:
-        whole = self.folder is not None and self.folder.is_file()
+        whole = self.folder is not None and self.folder.is_file() and not self._divided
         rows = range(len(pool))[: self.limit] if whole else benchmark.sample(len(pool), self.limit)
         short = self.turns == "first"
         return [replace(p, turns=p.turns[:1]) if short and p.turns else p for p in (pool[row] for row in rows)]
@@ -251,10 +353,17 @@ class Benchmarks(L.LightningDataModule):
     def _prompt(self, benchmark: Benchmark, id: str, turns, ids) -> Prompt:
         return Prompt(id, benchmark.name, benchmark.domain, turns, ids, text_hash(f"{self.seed}/{id}") >> 1)
 
-    def _read(self, path: Path, benchmark: Benchmark, by_row: bool = False) -> list[Prompt]:
+    def _read(
+        self,
+        path: Path,
+        benchmark: Benchmark,
+        by_row: bool = False,
+        owner: Callable[[Mapping[str, Any]], tuple[str, str]] | None = None,
+    ) -> list[Prompt]:
         """All prompts of one file; a row that is not a prompt is an error with its number.
 
         by_row: a row can name its benchmark; otherwise all rows belong to `benchmark`.
+        owner: benchmark and domain of a row, whatever it names.
         """
         rows, prompts = foreign.rows(path), []
         places: dict[str, int] = {}
@@ -263,7 +372,8 @@ class Benchmarks(L.LightningDataModule):
             try:
                 asked, ids = _content(row)
                 id = _id(row) or f"{benchmark.name}/{len(prompts)}"
-                name, domain = (_benchmark(row) if by_row else None) or (benchmark.name, benchmark.domain)
+                named = owner(row) if owner is not None else _benchmark(row) if by_row else None
+                name, domain = named or (benchmark.name, benchmark.domain)
             except ValueError as error:
                 raise rows.broken(number, str(error)) from None
             first = places.setdefault(id, number)
@@ -274,6 +384,11 @@ class Benchmarks(L.LightningDataModule):
                 raise rows.broken(number, why)
             prompts.append(self._prompt(replace(benchmark, name=name, domain=domain), id, asked, ids))
         return prompts
+
+
+@lru_cache
+def _condition(where: str) -> TemplateExpression:
+    return _jinja.compile_expression(where, undefined_to_none=False)
 
 
 def _content(row: Mapping[str, Any]) -> tuple[tuple[str, ...] | None, tuple[int, ...] | None]:

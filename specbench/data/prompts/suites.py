@@ -45,7 +45,7 @@ def suite_of(
     held = _read(str(suite))
     given = {"limit": limit, "turns": turns, "seed": seed}
     settings = {key: value for key, value in given.items() if value is not None}
-    known = {key: held[key] for key in ("name", "benchmarks", *given) if key in held}
+    known = {key: held[key] for key in ("name", "benchmarks", "title", "version", *given) if key in held}
     return Benchmarks(**(known | settings), prompts=prompts)
 
 
