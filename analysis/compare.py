@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pandas as pd
 
+from analysis import appendix as latex_appendix
 from analysis.figures import acceptance as figures
 from analysis.figures import curves, style
 from analysis.figures.overlay import overlaid, wanted
@@ -74,6 +75,7 @@ def compare(
     draw: bool = True,
     calibrations: Sequence[str | os.PathLike[str]] = (),
     published_curves: bool | None = None,
+    appendix: bool = False,
     progress: Callable[[str, int, int], None] = lambda step, done, steps: None,
 ) -> Comparison:
     """Compare every finished run below `sources` and write tables, figures and report.html into `output`.
@@ -91,6 +93,7 @@ def compare(
         draw: false: tables only, which is much faster.
         calibrations: folders of `specbench calibrate`, each gives a reliability diagram.
         published_curves: draw the paper's numbers into figures with the same axes; None: only for the paper's target.
+        appendix: write appendix.tex too, a LaTeX document with definitions, protocol, tables, figures and commands.
         progress: called with the name of each step that begins, how many are done, and how many there are; once more
             at the end.
 
@@ -143,6 +146,8 @@ def compare(
     )
     begin("write")
     files = _write(output, frames, sheets, drawings, content)
+    if appendix:
+        files += latex_appendix.write(output, content, frames)
     progress("", len(begun), len(begun))
     left = [f"left out: {path}: {reason}" for path, reason in read.faults.itertuples(index=False)]
     text = "\n".join([writers.terminal(sheets, width).rstrip(), used, *left])
@@ -198,7 +203,7 @@ def _slot_drawings(found: Sequence[Group], resamples: int, seed: int) -> list[Dr
         for quantity, name in (("conditional", "conditional_acceptance"), ("survival", "survival")):
             words = "Conditional acceptance by slot" if quantity == "conditional" else "Survival by slot"
             bands = "Bands: 95% intervals about these checkpoints (over prompts)."
-            caption = f"{words}, a panel per domain ({where}). {bands}{unlike}"
+            caption = f"{words}, a panel per domain ({where}). {bands}{_left_out(frame)}{unlike}"
             drawings.append(Drawing(name + tail, figures.by_slot(frame, quantity), caption))
         for domain in dict.fromkeys(frame["domain"]) if frame["domain"].nunique() > 1 else ():
             one = figures.by_slot(frame[frame["domain"] == domain])
@@ -211,6 +216,12 @@ def _slot_drawings(found: Sequence[Group], resamples: int, seed: int) -> list[Dr
         )
         drawings.append(Drawing(f"suffix_decay{tail}", figures.bars(decay, "suffix_decay"), caption))
     return drawings
+
+
+def _left_out(frame: pd.DataFrame) -> str:
+    """The part of a caption about the points of too few rounds, which are not drawn."""
+    few = int(((frame["n"] > 0) & (frame["n"] < figures.FEWEST_ROUNDS)).sum())
+    return f" Not drawn: {few} points of fewer than {figures.FEWEST_ROUNDS} rounds." if few else ""
 
 
 def _price_drawings(found: Sequence[Group], frames: Mapping[str, pd.DataFrame]) -> list[Drawing]:

@@ -57,6 +57,7 @@ def comparison(cfg: DictConfig, title: str | None = None) -> Comparison:
             draw=cfg.figures,
             calibrations=settings["calibrations"],
             published_curves=cfg.published,
+            appendix=cfg.appendix,
             progress=shown,
         )
 

@@ -224,7 +224,8 @@ def _board(key: tuple[str, str], rows: Sequence[BoardRow], links: Mapping[str, s
             "not separate it from ranks 1 to 3 (pairs on common prompts where both have records, Holm's correction "
             "over all pairs at 5%). Every row is one draft with one training: ranks are of drafts, not of methods. A "
             "dash: the result states no standard error, so it has no rank. Rows stand by measured speedup, then by "
-            "accepted length; accepted length alone does not tell whether a draft pays.</p>",
+            "accepted length; accepted length alone does not tell whether a draft pays. A speedup is stated by who "
+            "submitted the result: it depends on their machine, and no check recomputes it.</p>",
             f"<h2>Protocols</h2><dl>{notes}</dl>",
         ],
         FILTER,

@@ -14,8 +14,9 @@ Measured coverage of accepted length on over-dispersed simulated prompts (as in 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import numpy as np
 from jaxtyping import Float
@@ -30,6 +31,8 @@ RESAMPLES = 2000
 # Of a difference: with these, the end of an interval is uncertain by 3% of its half-width (two standard errors).
 VERDICT_RESAMPLES = 10_000
 MINIMUM_SHARED = 0.9
+# Draws of at most so many resamples x prompts are kept (8 MB each, of 16 seeds and numbers of prompts).
+KEPT_DRAWS = 1_000_000
 # With fewer prompts an interval is too short, so no difference is then called resolved.
 FEWEST = 6
 
@@ -101,15 +104,33 @@ def resample(
     prompts = len(features)
     if not prompts:
         return np.zeros((resamples, features.shape[1]))
-    generator = np.random.default_rng([seed, prompts])
     sums = np.empty((resamples, features.shape[1]))
+    start = 0
+    for times in _times(prompts, resamples, seed, chunk):
+        sums[start : start + len(times)] = times @ features
+        start += len(times)
+    return sums
+
+
+def _times(prompts: int, resamples: int, seed: int, chunk: int) -> Iterable[Float[np.ndarray, "rows P"]]:
+    """How often each prompt is drawn in each resample, in chunks of rows; kept for the next table where it is small,
+    because hundreds of trainings over the same prompts need the same draws."""
+    small = prompts * resamples <= KEPT_DRAWS
+    return _kept_times(prompts, resamples, seed, chunk) if small else _drawn_times(prompts, resamples, seed, chunk)
+
+
+def _drawn_times(prompts: int, resamples: int, seed: int, chunk: int) -> Iterator[Float[np.ndarray, "rows P"]]:
+    generator = np.random.default_rng([seed, prompts])
     for start in range(0, resamples, chunk):
         rows = min(chunk, resamples - start)
         drawn = generator.integers(0, prompts, (rows, prompts), dtype=np.int32)
         drawn += (np.arange(rows, dtype=np.int32) * prompts)[:, None]
-        times = np.bincount(drawn.ravel(), minlength=rows * prompts).reshape(rows, prompts)
-        sums[start : start + rows] = times.astype(float) @ features
-    return sums
+        yield np.bincount(drawn.ravel(), minlength=rows * prompts).reshape(rows, prompts).astype(float)
+
+
+@lru_cache(maxsize=16)
+def _kept_times(prompts: int, resamples: int, seed: int, chunk: int) -> tuple[Float[np.ndarray, "rows P"], ...]:
+    return tuple(_drawn_times(prompts, resamples, seed, chunk))
 
 
 def tails(prompts: int) -> tuple[float, float]:

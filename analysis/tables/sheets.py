@@ -100,6 +100,15 @@ def main(
             notes.append(TREE_NOTE)
         if costs is not None:
             timed = _speedups(only(costs, section), labels)
+            places_of = _speed_ranks(labels, only(costs, section))
+            if places_of:
+                names.append("rank by speedup")
+                spans.append(("", 1))
+                rows = [[*row, places_of[label]] for row, label in zip(rows, labels, strict=True)]
+                notes.append(
+                    "Rows stand by measured speedup. Rank by speedup: rows whose 95% intervals overlap share their "
+                    "ranks, and their order says nothing."
+                )
             for batch, cells in timed.items():
                 names += ["measured", "predicted"]
                 spans.append((f"speedup at batch {batch}", 2))
@@ -172,9 +181,31 @@ def _by_speedup(labels: list[str], costs: pd.DataFrame | None) -> list[str]:
     """The rows by falling measured speedup (at the smallest batch timed), then those that were not timed."""
     if costs is None or not costs["speedup_measured"].notna().any():
         return labels
-    timed = costs.dropna(subset=["speedup_measured"]).sort_values("speedup_batch", kind="stable")
-    speeds = timed.drop_duplicates("variant").set_index("variant")["speedup_measured"]
+    speeds = _smallest_batch(costs)["speedup_measured"]
     return sorted(labels, key=lambda label: -speeds.get(label, -np.inf))
+
+
+def _smallest_batch(costs: pd.DataFrame) -> pd.DataFrame:
+    """The measured speedups of each variant at the smallest batch timed."""
+    timed = costs.dropna(subset=["speedup_measured"]).sort_values("speedup_batch", kind="stable")
+    return timed.drop_duplicates("variant").set_index("variant")
+
+
+def _speed_ranks(labels: Sequence[str], costs: pd.DataFrame) -> dict[str, Cell]:
+    """The rank of each label by speedup, as a range where its interval overlaps others; empty if fewer than two were
+    timed. Only rows of one batch are compared; a row without an interval has no rank."""
+    timed = _smallest_batch(costs)
+    if len(timed) < 2:
+        return {}
+    cells = {label: Cell(MISSING) for label in labels}
+    for label, row in timed.iterrows():
+        alike = timed[timed["speedup_batch"].eq(row["speedup_batch"]) | timed["speedup_batch"].isna()]
+        if label not in cells or pd.isna(row["speedup_low"]) or label not in alike.index:
+            continue
+        best = 1 + int((alike["speedup_low"] > row["speedup_high"]).sum())
+        worst = len(alike) - int((alike["speedup_high"] < row["speedup_low"]).sum())
+        cells[label] = Cell(f"{best}" if best == worst else f"{best}–{worst}", sort=best)
+    return cells
 
 
 def _notes(part: Sequence[Group], macros: pd.DataFrame, pairs: pd.DataFrame, method: bool) -> list[str]:

@@ -20,8 +20,22 @@ LATEX = str.maketrans(
         **{character: f"\\{character}" for character in "&%$#_{}"},
         "~": r"\textasciitilde{}",
         "^": r"\textasciicircum{}",
+        "<": r"\textless{}",
+        ">": r"\textgreater{}",
+        "|": r"\textbar{}",
+        '"': r"\textquotedbl{}",
         "±": r"$\pm$",
         "†": r"$^{\dagger}$",
+        "‡": r"$^{\ddagger}$",
+        "×": r"$\times$",
+        "≤": r"$\le$",
+        "≥": r"$\ge$",
+        "−": r"$-$",
+        "–": "--",
+        "—": "---",
+        "…": r"\ldots{}",
+        "\n": " ",
+        "\t": " ",
     }
 )
 
@@ -67,32 +81,45 @@ def latex(sheets: Sequence[Sheet]) -> str:
         lines = [
             rf"\begin{{{kind}}}",
             r"\centering",
-            rf"\caption{{{_tex(sheet.title)}. {_tex(' '.join(sheet.notes))}}}",
+            rf"\caption{{{tex(sheet.title)}. {tex(' '.join(sheet.notes))}}}",
         ]
         lines += [r"\resizebox{\textwidth}{!}{%"] if wide else []
         lines += [rf"\begin{{tabular}}{{l{'r' * (len(sheet.columns) - 1)}}}", r"\toprule"]
         if sheet.spans:
             first, cells, rules = 1, [], []
             for text, width in sheet.spans:
-                cells.append(rf"\multicolumn{{{width}}}{{c}}{{{_tex(text)}}}")
+                cells.append(rf"\multicolumn{{{width}}}{{c}}{{{tex(text)}}}")
                 rules += [rf"\cmidrule(lr){{{first}-{first + width - 1}}}"] if text else []
                 first += width
             lines += [" & ".join(cells) + r" \\", " ".join(rules)]
-        lines += [" & ".join(_tex(name) for name in sheet.columns) + r" \\", r"\midrule"]
+        lines += [" & ".join(tex(name) for name in sheet.columns) + r" \\", r"\midrule"]
         for row in sheet.rows:
-            lines.append(" & ".join(_bold_tex(cell) for cell in row) + r" \\")
+            lines.append(tex_row(row))
         lines += [r"\bottomrule", r"\end{tabular}" + ("}" if wide else ""), rf"\end{{{kind}}}"]
         parts.append("\n".join(lines))
     packages = "booktabs,graphicx" if any(len(sheet.columns) > WIDE for sheet in sheets) else "booktabs"
     return f"% needs \\usepackage{{{packages}}}\n" + "\n\n".join(parts) + "\n"
 
 
-def _tex(text: str) -> str:
-    return text.translate(LATEX)
+def tex(text: str, code: bool = False) -> str:
+    """A text with every character that TeX gives a meaning escaped. One outside of the accented Latin letters, which
+    the usual fonts do not have, becomes its code point. code: hyphens and spaces stay as they are typed."""
+    made = []
+    for character in text:
+        if ord(character) in LATEX:
+            made.append(LATEX[ord(character)])
+        elif " " <= character <= "~" or "À" <= character <= "ž":
+            made.append(character)
+        else:
+            made.append(f"[U+{ord(character):04X}]")
+    whole = "".join(made)
+    return whole.replace("-", "-{}").replace(" ", "~") if code else whole
 
 
-def _bold_tex(cell: Cell) -> str:
-    return rf"\textbf{{{_tex(cell.text)}}}" if cell.best else _tex(cell.text)
+def tex_row(row: Sequence[Cell]) -> str:
+    """A row of a tabular. An empty group before a bracket or star, which would be an argument of the line before."""
+    line = " & ".join(rf"\textbf{{{tex(cell.text)}}}" if cell.best else tex(cell.text) for cell in row)
+    return ("{}" if line.startswith(("[", "*")) else "") + line + r" \\"
 
 
 def html(sheet: Sheet) -> str:

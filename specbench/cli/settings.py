@@ -709,6 +709,7 @@ class CompareSettings(Settings):
     calibrations: list[Folder]
     published: bool | None
     figures: bool
+    appendix: bool = False
 
     @model_validator(mode="after")
     def _conditions(self) -> CompareSettings:

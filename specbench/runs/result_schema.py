@@ -10,13 +10,14 @@ may be anybody's, so every field has a type and unknown fields are refused.
 
 from __future__ import annotations
 
+import datetime
 import hashlib
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from specbench.files import json_lines as jsonl
 from specbench.files.atomic import read_json
@@ -25,9 +26,27 @@ RESULT, RECORD_LINES, VERIFICATION = "specbench.result/1", "specbench.result-rec
 RECORDS_ENDING, VERIFIED_ENDING = ".records.jsonl", ".verified.json"
 # Largest difference of a stated and a recomputed number: the order of sums differs between processors.
 ROUNDING = 1e-6
+MOST_TOKENS = 4097  # of a round: the most slots that a result can state, and the bonus token
 
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{8,64}$")]
 OneLine = Annotated[str, Field(min_length=1, max_length=400, pattern=r"^[^\x00-\x1f\x7f]+$")]
+# The first publication of speculative decoding with a draft model (Leviathan et al., arXiv 2211.17192).
+EARLIEST = datetime.date(2022, 11, 30)
+
+
+def _calendar(text: str) -> str:
+    """A day between EARLIEST and tomorrow (a day's difference between time zones)."""
+    try:
+        day = datetime.date.fromisoformat(text)
+    except ValueError:
+        raise ValueError(f"{text} is no date of the calendar: write YYYY-MM-DD") from None
+    tomorrow = datetime.datetime.now(datetime.UTC).date() + datetime.timedelta(days=1)
+    if not EARLIEST <= day <= tomorrow:
+        raise ValueError(f"{text} is not between {EARLIEST} and {tomorrow}: write the day of the measurement")
+    return text
+
+
+Date = Annotated[str, Field(pattern=r"^\d{4}-\d\d-\d\d$"), AfterValidator(_calendar)]
 PlainValue = str | int | float | bool | None
 ResultFacts = dict[str, PlainValue | list[int] | list[str]]
 
@@ -98,7 +117,7 @@ class ModelIdentity(Part):
 class DraftIdentity(ModelIdentity):
     """The draft; `name` is its method."""
 
-    parameters: int | None = None
+    parameters: int | None = Field(None, ge=0, le=10**13)
     slots: int | None = Field(None, ge=1, le=4096)
     training: ResultFacts = {}
 
@@ -106,11 +125,11 @@ class DraftIdentity(ModelIdentity):
 class Speedup(Part):
     """Tokens per second relative to plain decoding of the same prompts in the same process."""
 
-    measured: float
-    low: float | None = None
-    high: float | None = None
-    predicted: float | None = None
-    batch_size: int | None = None
+    measured: float = Field(gt=0, le=1000)
+    low: float | None = Field(None, ge=0, le=1000)
+    high: float | None = Field(None, ge=0, le=1000)
+    predicted: float | None = Field(None, gt=0, le=1000)
+    batch_size: int | None = Field(None, ge=1, le=1 << 20)
 
 
 class TreeSettings(Part):
@@ -154,7 +173,7 @@ class Result(Part):
     schema_: Literal["specbench.result/1"] = Field(alias="schema")
     name: Annotated[str, Field(pattern=r"^[\w][\w.+-]{0,180}$")]
     signed_off_by: OneLine
-    date: Annotated[str, Field(pattern=r"^\d{4}-\d\d-\d\d$")]
+    date: Date
     source: Publication | None = None
     draft: DraftIdentity
     target: ModelIdentity
@@ -179,6 +198,16 @@ class Result(Part):
         mean = sum(one.accepted_length.value for one in self.suite.benchmarks.values()) / len(self.suite.benchmarks)
         if abs(mean - self.macro.value) > ROUNDING:
             raise ValueError(f"macro says {self.macro.value:g}, and the unweighted mean of its benchmarks is {mean:g}")
+        lengths = {name: one.accepted_length for name, one in self.suite.benchmarks.items()} | {"macro": self.macro}
+        most = MOST_TOKENS if self.draft.slots is None else self.draft.slots + 1
+        for name, length in lengths.items():
+            numbers = [x for x in (length.value, length.low, length.high) if x is not None]
+            if not all(0 < x <= most + ROUNDING for x in numbers):
+                raise ValueError(f"accepted length of {name} is {numbers}: a round commits more than 0, at most {most}")
+        rates = [(slot.slot, slot.conditional.value) for curve in self.curves.values() for slot in curve]
+        wrong = [f"slot {slot}: {value:g}" for slot, value in rates if not 0 <= value <= 1]
+        if wrong:
+            raise ValueError(f"conditional acceptance is a share from 0 to 1, and this says {', '.join(wrong[:3])}")
         if self.source is None:
             lacking = [key for key in ("bootstrap", "records") if getattr(self, key) is None]
             lacking += [f"{key}.weights" for key in ("draft", "target") if getattr(self, key).weights is None]
@@ -216,7 +245,7 @@ class Verification(Part):
     prompts: int = Field(ge=1)
     seed: int = Field(ge=0)
     verified_by: OneLine
-    date: Annotated[str, Field(pattern=r"^\d{4}-\d\d-\d\d$")]
+    date: Date
     hardware: ResultFacts
 
 

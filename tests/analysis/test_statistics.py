@@ -207,3 +207,11 @@ def test_intervals_by_slot_hold_the_curve():
     assert value.shape == low.shape == high.shape == (SLOTS,)
     assert ((low < value) & (value < high)).all()
     assert 0.7 in Interval(value[0], low[0], high[0])
+
+
+def test_draws_that_are_kept_are_those_that_are_made_anew(monkeypatch):
+    features = np.random.default_rng(3).random((7, 3))
+    kept = [statistics.resample(features, 300, 5) for _ in range(2)]
+    monkeypatch.setattr(statistics, "KEPT_DRAWS", 0)
+    assert all(np.array_equal(statistics.resample(features, 300, 5), one) for one in kept)
+    assert not np.array_equal(statistics.resample(features, 300, 6), kept[0])

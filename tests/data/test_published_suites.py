@@ -56,7 +56,9 @@ def test_a_downloaded_suite_has_the_prompts_of_the_file(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("ending", ["jsonl", "parquet", "json"])
 def test_suite_speed_bench_reads_the_users_folder(tmp_path, ending):
-    rows = [row | {"question_id": f"{row['question_id']:032x}", "sub_category": None} for row in published("speed_bench")]
+    rows = [
+        row | {"question_id": f"{row['question_id']:032x}", "sub_category": None} for row in published("speed_bench")
+    ]
     file = tmp_path / f"qualitative.{ending}"
     if ending == "parquet":
         pq.write_table(pa.Table.from_pylist(rows), file)
