@@ -26,6 +26,7 @@ LISTED = 6  # values of a setting that are listed; of more the number is given
 PREAMBLE = r"""\documentclass[10pt]{article}
 \usepackage[T1]{fontenc}
 \usepackage[utf8]{inputenc}
+\IfFileExists{lmodern.sty}{\usepackage{lmodern}}{}
 \usepackage[letterpaper,margin=1in]{geometry}
 \usepackage{%s}
 \begin{document}
@@ -112,7 +113,7 @@ def protocol(frame: pd.DataFrame) -> Sheet:
 def _table(sheet: Sheet) -> str:
     """A table that can break over pages; the rows of a wide one are set small, and its long texts are wrapped."""
     longest = [
-        max([len(name), *(len(row[i].text) for row in sheet.rows)], default=1) for i, name in enumerate(sheet.columns)
+        max(_length(name), *(_length(row[i].text) for row in sheet.rows), 1) for i, name in enumerate(sheet.columns)
     ]
     size = r"\scriptsize" if sum(longest) + 2 * len(longest) > 95 else r"\footnotesize"
     if sum(longest) + 2 * len(longest) > 150 and all(width <= 30 for width in longest):
@@ -129,6 +130,11 @@ def _table(sheet: Sheet) -> str:
     lines += [writers.tex_row(row) for row in sheet.rows]
     lines += [r"\bottomrule", r"\end{longtable}}"]
     return "\n".join(lines) + _notes(sheet)
+
+
+def _length(text: str) -> int:
+    """Characters of a text as it is set: one that the fonts do not have takes the eight of its code point."""
+    return sum(1 if character <= "ž" else 8 for character in text)
 
 
 def _width(own: int, all_of_them: Sequence[int], inches: float) -> float:

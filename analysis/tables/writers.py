@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html as escaping
+import unicodedata
 from collections.abc import Sequence
 from io import StringIO
 from pathlib import Path
@@ -108,12 +109,18 @@ def tex(text: str, code: bool = False) -> str:
     for character in text:
         if ord(character) in LATEX:
             made.append(LATEX[ord(character)])
-        elif " " <= character <= "~" or "À" <= character <= "ž":
+        elif " " <= character <= "~" or _accented(character):
             made.append(character)
         else:
             made.append(f"[U+{ord(character):04X}]")
     whole = "".join(made)
     return whole.replace("-", "-{}").replace(" ", "~") if code else whole
+
+
+def _accented(character: str) -> bool:
+    """Whether the font encoding T1 has this letter: a Latin letter with its accent, or one of a few more."""
+    parts = unicodedata.decomposition(character)
+    return character in "ÆØÞßæøþŁłŒœ" or ("À" <= character <= "ž" and bool(parts) and not parts.startswith("<"))
 
 
 def tex_row(row: Sequence[Cell]) -> str:

@@ -22,7 +22,7 @@ HOSTILE = [
     "100% of $x_1^2$ & #1 ~ {} \\",
     "[0.1, 0.2] *starred*",
     "draft <|im_start|> \"quoted\" 'single' `back`",
-    "éŠ naïve 你好 \U0001f600 ± † ‡ ≤ −1 – … µ",
+    "éŠßŁ ħŉ÷ naïve 你好 \U0001f600 ± † ‡ ≤ −1 – … µ",
     "line\nbreak\ttab \x07bell",
     "--dashes ,, << >> ?` !`",
     "",

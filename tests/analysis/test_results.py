@@ -368,3 +368,27 @@ def test_the_shipped_results_hold_and_make_a_site(tmp_path: Path) -> None:
     text = (tmp_path / "qwen3_4b--paper.html").read_text(encoding="utf-8")
     assert ">speedup<" not in text and ">speedup<" in (tmp_path / "embedded--embedded.html").read_text(encoding="utf-8")
     assert text.count("as published") == 2 and text.count('<td data-sort="1000000">–</td>') == 3
+
+
+IMPOSSIBLE = {
+    "no date of the calendar": lambda told: told.update(date="2026-02-30"),
+    "is not between 2022-11-30": lambda told: told.update(date="2019-01-01"),
+    "9999-01-01 is not between": lambda told: told.update(date="9999-01-01"),
+    "accepted length of math": lambda told: told["suite"]["benchmarks"]["math"]["accepted_length"].update(high=4.5),
+    "at most 3": lambda told: told["draft"].update(slots=1),
+    "conditional acceptance is a share": lambda told: told["curves"]["all"][0]["conditional"].update(value=1.5),
+    "speedup.measured": lambda told: told.update(speedup={"measured": 1e9}),
+    "speedup.low": lambda told: told.update(speedup={"measured": 2.0, "low": -1.0}),
+    "draft.parameters": lambda told: told["draft"].update(parameters=-1),
+}
+
+
+@pytest.mark.parametrize("why", IMPOSSIBLE)
+def test_impossible_numbers_and_dates_are_refused(tmp_path, why: str) -> None:
+    told = json.loads(result(tmp_path, "one", drawn(1)).read_text())
+    Result.model_validate(told)
+    IMPOSSIBLE[why](told)
+    if why == "at most 3":
+        told["draft"]["slots"], told["suite"]["benchmarks"]["math"]["accepted_length"]["high"] = 2, 3.5
+    with pytest.raises(ValueError, match=why):
+        Result.model_validate(told)

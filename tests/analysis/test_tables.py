@@ -298,3 +298,12 @@ def test_csv_has_exactly_the_documented_columns(found, tmp_path):
         "rounds,seeds,method_low,method_high"
     )
     assert len(pd.read_csv(file)) == 3 * len(DOMAINS)
+
+
+def test_speedups_whose_intervals_overlap_share_their_ranks():
+    rows = [("a", 1.5, 1.4, 1.6), ("b", 1.3, 1.2, 1.45), ("c", 1.0, 0.9, 1.1), ("d", 2.0, np.nan, np.nan)]
+    costs = pd.DataFrame(rows, columns=["variant", "speedup_measured", "speedup_low", "speedup_high"])
+    costs = costs.assign(speedup_batch=1.0)
+    ranks = layout._speed_ranks(["a", "b", "c", "d", "e"], costs.iloc[:3])
+    assert {name: cell.text for name, cell in ranks.items()} == {"a": "1–2", "b": "1–2", "c": "3", "d": "-", "e": "-"}
+    assert layout._speed_ranks(["a", "b"], costs.iloc[:1]) == {}
