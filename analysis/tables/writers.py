@@ -32,8 +32,9 @@ LATEX = str.maketrans(
         "≤": r"$\le$",
         "≥": r"$\ge$",
         "−": r"$-$",
-        "–": "--",
-        "—": "---",
+        "–": r"\textendash{}",
+        "—": r"\textemdash{}",
+        "`": r"{}`",  # after ? and ! it would be another character
         "…": r"\ldots{}",
         "\n": " ",
         "\t": " ",
@@ -114,7 +115,8 @@ def tex(text: str, code: bool = False) -> str:
         else:
             made.append(f"[U+{ord(character):04X}]")
     whole = "".join(made)
-    return whole.replace("-", "-{}").replace(" ", "~") if code else whole
+    # Two hyphens would be a dash.
+    return whole.replace("-", "-{}").replace(" ", "~") if code else whole.replace("--", "-{}-")
 
 
 def _accented(character: str) -> bool:
