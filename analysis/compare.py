@@ -20,7 +20,7 @@ from analysis.html.content import Content, Drawing, Section, provenance
 from analysis.read import folders
 from analysis.read.runs import ONCE, Runs, load, shown
 from analysis.statistics.intervals import MINIMUM_SHARED, RESAMPLES, VERDICT_RESAMPLES
-from analysis.tables import costs, gap, positions, protocols, published, tree_tables, writers
+from analysis.tables import costs, gap, positions, protocols, published, recipes, tree_tables, writers
 from analysis.tables import frames as tables
 from analysis.tables import groups as grouping
 from analysis.tables import sheets as layout
@@ -28,7 +28,7 @@ from analysis.tables.groups import Group
 from analysis.tables.sheets import Sheet
 from specbench.files.atomic import read_json
 
-STEPS = 18  # that `progress` hears of: reading, thirteen tables, three of figures, writing
+STEPS = 19  # that `progress` hears of: reading, fourteen tables, three of figures, writing
 CURVES = ("train/loss", "probe/accepted_length", "val/accepted_length")
 
 
@@ -118,7 +118,7 @@ def compare(
         frames |= made if isinstance(made, dict) else {name: made}
     main = (frames["accepted_length"], frames["macro_average"], frames["differences"], frames["costs"])
     sheets = layout.main(found, *main)
-    more = _more_sheets(found, frames)
+    more, methods = _more_sheets(found, frames), [group.method for group in found]
     drawings: list[Drawing] = []
     if draw:
         begin("figures by slot")
@@ -150,7 +150,8 @@ def compare(
         files += latex_appendix.write(output, content, frames)
     progress("", len(begun), len(begun))
     left = [f"left out: {path}: {reason}" for path, reason in read.faults.itertuples(index=False)]
-    text = "\n".join([writers.terminal(sheets, width).rstrip(), used, *left])
+    stable = [sheet.notes[0] for sheet in recipes.sheets(frames["recipes"], frames["interactions"], methods)][:1]
+    text = "\n".join([writers.terminal(sheets, width).rstrip(), *stable, used, *left])
     return Comparison(output, files, frames, content, read, text)
 
 
@@ -163,7 +164,7 @@ def _makers(
     minimum: float,
     holm: bool,
 ) -> dict[str, Callable[[], pd.DataFrame | dict[str, pd.DataFrame]]]:
-    """What makes each table, in order; `frames` holds those before it, and "positions" are several."""
+    """What makes each table, in order; `frames` holds those before it; "positions" and "recipes" are several."""
     return {
         "accepted_length": lambda: tables.accepted_length(found, resamples, seed),
         "conditional_acceptance": lambda: tables.conditional_acceptance(found, resamples, seed),
@@ -180,6 +181,7 @@ def _makers(
             found, frames["costs"], max(resamples, VERDICT_RESAMPLES), seed, minimum, holm
         ),
         "tree_acceptance": lambda: tree_tables.acceptance(found, resamples, seed),
+        "recipes": lambda: recipes.frames(found, frames["macro_average"]),
     }
 
 
@@ -191,6 +193,7 @@ def _more_sheets(found: Sequence[Group], frames: dict[str, pd.DataFrame]) -> lis
         [layout.spread(frames["seeds"])] if (frames["seeds"]["n"] > 1).any() else [],  # one training has no spread
         tree_tables.sheets(found, frames["tree_acceptance"], frames["trees"]),
         layout.costs(found, frames["costs"]),
+        recipes.sheets(frames["recipes"], frames["interactions"], [group.method for group in found]),
         [layout.published(reproduced)] if len(reproduced) else [],
     ]
 
@@ -277,7 +280,7 @@ def _place_drawings(found: Sequence[Group], frames: dict[str, pd.DataFrame]) -> 
 def _unlike(part: Sequence[Group]) -> str:
     """The part of a caption about rows that were measured differently from the others."""
     said = [note for note in protocols.notes(part) if note.startswith(protocols.MARK)]
-    return "".join(f" {note}" for note in said)
+    return "".join(f" {note}" for note in [*said, *protocols.budgets(part)])
 
 
 def _word(value: object) -> str:

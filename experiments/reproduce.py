@@ -25,8 +25,11 @@ from omegaconf import DictConfig, OmegaConf
 from experiments import calibrate, compare, evaluate, report, serve, speed, train, tune
 from experiments.quickstart import stage
 from specbench.cli import checks, summary
+from specbench.cli.allotments import budget_of, sized
 from specbench.cli.assembly import composed
+from specbench.cli.identity import identity
 from specbench.cli.launching import as_command
+from specbench.cli.recording import recorded
 from specbench.cli.stages import MARKER, say
 from specbench.cli.studies import Study, study_of, with_values
 from specbench.cli.verbs import VERBS
@@ -57,6 +60,8 @@ def run(cfg: DictConfig, given: Sequence[str] | None = None) -> Path:
     with summary.within():
         for verb, overrides in before:
             stage(verb, overrides)
+        for line in shares(jobs)[0] if before else ():
+            say(f"reproduce {cfg.name}: {line}")
         trained, decoded, calibrated, timed = [], [], [], []
         words_of = with_tuned_rates(study, everywhere) if study.tune else study.trainings
         jobs = [composed("train", [*everywhere, *words]) for words in words_of] if study.tune else jobs
@@ -185,6 +190,8 @@ def plan(cfg: DictConfig, study: Study, jobs: Sequence[DictConfig]) -> None:
     print(f"  {len(names)} trainings on {jobs[0].target.name}, {missing} of them to do; {each} evaluations each")
     if study.baselines:
         print(f"  beside them {', '.join(study.baselines)}, which are not trained")
+    lines, seconds_of_steps = shares(jobs)
+    print("\n".join(f"  {line}" for line in lines))
     if study.tune:
         searches = len({job.method.name for job in jobs})
         print(f"  before them {searches} searches for a learning rate, of {study.tune} rates each")
@@ -195,6 +202,8 @@ def plan(cfg: DictConfig, study: Study, jobs: Sequence[DictConfig]) -> None:
         print(
             f"  about {missing * seconds / 3600:.2f} h ({duration(seconds)} a training with its evaluations, {source})"
         )
+    if seconds_of_steps is not None:
+        print(f"  of which {seconds_of_steps / 3600:.2f} h are the optimiser steps of all trainings, as timed here")
     print(f"  below {cfg.root}; the same command continues after a stop")
     if not missing or cfg.yes:
         return
@@ -202,6 +211,33 @@ def plan(cfg: DictConfig, study: Study, jobs: Sequence[DictConfig]) -> None:
         raise ValueError(f"{missing} trainings are to be done and nobody is there to confirm: add yes=true")
     if input("start? [y/N] ").strip().lower() not in ("y", "yes"):
         raise ValueError("not started; yes=true starts without asking")
+
+
+def shares(jobs: Sequence[DictConfig]) -> tuple[list[str], float | None]:
+    """One line for each configuration that is trained: what a training of it gets; and the seconds of the optimiser
+    steps of all `jobs`, None where they were not all timed.
+
+    Before there is a cache, lines say how much of what is equal, because the steps follow from the data.
+    """
+    lines: dict[str, str] = {}
+    seconds: dict[str, float | None] = {}
+    every = []
+    for job in jobs:
+        facts = {name: value for name, value in recorded(job).items() if name != "seed"}
+        every.append(code := identity("train", facts).code)
+        if code in lines:
+            continue
+        try:
+            cfg = sized(job)
+            gets = train.allotted(cfg)
+        except OSError:  # of a target that an earlier stage makes
+            gets = None
+        budget = budget_of(job)
+        named = f"{job.method.name}, {'no protocol' if budget is None else budget.text}"
+        lines[code] = f"{named}: {gets.text if gets else 'the steps follow from the data, which are not there yet'}"
+        seconds[code] = None if gets is None or gets.seconds is None else gets.steps * gets.seconds
+    known = [seconds[code] for code in every]
+    return list(lines.values()), None if None in known else sum(known)
 
 
 def cost_of_a_run(root: Path, job: DictConfig, evaluations: int) -> tuple[float | None, str]:

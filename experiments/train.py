@@ -16,6 +16,7 @@ from torch import Tensor
 
 from experiments.evaluate import run as evaluate
 from specbench.checkpoints.exports import require_names
+from specbench.cli.allotments import Allotment, allotment, budget_of, seconds_of_a_step, sized
 from specbench.cli.assembly import (
     build_draft,
     build_objective,
@@ -46,7 +47,7 @@ from specbench.data.loading.target_cache import TargetCache
 from specbench.data.prompts import preparation as prompts
 from specbench.decoding.sampling import Sampling
 from specbench.drafts.draft import Draft
-from specbench.drafts.initialisation import AUTO, STARTS, Begun, first_weights
+from specbench.drafts.initialisation import AUTO, PREVIOUS, STARTS, Begun, first_weights
 from specbench.drafts.installed import installed
 from specbench.library.training import train_into
 from specbench.models.backbone import chosen
@@ -56,7 +57,6 @@ from specbench.progress import first_rank
 from specbench.runs.provenance import provenance
 from specbench.runs.run_folder import RunFolder, folder_name
 from specbench.runs.tracked_run import tracked
-from specbench.training.budget import Budget, step_cost
 from specbench.training.callbacks import DecodeProbe
 from specbench.training.draft_training import DraftTraining, require_precision
 from specbench.training.memory_estimate import Footprint, footprint, require_memory
@@ -133,15 +133,19 @@ def check(cfg: DictConfig) -> None:
         config = target_config(cfg.target)
     except (OSError, ValueError):  # a target that an earlier stage has still to make, or that loading will refuse
         return
-    draft = draft_without_weights(cfg.method, cfg.target, config)
+    budget = budget_of(cfg)
+    draft = draft_without_weights(
+        (sized(cfg) if budget is not None and budget.quantity == "parameters" else cfg).method, cfg.target, config
+    )
     require_names(draft)
     recipe = OmegaConf.to_container(cfg.trainer.recipe, resolve=True) | {"compile": False}
     DraftTraining(draft, objective, target_tables=draft.tables, max_steps=cfg.trainer.max_steps or 1, **recipe)
 
 
 def print_plan(cfg: DictConfig) -> Footprint:
-    """Print the cost of training the draft: parameters, memory, the largest micro-batch; without weights or data."""
-    config = target_config(cfg.target)
+    """Print the cost of training the draft: parameters, memory, the largest micro-batch; and what the training gets:
+    steps, supervised tokens, operations and hours, where there is a cache of its data."""
+    cfg, config = sized(cfg), target_config(cfg.target)
     draft = draft_without_weights(cfg.method, cfg.target, config)
     memory = None if cfg.memory is None else float(cfg.memory)
     if memory is None and torch.cuda.is_available():
@@ -149,9 +153,10 @@ def print_plan(cfg: DictConfig) -> Footprint:
     lightning = cfg.trainer.lightning
     found = footprint(draft, cfg.target.max_length, lightning.precision, memory, shards_of(lightning))
     say(found.text())
-    if cfg.get("protocol"):
-        shared = f"{cfg.protocol.amount:g} {cfg.protocol.quantity}"
-        say(f"budget            {cfg.protocol.name}: {shared}; the steps follow from the data")
+    if (budget := budget_of(cfg)) is not None:
+        say(f"budget            {budget.text}")
+    gets = allotted(cfg)
+    say(f"this training     {gets.text if gets else 'its steps follow from the data, of which there is no cache yet'}")
     say(f"backbone          {chosen(config, cfg.method.backbone).reason}")
     say(f"servable          {said_servable(draft, config)}")
     if (small := smaller(cfg.method)) is not None:
@@ -159,7 +164,18 @@ def print_plan(cfg: DictConfig) -> Footprint:
     return found
 
 
+def allotted(cfg: DictConfig) -> Allotment | None:
+    """What a training gets, with its draft `sized` already; None where there is no cache of its data yet."""
+    try:
+        data = open_data(cfg, load_target(cfg.target) if cfg.online else None)
+    except ValueError:
+        return None
+    budget = budget_of(cfg)
+    return allotment(cfg, data, seconds_of_a_step(cfg, data, budget is not None and budget.quantity == "hours"))
+
+
 def _train(cfg: DictConfig, stage: Stage, name: str) -> None:
+    cfg, budget = sized(cfg), budget_of(cfg)
     rank, _ = rank_and_world()
     record = RunFolder(cfg.root, "train", name, recorded(cfg), writes=rank == 0, folder=stage.work)
     headline = {"method": cfg.method.name, "target": cfg.target.name, "seed": cfg.seed.init}
@@ -179,19 +195,16 @@ def _train(cfg: DictConfig, stage: Stage, name: str) -> None:
         with torch.random.fork_rng():
             torch.manual_seed(cfg.seed.init)
             draft = build_draft(cfg.method, cfg.target, config, data.tables, _vocabulary(cfg, data, target))
-            begun = initialise(draft, cfg.start, target, data.tables)
+            begun = initialise(draft, cfg.start, target, data.tables, cfg.get("start_previous") or PREVIOUS[0])
         choice = chosen(config, cfg.method.backbone)
         say(f"train: {choice.reason}")
         say(f"train: servable: {said_servable(draft, config)}")
         if (small := smaller(cfg.method)) is not None:
             say(f"train: {small}")
-        shape = cfg.trainer.data
-        cost = step_cost(draft, data.lengths, data.supervised, shape.samples_per_micro * shape.micro_batches_per_step)
-        steps = cfg.trainer.max_steps or cfg.trainer.epochs * data.steps_per_epoch
-        if cfg.get("protocol"):
-            budget = Budget(**cfg.protocol)
-            steps = budget.steps(cost)
-            say(f"train: {budget.name}, {budget.amount:g} {budget.quantity}: {steps} steps")
+        hours = budget is not None and budget.quantity == "hours"
+        gets = allotment(cfg, data, seconds_of_a_step(cfg, data, needed=True) if hours else None)
+        steps = gets.steps
+        say(f"train: {gets.protocol}: {gets.text}")
         module = DraftTraining(
             draft,
             build_objective(cfg.method),
@@ -225,13 +238,16 @@ def _train(cfg: DictConfig, stage: Stage, name: str) -> None:
             facts={
                 **facts,
                 "budget": OmegaConf.to_container(cfg.protocol) if cfg.get("protocol") else None,
-                "training_flops": steps * cost.flops,
+                "flops_per_step": gets.cost.flops,
                 "backbone": {"family": choice.family, "own": choice.own, "reason": choice.reason},
                 "lineage": {"cache": data.lineage, "start": begun.start, "copied": len(begun.copied)},
             },
             **lightning,
         )
         summary = trained.summary
+        if probe is not None:
+            found = probe.convergence
+            say(f"train: {'too few probes or prompts to tell whether it converged' if found is None else found.text}")
         tracking.artifact(f"draft-{name}", "draft", run.path / "draft", **summary["lineage"])
         tracking.finish()
         shown = {k: summary[k] for k in ("probe_accepted_length", "best_step", "steps", "parameters")}
@@ -341,10 +357,10 @@ def tables_from(cfg: DictConfig, data: StepData) -> dict[str, str | None] | None
     return None if id is None else {"target": id, "revision": cfg.target.get("revision")}
 
 
-def initialise(draft: Draft, start: str, target: Any, tables: Tables) -> Begun:
-    """Give the draft its first weights as `start` says. `tables` are the target's."""
+def initialise(draft: Draft, start: str, target: Any, tables: Tables, previous: str = PREVIOUS[0]) -> Begun:
+    """Give the draft its first weights as `start` and `previous` (start_previous=) say. `tables` are the target's."""
     if start in STARTS:
-        begun = first_weights(draft, start, target)
+        begun = first_weights(draft, start, target, previous)
         if begun.why is not None:
             say(f"train: the draft starts from random weights: {begun.why}")
         return begun

@@ -43,7 +43,9 @@ def run(cfg: DictConfig) -> float:
                 run.finish(**facts)
             if facts["at_the_edge"]:
                 say(f"tune: {best:.3g} is the {'smallest' if best == rates[0] else 'largest'} rate tried: widen span=")
-            again = command("train", cfg, ("method", "target", "data"), trainer__recipe__lr=float(f"{best:.4g}"))
+            # Of the recipe alone the rate is another than what was set.
+            tuned = OmegaConf.merge(cfg, {"trainer": {"recipe": {"lr": float(f"{best:.4g}")}}})
+            again = command("train", tuned, ("method", "trainer", "target", "data"))
             stage.finish(facts, next=again)
     return _best(folder)
 

@@ -3,15 +3,26 @@
 import numpy as np
 import pytest
 import torch
+from omegaconf import OmegaConf
 from torch.utils.flop_counter import FlopCounterMode
 
+from experiments import train
 from specbench.blocks import with_anchors
-from specbench.cli.assembly import composed
+from specbench.cli import allotments
+from specbench.cli.allotments import budget_of, sized
+from specbench.cli.assembly import composed, draft_without_weights, target_config
+from specbench.cli.config_groups import configs, options
 from specbench.cli.settings import check_settings
 from specbench.losses.objective import Objective
-from specbench.training.budget import Budget, ExpectedCost, slots_per_anchor, step_cost
+from specbench.runs.run_folder import read_summary
+from specbench.training.budget import Budget, ExpectedCost, conversation_cost, slots_per_anchor
+from specbench.training.draft_training import trainable_parameters
 from specbench.training.memory_estimate import flops_of
 from tests import tiny
+from tests.pipeline import prepare
+
+with configs("configs"):
+    PROTOCOLS = options("protocol")
 
 
 @pytest.mark.parametrize("anchors", [0, 1, 3, 4, 5, 30])
@@ -28,8 +39,8 @@ def test_tokens_of_a_step_are_the_supervised_slots_of_its_batches(method):
     with torch.no_grad():
         slots = int(draft(batch).mask.sum())
     draft.anchors_per_sample = None
-    cost = step_cost(draft, np.array(lengths), np.array(lengths) - 4, 3)
-    assert cost.tokens == pytest.approx(slots)
+    cost = conversation_cost(draft, np.array(lengths), np.array(lengths) - 4)
+    assert 3 * cost.tokens == pytest.approx(slots)
 
 
 @pytest.mark.parametrize("method", ["dflash", "dspark", "eagle3", "mtp"])
@@ -61,14 +72,80 @@ def test_the_sample_of_conversations_stands_for_all():
     generator = np.random.default_rng(0)
     lengths = generator.integers(20, 200, 3000)
     supervised = lengths - 10
-    few, every = (step_cost(draft, lengths[:n], supervised[:n], 8) for n in (3000, 64))
+    few, every = (conversation_cost(draft, lengths[:n], supervised[:n]) for n in (3000, 64))
     assert few.flops == pytest.approx(every.flops, rel=0.25)
     by_hand = np.mean([flops_of(draft, int(n), min(int(n) - 11, draft.anchors_per_sample)) for n in lengths[:200]])
-    assert step_cost(draft, lengths[:200], supervised[:200], 8).flops == pytest.approx(8 * by_hand, rel=0.02)
+    assert conversation_cost(draft, lengths[:200], supervised[:200]).flops == pytest.approx(by_hand, rel=0.02)
 
 
-@pytest.mark.parametrize("name", ["matched_steps", "matched_tokens", "matched_flops"])
+@pytest.mark.parametrize("name", PROTOCOLS)
 def test_every_protocol_is_a_budget_within_its_range(name):
     cfg = composed("train", [f"protocol={name}"])
     check_settings("train", cfg)
-    assert Budget(**cfg.protocol).steps(ExpectedCost(tokens=100.0, flops=1e9)) >= 1
+    budget, steps = budget_of(cfg), budget_of(cfg).steps(ExpectedCost(tokens=100.0, flops=1e9), 0.5)
+    assert steps is None if name in ("published", "matched_parameters", "matched_round") else steps >= 1
+    assert budget.name == name and budget.of_size == (name in ("matched_parameters", "matched_round"))
+
+
+def test_hours_are_those_of_the_measured_steps():
+    budget = Budget("h", "hours", 0.5)
+    assert budget.steps(ExpectedCost(1.0, 1.0), seconds=3.0) == 600
+    with pytest.raises(ValueError, match="the seconds of a step of this draft were not measured"):
+        budget.steps(ExpectedCost(1.0, 1.0))
+    for quantity, amount in (("recipe", 3.0), ("steps", None)):
+        with pytest.raises(ValueError, match=f"protocol.quantity={quantity} protocol.amount={amount}"):
+            Budget("b", quantity, amount)
+
+
+def test_a_draft_is_as_deep_as_fits():
+    """Costs of 10 + 4 n for n layers."""
+    deep = {amount: Budget("p", "parameters", amount).layers(14.0, 22.0, 2) for amount in (14, 17.9, 18, 50)}
+    assert deep == {14: 1, 17.9: 1, 18: 2, 50: 10}
+    with pytest.raises(ValueError, match="a draft of one layer has 14 trained parameters"):
+        Budget("p", "parameters", 13).layers(14.0, 22.0, 2)
+    with pytest.raises(ValueError, match="repeat it on a quiet machine"):
+        Budget("r", "round_share", 1).layers(0.5, 0.4, 2)
+
+
+@pytest.mark.parametrize("method", ["dspark", "eagle3"])
+def test_equal_parameters_make_the_deepest_draft_that_fits(method):
+    cfg = sized(composed("train", [f"method={method}", "protocol=matched_parameters", "protocol.amount=2e6"]))
+
+    def trained(more):
+        own = OmegaConf.merge(cfg, {"method": {"draft": {"layers": cfg.method.draft.layers + more}}})
+        return trainable_parameters(draft_without_weights(own.method, own.target, target_config(own.target)))
+
+    assert trained(0) <= 2e6 < trained(1)
+
+
+def test_a_time_is_measured_once_and_decides_the_depth(tmp_path, monkeypatch):
+    """A proposal costs 2 + n for n layers against 10 for the target: a share of 0.65 fits four layers."""
+    words = [f"root={tmp_path}", "method=mtp", "protocol=matched_round", "protocol.amount=0.65"]
+    asked = []
+
+    def rounds(cfg, key):
+        asked.append(key)
+        return {"rounds": [{"draft": 2.0 + n, "target": 10.0} for n in (1, 1 + allotments.MORE)]}
+
+    monkeypatch.setattr(allotments, "_rounds", rounds)
+    assert sized(composed("train", words)).method.draft.layers == 4
+    assert sized(composed("train", [*words, "seed.init=1"])).method.draft.layers == 4
+    seconds = ["protocol.quantity=round_seconds", "protocol.amount=14"]
+    assert sized(composed("train", [*words, *seconds])).method.draft.layers == 2
+    assert asked == ["layers"]  # seeds and amounts share the measurement
+    sized(composed("train", [*words, "method.draft.block_size=3"]))
+    assert len(asked) == 2
+
+
+def test_hours_and_rounds_are_measured_on_real_steps_and_rounds(tmp_path):
+    words = [*prepare(tmp_path), "evaluate=false", "method=mtp", "trainer.probe.every=null"]
+    cfg = composed("train", [*words, "protocol=matched_hours"])
+    data = train.open_data(cfg, None)
+    seconds = allotments.seconds_of_a_step(cfg, data, needed=True)
+    assert 0 < seconds < 60 and seconds == allotments.seconds_of_a_step(cfg, data, needed=False)
+    cfg = composed("train", [*words, "protocol=matched_hours", f"protocol.amount={3.5 * seconds / 3600}"])
+    summary = read_summary(train.run(cfg))
+    assert summary["steps"] == 3 and 0 < summary["training_seconds"] < 60
+    assert summary["training_flops"] == pytest.approx(3 * train.allotted(cfg).cost.flops)
+    found = allotments._rounds(composed("train", words), "layers")["rounds"]
+    assert all(one["draft"] > 0 and one["target"] > 0 for one in found) and len(found) == 2

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from specbench.drafts.initialisation import layer_weights, resolved
+from specbench.drafts.initialisation import first_weights, layer_weights, resolved
 from specbench.models.backbone import FAMILIES
 from specbench.models.target import Target
 from tests import tiny
@@ -35,6 +35,37 @@ def test_every_weight_of_a_layer_is_the_targets(method, family):
             torch.testing.assert_close(found[..., -given.shape[-1] :], given, rtol=0, atol=0)  # the feature's half
     if draft.norm.state_dict():  # some methods have none
         torch.testing.assert_close(draft.norm.weight, target.decoder.norm.weight, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("method", ["mtp", "eagle1", "eagle3", "dspark"])
+def test_every_method_starts_equally_informed_of_the_previous_token(method):
+    """What the first layer's queries read: of the token's embedding as much as of the feature, or a hundredth of it.
+    A parallel draft has no map to change."""
+    target = tiny.target("qwen3")
+    read = {}
+    for previous in ("method", "wired", "none"):
+        draft = tiny.draft(method, "qwen3", layers=1)
+        torch.manual_seed(0)
+        first_weights(draft, "target", target, previous)
+        own = {"mtp": ("proj", -1), "eagle1": ("fc", 1), "eagle3": ("layers.0.self_attn.v_proj", 1)}
+        if method not in own:
+            read[previous] = {name: weight.clone() for name, weight in draft.state_dict().items()}
+            continue
+        name, order = own[method]
+        read[previous] = draft.get_submodule(name).weight.chunk(2, 1)[::order]
+    if method == "dspark":
+        torch.testing.assert_close(read["method"], read["wired"])
+        torch.testing.assert_close(read["method"], read["none"])
+        return
+    embedding, feature = read["wired"]
+    torch.testing.assert_close(embedding, feature)
+    plain, whole = read["none"]
+    torch.testing.assert_close(whole, 2 * feature)
+    assert plain.std() == pytest.approx(0.02, rel=0.2)
+    wired = method != "eagle3"
+    assert torch.allclose(read["method"][1], feature if wired else whole)
+    with pytest.raises(ValueError, match="start_previous=none with start=random"):
+        first_weights(tiny.draft(method, "qwen3"), "random", target, "none")
 
 
 @pytest.mark.parametrize(("own", "other"), [("gemma", "llama"), ("llama", "gemma"), ("gemma3", "gemma2")])

@@ -87,3 +87,24 @@ def test_an_option_that_is_built_on_another_needs_only_its_name() -> None:
         cfg = without_hydra(compose("evaluate", ["draft=plain", "target=qwen3_1_7b"]))
     printed = shlex.split(command("evaluate", cfg, ("target",), draft="plain"))
     assert [word for word in printed if "target" in word] == ["target=qwen3_1_7b"]
+
+
+@pytest.mark.parametrize(
+    ("words", "method"),
+    [
+        ((), ["method=dspark", "size=laptop_dspark"]),
+        (("method=mtp", "method.draft.layers=2"), ["method=mtp", "size=laptop_mtp", "method.draft.layers=2"]),
+        (("trainer=node", "trainer.max_steps=40"), ["method=dspark"]),
+    ],
+)
+def test_a_tuned_training_is_written_by_its_options(words: tuple[str, ...], method: list[str]) -> None:
+    """Sizes are an option of the trainer, not settings to be repeated one by one."""
+    groups = ("method", "trainer")
+    with configs("configs"):
+        cfg = without_hydra(compose("train", list(words)))
+        printed = shlex.split(command("train", cfg, groups))[2:]
+        again = without_hydra(compose("train", printed))
+    assert not any("sizes" in word for word in printed)
+    assert [word for word in printed if word.startswith(("method", "size"))] == method
+    for group in groups:
+        assert OmegaConf.to_container(again[group], resolve=True) == OmegaConf.to_container(cfg[group], resolve=True)

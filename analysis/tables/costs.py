@@ -20,7 +20,23 @@ STATED = {
     "draft_parameters": ("draft_parameters", "parameters"),
     "training_tokens": ("training_tokens", "trained_tokens"),
     "training_flops": ("training_flops",),
+    "training_seconds": ("training_seconds",),
+    "peak_memory": ("peak_memory",),
+    "gain_per_doubling": ("gain_per_doubling",),
+    "gain_low": ("gain_low",),
+    "gain_high": ("gain_high",),
+    "converged": ("converged",),
     "cache_bytes": ("cache_bytes",),
+}
+# Of several trainings of a row, one number: times differ from run to run, and a method has converged if all of its
+# trainings have.
+JOINED = {
+    "training_seconds": np.mean,
+    "peak_memory": np.max,
+    "gain_per_doubling": np.mean,
+    "gain_low": np.min,
+    "gain_high": np.max,
+    "converged": np.min,
 }
 COLUMNS = {name: column for column, names in STATED.items() for name in names}
 # Columns of a speed run, and how the values of several drafts of a row are combined.
@@ -61,7 +77,12 @@ def costs(found: Sequence[Group], every: Runs) -> pd.DataFrame:
             }
             about = records.drop_duplicates("source").set_index("source")[["scheduler", "temperature"]]
             runs = every.runs.loc[sorted(about.index)].to_dict("index")
-            sizes = {column: {_stated(run, column) for run in runs.values()} - {None} for column in STATED}
+            stated = {column: [_stated(run, column) for run in runs.values()] for column in STATED}
+            sizes = {column: {value for value in values if value is not None} for column, values in stated.items()}
+            # A training without a certificate has not shown that it converged.
+            certified = stated["converged"]
+            sizes["converged"] = {v or 0.0 for v in certified} if sizes["converged"] else set()
+            sizes |= {c: {float(join(list(v)))} for c, join in JOINED.items() if len(v := sizes[c]) > 1}
             varies = ";".join(f"{c}={'|'.join(f'{v:g}' for v in sorted(n))}" for c, n in sizes.items() if len(n) > 1)
             stated = {column: next(iter(values)) if len(values) == 1 else np.nan for column, values in sizes.items()}
             timed = [

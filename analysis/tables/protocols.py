@@ -13,6 +13,7 @@ from analysis.tables import groups as grouping
 from analysis.tables.groups import Group
 
 MARK = "‡"
+CLOSE = 1.1  # largest ratio of the operations of two trainings that count as matched
 
 
 def clash(a: Mapping[str, Any], b: Mapping[str, Any], without: Sequence[str] = ()) -> dict[str, tuple[Any, Any]]:
@@ -85,7 +86,40 @@ def _configurations(part: Sequence[Group]) -> list[str]:
             for label, own in zip(known, trained, strict=True)
         ]
         said.append(f"Methods were trained differently: {'; '.join(texts)}.")
-    return said
+    return [*said, *budgets(part)]
+
+
+def budgets(part: Sequence[Group]) -> list[str]:
+    """What was made equal for the trainings of a section; that their budgets are not matched, if nothing was.
+
+    A budget is matched if all rows have one protocol with one amount, or spent the same operations within a tenth.
+    """
+    rows = {group.label: group for group in part}
+    spent = {label: flops for label, group in rows.items() if (flops := _spent(group)) is not None}
+    if len({rows[label].method for label in spent}) < 2:
+        return []
+    facts = {label: dict(rows[label].runs.runs[grouping.DECIDED].iloc[0]) for label in spent}
+    named = {(own.get("protocol.name"), own.get("protocol.amount")) for own in facts.values()}
+    ((name, amount), *others) = named
+    if not others and name is not None and amount is not None:
+        return [f"Equal for every row: {name}, {written(amount)} {facts[next(iter(facts))]['protocol.quantity']}."]
+    least, most = (end(spent, key=spent.__getitem__) for end in (min, max))
+    if spent[most] <= CLOSE * spent[least]:
+        return []
+    return [
+        f"Budgets are not matched: training took from {spent[least]:.3g} ({least}) to {spent[most]:.3g} FLOP ({most}); "
+        "protocol= makes them equal."
+    ]
+
+
+def _spent(group: Group) -> float | None:
+    """Operations of the trainings of a row, on average; None where they are not known."""
+    for key in ("summary.training_flops", "parent.training_flops"):
+        if key in group.runs.runs:
+            known = pd.to_numeric(group.runs.runs[key], errors="coerce").dropna()
+            if len(known):
+                return float(known.mean())
+    return None
 
 
 def _training(group: Group) -> tuple[tuple[str, Any], ...]:

@@ -90,7 +90,11 @@ def main(
         for count in (counted, trained):
             rows = [[*row, Cell(str(count[row[0].text]), sort=int(count[row[0].text]))] for row in rows]
         names += ["prompts", "seeds"]
-        spans.append(("", 2))
+        ended = {} if costs is None else only(costs, section).groupby("variant")["converged"].min().to_dict()
+        if known := [name for name in labels if pd.notna(ended.get(name))]:
+            names.append("training")
+            rows = [[*row, Cell(_converged(ended.get(row[0].text, np.nan)))] for row in rows]
+        spans.append(("", 3 if known else 2))
         notes = [*_notes(part, own_macros, own_pairs, method), *protocols.notes(part)]
         if costs is not None and (beside := _trees(section, labels, macros, costs, method)):
             for tree, (heads, cells) in beside.items():
@@ -326,6 +330,8 @@ def costs(found: Sequence[Group], frame: pd.DataFrame) -> list[Sheet]:
         "draft_parameters": ("draft parameters", size),
         "training_tokens": ("training tokens", size),
         "training_flops": ("training FLOP", size),
+        "training_seconds": ("hours of steps", lambda v: _number(v / 3600, 3)),
+        "peak_memory": ("peak GPU bytes", size),
         "cache_bytes": ("cache bytes", size),
         "seconds_per_round": ("ms per round", lambda v: _number(v * 1e3, 2)),
         "verified_per_round": ("verified per round", lambda v: _number(v, 2)),
@@ -340,6 +346,7 @@ def costs(found: Sequence[Group], frame: pd.DataFrame) -> list[Sheet]:
         own = only(frame, section)
         rows = []
         for _, row in own.iterrows():
+            gain = bracket(row["gain_per_doubling"], row["gain_low"], row["gain_high"], sign=True)
             varies = dict(part.split("=") for part in str(row["varies"]).split(";") if part)
             texts = {
                 key: ", ".join(form(float(value)) for value in varies[key].split("|"))
@@ -347,14 +354,23 @@ def costs(found: Sequence[Group], frame: pd.DataFrame) -> list[Sheet]:
                 else form(row[key])
                 for key, (_, form) in forms.items()
             }
-            rows.append([Cell(row["variant"]), *(Cell(text, sort=row[key]) for key, text in texts.items())])
+            cells = [Cell(text, sort=row[key]) for key, text in texts.items()]
+            ended = [Cell(gain, sort=row["gain_per_doubling"]), Cell(_converged(row["converged"]))]
+            rows.append([Cell(row["variant"]), *cells, *ended])
         notes = [
             "Times are those of the machine that decoded (see provenance). Several numbers in one place are those of "
-            "several runs. Timed at: the batch and the accepted length of the run against the clock."
+            "several runs. Timed at: the batch and the accepted length of the run against the clock.",
+            "Gain: of the accepted length on held-out prompts per doubling of the steps, over the probes of the last "
+            "half of a training, with its 95% interval over prompts (of several trainings the mean, and the widest "
+            "bounds). Converged: the upper bound is below 2% of the accepted length, in every training of the row.",
         ]
-        columns = ["method", *(name for name, _ in forms.values())]
+        columns = ["method", *(name for name, _ in forms.values()), "gain [95%]", "training"]
         sheets.append(Sheet("costs", f"Cost: {grouping.title(section)}", columns, rows, notes=notes))
     return sheets
+
+
+def _converged(value: float) -> str:
+    return MISSING if pd.isna(value) else "converged" if value else "not converged"
 
 
 def published(gap: pd.DataFrame) -> Sheet:

@@ -15,6 +15,7 @@ from specbench.files.atomic import plain
 
 # What a suite or a source of prompts is made of follows from its name.
 UNSPOKEN = {"defaults", "benchmarks", "source.benchmarks"}
+SIZES = "sizes."  # of a method, by trainer, of which the group `size` chooses one
 
 
 def command(verb: str, cfg: DictConfig, groups: Sequence[str] = (), **settings: Any) -> str:
@@ -32,21 +33,36 @@ def command(verb: str, cfg: DictConfig, groups: Sequence[str] = (), **settings: 
 def _option(group: str, chosen: DictConfig) -> list[str]:
     """The option of configs/GROUP of this name, or else the one that leaves the fewest keys to set, and those keys."""
     have = _leaves(OmegaConf.to_container(chosen, resolve=True))
+    have = {key: value for key, value in have.items() if not key.startswith(SIZES)}
     best: list[str] = []
     folder = resources.files("configs") / group
     for file in sorted(folder.iterdir(), key=lambda file: file.name):
         if not file.name.endswith(".yaml"):
             continue
         default = _leaves(OmegaConf.to_container(_written(folder, file.name), resolve=False))
+        option = file.name.removesuffix(".yaml")
+        trainer, size = _size(default, have)
+        default |= size
         own = {key: value for key, value in have.items() if not _same(key, value, default)}
-        words = [f"{group}={file.name.removesuffix('.yaml')}"]
+        words = [f"{group}={option}", *([f"size={trainer}_{option}"] if size else [])]
         # A key that the option does not have is appended.
         words += [f"{'' if key in default else '++'}{group}.{key}={text(value)}" for key, value in own.items()]
-        if default.get("name") == have.get("name"):
+        if have.get("name") is not None and default.get("name") == have["name"]:
             return words
         if not best or len(words) < len(best):
             best = words
     return best
+
+
+def _size(default: dict[str, Any], have: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+    """The trainer whose smaller size of a method (`sizes` in its file) leaves the fewest keys to set, and the settings
+    of this size; none where those of the file itself do."""
+    sizes: dict[str, dict[str, Any]] = {"": {}}
+    for key, value in default.items():
+        if key.startswith(SIZES):
+            trainer, _, name = key.removeprefix(SIZES).partition(".")
+            sizes.setdefault(trainer, {})[f"draft.{name}"] = value
+    return min(sizes.items(), key=lambda size: sum(not _same(k, v, default | size[1]) for k, v in have.items()))
 
 
 def _written(folder: Traversable, name: str) -> DictConfig:

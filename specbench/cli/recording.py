@@ -19,7 +19,13 @@ MARK = re.compile(r"qqEnv((?:[0-9a-f]{2})+)Qq")
 
 # Settings that came later, at the value that means what runs without them did: they are not written down then, so that
 # names, records and comparisons of earlier runs stay those of the same settings.
-LATER = {"stream": False, "shuffle_buffer": 100}
+LATER = {
+    "stream": False,
+    "shuffle_buffer": 100,
+    "start_previous": "method",
+    "trainer.recipe.warmup_steps": None,
+    "trainer.recipe.decay": None,
+}
 
 
 def recorded(config: DictConfig | Mapping[str, Any]) -> Any:
@@ -32,7 +38,14 @@ def recorded(config: DictConfig | Mapping[str, Any]) -> Any:
     learn_from(config)
     with _references():
         resolved = OmegaConf.to_container(config, resolve=True)
-    resolved = {key: value for key, value in plain(resolved).items() if key not in LATER or value != LATER[key]}
+    resolved = plain(resolved)
+    for key, value in LATER.items():
+        above, name = resolved, key
+        while isinstance(above, dict) and "." in name:
+            first, _, name = name.partition(".")
+            above = above.get(first)
+        if isinstance(above, dict) and name in above and above[name] == value:
+            del above[name]
     return redacted(_with_references(resolved))
 
 

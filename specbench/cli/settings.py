@@ -323,8 +323,17 @@ class TrainerSettings(Settings):
 
 class ProtocolSettings(Settings):
     name: Name
-    quantity: Literal["steps", "tokens", "flops"]
-    amount: Amount
+    quantity: Literal["recipe", "steps", "tokens", "flops", "hours", "parameters", "round_share", "round_seconds"]
+    amount: Amount | None
+
+    @model_validator(mode="after")
+    def _an_amount_of_what_is_equal(self) -> ProtocolSettings:
+        if (self.amount is None) != (self.quantity == "recipe"):
+            raise ValueError(
+                f"protocol.quantity={self.quantity} protocol.amount={show(self.amount)}: give an amount of what is "
+                "equal, and null for quantity=recipe alone"
+            )
+        return self
 
 
 class SeedsSettings(Settings):
@@ -375,6 +384,7 @@ class TrainSettings(Settings):
     plan: bool
     memory: AboveZero | None
     start: Folder
+    start_previous: Literal["method", "wired", "none"] = "method"
     export_for: Literal["vllm", "sglang"] | None = None
     seed: SeedsSettings
     limit_samples: Count | None
@@ -392,6 +402,11 @@ class TrainSettings(Settings):
     def _what_goes_together(self) -> TrainSettings:
         if self.evaluate and not self.temperatures:
             raise ValueError("temperatures=[]: give at least one, or evaluate=false")
+        if self.start_previous != "method" and self.start not in ("target", "auto"):
+            raise ValueError(
+                f"start_previous={self.start_previous} with start={self.start}: it says how maps that are copied from "
+                "the target read the previous token; set start=target, or start_previous=method"
+            )
         if self.online and self.stream:
             raise ValueError("online=true with stream=true: one computes states, the other reads a cache; choose one")
         if self.replay is not None and (self.online or self.stream):

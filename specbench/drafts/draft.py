@@ -336,6 +336,10 @@ class Draft(nn.Module):
         """
         return []
 
+    def start_previous(self, wired: bool) -> None:
+        """After `start_from`: let the maps that read the previous token's embedding beside a feature start like those
+        of the feature (`wired`), or almost not read it. By default nothing: a parallel draft has no such maps."""
+
     def layers_in_order(self) -> Sequence[nn.Module]:
         """The layers of the draft in order; empty if a draft has no such order."""
         return ()

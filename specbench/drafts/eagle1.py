@@ -25,7 +25,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from specbench.blocks import SUPERVISIONS
-from specbench.drafts.initialisation import as_mean
+from specbench.drafts.initialisation import as_mean, weigh
 from specbench.drafts.recurrent import RecurrentDraft
 from specbench.drafts.work import Work, of_parameters
 from specbench.models.backbone import Backbone
@@ -93,6 +93,9 @@ class Eagle1(RecurrentDraft):
 
     def start_from(self, target: Target) -> list[str]:
         return [*super().start_from(target), *as_mean({"fc.weight": self.fc})]
+
+    def start_previous(self, wired: bool) -> None:
+        weigh(self.fc.weight, torch.eye(self.fc.out_features), True, wired)
 
     def work(self, length: int, anchors: int) -> Work:
         """The map of embedding and feature serves every step, too."""

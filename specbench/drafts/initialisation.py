@@ -17,6 +17,7 @@ from specbench.models.target import Target
 
 AUTO = "auto"
 STARTS = ("target", "random", AUTO)
+PREVIOUS = ("method", "wired", "none")
 
 
 @runtime_checkable
@@ -26,6 +27,8 @@ class Startable(Protocol):
     def randomise(self) -> None: ...
 
     def start_from(self, target: Target) -> list[str]: ...
+
+    def start_previous(self, wired: bool) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -38,12 +41,22 @@ class Begun:
     copied: list[str]
 
 
-def first_weights(draft: Startable, start: str, target: Target | None) -> Begun:
+def first_weights(draft: Startable, start: str, target: Target | None, previous: str = PREVIOUS[0]) -> Begun:
     """Give `draft` random weights and, where `start` says so, what it takes from `target`.
 
-    Errors: ValueError for start="target" where nothing can be copied.
+    `previous`: how a recurrent draft's maps read the previous token at first. "method": as each method begins; "wired":
+    in every method like the feature beside it; "none": in every method almost not. A comparison whose methods begin
+    differently informed also compares their starts.
+
+    Errors: ValueError for start="target" where nothing can be copied, and for random weights with another `previous`
+    than "method".
     """
     begun, why = resolved(start, target)
+    if begun != "target" and previous != PREVIOUS[0]:
+        raise ValueError(
+            f"start_previous={previous} with start={start}: it changes what is copied from the target, and the draft "
+            f"starts from random weights{'' if why is None else f' ({why})'}; use start_previous={PREVIOUS[0]}"
+        )
     draft.randomise()
     if begun != "target":
         return Begun(begun, why, [])
@@ -53,6 +66,8 @@ def first_weights(draft: Startable, start: str, target: Target | None) -> Begun:
         if start == "target":
             raise ValueError(f"start=target: {none}; use start=random")
         return Begun("random", none, [])
+    if previous != PREVIOUS[0]:
+        draft.start_previous(previous == "wired")
     return Begun(begun, why, copied)
 
 
@@ -149,6 +164,18 @@ def as_mean(maps: Mapping[str, nn.Linear]) -> list[str]:
         parts = linear.in_features // linear.out_features
         linear.weight.copy_(torch.eye(linear.out_features).repeat(1, parts) / parts)
     return list(maps)
+
+
+@torch.no_grad()
+def weigh(weight: Tensor, kept: Tensor, embedding_first: bool, wired: bool) -> None:
+    """Set the two halves of a map of embedding and feature side by side: each half of `kept` if `wired`; otherwise the
+    feature's half is `kept` and the embedding's small random numbers."""
+    embedding, feature = weight.chunk(2, 1)[:: 1 if embedding_first else -1]
+    feature.copy_(kept / 2 if wired else kept)
+    if wired:
+        embedding.copy_(kept / 2)
+    else:
+        embedding.normal_(std=0.02)
 
 
 def _fill(name: str, parameter: torch.Tensor, given: torch.Tensor, layer: Layer) -> None:

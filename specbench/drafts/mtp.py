@@ -17,7 +17,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from specbench.blocks import SUPERVISIONS
-from specbench.drafts.initialisation import as_mean
+from specbench.drafts.initialisation import as_mean, weigh
 from specbench.drafts.recurrent import RecurrentDraft
 from specbench.drafts.work import Work, of_parameters
 from specbench.models.backbone import Backbone
@@ -67,6 +67,9 @@ class MTP(RecurrentDraft):
 
     def start_from(self, target: Target) -> list[str]:
         return [*super().start_from(target), *as_mean({"proj.weight": self.proj})]
+
+    def start_previous(self, wired: bool) -> None:
+        weigh(self.proj.weight, torch.eye(self.proj.out_features), False, wired)
 
     def work(self, length: int, anchors: int) -> Work:
         """The projection serves every step, too."""

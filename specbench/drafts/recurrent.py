@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from specbench.blocks import PADDING, SUPERVISIONS, Batch, Blocks, Context, assemble, previous_tokens, take
 from specbench.drafts.draft import Draft, Proposal, SampleFunction, State
 from specbench.drafts.expansion import Expansion
-from specbench.drafts.initialisation import last_layers
+from specbench.drafts.initialisation import last_layers, weigh
 from specbench.drafts.work import Work, keys_seen, of_context, of_keys_values, of_layer, of_parameters
 from specbench.models.attention import Visibility, attend, attend_flex, block_mask
 from specbench.models.backbone import Backbone, Layer, Rope, RotaryEmbedding
@@ -112,6 +112,15 @@ class RecurrentDraft(Draft):
 
     def start_from(self, target: Target) -> list[str]:
         return last_layers(self, target)
+
+    def start_previous(self, wired: bool) -> None:
+        for layer in self.layers:
+            if layer.hidden_norm is None:
+                continue
+            own = layer.self_attn
+            for linear in (own.q_proj, own.k_proj, own.v_proj):
+                if linear is not None:  # some families have no projection for values
+                    weigh(linear.weight, linear.weight.detach().chunk(2, 1)[1].clone(), True, wired)
 
     def work(self, length: int, anchors: int) -> Work:
         """Every step of a chain in every layer; the context's pass, of whose last layer keys and values are enough.

@@ -89,6 +89,9 @@ def record_of(source: str, folder: Path | None, target: str) -> DraftRecord:
         "draft_parameters": summary.get("parameters"),
         "training_tokens": summary.get("trained_tokens"),
         "training_flops": summary.get("training_flops"),
+        "training_seconds": summary.get("training_seconds"),
+        "peak_memory": summary.get("peak_memory"),
+        "convergence": summary.get("convergence"),
         "cache_bytes": summary.get("lineage", {}).get("cache", {}).get("bytes"),
     }
     return DraftRecord(summary["method"], seed["init"], [source], costs)

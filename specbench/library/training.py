@@ -10,11 +10,12 @@ import sys
 import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import lightning as L
+import torch
 from lightning.pytorch.callbacks import Callback, Checkpoint, EarlyStopping, ProgressBar
 from lightning.pytorch.loggers import Logger
 
@@ -218,6 +219,8 @@ def train_into(
     resumed = str(last) if resumes and last.exists() else None
     if resumed is not None:
         read_checkpoint(resumed)  # what cannot be read is refused by name, before any work
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
     trainer.fit(module, datamodule=data, ckpt_path=resumed, weights_only=True)
     if stop.received:
         raise KeyboardInterrupt
@@ -234,11 +237,15 @@ def train_into(
         **facts,
         "probe_accepted_length": None if probe is None else probe.best,
         "probes": [] if probe is None else probe.history,
+        "convergence": None if probe is None or probe.convergence is None else asdict(probe.convergence),
         "best_step": step,
         "steps": trainer.global_step,
         "parameters": trainable_parameters(draft),
         "trained_tokens": module.supervised,
         "data_wait_share": module.data_wait.share,
+        "training_flops": trainer.global_step * facts["flops_per_step"] if "flops_per_step" in facts else None,
+        "training_seconds": module.seconds,
+        "peak_memory": torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None,
         "lineage": {**facts["lineage"], "checkpoint": digest(draft.state_dict().items())},
         "damage": len(data.damage),
     }

@@ -13,6 +13,7 @@ from types import FrameType
 from typing import Any
 
 import lightning as L
+import numpy as np
 import torch
 import torch.distributed as dist
 from lightning.pytorch.callbacks import Callback, ProgressBar
@@ -23,6 +24,7 @@ from specbench.decoding.sampling import Sampling
 from specbench.files.folder_swap import remove
 from specbench.models.target import Target
 from specbench.progress import Progress
+from specbench.training.convergence import Convergence, convergence
 
 PROBE_KEY = "probe/accepted_length"
 PROMPTS = 12  # of a probe that chooses them itself
@@ -70,11 +72,21 @@ class DecodeProbe(Callback):
         self.limits = Limits(max_new_tokens, target.stop_token_ids, batch_size)
         self.folder, self.best = folder, -math.inf
         self.history: list[tuple[int, float]] = []
+        # Of every probe, tokens committed and rounds of each prompt.
+        self.counts: list[list[list[int]]] = []
+
+    @property
+    def convergence(self) -> Convergence | None:
+        """Slope of the accepted length at the end; None with too few probes or prompts."""
+        if not self.history:
+            return None
+        known = [(step, np.array(own)) for (step, _), own in zip(self.history, self.counts, strict=True) if own]
+        return convergence([step for step, _ in known], [own for _, own in known])
 
     def setup(self, trainer: L.Trainer, module: L.LightningModule, stage: str) -> None:
         """Forget what an earlier training found; a checkpoint that is continued gives its own back after this."""
         if stage == "fit":
-            self.best, self.history = -math.inf, []
+            self.best, self.history, self.counts = -math.inf, [], []
 
     def on_fit_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         if self.target.device.type != module.device.type:
@@ -107,7 +119,7 @@ class DecodeProbe(Callback):
         """Decode, remember, and keep the checkpoint where there is a folder."""
         rank, world = trainer.global_rank, trainer.world_size
         mine = list(range(rank, len(self.prompts), world))
-        counts = torch.zeros(2, dtype=torch.float64, device=module.device)
+        every = torch.zeros(len(self.prompts), 2, dtype=torch.float64, device=module.device)
         prompts = [self.prompts[i] for i in mine]
         # Lightning casts within its own steps only, and under mixed precision draft and target differ in dtype.
         with module.whole() as draft, trainer.precision_plugin.forward_context():
@@ -116,15 +128,16 @@ class DecodeProbe(Callback):
             bar = Progress("probe", len(mine), "prompts", shown=trainer.progress_bar_callback is not None)
             with bar:
                 for done in speculative_decode(self.target, draft, prompts, self.sampling, self.limits, seeds=mine):
-                    counts += torch.tensor(
-                        [sum(r.committed for r in done.rounds), len(done.rounds)], device=module.device
-                    )
+                    own = [sum(r.committed for r in done.rounds), len(done.rounds)]
+                    every[mine[done.index]] = torch.tensor(own, dtype=torch.float64, device=module.device)
                     bar.advance()
             draft.train(training)
         if world > 1:
-            dist.all_reduce(counts)
+            dist.all_reduce(every)
+        counts = every.sum(0)
         length = float(counts[0] / counts[1].clamp_min(1))
         self.history.append((trainer.global_step, length))
+        self.counts.append(every.long().tolist())
         if self.folder is not None:
             better, self.best = length > self.best, max(self.best, length)
             for name in ("best", "last") if better else ("last",):
@@ -132,10 +145,12 @@ class DecodeProbe(Callback):
         return {PROBE_KEY: length, "probe/rounds": float(counts[1])}
 
     def state_dict(self) -> dict[str, Any]:
-        return {"history": self.history, "best": self.best}
+        return {"history": self.history, "best": self.best, "counts": self.counts}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.history, self.best = [tuple(entry) for entry in state["history"]], state["best"]
+        # Checkpoints of earlier versions lack the counts: probes without them take no part in the slope.
+        self.counts = state.get("counts", [[] for _ in self.history])
 
 
 def first_prompts(data: StepData, count: int) -> list[list[int]]:

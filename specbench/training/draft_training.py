@@ -12,6 +12,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import math
+import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -79,6 +80,13 @@ def warmup_cosine(step: int, total: int, warmup: int) -> float:
     return 0.5 * (1 + math.cos(math.pi * min(1.0, (step - warmup) / max(1, total - warmup))))
 
 
+def warmup_constant(step: int, total: int, warmup: int, decay: float) -> float:
+    """Learning-rate factor: linear from 0 over `warmup` steps, then 1, and linear to 0 over the last `decay` share of
+    `total`. With the same warm-up a shorter training is the prefix of a longer one, up to its decay."""
+    last = max(1, round(decay * total))
+    return min(1.0, (step + 1) / warmup, max(0, total - step) / last)
+
+
 class DraftTraining(L.LightningModule):
     """A LightningModule that trains a draft with an objective. Defaults are the published recipe.
 
@@ -97,6 +105,9 @@ class DraftTraining(L.LightningModule):
         betas: of AdamW.
         weight_decay: of AdamW.
         warmup: share of the steps with a linear warm-up; a cosine to 0 follows.
+        warmup_steps: steps of the warm-up in place of that share. None: the share.
+        decay: share of the steps at the end over which the rate falls linearly to 0, after a constant rate. None: the
+            cosine.
         gradient_clip: maximum norm of the gradient. None: no clipping.
         layer_decay: factor of the learning rate per layer away from the head; 1: off.
         anchor_seed: with the epoch, the seed of the anchors.
@@ -124,6 +135,8 @@ class DraftTraining(L.LightningModule):
         betas: Betas = (0.9, 0.999),
         weight_decay: AtLeastZero = 0.0,
         warmup: Share = 0.04,
+        warmup_steps: Count | None = None,
+        decay: ShareAboveZero | None = None,
         gradient_clip: AboveZero | None = 1.0,
         layer_decay: ShareAboveZero = 1.0,
         anchor_seed: Seed = 0,
@@ -158,6 +171,7 @@ class DraftTraining(L.LightningModule):
         self.tables_from = None if tables_from is None else redacted(dict(tables_from))
         self.recipe = {"lr": lr, "betas": tuple(betas), "weight_decay": weight_decay}
         self.max_steps, self.warmup_share, self.gradient_clip = max_steps, warmup, gradient_clip
+        self.warmup_steps, self.decay = warmup_steps, decay
         self.layer_decay, self.anchor_seed, self.log_every = layer_decay, anchor_seed, log_every
         self.on_policy, self.on_policy_ramp, self.on_policy_temperature = (
             on_policy,
@@ -179,8 +193,10 @@ class DraftTraining(L.LightningModule):
                     | {"max_steps": max_steps, "warmup": warmup, "gradient_clip": gradient_clip}
                     | {"layer_decay": layer_decay, "anchor_seed": anchor_seed, "log_every": log_every}
                     | {"compile": compile, "ema": ema, "tables_from": self.tables_from}
-                    # Left out at 0, so that a training of an earlier version goes on.
-                    | (drawn if on_policy else {}),
+                    # Left out where they are off, so that a training of an earlier version goes on.
+                    | (drawn if on_policy else {})
+                    | ({} if warmup_steps is None else {"warmup_steps": warmup_steps})
+                    | ({} if decay is None else {"decay": decay}),
                 }
             )
         )
@@ -188,6 +204,7 @@ class DraftTraining(L.LightningModule):
         self.val_slots = SlotMetrics(draft.block_size)
         self.supervised = 0
         self.data_wait = DataWait()
+        self.seconds = 0.0  # in optimiser steps, without reading, validation and probes
         # Share of the training that is done, which a loss can depend on; 1 outside of training.
         self.progress = 1.0
         if ema is not None and not 0 < ema < 1:
@@ -268,7 +285,7 @@ class DraftTraining(L.LightningModule):
         self._target_tables = (self.target_tables.to(self.device),)
         if stage == "fit":
             self.steps_in_all = self.max_steps or self._steps_of_the_trainer()
-            self.warmup = max(1, round(self.warmup_share * self.steps_in_all))
+            self.warmup = self.warmup_steps or max(1, round(self.warmup_share * self.steps_in_all))
 
     def _require_own_tables(self) -> None:
         """Refuse a precision that converts the module, frozen tables included, where these are a live target's too."""
@@ -300,10 +317,14 @@ class DraftTraining(L.LightningModule):
         if self.layer_decay == 1.0:
             groups = [p for p in self.draft.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(groups, **self.recipe)
-        schedule = torch.optim.lr_scheduler.LambdaLR(
-            optimizer, lambda step: warmup_cosine(step, self.steps_in_all, self.warmup)
-        )
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: self.rate(step))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def rate(self, step: int) -> float:
+        """Factor of the learning rate at an optimiser step."""
+        if self.decay is None:
+            return warmup_cosine(step, self.steps_in_all, self.warmup)
+        return warmup_constant(step, self.steps_in_all, self.warmup, self.decay)
 
     def share_on_policy(self, step: int) -> float:
         """Probability of a drawn token at an optimiser step."""
@@ -330,6 +351,7 @@ class DraftTraining(L.LightningModule):
             self.log("train/data_wait_share", self.data_wait.since_last())
 
     def _optimise(self, step: TrainingStep) -> None:
+        began = time.perf_counter()
         optimizer, total = self.optimizers(), torch.zeros((), dtype=torch.float64, device=self.device)
         value, supervised = torch.zeros_like(total), torch.zeros_like(total)
         self.progress = step.number / self.steps_in_all
@@ -367,6 +389,8 @@ class DraftTraining(L.LightningModule):
                 pairs = zip(self.average.parameters(), self.draft.parameters(), strict=True)
                 for mean_weight, weight in pairs:
                     _local(mean_weight).lerp_(_local(weight), 1 - self.ema)
+        # The check of the loss above waited for the device; the optimiser's work is in the next step's time.
+        self.seconds += time.perf_counter() - began
         # The progress bar and the loggers read numbers every `log_every` steps; each read costs a synchronisation.
         if (step.number + 1) % self.log_every == 0:
             rate = optimizer.param_groups[0]["lr"]
@@ -424,7 +448,7 @@ class DraftTraining(L.LightningModule):
         return {k: v for k, v in full.items() if not k.startswith(("train_slots.", "val_slots."))}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        checkpoint["supervised"] = self.supervised
+        checkpoint["supervised"], checkpoint["seconds"] = self.supervised, self.seconds
         if self.draft.draft_vocabulary is not None:
             checkpoint["draft_vocabulary"] = self.draft.draft_vocabulary.cpu()
         if self.tables_from is None:
@@ -433,6 +457,7 @@ class DraftTraining(L.LightningModule):
 
     def on_load_checkpoint(self, checkpoint: Mapping[str, Any]) -> None:
         self.supervised = checkpoint["supervised"]
+        self.seconds = checkpoint.get("seconds", 0.0)  # checkpoints of earlier versions lack it
 
     @classmethod
     def load_from_checkpoint(

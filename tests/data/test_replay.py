@@ -11,6 +11,8 @@ from specbench.data.cache.manifest import CacheMismatch
 from specbench.data.cache.storage import storage
 from specbench.data.loading.replay import Replay
 from specbench.data.loading.target_cache import TargetCache
+from specbench.training.budget import conversation_cost, step_cost
+from tests import toys
 from tests.data.tiny_target import TinyTarget, talks
 
 ORDER = {"samples_per_micro": 2, "micro_batches_per_step": 4, "seed": 7, "threads": 1}
@@ -55,6 +57,20 @@ def test_every_step_has_its_share_and_an_epoch_passes_over_the_new_cache(caches)
     # The older cache is passed over whatever the epochs: of 24 replayed rows, each of the nine two or three times.
     counts = np.bincount([row - 20 for epoch in epochs for step in epoch for row in step if row >= 20], minlength=9)
     assert counts.sum() == 24 and set(counts.tolist()) <= {2, 3}
+
+
+def test_the_cost_of_a_step_is_that_of_its_share_of_each_cache(caches):
+    """Counted over whole epochs: what the steps take from each cache, however long its conversations are."""
+    data = made(caches)
+    steps = [step for epoch in range(9) for step in ordinals(data, epoch * 4)]
+    new, old = data.a_step()
+    taken = [np.mean([sum((row >= 20) == of_old for row in step) for step in steps]) for of_old in (False, True)]
+    assert (new[1], old[1]) == pytest.approx(taken)
+    assert new[0].tolist() == list(range(20)) and old[0].tolist() == list(range(20, 29))
+    draft = toys.draft("mtp")
+    parts = [(count, conversation_cost(draft, data.lengths[rows], data.supervised[rows])) for rows, count in (new, old)]
+    assert step_cost(draft, data).flops == pytest.approx(sum(count * cost.flops for count, cost in parts))
+    assert parts[0][1].flops != pytest.approx(parts[1][1].flops, rel=1e-3)
 
 
 def test_a_step_depends_on_its_number_alone(caches):

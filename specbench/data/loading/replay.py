@@ -120,6 +120,11 @@ class Replay(StepData):
         """Optimiser steps of a pass over the new cache."""
         return -(-len(self.rows[0]) // (self.samples_per_micro * self.micro_batches_per_step - self.replayed))
 
+    def a_step(self) -> list[tuple[ROWS, float]]:
+        """Rows of the new cache and of the replayed one, and how many of each an average step of an epoch takes."""
+        old = self.old.rows[0] + len(self.new.ids)
+        return [(self.rows[0], len(self.rows[0]) / self.steps_per_epoch), (old, float(self.replayed))]
+
     def plan(self, epoch: int) -> EpochPlan:
         """The micro-batches of an epoch: in every step the next new rows and the next replayed ones, which pass over
         the older cache in an order of their own, whatever the epochs."""

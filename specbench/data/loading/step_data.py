@@ -158,6 +158,10 @@ class StepData(L.LightningDataModule):
         """Supervised tokens that one epoch trains on."""
         return int(self.supervised[self.rows[0]].sum())
 
+    def a_step(self) -> list[tuple[ROWS, float]]:
+        """Where the conversations of a step come from: rows, and how many of them an average step of an epoch takes."""
+        return [(self.rows[0], len(self.rows[0]) / self.steps_per_epoch)]
+
     def plan(self, epoch: int) -> EpochPlan:
         """The micro-batches of an epoch."""
         train = self.rows[0]
