@@ -156,7 +156,7 @@ def print_plan(cfg: DictConfig) -> Footprint:
     if (budget := budget_of(cfg)) is not None:
         say(f"budget            {budget.text}")
     gets = allotted(cfg)
-    say(f"this training     {gets.text if gets else 'its steps follow from the data, of which there is no cache yet'}")
+    say(f"this training     {gets.text if gets else 'its steps follow from the data, of which there is no cache'}")
     say(f"backbone          {chosen(config, cfg.method.backbone).reason}")
     say(f"servable          {said_servable(draft, config)}")
     if (small := smaller(cfg.method)) is not None:
@@ -165,9 +165,11 @@ def print_plan(cfg: DictConfig) -> Footprint:
 
 
 def allotted(cfg: DictConfig) -> Allotment | None:
-    """What a training gets, with its draft `sized` already; None where there is no cache of its data yet."""
+    """What a training gets, with its draft `sized` already; None where there is no cache of its data (yet)."""
+    if cfg.online:
+        return None
     try:
-        data = open_data(cfg, load_target(cfg.target) if cfg.online else None)
+        data = open_data(cfg, None)
     except ValueError:
         return None
     budget = budget_of(cfg)

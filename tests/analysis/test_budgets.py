@@ -34,8 +34,8 @@ def test_rows_that_spent_unlike_operations_say_so(tmp_path):
     costs = pd.read_csv(tmp_path / "out" / "costs.csv")
     assert costs["training_seconds"].tolist() == [5400.0] * 2 and costs["converged"].tolist() == [0.0] * 2
     assert costs["gain_per_doubling"].tolist() == pytest.approx([0.15] * 2)
-    text = (tmp_path / "out" / "accepted_length.md").read_text()
-    assert "+0.15 [-0.20, +0.50]" in text and "1.500" in text
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert page.count("+0.15 [-0.20, +0.50]") == 2 and "1.500" in page
 
 
 def test_a_protocol_that_makes_budgets_equal_is_named(tmp_path):
