@@ -92,9 +92,10 @@ def test_hours_are_those_of_the_measured_steps():
     assert budget.steps(ExpectedCost(1.0, 1.0), seconds=3.0) == 600
     with pytest.raises(ValueError, match="the seconds of a step of this draft were not measured"):
         budget.steps(ExpectedCost(1.0, 1.0))
-    for quantity, amount in (("recipe", 3.0), ("steps", None)):
-        with pytest.raises(ValueError, match=f"protocol.quantity={quantity} protocol.amount={amount}"):
-            Budget("b", quantity, amount)
+    with pytest.raises(ValueError, match=r"protocol.quantity=steps protocol.amount=null: give an amount"):
+        Budget("b", "steps", None)
+    own = Budget("published", "recipe", 3.0)
+    assert own.steps(ExpectedCost(1.0, 1.0)) is None and "protocol.amount=3 has no effect" in own.text
 
 
 def test_a_draft_is_as_deep_as_fits():

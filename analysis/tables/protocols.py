@@ -99,10 +99,10 @@ def budgets(part: Sequence[Group]) -> list[str]:
     if len({rows[label].method for label in spent}) < 2:
         return []
     facts = {label: dict(rows[label].runs.runs[grouping.DECIDED].iloc[0]) for label in spent}
-    named = {(own.get("protocol.name"), own.get("protocol.amount")) for own in facts.values()}
-    ((name, amount), *others) = named
-    if not others and name is not None and amount is not None:
-        return [f"Equal for every row: {name}, {written(amount)} {facts[next(iter(facts))]['protocol.quantity']}."]
+    named = {tuple(own.get(f"protocol.{key}") for key in ("name", "quantity", "amount")) for own in facts.values()}
+    ((name, quantity, amount), *others) = named
+    if not others and name is not None and quantity != "recipe":
+        return [f"Equal for every row: {name}, {written(amount)} {quantity}."]
     least, most = (end(spent, key=spent.__getitem__) for end in (min, max))
     if spent[most] <= CLOSE * spent[least]:
         return []

@@ -328,11 +328,8 @@ class ProtocolSettings(Settings):
 
     @model_validator(mode="after")
     def _an_amount_of_what_is_equal(self) -> ProtocolSettings:
-        if (self.amount is None) != (self.quantity == "recipe"):
-            raise ValueError(
-                f"protocol.quantity={self.quantity} protocol.amount={show(self.amount)}: give an amount of what is "
-                "equal, and null for quantity=recipe alone"
-            )
+        if self.amount is None and self.quantity != "recipe":
+            raise ValueError(f"protocol.quantity={self.quantity} protocol.amount=null: give an amount of what is equal")
         return self
 
 

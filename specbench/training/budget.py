@@ -60,10 +60,10 @@ class Budget:
         name: of the protocol, which tables show.
         quantity: what is equal: steps, tokens, flops or hours of training, parameters of the draft, or the time of a
             round; "recipe": nothing, every method has the steps of its own recipe.
-        amount: of it; None for "recipe" alone.
+        amount: of it. For "recipe" it has no effect, so that one command can set it for all protocols of a sweep.
 
     Raises:
-        ValueError: there is no amount, or one for "recipe".
+        ValueError: there is no amount of what is equal.
     """
 
     name: str
@@ -71,11 +71,8 @@ class Budget:
     amount: Amount | None
 
     def __post_init__(self) -> None:
-        if (self.amount is None) != (self.quantity == "recipe"):
-            raise ValueError(
-                f"protocol.quantity={self.quantity} protocol.amount={self.amount}: give an amount of what is equal, "
-                "and null for quantity=recipe alone"
-            )
+        if self.amount is None and self.quantity != "recipe":
+            raise ValueError(f"protocol.quantity={self.quantity} protocol.amount=null: give an amount of what is equal")
 
     @property
     def of_size(self) -> bool:
@@ -85,7 +82,10 @@ class Budget:
     @property
     def text(self) -> str:
         """`matched_flops: 2e+13 floating-point operations`."""
-        return self.name if self.amount is None else f"{self.name}: {self.amount:g} {UNITS[self.quantity]}"
+        if self.quantity == "recipe":
+            unused = "" if self.amount is None else f" (protocol.amount={self.amount:g} has no effect)"
+            return f"{self.name}: the steps of each recipe{unused}"
+        return f"{self.name}: {self.amount:g} {UNITS[self.quantity]}"
 
     def steps(self, cost: ExpectedCost, seconds: float | None = None) -> int | None:
         """Optimiser steps that use the amount up, rounded down; None where it does not decide them.
