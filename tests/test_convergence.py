@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from specbench.losses.objective import Objective
-from specbench.training.convergence import convergence, slope_of_ratios
+from specbench.training.convergence import FEWEST, convergence, slope_of_ratios
 from specbench.training.draft_training import DraftTraining, warmup_constant
 from tests import toys
 
@@ -33,6 +33,7 @@ def test_the_slope_is_the_gain_per_doubling_of_the_last_half():
     assert still.converged and still.gain_high < 0.06
     assert convergence([50, 200], probes([50, 200], 0.1)) is None  # one probe in the last half
     assert convergence([], []) is None
+    assert convergence([100, 200], probes([100, 200], 0.0, FEWEST - 1)) is None
 
 
 def test_few_prompts_cannot_certify():

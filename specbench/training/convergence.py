@@ -24,6 +24,7 @@ from scipy import stats
 LAST = 0.5  # share of the steps at the end from which probes are taken
 TOLERANCE = 0.02  # gain per doubling of the steps, as a share of the accepted length, that counts as none
 LEVEL = 0.95
+FEWEST = 5  # prompts; fewer can answer alike at every probe by chance, which would look like certainty
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ class Convergence:
 
 
 def convergence(steps: Sequence[int], counts: Sequence[Int[np.ndarray, "P 2"]]) -> Convergence | None:
-    """The certificate of a training; None with fewer than two probes in its last half, or fewer than two prompts.
+    """The certificate of a training; None with fewer than two probes in its last half, or fewer than FEWEST prompts.
 
     Args:
         steps: optimiser step of every probe, ascending; the last one is the end of the training.
@@ -54,7 +55,7 @@ def convergence(steps: Sequence[int], counts: Sequence[Int[np.ndarray, "P 2"]]) 
     """
     kept = [(step, count) for step, count in zip(steps, counts, strict=True) if step >= LAST * steps[-1]]
     prompts = len(kept[0][1]) if kept else 0
-    if len(kept) < 2 or prompts < 2:
+    if len(kept) < 2 or prompts < FEWEST:
         return None
     log = np.log2([step for step, _ in kept])
     committed, rounds = np.moveaxis(np.array([count for _, count in kept], float), -1, 0)
