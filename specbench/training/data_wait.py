@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import TypeVar
 
-Item = TypeVar("Item")
+Fetched = TypeVar("Fetched")
 
 
 class DataWait:
@@ -29,7 +29,7 @@ class DataWait:
         yield
         self.seconds += self.clock() - start
 
-    def over(self, items: Iterable[Item]) -> Iterator[Item]:
+    def over(self, items: Iterable[Fetched]) -> Iterator[Fetched]:
         """The items; what each takes to arrive counts as waiting."""
         arriving = iter(items)
         while True:

@@ -88,7 +88,7 @@ def test_the_appendix_compiles(tmp_path: Path):
     style.save(figure, tmp_path / "figures", "by_slot_t0.5")
     files = appendix.write(tmp_path, content([Drawing("by_slot_t0.5", figure, "95% & more_")]), FRAMES)
     run = ["latexmk", "-pdf", "-interaction=nonstopmode", "-halt-on-error", "-no-shell-escape", files[0].name]
-    done = subprocess.run(run, cwd=tmp_path, capture_output=True, text=True, timeout=240)
+    done = subprocess.run(run, cwd=tmp_path, capture_output=True, timeout=240)
     log = (tmp_path / "appendix.log").read_text(errors="replace")
     assert done.returncode == 0, log[-2000:]
     assert "Missing character" not in log and "undefined" not in log.lower()

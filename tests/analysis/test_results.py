@@ -145,7 +145,7 @@ def stated(*path: str, value: object) -> Callable[[dict], None]:
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        (stated("macro", "high", value=9.0), "macro.high: the result states 9, and its records give"),
+        (stated("macro", "high", value=3.9), "macro.high: the result states 3.9, and its records give"),
         (stated("macro", "standard_error", value=0.001), "macro.standard_error"),
         (stated("suffix_decay", value=None), "suffix_decay: the result states None"),
         (lambda c: c["curves"]["all"].pop(), "curves.all"),
