@@ -50,7 +50,8 @@ def test_every_verb_composes(verb: str) -> None:
 
 @pytest.mark.parametrize(("group", "option"), OPTIONS)
 def test_every_option_composes(group: str, option: str) -> None:
-    verb = TAKEN_BY.get(group, "train")
+    top = "suite/benchmark" if group.startswith("suite/benchmark/") else group
+    verb = TAKEN_BY.get(top, "train")
     if verb is None:
         cfg = composed("evaluate", [f"+{group}@suite.benchmarks.one={option}"])
         assert {"name", "domain", "version"} <= set(cfg.suite.benchmarks.one)

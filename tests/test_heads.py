@@ -202,8 +202,18 @@ def test_heads_in_the_format_of_the_release_load(prefix: str) -> None:
         build_draft(config, held, tables)
 
 
-@pytest.mark.parametrize("ids", [None, IDS], ids=["whole", "reduced"])
-@pytest.mark.parametrize("own", [True, False])
+def test_heads_of_a_reduced_vocabulary_are_refused_for_vllm(tmp_path: Path) -> None:
+    draft, kept, config = made("medusa", own_heads=True, ids=IDS)
+    save_draft(draft, tmp_path / "own", config, kept)
+    with pytest.raises(FormatError, match="whole vocabulary only"):
+        export_draft(tmp_path / "own", tmp_path / "out", "vllm", tables=tiny.target("qwen3").tables)
+    assert not (tmp_path / "out").exists()
+
+
+# A vocabulary head of each slot has the whole vocabulary there.
+@pytest.mark.parametrize(
+    ("own", "ids"), [(True, None), (False, None), (False, IDS)], ids=["own-whole", "shared-whole", "shared-reduced"]
+)
 def test_vllm_reads_the_same_logits(own: bool, ids: Tensor | None, tmp_path: Path) -> None:
     """vLLM's steps from the written folder: x + SiLU(layer(x)), one table or one a head, ids by token_map."""
     draft, kept, config = made("medusa", own_heads=own, ids=ids)

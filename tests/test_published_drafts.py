@@ -455,7 +455,7 @@ ROUND_TRIPS = [
         for flags in ({}, {"fc_norm": True}, {"norm_output": True}, EAGLE31, {"ids": IDS}, EAGLE31 | {"ids": IDS})
     ),
     *(("eagle3", "vllm", {"backbone": "llama"} | flags) for flags in (GPT_OSS, GPT_OSS | {"norm_output": True})),
-    *(("p_eagle", "vllm", {"backbone": "llama", "layers": 3} | flags) for flags in ({}, {"fc_norm": True, "ids": IDS})),
+    *(("p_eagle", "vllm", {"backbone": "llama", "layers": 3} | flags) for flags in ({}, {"ids": IDS})),
     ("eagle3", "sglang", {"backbone": "llama"} | GPT_OSS),
 ]
 
@@ -486,6 +486,7 @@ REFUSED = [
     ("dspark", "vllm", {"causal_block": True}, "causal_block"),
     *(("eagle3", "deepspec", {name: True}, name) for name in ("fc_norm", "norm_output", "norm_before_fc")),
     *(("p_eagle", form, {"backbone": "llama"}, "P-?E") for form in ("deepspec", "sglang")),
+    ("p_eagle", "vllm", {"backbone": "llama", "fc_norm": True}, "fc_norm"),
 ]
 
 

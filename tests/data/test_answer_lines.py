@@ -99,6 +99,7 @@ class Completion:
         message = type("Message", (), {"content": content, "model_extra": {}})
         extra = {"token_ids": token_ids}
         self.choices = [type("Choice", (), {"finish_reason": "stop", "message": message, "model_extra": extra})]
+        self.model_extra: dict[str, object] = {}
 
 
 @pytest.mark.parametrize("ids", [[1, 2.0], [1, "2"], [True], [-1], [None], "12", {"a": 1}, 7])
