@@ -157,7 +157,8 @@ def text_id(value: Any) -> str:
     """An id as text: a number keeps its digits. ValueError for a value that cannot be an id."""
     if isinstance(value, str) and value.strip() and is_unicode(value):
         return value
-    if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
+    whole = isinstance(value, int) and not isinstance(value, bool)
+    if whole or (isinstance(value, float) and math.isfinite(value)):
         return str(value)
     if isinstance(value, str):
         raise ValueError("`id` is empty or not Unicode text")
