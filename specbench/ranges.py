@@ -38,6 +38,8 @@ TOKENS = 1 << 24
 LARGEST_TOKEN = 2**31 - 1
 # Published drafts propose up to 15 tokens. The training view holds every slot of every anchor at once.
 MOST_SLOTS = 512
+# Deeper than any known target.
+MOST_LAYERS = 256
 
 Number = float | int
 
@@ -47,7 +49,7 @@ Bytes = Annotated[int, Field(ge=1, le=1 << 50)]
 Tokens = Annotated[int, Field(ge=1, le=TOKENS)]
 TokenId = Annotated[int, Field(ge=0, le=TOKENS)]
 LayerId = Annotated[int, Field(ge=0, le=4096)]
-Layers = Annotated[int, Field(ge=1, le=256)]
+Layers = Annotated[int, Field(ge=1, le=MOST_LAYERS)]
 Slots = Annotated[int, Field(ge=1, le=MOST_SLOTS)]
 Rank = Annotated[int, Field(ge=0, le=1 << 16)]
 Threads = Annotated[int, Field(ge=1, le=4096)]

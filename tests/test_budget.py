@@ -108,6 +108,15 @@ def test_a_draft_is_as_deep_as_fits():
         Budget("r", "round_share", 1).layers(0.5, 0.4, 2)
 
 
+def test_a_budget_beyond_every_training_is_refused():
+    assert Budget("p", "parameters", 10 + 4 * 256).layers(14.0, 22.0, 2) == 256
+    with pytest.raises(ValueError, match=r"a draft of 1e\+05 layers fits, .* at most 256; give at most 1.03e\+03"):
+        Budget("p", "parameters", 4e5).layers(14.0, 22.0, 2)
+    assert Budget("s", "steps", 1e9).steps(ExpectedCost(1.0, 1.0)) == 10**9
+    with pytest.raises(ValueError, match=r"these are 5e\+29 optimiser steps .* give at most 2e\+09"):
+        Budget("f", "flops", 1e30).steps(ExpectedCost(1.0, 2.0))
+
+
 @pytest.mark.parametrize("method", ["dspark", "eagle3"])
 def test_equal_parameters_make_the_deepest_draft_that_fits(method):
     cfg = sized(composed("train", [f"method={method}", "protocol=matched_parameters", "protocol.amount=2e6"]))

@@ -24,7 +24,7 @@ from jaxtyping import Int
 
 from specbench.data.loading.step_data import StepData
 from specbench.drafts.draft import Draft
-from specbench.ranges import Amount
+from specbench.ranges import MANY, MOST_LAYERS, Amount
 from specbench.training.memory_estimate import flops_of
 
 SAMPLE = 64  # conversations, spread over all lengths, whose mean stands for all
@@ -95,7 +95,7 @@ class Budget:
             seconds: of a step of this draft, for a budget of hours.
 
         Raises:
-            ValueError: the amount is less than one step.
+            ValueError: the amount is less than one step, or more than MANY of them.
         """
         if self.quantity == "recipe" or self.of_size:
             return None
@@ -113,6 +113,11 @@ class Budget:
                 f"protocol={self.name} protocol.amount={self.amount:g}: one optimiser step of this draft takes "
                 f"{a_step:.3g} {self.quantity}; give at least that"
             )
+        if steps > MANY:
+            raise ValueError(
+                f"protocol={self.name} protocol.amount={self.amount:g}: these are {steps:.3g} optimiser steps of this "
+                f"draft, and a training has at most {MANY:,}; give at most {MANY * a_step:.3g}"
+            )
         return steps
 
     def layers(self, shallow: float, deep: float, between: int) -> int:
@@ -123,7 +128,7 @@ class Budget:
             deep: cost of one with `between` layers more.
 
         Raises:
-            ValueError: one layer is more than the amount, or layers cost nothing.
+            ValueError: one layer is more than the amount, layers cost nothing, or more than MOST_LAYERS fit.
         """
         each = (deep - shallow) / between
         if shallow > self.amount:
@@ -136,7 +141,13 @@ class Budget:
                 f"protocol={self.name}: {between + 1} layers were measured at {deep:.3g} {UNITS[self.quantity]} and "
                 f"one at {shallow:.3g}, so the depth that fits cannot be told; repeat it on a quiet machine"
             )
-        return 1 + int((self.amount - shallow) / each + 1e-9)
+        layers = 1 + int((self.amount - shallow) / each + 1e-9)
+        if layers > MOST_LAYERS:
+            raise ValueError(
+                f"protocol={self.name} protocol.amount={self.amount:g}: a draft of {layers:.3g} layers fits, and one "
+                f"has at most {MOST_LAYERS}; give at most {shallow + (MOST_LAYERS - 1) * each:.3g}"
+            )
+        return layers
 
 
 def depth_of(settings: dict[str, object]) -> str:

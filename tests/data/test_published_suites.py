@@ -77,6 +77,13 @@ def test_speed_benchs_long_prompts_are_benchmarks_by_length(tmp_path, caplog):
     assert Counter(p.benchmark for p in suite.load()) == {"throughput_8k": 3, "throughput_32k": 3}
     assert suite.facts()["missing"] == ["throughput_1k", "throughput_2k", "throughput_16k"]
     assert "has 3 prompts of throughput_8k" in caplog.text and "has 1536" in caplog.text
+    # A single file is the one that its name says, and with a name of its own it could be any of them.
+    alone = suite_of("speed_bench_throughput", tmp_path / "throughput_8k.jsonl")
+    assert {(p.benchmark, p.id) for p in alone.load()} == {("throughput_8k", f"8k{i}") for i in range(3)}
+    assert alone.missing == ["throughput_1k", "throughput_2k", "throughput_16k", "throughput_32k"]
+    (tmp_path / "throughput_8k.jsonl").rename(tmp_path / "mine.jsonl")
+    with pytest.raises(ValueError, match="this name is none of throughput_1k, throughput_2k"):
+        suite_of("speed_bench_throughput", tmp_path / "mine.jsonl").load()
 
 
 FOREIGN = [

@@ -266,8 +266,9 @@ class Benchmarks(L.LightningDataModule):
         """Every benchmark with all of its rows as prompts."""
         if self.folder is not None and self.folder.is_file():
             if self._divided:
-                self.missing = []
-                yield from self._divide(self.folder, self.benchmarks)
+                held = self._held_by(self.folder)
+                self.missing = [b.name for b in self.benchmarks if b not in held]
+                yield from self._divide(self.folder, held)
                 return
             named = {b.name: b for b in self.benchmarks}
             name = Path(self.folder.name.removesuffix(".gz")).stem
@@ -306,6 +307,18 @@ class Benchmarks(L.LightningDataModule):
     def _divided(self) -> bool:
         """Whether benchmarks share the files of their publisher."""
         return bool(self.benchmarks) and all(b.file is not None for b in self.benchmarks)
+
+    def _held_by(self, file: Path) -> list[Benchmark]:
+        """The benchmarks of a divided suite that a single file holds. Of a suite with one file that is all of them,
+        whatever the name; of several files the name tells which one it is."""
+        names = list(dict.fromkeys(b.file for b in self.benchmarks))
+        held = [b for b in self.benchmarks if any(file.name == f"{b.file}{ending}" for ending in ENDINGS)]
+        if not held and len(names) > 1:
+            raise ValueError(
+                f"prompts={file}: suite {self.name} has several files, and this name is none of "
+                f"{', '.join(map(str, names))} (with one of {', '.join(ENDINGS)}); rename it to the one that it is"
+            )
+        return held or self.benchmarks
 
     def _file(self, benchmark: Benchmark) -> Path | None:
         """The file of a benchmark in the folder of prompts: FOLDER/NAME with one of ENDINGS where its publisher
