@@ -180,6 +180,7 @@ def test_a_bucket_is_streamed_and_read_in_parts(folder, tmp_path, monkeypatch):
             monkeypatch.setenv(name, value)
         import s3fs
 
+        s3fs.S3FileSystem.clear_instance_cache()  # one with the address of an earlier server
         bucket = s3fs.S3FileSystem(skip_instance_cache=True)
         bucket.mkdir("caches")
         bucket.put([str(path) for path in folder.iterdir() if path.is_file()], "caches/one/")
