@@ -256,6 +256,7 @@ logger=[[1]] | logger=[[1]]: takes one of, or a list of, csv
 callbacks=[default,7] | a list of, default
 method=[dspark] | method=[dspark]: takes one of
 logger=7 | logger=7: takes
+logger=null | logger=null: takes one of, or a list of, csv
 method.backbone=qwen9 | takes one of
 +method.head=rnn | labelled by a head
 choice=eagle3_default method=dspark | a choice of method=eagle3

@@ -238,8 +238,8 @@ def _first(override: Override) -> str:
 
 def _check_option(group: str, value: Any, search: Sequence[str]) -> None:
     known, several = options(group, search), group in SEVERAL
-    if value is None or isinstance(value, dict) or (several and value == []):
-        return  # nothing to choose, or settings that Hydra itself puts into the group
+    if isinstance(value, dict) or (several and value == []):
+        return  # nothing is added, or Hydra says what is wrong with settings in place of a name
     for name in value if isinstance(value, list) and several else [value]:
         if not isinstance(name, str):
             amount = "one of, or a list of," if several else "one of"
